@@ -1,0 +1,177 @@
+"""The mutation check: breaks the compiler in one place at a time and shows which test notices.
+
+Each mutant is one textual edit to a copy of the sources in a temporary folder; its tests then run
+there, up to the first failure. A mutant that no test notices has survived: exit code 1. The same
+code tells of an edit whose text no longer occurs exactly once in its file, and of tests that fail
+without any edit. The working tree is never touched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from _common import Limit, parser, show
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("rmfx", "passes", "tests", "benchmarks", "pyproject.toml", "setup.cfg", "README.md")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One deliberate mistake.
+
+    Attributes:
+        name: what is broken.
+        file: source file, relative to the repository.
+        old: text that occurs exactly once in the file.
+        new: what replaces it.
+        tests: test files that should notice, relative to the repository.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant(
+        "Dirac tap: always the kernel's first",
+        "rmfx/_affine.py",
+        "torch.tensor([(t * d - own + new) // step for t in range(k)]",
+        "torch.tensor([(t * d) // step for t in range(k)]",
+        ("tests/test_affine.py", "tests/test_residuals.py"),
+    ),
+    Mutant(
+        "merge: the inner layer's bias is lost",
+        "rmfx/_affine.py",
+        "bias = outer.bias + _sum_of_taps(outer, inner.bias)",
+        "bias = outer.bias",
+        ("tests/test_affine.py", "tests/test_residuals.py"),
+    ),
+    Mutant(
+        "carry's sign test: every range is taken to lie where the activation is the identity",
+        "rmfx/_activation.py",
+        "return bool((low >= begin).all() and (high <= end).all())",
+        "return True",
+        ("tests/test_activation.py", "tests/test_residuals.py"),
+    ),
+)
+
+
+@contextmanager
+def copied_sources() -> Iterator[Path]:
+    """A temporary folder from which rmfx and rmfx.passes import; gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="rmfx-mutation-") as name:
+        folder = Path(name)
+        for entry in COPIED:
+            source = ROOT / entry
+            if source.is_dir():
+                ignore = shutil.ignore_patterns("__pycache__", ".hypothesis")
+                shutil.copytree(source, folder / entry, ignore=ignore)
+            elif source.exists():
+                shutil.copy(source, folder / entry)
+        # setup.cfg maps the folder passes/ to rmfx.passes; here a link does.
+        (folder / "rmfx" / "passes").symlink_to("../passes")
+        yield folder
+
+
+def apply(mutant: Mutant, folder: Path) -> None:
+    """Makes the edit in `folder`.
+
+    Raises:
+        ValueError: the old text does not occur exactly once.
+    """
+    path = folder / mutant.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.file} has {text.count(mutant.old)} places like: {mutant.old}")
+    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+
+
+def first_failure(folder: Path, tests: Sequence[str], timeout: float) -> str | None:
+    """Runs `tests` in `folder`; the first failing test, or None if all pass.
+
+    Raises:
+        ValueError: pytest could not run the tests, or took longer than `timeout` seconds.
+    """
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
+    command += ["--hypothesis-seed=0", "-m", "not zoo and not weights", *tests]
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{', '.join(tests)} took more than {timeout:g} s") from error
+    if done.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or not found:
+        raise ValueError(f"pytest could not run {', '.join(tests)}:\n{done.stdout[-2000:]}")
+    return found.group(1)
+
+
+def check_copy(folder: Path) -> None:
+    """Makes sure the copy is what a test imports, not an installed rmfx.
+
+    Raises:
+        ValueError: it is not.
+    """
+    command = [sys.executable, "-c", "import rmfx.passes; print(rmfx.passes.__file__)"]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    if not Path(done.stdout.strip()).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"the copy is not what gets imported: {done.stdout}{done.stderr}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table; returns 1 if a mutant survives or the check itself cannot run."""
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--only", help="run only mutants whose name contains this")
+    options_parser.add_argument("--timeout", type=float, default=600, help="seconds per mutant")
+    options = options_parser.parse_args(arguments)
+    chosen = [m for m in MUTANTS if not options.only or options.only in m.name]
+    rows, survivors = [], 0
+    try:
+        with copied_sources() as folder:
+            check_copy(folder)
+            tests = sorted({test for mutant in chosen for test in mutant.tests})
+            failure = first_failure(folder, tests, options.timeout)
+        if failure:
+            raise ValueError(f"{failure} fails without any mutation")
+        for mutant in tqdm(chosen, desc="mutants", leave=False):
+            with copied_sources() as folder:
+                apply(mutant, folder)
+                failure = first_failure(folder, mutant.tests, options.timeout)
+            survivors += failure is None
+            rows.append(
+                {"broken": mutant.name, "file": mutant.file, "noticed by": failure or "NOTHING"}
+            )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return show(rows, [Limit("survivors", survivors, 0)], as_json=options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""How long remove_residuals takes, how that grows with depth, and how much memory it needs.
+
+Three limits, one each:
+
+- ResNet-152: at most 5x the time of torch's own batch norm folding (symbolic_trace, then
+  torch.fx.experimental.optimization.fuse) plus one copy of every weight of the result.
+- CIFAR ResNet-1202: at most 13x the time of ResNet-110, which has 11x fewer blocks: linear growth.
+- ResNet-152: the peak of the process's memory rises by at most 3x the bytes of its new weights.
+
+Times are medians over interleaved repetitions in one process, after one warm-up. The memory is
+measured in a process of its own. Exit code 1 if a limit is exceeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from _common import Limit, Spread, parser, show
+from torch import Tensor, nn
+from torch.fx import symbolic_trace
+from torch.fx.experimental.optimization import fuse
+from tqdm import tqdm
+
+import rmfx
+from rmfx.models.cifar import cifar_resnet
+
+RATIO_LIMIT, GROWTH_LIMIT, MEMORY_LIMIT = 5.0, 13.0, 3.0
+
+Row = dict[str, Any]
+
+
+def time_against_fuse(repeats: int) -> tuple[list[Row], Limit]:
+    """ResNet-152: this pass, torch's fuse, and a copy of the result's weights, interleaved."""
+    model = torchvision.models.resnet152(weights=None).eval()
+    weights = _tensors(rmfx.remove_residuals(model))
+    spreads = _interleave(
+        {
+            "remove_residuals": lambda: rmfx.remove_residuals(model),
+            "symbolic_trace + fuse": lambda: fuse(symbolic_trace(model), no_trace=True),
+            "copy of the result's weights": lambda: [w.clone() for w in weights],
+        },
+        repeats,
+    )
+    rows = [_row("resnet152", what, spread) for what, spread in spreads.items()]
+    ours, fused, copied = (spread.median for spread in spreads.values())
+    return rows, Limit("resnet152: pass / (fuse + copy)", ours / (fused + copied), RATIO_LIMIT)
+
+
+def time_growth(repeats: int) -> tuple[list[Row], Limit]:
+    """CIFAR ResNet-110 and -1202 with padded shortcuts, interleaved."""
+    shallow, deep = cifar_resnet(110).eval(), cifar_resnet(1202).eval()
+    spreads = _interleave(
+        {
+            "cifar110A": lambda: rmfx.remove_residuals(shallow),
+            "cifar1202A": lambda: rmfx.remove_residuals(deep),
+        },
+        repeats,
+    )
+    rows = [_row(net, "remove_residuals", spread) for net, spread in spreads.items()]
+    short, long = (spread.median for spread in spreads.values())
+    return rows, Limit("resnet1202 / resnet110 time", long / short, GROWTH_LIMIT)
+
+
+def measure_memory() -> tuple[int, int]:
+    """ResNet-152, in this process: rise of the memory peak, and bytes of the result's weights."""
+    rmfx.remove_residuals(cifar_resnet(8).eval())  # loads what is imported lazily
+    model = torchvision.models.resnet152(weights=None).eval()
+    gc.collect()
+    _forget_peak()
+    before = _peak_bytes()
+    result = rmfx.remove_residuals(model)
+    return _peak_bytes() - before, sum(w.numel() * w.element_size() for w in _tensors(result))
+
+
+def memory_in_subprocess() -> Limit:
+    """Runs `measure_memory` in a fresh process, where no earlier peak hides the new one."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--measure-memory"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    peak, weights = json.loads(done.stdout)
+    return Limit("resnet152: memory peak / result's weights", peak / weights, MEMORY_LIMIT)
+
+
+def _interleave(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Spread]:
+    """Runs all jobs in turn, `repeats` times after a warm-up; seconds by job."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in tqdm(range(repeats + 1), desc=" / ".join(jobs), leave=False):
+        for name, job in jobs.items():
+            gc.collect()
+            start = time.perf_counter()
+            job()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Spread.of(values) for name, values in seconds.items()}
+
+
+def _row(net: str, what: str, spread: Spread) -> Row:
+    return {"network": net, "what": what, "seconds: median (low to high)": spread.text(3)}
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _forget_peak() -> None:
+    """Lowers Linux's high-water mark of this process to what it holds now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return  # elsewhere the peak so far stays the baseline
+
+
+def _peak_bytes() -> int:
+    """The process's memory high-water mark."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the tables; returns 1 if a limit is exceeded."""
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--repeats", type=int, default=7, help="timed runs (default 7)")
+    options_parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    options_parser.add_argument("--measure-memory", action="store_true", help=argparse.SUPPRESS)
+    options = options_parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if options.measure_memory:
+        print(json.dumps(measure_memory()))
+        return 0
+    memory = memory_in_subprocess()
+    rows, ratio = time_against_fuse(options.repeats)
+    more_rows, growth = time_growth(max(1, options.repeats // 2))
+    return show(rows + more_rows, [ratio, growth, memory], as_json=options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

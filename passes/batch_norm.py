@@ -1,0 +1,116 @@
+"""Batch norm folding: in eval mode a batch norm is a scale and a shift per channel.
+
+    conv, BN:  W' = t·W,  b' = t·b + β − t·μ,  t = γ/√(σ² + ε)           always
+    BN, conv:  W' = W·t,  b' = b + Σ W·(β − t·μ)                         if the conv does not pad
+
+Forms handled: BatchNorm1d/2d/3d and SyncBatchNorm next to Conv1d/2d/3d or Linear (Linear only on
+2-D inputs, where dimension 1 holds the features).
+Refused: batch norm without running statistics; layers shared by several calls, tied, hooked or
+parametrized; a conv whose output is also read elsewhere; a padded conv after a batch norm, which
+would read the shift where it now reads zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from rmfx._affine import AffineConv, compose
+from rmfx._dialect import BATCH_NORMS
+from rmfx._errors import Refusal
+from rmfx._graph import Net, Virtual
+from rmfx._layers import input_of, read, read_affine
+from rmfx._rewrite import apply_rule
+from rmfx.frontend import trace
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two linear nodes in a row, and the layer they amount to."""
+
+    first: fx.Node
+    second: fx.Node
+    layer: Virtual
+
+
+class BatchNormRule:
+    """Merge a batch norm with the conv before it, else with the conv after it."""
+
+    def match(self, net: Net, node: fx.Node) -> Pair | Refusal | None:
+        if type(net.module(node)) not in BATCH_NORMS:
+            return None
+        before = input_of(node)
+        pair: Pair | Refusal = Refusal("there is no linear layer next to it")
+        if before is not None and _is_weighted(net, before):
+            pair = merge_pair(net, before, node)
+        after = next(iter(node.users))
+        if isinstance(pair, Refusal) and _is_weighted(net, after):
+            other = merge_pair(net, node, after)
+            pair = other if isinstance(other, Pair) else pair
+        return pair
+
+    def rewrite(self, net: Net, node: fx.Node, match: Pair) -> None:
+        net.merge(match.first, match.second, match.layer)
+
+
+def _is_weighted(net: Net, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(read(net, node), AffineConv)
+
+
+def merge_pair(net: Net, first: fx.Node, second: fx.Node) -> Pair | Refusal:
+    """Two neighbouring nodes as one layer, where that is exact."""
+    if len(first.users) != 1:
+        others = [u.name for u in first.users if u is not second]
+        return Refusal(f"its value is also read by {', '.join(others)}", (first.name,))
+    inner, outer = read_affine(net, first), read_affine(net, second)
+    if isinstance(inner, Refusal):
+        return inner
+    if isinstance(outer, Refusal):
+        return outer
+    merged = compose(outer, inner)
+    if isinstance(merged, Refusal):
+        return merged.at(first.name, second.name)
+    kind = weight_type(net, first) or weight_type(net, second)
+    if kind is None:
+        return Refusal("neither layer has weights", (first.name, second.name))
+    return Pair(first, second, Virtual(merged, *kind))
+
+
+def weight_type(net: Net, node: fx.Node) -> tuple[torch.dtype, torch.device] | None:
+    """Type and device of a node's weights, None if it has none."""
+    made = net.replacement(node)
+    if isinstance(made, Virtual):
+        return made.dtype, made.device
+    module = net.module(node)
+    weight = next(module.parameters(), None) if module is not None else None
+    if weight is None and module is not None:
+        weight = next((b for b in module.buffers() if b.is_floating_point()), None)
+    return None if weight is None else (weight.dtype, weight.device)
+
+
+def fold_batch_norm(model: nn.Module | Any, example_inputs: Any = None) -> fx.GraphModule:
+    """Fold every batch norm that stands next to a linear layer into it.
+
+    Args:
+        model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
+        example_inputs: a tensor or a tuple of arguments, optional; with them, batch norm after
+            `nn.Linear` can be folded too.
+
+    Returns:
+        A new module that computes the same; what could not be folded stays as it is.
+
+    Raises:
+        RmfxError: the model cannot be traced or its weights cannot be used.
+
+    Example:
+        >>> import rmfx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        >>> [type(m).__name__ for m in rmfx.fold_batch_norm(model).children()]
+        ['Conv2d']
+    """
+    net = Net(trace(model, example_inputs))
+    apply_rule(net, BatchNormRule())
+    return net.finish()

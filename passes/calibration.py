@@ -1,0 +1,98 @@
+"""Identity batch norm on a carry, with statistics measured on data.
+
+A batch norm with γ = √(σ² + ε) and β = μ is the identity for any μ and σ² (RMNet, arXiv 2111.00687,
+section 3). With μ and σ² of the carried values, training that goes on from there starts well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rmfx._errors import ShapeError
+from rmfx.frontend import as_inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean and biased variance per channel, float64, shape (channels,)."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class _Recorder(fx.Interpreter):
+    """Sums up values and squares per channel at every node with floating-point images."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2:
+            rows = value.detach().to(torch.float64).transpose(0, 1).flatten(1)
+            total, squares, count = self.sums.get(n.name, (0, 0, 0))
+            self.sums[n.name] = (
+                total + rows.sum(1),
+                squares + rows.square().sum(1),
+                count + rows.shape[1],
+            )
+        return value
+
+
+def measure(gm: fx.GraphModule, batches: Iterable[Any]) -> dict[str, Moments]:
+    """Moments of every value of a graph over some batches, by node name.
+
+    Raises:
+        ShapeError: there is no batch, or values change their channels from batch to batch.
+    """
+    recorder = _Recorder(gm)
+    count = 0
+    with torch.no_grad():
+        for batch in batches:
+            recorder.run(*(as_inputs(batch) or ()))
+            count += 1
+    if not count:
+        raise ShapeError("calibration holds no batch; pass at least one")
+    moments = {}
+    for name, (total, squares, n) in recorder.sums.items():
+        mean = total / n
+        moments[name] = Moments(mean, (squares / n - mean.square()).clamp(min=0))
+    return moments
+
+
+def identity_norm(module: nn.Module, carried: int, moments: Moments | None) -> nn.Module:
+    """A copy of a batch norm, widened by `carried` channels on which it is the identity.
+
+    Args:
+        moments: of the carried values; mean 0 and variance 1 if None. Channels beyond those
+            measured (zero padding of the carry) get mean 0 and variance 1.
+    """
+    eps = float(module.eps)  # type: ignore[arg-type]
+    mean, variance = torch.zeros(carried, dtype=torch.float64), torch.ones(carried, dtype=torch.float64)
+    if moments is not None and len(moments.mean) <= carried:
+        mean[: len(moments.mean)] = moments.mean.cpu()
+        variance[: len(moments.mean)] = moments.variance.cpu()
+    own_mean: Tensor = module.running_mean  # type: ignore[assignment]
+    n = own_mean.numel()
+    weight = module.weight if isinstance(module.weight, Tensor) else torch.ones_like(own_mean)
+    bias = module.bias if isinstance(module.bias, Tensor) else torch.zeros_like(own_mean)
+    wide = type(module)(n + carried, eps=eps, momentum=module.momentum)  # type: ignore[call-arg]
+    wide = wide.to(own_mean.device, own_mean.dtype)
+    # γ follows from the variance as it is stored, so that rounding cancels.
+    stored = variance.to(own_mean.dtype).to(torch.float64)
+    gamma = torch.sqrt(stored + eps)
+    with torch.no_grad():
+        for target, own, carry in (
+            (wide.weight, weight, gamma),
+            (wide.bias, bias, mean),
+            (wide.running_mean, own_mean, mean),
+            (wide.running_var, module.running_var, stored),
+        ):
+            target.copy_(torch.cat([own.detach(), carry.to(own_mean)]))  # type: ignore[union-attr]
+    return wide.eval()

@@ -1,0 +1,154 @@
+"""Merging of linear layers in a row: outer ∘ inner is one layer where no border comes between.
+
+A maximal chain of linear layers (convs, Linear, batch norm, constant scales, average pools, crops,
+zero padding) is cut into segments by dynamic programming: every segment becomes one layer, and the
+cheapest cut wins. Cost is multiply-adds per position of the chain's input, then parameters; with
+`force=True` the number of layers comes first.
+
+Refused: an outer layer that pads with zeros what the inner one would fill with its bias, or where
+the inner kernel would still see its input; a value that is also read elsewhere; shared, tied,
+hooked or parametrized layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from rmfx._affine import AffineConv, compose
+from rmfx._errors import Refusal
+from rmfx._graph import Net, Virtual
+from rmfx._layers import input_of, read_affine
+from rmfx._rewrite import apply_rule
+from rmfx.frontend import trace
+
+from .batch_norm import weight_type
+
+Cost = tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A chain of linear nodes, and the segments that become one layer each."""
+
+    nodes: list[fx.Node]
+    segments: list[tuple[int, int, AffineConv]]
+
+
+class LinearRule:
+    """Merge a maximal chain of linear layers into the cheapest equivalent chain."""
+
+    def __init__(
+        self, *, force: bool = False, concerns: Callable[[fx.Node], bool] = lambda node: True
+    ) -> None:
+        self._force = force
+        self._concerns = concerns
+
+    def match(self, net: Net, node: fx.Node) -> Cut | Refusal | None:
+        before = input_of(node)
+        if before is None or (_continues(net, before) and _is_linear(net, before)):
+            return None
+        if not _is_linear(net, node):
+            return None
+        nodes = _chain_from(net, node)
+        if len(nodes) < 2 or not any(map(self._concerns, nodes)):
+            return None
+        if not any(weight_type(net, n) for n in nodes):
+            return None
+        segments, refusal = self._cheapest([_affine(net, n) for n in nodes])
+        if len(segments) == len(nodes):
+            return refusal.at(*(n.name for n in nodes)) if refusal else None
+        return Cut(nodes, segments)
+
+    def rewrite(self, net: Net, node: fx.Node, match: Cut) -> None:
+        kind = next(t for t in (weight_type(net, n) for n in match.nodes) if t)
+        for begin, end, layer in match.segments:
+            first = match.nodes[begin]
+            for second in match.nodes[begin + 1 : end]:
+                net.merge(first, second, Virtual(layer, *kind))
+
+    def _cheapest(
+        self, layers: list[AffineConv]
+    ) -> tuple[list[tuple[int, int, AffineConv]], Refusal | None]:
+        """Best cut of a chain; best[i] covers the first i layers."""
+        area = [1.0]
+        for layer in layers:
+            area.append(area[-1] / math.prod(layer.stride))
+        best: list[tuple[Cost, list[tuple[int, int, AffineConv]]]] = [((0.0,) * 3, [])]
+        best += [((math.inf,) * 3, [])] * len(layers)
+        refusal = None
+        for begin, first in enumerate(layers):
+            merged: AffineConv | Refusal = first
+            for end in range(begin + 1, len(layers) + 1):
+                if end > begin + 1 and isinstance(merged, AffineConv):
+                    merged = compose(layers[end - 1], merged)
+                if isinstance(merged, Refusal):
+                    refusal = merged
+                    break
+                cost = self._cost(merged, area[end])
+                total = tuple(a + b for a, b in zip(best[begin][0], cost, strict=True))
+                if total < best[end][0]:
+                    best[end] = (total, [*best[begin][1], (begin, end, merged)])
+        return best[-1][1], refusal
+
+    def _cost(self, layer: AffineConv, area: float) -> Cost:
+        work, size = layer.multiply_adds() * area, float(layer.weight.numel())
+        return (1.0, work, size) if self._force else (work, 1.0, size)
+
+
+def _is_linear(net: Net, node: fx.Node) -> bool:
+    return isinstance(read_affine(net, node), AffineConv)
+
+
+def _affine(net: Net, node: fx.Node) -> AffineConv:
+    layer = read_affine(net, node)
+    if isinstance(layer, Refusal):
+        raise TypeError(f"{node.name} is not linear: {layer}")
+    return layer
+
+
+def _continues(net: Net, node: fx.Node) -> bool:
+    return len(node.users) == 1
+
+
+def _chain_from(net: Net, node: fx.Node) -> list[fx.Node]:
+    nodes = [node]
+    while _continues(net, nodes[-1]):
+        after = next(iter(nodes[-1].users))
+        if input_of(after) is not nodes[-1] or not _is_linear(net, after):
+            break
+        nodes.append(after)
+    return nodes
+
+
+def merge_convs(
+    model: nn.Module | Any, example_inputs: Any = None, *, force: bool = False
+) -> fx.GraphModule:
+    """Merge consecutive linear layers where that makes the network cheaper.
+
+    Args:
+        model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
+        example_inputs: a tensor or a tuple of arguments, optional.
+        force: merge wherever it is exact, for the fewest layers, even where the result is dearer.
+
+    Returns:
+        A new module that computes the same with at most as many linear layers.
+
+    Raises:
+        RmfxError: the model cannot be traced or its weights cannot be used.
+
+    Example:
+        >>> import rmfx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 2, 1), torch.nn.Conv2d(2, 8, 3)).eval()
+        >>> len(list(rmfx.merge_convs(model).children()))
+        2
+        >>> len(list(rmfx.merge_convs(model, force=True).children()))
+        1
+    """
+    net = Net(trace(model, example_inputs))
+    apply_rule(net, LinearRule(force=force))
+    return net.finish()

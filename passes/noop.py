@@ -1,0 +1,78 @@
+"""Removal of what does nothing at inference: identity, dropout, stochastic depth, empty sums.
+
+Forms handled: `nn.Identity`, dropout of every kind in eval mode, `clone` and `detach`,
+`torchvision.ops.stochastic_depth(training=False)`, and `x + 0`, `x * 1`.
+Refused: modules with hooks, values that an in-place operation shares.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from rmfx._errors import Refusal
+from rmfx._graph import Net
+from rmfx._layers import input_of
+from rmfx._rewrite import apply_rule
+from rmfx.frontend import trace
+
+NOOP_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
+NOOP_METHODS = ("clone", "detach")
+NEUTRAL = {torch.add: 0, torch.sub: 0, torch.mul: 1}
+
+
+class NoopRule:
+    """Let the readers of a no-op read its input."""
+
+    def match(self, net: Net, node: fx.Node) -> fx.Node | Refusal | None:
+        source = input_of(node)
+        if source is None or not _does_nothing(net, node, source):
+            return None
+        if node.meta.get("frozen"):
+            return Refusal(node.meta["frozen"])
+        return net.guard(node) or source
+
+    def rewrite(self, net: Net, node: fx.Node, match: fx.Node) -> None:
+        node.replace_all_uses_with(match)
+        net.release([node])
+        net.graph.erase_node(node)
+
+
+def _does_nothing(net: Net, node: fx.Node, source: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(net.module(node), NOOP_MODULES)
+    if node.op == "call_method":
+        return node.target in NOOP_METHODS
+    if node.op != "call_function":
+        return False
+    if node.target in NEUTRAL:
+        return _is_neutral(node, source)
+    name = getattr(node.target, "__name__", "")
+    training = node.kwargs.get("training", node.args[3] if len(node.args) > 3 else True)
+    return name == "stochastic_depth" and training is False
+
+
+def _is_neutral(node: fx.Node, source: fx.Node) -> bool:
+    """x + 0, 0 + x, x − 0, x·1, 1·x with a literal integer, which leaves x's type alone."""
+    if node.kwargs or len(node.args) != 2:
+        return False
+    commutes = node.target is not torch.sub
+    constant = node.args[1] if node.args[0] is source else node.args[0] if commutes else None
+    return type(constant) is int and constant == NEUTRAL[node.target]
+
+
+def remove_noops(model: nn.Module | Any, example_inputs: Any = None) -> fx.GraphModule:
+    """Remove identities, eval-mode dropout and the like from a model.
+
+    Args:
+        model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
+        example_inputs: a tensor or a tuple of arguments, optional.
+
+    Raises:
+        RmfxError: the model cannot be traced or its weights cannot be used.
+    """
+    net = Net(trace(model, example_inputs))
+    apply_rule(net, NoopRule())
+    return net.finish()

@@ -1,0 +1,352 @@
+"""Removal of residual connections: add(f(x), s(x)) becomes a plain chain with the same output.
+
+    add(f(x), s(x)) = ∇ ∘ (f_k ⊕ s_k) ∘ … ∘ (f_1 ⊕ s_1) ∘ Δ
+
+where every s_i is an identity except one, which holds the shortcut's linear map, and every f_i ⊕ s_i
+is one ordinary layer. Δ is merged into the first layer ("reserving" in RMNet, arXiv 2111.00687,
+section 3) and ∇ into the last ("merging"). Two non-linear branches are the same with two chains.
+
+Forms handled: `+`, `+=`, `-`, `torch.add(alpha=)`, `add_`, with constant factors on either side;
+branches of convolutions, Linear, batch norm, scales, zero padding, crops, average pools and
+pointwise activations in any order; shortcuts that are the identity or any chain of linear layers;
+sums of several branches, nested and shared forks.
+
+Refused, each with its reason: an add that broadcasts; operands without a common source; a value
+inside a branch that is also read elsewhere; an operation in a branch that is neither linear nor
+pointwise; branches whose sizes agree for some inputs only; values that in-place operations share;
+layers that are shared, tied, hooked or parametrized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+
+from rmfx._activation import STRATEGIES, Interval, per_block, strategy_of
+from rmfx._affine import CONVS, AffineConv
+from rmfx._errors import Refusal, RefusedError, RmfxError
+from rmfx._graph import Net, Shape, Virtual, positions
+from rmfx._layers import read_join
+from rmfx._plan import Column, Linear, Plan, Pointwise, build, plans
+from rmfx._range import Ranges
+from rmfx._rewrite import apply_rule
+from rmfx._site import Site, find_site
+from rmfx.frontend import trace
+from rmfx.report import META_KEY, Report, SiteReport
+
+from .batch_norm import BatchNormRule
+from .calibration import Moments, identity_norm, measure
+from .linear import LinearRule
+from .noop import NoopRule
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """A site and its chosen arrangement."""
+
+    site: Site
+    plan: Plan
+    strategy: str
+
+
+class ResidualRule:
+    """Rewrite one join as a plain chain.
+
+    Attributes:
+        rows: what was done, by the name of the join.
+        made: the nodes that rewrites have put into the graph.
+    """
+
+    def __init__(
+        self,
+        ranges: Ranges,
+        *,
+        allowed: Collection[str] = STRATEGIES,
+        fold_batch_norm: bool = True,
+        moments: dict[str, Moments] | None = None,
+    ) -> None:
+        self._ranges = ranges
+        self._allowed = {*allowed, "linear"}
+        self._fold = fold_batch_norm
+        self._moments = moments or {}
+        self.rows: dict[str, SiteReport] = {}
+        self.made: set[fx.Node] = set()
+
+    def match(self, net: Net, node: fx.Node) -> Match | Refusal | None:
+        site = find_site(net, node, keep_norms=not self._fold)
+        if site is None or isinstance(site, Refusal):
+            return site
+        found = plans(site, self._ranges.fixed_by)
+        if isinstance(found, Refusal):
+            return found
+        for plan in found:
+            strategy = _strategy(plan)
+            if strategy in self._allowed:
+                return Match(site, plan, strategy)
+        return Refusal(
+            f"it needs the strategy {_strategy(found[0])!r}, which the option activation excludes"
+        )
+
+    def rewrite(self, net: Net, node: fx.Node, match: Match) -> None:
+        site, columns = match.site, match.plan.columns
+        layers = build(columns)
+        if isinstance(layers, Refusal):  # the plan was made with the same laws
+            raise RmfxError(f"{node.name}: a planned layer cannot be built: {layers.reason}")
+        old = _in_order(site)
+        row = _row_before(net, match, old)
+        labels = [_label(site, column, i) for i, column in enumerate(columns)]
+        net.release(old)
+        new: list[fx.Node] = []
+        for column, layer, (target, like) in zip(columns, layers, labels, strict=True):
+            made = self._make(net, site, column, layer)
+            with net.graph.inserting_before(node):
+                new.append(net.put(made, new[-1] if new else site.fork, target, like))
+        _note_shapes(site, columns, new)
+        self._take_place(net, site, old, new, labels)
+        self.rows[row.join] = replace(row, **_cost_after(net, site, new))
+
+    def _make(
+        self, net: Net, site: Site, column: Column, layer: AffineConv | Column
+    ) -> Virtual | nn.Module:
+        """What is to stand at a column's node."""
+        if isinstance(layer, AffineConv):
+            return Virtual(layer, site.dtype, site.device)
+        if isinstance(column, Pointwise):
+            return per_block(
+                column.blocks,
+                dims=site.dims,
+                channels_are_dim_1=site.dims > 0 or net.rank(site.fork) == 2,
+                dtype=site.dtype,
+                device=site.device,
+            )
+        if isinstance(column, Linear):
+            raise TypeError("a linear column is built by the algebra")
+        fork = net.joins.get(site.fork, site.fork.name)
+        return identity_norm(column.main.module, column.carried, self._moments.get(fork))
+
+    def _take_place(
+        self,
+        net: Net,
+        site: Site,
+        old: list[fx.Node],
+        new: list[fx.Node],
+        labels: list[tuple[str, fx.Node]],
+    ) -> None:
+        """Put the new nodes in the place of the old ones, under their names."""
+        known = self._ranges.known(site.join)
+        if known is not None:
+            self._ranges.set(new[-1], known)
+        site.join.replace_all_uses_with(new[-1])
+        for node in reversed(old):
+            net.joins.pop(node, None)
+            self.made.discard(node)
+            net.graph.erase_node(node)
+        for node, (_, like) in zip(new, labels, strict=True):
+            if like is not site.join:
+                node.name = like.name
+        net.joins[new[-1]] = site.join.name
+        self.made.update(new)
+
+
+def _strategy(plan: Plan) -> str:
+    """The least simple way in which the plan passes an activation."""
+    used = [strategy_of(c.blocks) for c in plan.columns if isinstance(c, Pointwise)]
+    return max(used, key=STRATEGIES.index, default="linear")
+
+
+def _in_order(site: Site) -> list[fx.Node]:
+    """The site's nodes in the order of the graph."""
+    return sorted(dict.fromkeys(site.nodes))
+
+
+def _label(site: Site, column: Column, index: int) -> tuple[str, fx.Node]:
+    """Module path for a column's layer, and the node whose name and place it takes."""
+    nodes = [n for step in column.steps for n in step.nodes if n.op == "call_module"]
+    if nodes:
+        return str(nodes[0].target), nodes[0]
+    place = _place(site.join)
+    role = "duplicate" if index == 0 else "merge"
+    return (f"{place}.{role}" if place else f"{site.join.name}_{role}"), site.join
+
+
+def _place(node: fx.Node) -> str:
+    """Path of the module whose code made a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [v[0] if isinstance(v, tuple) else k for k, v in stack.items()]
+    return str(paths[-1]).removeprefix("L['self'].").removeprefix("L['self']") if paths else ""
+
+
+# ---- the report ---------------------------------------------------------------------------------
+
+
+def _note_shapes(site: Site, columns: Iterable[Column], nodes: list[fx.Node]) -> None:
+    """Shapes of the new nodes, where the fork's is known."""
+    shape: Shape | None = site.fork.meta.get("shape")
+    for column, node in zip(columns, nodes, strict=True):
+        if shape is None:
+            return
+        if isinstance(column, Linear):
+            width = column.main.out_channels
+            if node is not nodes[-1]:
+                width += column.carry.out_channels
+            shape = _shape_after(column.main, shape, width)
+        node.meta["shape"] = shape
+        node.meta["dtype"] = (site.dtype, site.device)
+
+
+def _shape_after(layer: AffineConv, shape: Shape, width: int) -> Shape:
+    if not layer.dims:
+        return (*shape[:-1], width)
+    size = (
+        None if n is None else (n + a) // s
+        for n, a, s in zip(shape[2:], layer.growth, layer.stride, strict=True)
+    )
+    return (shape[0], width, *size)
+
+
+def _row_before(net: Net, match: Match, nodes: list[fx.Node]) -> SiteReport:
+    site = match.site
+    work, size = _cost_of(net, nodes, site.dims)
+    carries = [c.carry.out_channels for c in match.plan.columns[:-1] if isinstance(c, Linear)]
+    return SiteReport(
+        place=_place(site.join),
+        source=site.join.meta.get("source"),
+        join=site.join.name,
+        node=None,
+        status="removed",
+        strategy=match.strategy,
+        shape=site.join.meta.get("shape"),
+        carry=max(carries, default=0),
+        macs_before=work,
+        params_before=size,
+    )
+
+
+def _cost_after(net: Net, site: Site, nodes: list[fx.Node]) -> dict[str, int | None]:
+    work, size = _cost_of(net, nodes, site.dims)
+    return {"macs_after": work, "params_after": size}
+
+
+def _cost_of(net: Net, nodes: Iterable[fx.Node], dims: int) -> tuple[int | None, int]:
+    """Multiply-adds (None if a shape is unknown) and parameters of some nodes."""
+    work: int | None = 0
+    size = 0
+    for node in nodes:
+        made, module = net.replacement(node), net.module(node)
+        taps = 0
+        if isinstance(made, Virtual):
+            taps = made.layer.weight.numel()
+            size += taps + (made.layer.out_channels if made.layer.has_bias else 0)
+        elif made is not None or module is not None:
+            own = made or module
+            size += sum(p.numel() for p in own.parameters()) if own is not None else 0
+            if isinstance(module, CONVS):
+                taps = module.weight.numel()  # type: ignore[union-attr,operator]
+        if taps and work is not None:
+            count = positions(node.meta.get("shape"), dims)
+            work = None if count is None else work + taps * count
+    return work, size
+
+
+def _refused_row(node: fx.Node, refusal: Refusal) -> SiteReport:
+    return SiteReport(
+        place=_place(node),
+        source=node.meta.get("source"),
+        join=node.name,
+        node=node.name,
+        status="refused",
+        reason=str(refusal),
+        shape=node.meta.get("shape"),
+    )
+
+
+# ---- the verb -----------------------------------------------------------------------------------
+
+
+def remove_residuals(
+    model: nn.Module | Any,
+    example_inputs: Any = None,
+    *,
+    strict: bool = False,
+    fold_batch_norm: bool = True,
+    activation: str | Collection[str] = "auto",
+    input_range: Interval | None = None,
+    calibration: Iterable[Any] | None = None,
+) -> fx.GraphModule:
+    """Rewrite every residual connection that can be removed exactly.
+
+    Args:
+        model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
+        example_inputs: a tensor or a tuple of arguments. They give shapes (for multiply-adds in the
+            report, and for some layers the only proof that a rewrite is exact) and let
+            `torch.export` take over where symbolic tracing fails. Sizes are not baked in.
+        strict: raise at the first site that is refused.
+        fold_batch_norm: fold batch norm into the convs around it. With False batch norms inside a
+            branch stay, with an identity batch norm on the carry, so that the result can be trained
+            further (the form of RMNet, arXiv 2111.00687); the branch's last one is always folded.
+        activation: how a carry may pass an activation: "auto" for any of "identity",
+            "per-channel" and "masked", or the ones allowed.
+        input_range: (low, high) of every input value, if known: it can prove that a carry passes
+            an activation unchanged. Values outside it may give wrong results.
+        calibration: batches (a tensor or a tuple of arguments each) on which the statistics of the
+            identity batch norms are measured; used with `fold_batch_norm=False`.
+
+    Returns:
+        A new module with the same inputs and outputs; `rmfx.report` tells what was done.
+
+    Raises:
+        RefusedError: a site was refused and `strict` was set.
+        RmfxError: the model cannot be traced or its weights cannot be used.
+
+    Example:
+        >>> import rmfx, torch
+        >>> class Block(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.conv1 = torch.nn.Conv2d(4, 4, 3, padding=1)
+        ...         self.conv2 = torch.nn.Conv2d(4, 4, 3, padding=1)
+        ...     def forward(self, x):
+        ...         return x + self.conv2(torch.relu(self.conv1(x)))
+        >>> plain = rmfx.remove_residuals(Block().eval())
+        >>> [type(m).__name__ for m in plain.children()]
+        ['Conv2d', 'PReLU', 'Conv2d']
+    """
+    allowed = _allowed(activation)
+    source = trace(model, example_inputs)
+    moments = measure(source, calibration) if calibration is not None else None
+    net = Net(source)
+    joins = [node.name for node in net.graph.nodes if read_join(net, node) is not None]
+    apply_rule(net, NoopRule())
+    if fold_batch_norm:
+        apply_rule(net, BatchNormRule())
+    rule = ResidualRule(
+        Ranges(net, input_range),
+        allowed=allowed,
+        fold_batch_norm=fold_batch_norm,
+        moments=moments,
+    )
+    _, refusals = apply_rule(net, rule)
+    if strict and refusals:
+        node, refusal = next(iter(refusals.items()))
+        raise RefusedError(f"remove_residuals: the add {node.name} cannot be removed: {refusal}")
+    apply_rule(net, LinearRule(concerns=rule.made.__contains__))
+    refused = {node.name: _refused_row(node, refusal) for node, refusal in refusals.items()}
+    where = {name: node.name for node, name in net.joins.items()}
+    rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}
+    report = Report(tuple(rows[name] for name in joins if name in rows))
+    return net.finish({META_KEY: report})
+
+
+def _allowed(activation: str | Collection[str]) -> Collection[str]:
+    if activation == "auto":
+        return STRATEGIES
+    chosen = {activation} if isinstance(activation, str) else set(activation)
+    unknown = chosen - set(STRATEGIES)
+    if unknown or not chosen:
+        raise RmfxError(
+            f"activation={activation!r}: choose 'auto' or some of {', '.join(STRATEGIES)}"
+        )
+    return chosen

@@ -1,0 +1,52 @@
+"""rmfx removes residual connections from trained networks, exactly."""
+
+import importlib
+from types import ModuleType
+
+from . import cost
+from ._errors import (
+    ModeError,
+    NotPlainError,
+    RefusedError,
+    RmfxError,
+    ShapeError,
+    TraceError,
+    WeightError,
+)
+from .frontend import trace
+from .passes.batch_norm import fold_batch_norm
+from .passes.linear import merge_convs
+from .passes.noop import remove_noops
+from .passes.residual import remove_residuals
+from .plain import is_plain, to_sequential
+from .report import Report, SiteReport, report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ModeError",
+    "NotPlainError",
+    "RefusedError",
+    "Report",
+    "RmfxError",
+    "ShapeError",
+    "SiteReport",
+    "TraceError",
+    "WeightError",
+    "cost",
+    "fold_batch_norm",
+    "is_plain",
+    "merge_convs",
+    "remove_noops",
+    "remove_residuals",
+    "report",
+    "to_sequential",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import `rmfx.models` and `rmfx.testing` when first asked for; testing needs hypothesis."""
+    if name in ("models", "testing"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,8 @@
+"""`python -m rmfx` is the command `rmfx`."""
+
+import sys
+
+from rmfx.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""The table of pointwise activations, and activations that differ from channel to channel.
+
+An activation is f ⊕ id on [main; carry] when the carry's channels pass unchanged. Three ways, the
+first that applies is used:
+    identity     the carry's proven range lies where the activation is the identity: nothing changes
+    per-channel  PReLU with slopes (a on main, 1 on carry) for max(x, 0) + a·min(x, 0), or a clamp
+                 with per-channel bounds, infinite on the carry
+    masked       `where(carry, x, act(x))`, for every other pointwise activation
+All three pass the carry bit for bit. A new activation is one new row of `TABLE`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Interval = tuple[float, float]
+INF = math.inf
+EVERYWHERE: Interval = (-INF, INF)
+STRATEGIES = ("identity", "per-channel", "masked")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiler knows of one kind of pointwise activation.
+
+    Attributes:
+        identity: the closed interval on which it returns its input, (inf, -inf) if none.
+        image: a closed interval that holds every value it can take.
+        monotone: whether it never decreases, so that the ends of a range map to the ends.
+        slope: slope (float or per channel) below zero, for max(x, 0) + slope·min(x, 0).
+        bounds: (low, high), for clamp(x, low, high).
+    """
+
+    identity: Callable[[nn.Module], Interval] = lambda m: (INF, -INF)
+    image: Callable[[nn.Module], Interval] = lambda m: EVERYWHERE
+    monotone: bool = False
+    slope: Callable[[nn.Module], Tensor | float] | None = None
+    bounds: Callable[[nn.Module], Interval] | None = None
+
+
+def _slopes(m: nn.Module) -> Interval:
+    """Identity on [0, ∞), or everywhere if the slope is 1."""
+    return (0.0, INF)
+
+
+def _bounds(m: nn.Module) -> Interval:
+    return (float(m.min_val), float(m.max_val))  # type: ignore[arg-type]
+
+
+def _rrelu_slope(m: nn.Module) -> float:
+    """RReLU in eval mode uses the mean of its two slopes."""
+    return (float(m.lower) + float(m.upper)) / 2  # type: ignore[arg-type]
+
+
+def _threshold_identity(m: nn.Module) -> Interval:
+    # Strictly above the threshold; at the threshold itself only if the value is the same.
+    threshold, value = float(m.threshold), float(m.value)  # type: ignore[arg-type]
+    return (threshold if threshold == value else math.nextafter(threshold, INF), INF)
+
+
+TABLE: dict[type[nn.Module], Row] = {
+    nn.ReLU: Row(_slopes, lambda m: (0.0, INF), True, lambda m: 0.0, lambda m: (0.0, INF)),
+    nn.LeakyReLU: Row(_slopes, slope=lambda m: float(m.negative_slope)),  # type: ignore[arg-type]
+    nn.PReLU: Row(_slopes, slope=lambda m: m.weight.detach()),  # type: ignore[operator,union-attr]
+    nn.RReLU: Row(_slopes, slope=_rrelu_slope),
+    nn.ReLU6: Row(_bounds, _bounds, True, bounds=_bounds),
+    nn.Hardtanh: Row(_bounds, _bounds, True, bounds=_bounds),
+    # Everything below passes a carry only by the mask (or where its range is proven).
+    nn.ELU: Row(_slopes),
+    nn.CELU: Row(_slopes),
+    nn.SELU: Row(),
+    nn.GELU: Row(image=lambda m: (-0.2, INF)),
+    nn.SiLU: Row(image=lambda m: (-0.3, INF)),
+    nn.Mish: Row(image=lambda m: (-0.4, INF)),
+    nn.Softplus: Row(image=lambda m: (0.0, INF) if float(m.beta) > 0 else EVERYWHERE),  # type: ignore[arg-type]
+    nn.Softsign: Row(image=lambda m: (-1.0, 1.0), monotone=True),
+    nn.Tanh: Row(image=lambda m: (-1.0, 1.0), monotone=True),
+    nn.Sigmoid: Row(image=lambda m: (0.0, 1.0), monotone=True),
+    nn.LogSigmoid: Row(image=lambda m: (-INF, 0.0)),
+    nn.Hardsigmoid: Row(image=lambda m: (0.0, 1.0), monotone=True),
+    nn.Hardswish: Row(lambda m: (3.0, INF), lambda m: (-0.4, INF)),
+    nn.Hardshrink: Row(),
+    nn.Softshrink: Row(),
+    nn.Tanhshrink: Row(),
+    nn.Threshold: Row(_threshold_identity),
+}
+
+
+class ChannelClamp(nn.Module):
+    """clamp(x, low, high) with bounds per channel.
+
+    Args:
+        low, high: (channels,), may be infinite.
+        dims: trailing spatial dimensions after the channel dimension.
+    """
+
+    def __init__(self, low: Tensor, high: Tensor, dims: int) -> None:
+        super().__init__()
+        self.register_buffer("low", low.reshape(-1, *[1] * dims))
+        self.register_buffer("high", high.reshape(-1, *[1] * dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.clamp(x, self.low, self.high)  # type: ignore[arg-type]
+
+
+class ChannelPReLU(nn.Module):
+    """PReLU with slopes per channel where the channel dimension is not dimension 1.
+
+    Args:
+        slope: (channels,).
+        dims: trailing spatial dimensions after the channel dimension.
+    """
+
+    def __init__(self, slope: Tensor, dims: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(slope.reshape(-1, *[1] * dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x >= 0, x, self.weight * x)
+
+
+class MaskedActivation(nn.Module):
+    """Applies each activation to the channels of its mask and leaves the others unchanged.
+
+    Args:
+        activations: pointwise modules.
+        masks: for each of them (channels,) booleans: where it applies.
+        dims: trailing spatial dimensions after the channel dimension.
+    """
+
+    def __init__(
+        self, activations: Sequence[nn.Module], masks: Sequence[Tensor], dims: int
+    ) -> None:
+        super().__init__()
+        self.activations = nn.ModuleList(activations)
+        for i, mask in enumerate(masks):
+            self.register_buffer(f"mask{i}", mask.reshape(-1, *[1] * dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for i, activation in enumerate(self.activations):
+            y = torch.where(getattr(self, f"mask{i}"), activation(x), y)
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """One pointwise activation of a graph, as a value."""
+
+    module: nn.Module
+
+    @property
+    def row(self) -> Row:
+        return TABLE[type(self.module)]
+
+    @property
+    def identity(self) -> Interval:
+        return self.row.identity(self.module)
+
+    @property
+    def is_per_channel(self) -> bool:
+        """Whether its own parameters already differ from channel to channel."""
+        return isinstance(self.module, nn.PReLU) and self.module.num_parameters > 1
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """Equal for two activations that are the same function of every channel."""
+        module = self.module
+        if isinstance(module, nn.PReLU):
+            same = id(module) if module.num_parameters > 1 else float(module.weight.detach())
+            return (nn.PReLU, module.num_parameters, same)
+        ignored = ("training", "inplace")
+        options = {k: v for k, v in vars(module).items() if k[0] != "_" and k not in ignored}
+        return (type(module), *sorted(options.items()))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Value at x: (channels,) float64, computed in float64."""
+        module = copy.deepcopy(self.module).to("cpu", torch.float64)
+        if hasattr(module, "inplace"):
+            module.inplace = False
+        with torch.no_grad():
+            return module(x.unsqueeze(0)).squeeze(0)
+
+    def fixes(self, low: Tensor, high: Tensor) -> bool:
+        """Whether it returns every value between `low` and `high` unchanged."""
+        begin, end = self.identity
+        return bool((low >= begin).all() and (high <= end).all())
+
+
+def is_activation(module: nn.Module) -> bool:
+    return type(module) in TABLE
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """`width` channels to which `activation` applies; None leaves them unchanged."""
+
+    width: int
+    activation: Activation | None
+
+
+def strategy_of(blocks: Sequence[Block]) -> str:
+    """How one module can apply each block's activation: one of `STRATEGIES`."""
+    active = [b.activation for b in blocks if b.activation and b.width]
+    full = len(active) == sum(b.width > 0 for b in blocks)
+    if full and len({a.signature for a in active}) == 1 and not active[0].is_per_channel:
+        return "identity"
+    if all(a.row.slope for a in active) or all(a.row.bounds for a in active):
+        return "per-channel"
+    return "masked"
+
+
+def per_block(
+    blocks: Sequence[Block],
+    *,
+    dims: int,
+    channels_are_dim_1: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module:
+    """One module that applies each block's activation to its channels.
+
+    Args:
+        blocks: channel blocks in order; at least one has an activation.
+        dims: spatial dimensions after the channel dimension.
+        channels_are_dim_1: whether the channel dimension is known to be dimension 1, which
+            `nn.PReLU` needs.
+    """
+    strategy = strategy_of(blocks)
+    active = [b.activation for b in blocks if b.activation and b.width]
+    if strategy == "identity":
+        return _plain_copy(active[0].module)
+    if strategy == "masked":
+        return _masked(blocks, dims, channels_are_dim_1, dtype, device)
+    if all(a.row.slope for a in active):
+        slopes = torch.cat([_slope_of(b) for b in blocks]).to(device, dtype)
+        return _prelu(slopes, dims, channels_are_dim_1)
+    low, high = (
+        torch.cat([torch.full((b.width,), end, dtype=dtype, device=device) for b, end in ends])
+        for ends in zip(*([(b, e) for e in _bounds_of(b)] for b in blocks), strict=True)
+    )
+    return ChannelClamp(low, high, dims).eval()
+
+
+def _masked(
+    blocks: Sequence[Block],
+    dims: int,
+    channels_are_dim_1: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> MaskedActivation:
+    total = sum(b.width for b in blocks)
+    activations: list[nn.Module] = []
+    masks: list[Tensor] = []
+    start = 0
+    for b in blocks:
+        mask = torch.zeros(total, dtype=torch.bool, device=device)
+        mask[start : start + b.width] = True
+        if b.activation is not None:
+            module = b.activation.module
+            if b.activation.is_per_channel:
+                slopes = torch.ones(total, dtype=dtype, device=device)
+                slopes[mask] = _slope_of(b).to(device, dtype)
+                module = _prelu(slopes, dims, channels_are_dim_1)
+            activations.append(_plain_copy(module))
+            masks.append(mask)
+        start += b.width
+    return MaskedActivation(activations, masks, dims).eval()
+
+
+def _prelu(slopes: Tensor, dims: int, channels_are_dim_1: bool) -> nn.Module:
+    if not channels_are_dim_1:
+        return ChannelPReLU(slopes, dims).eval()
+    module = nn.PReLU(slopes.numel(), device=slopes.device, dtype=slopes.dtype)
+    module.weight = nn.Parameter(slopes)
+    return module.eval()
+
+
+def _slope_of(block: Block) -> Tensor:
+    slope: Tensor | float = 1.0
+    if block.activation is not None and block.activation.row.slope:
+        slope = block.activation.row.slope(block.activation.module)
+    return torch.as_tensor(slope, dtype=torch.float64).cpu().reshape(-1).expand(block.width)
+
+
+def _bounds_of(block: Block) -> Interval:
+    if block.activation is None or block.activation.row.bounds is None:
+        return EVERYWHERE
+    return block.activation.row.bounds(block.activation.module)
+
+
+def _plain_copy(module: nn.Module) -> nn.Module:
+    """A copy that does not write into its input."""
+    module = copy.deepcopy(module)
+    if hasattr(module, "inplace"):
+        module.inplace = False
+    return module.eval()

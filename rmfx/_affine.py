@@ -1,0 +1,611 @@
+"""Linear layers as values: the algebra of Δ (duplicate), ⊕ (direct sum) and ∇ (add).
+
+An `AffineConv` is y[n] = b + Σ_t W[t]·x[n·stride + t·dilation − left], with x read as 0 outside its
+borders. Linear layers, convolutions, batch norm in eval mode, average pooling, constant scales,
+crops, zero padding and strided slices are all of this form. Channels come first, then 0 (a Linear
+layer) to 3 spatial dimensions.
+
+Per dimension one number fixes the output size: with `span` = dilation·(kernel − 1) and
+`growth` = left + right − span − 1 + stride, a layer maps size H to ⌊(H + growth) / stride⌋. Sizes of
+a chain follow the same law with stride s₁·s₂ and growth a₁ + s₁·a₂, because nested floors combine.
+So two layers give equal sizes for every input exactly when stride and growth agree.
+
+Laws (each has a property test):
+    compose(outer, inner)(x) = outer(inner(x))          where no border comes between
+    stack(f, g)(x)           = [f(x); g(x)]             = (f ⊕ g) ∘ Δ
+    join(f, g)([x; y])       = f(x) + g(y)              = ∇ ∘ (f ⊕ g)
+    direct_sum(f, g)([x; y]) = [f(x); g(y)]
+    plus(f, g)(x)            = f(x) + g(x)              = ∇ ∘ (f ⊕ g) ∘ Δ
+Δ and ∇ are merged by writing weight blocks side by side, never by multiplying with [I; I].
+
+Whatever is computed is computed in float64 and cast once, by `to_modules`. Weights that were only
+read or moved keep their own type, which holds them exactly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._errors import Refusal, WeightError
+
+Ints = tuple[int, ...]
+Pads = tuple[tuple[int, int], ...]
+
+CONVS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ZERO_PADS: tuple[type[nn.Module], ...] = (nn.Identity, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
+CONV_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+
+
+@dataclass(frozen=True, eq=False)
+class AffineConv:
+    """A linear layer as an immutable value.
+
+    Attributes:
+        weight: shape (out, in // groups, *kernel).
+        bias: shape (out,).
+        stride: per spatial dimension.
+        padding: (left, right) zeros per spatial dimension; a negative number crops.
+        dilation: per spatial dimension.
+        groups: number of channel groups.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    stride: Ints
+    padding: Pads
+    dilation: Ints
+    groups: int = 1
+
+    # ---- what it is -------------------------------------------------------------------------
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial dimensions, 0 for a Linear layer."""
+        return len(self.stride)
+
+    @property
+    def kernel(self) -> Ints:
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def out_channels(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def in_channels(self) -> int:
+        return int(self.weight.shape[1]) * self.groups
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(input channels, output channels) of one group."""
+        return int(self.weight.shape[1]), self.out_channels // self.groups
+
+    @property
+    def span(self) -> Ints:
+        """Distance between the first and the last tap."""
+        return tuple(d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
+
+    @property
+    def growth(self) -> Ints:
+        """a in: output size = ⌊(size + a) / stride⌋."""
+        return tuple(
+            left + right - span - 1 + s
+            for (left, right), span, s in zip(self.padding, self.span, self.stride, strict=True)
+        )
+
+    @property
+    def is_depthwise(self) -> bool:
+        """One input channel and one output channel in each group."""
+        return self.block == (1, 1)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """One tap per dimension (it may stride, crop or shift)."""
+        return math.prod(self.kernel) == 1
+
+    @property
+    def preserves_size(self) -> bool:
+        return all(s == 1 for s in self.stride) and not any(self.growth)
+
+    @property
+    def pads(self) -> bool:
+        """Whether a border of zeros is added somewhere."""
+        return any(left > 0 or right > 0 for left, right in self.padding)
+
+    @property
+    def has_bias(self) -> bool:
+        return bool(self.bias.any())
+
+    def output_size(self, size: Sequence[int]) -> Ints:
+        """Spatial output sizes for spatial input sizes."""
+        return tuple(
+            (h + a) // s for h, a, s in zip(size, self.growth, self.stride, strict=True)
+        )
+
+    def multiply_adds(self, positions: int = 1) -> int:
+        """Multiply-adds for `positions` output positions (pixels or tokens)."""
+        return self.weight.numel() * positions
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply to x: (batch, in, *size), or (..., in) where there are no spatial dimensions."""
+        weight, bias = self.weight.to(x), self.bias.to(x)
+        if not self.dims:
+            return F.linear(x, self.regroup(1).weight.to(x), bias)
+        flat = [p for pair in reversed(self.padding) for p in pair]
+        convolve = CONV_FUNCTIONS[self.dims]
+        padded = F.pad(x, flat)
+        return convolve(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    # ---- making one -------------------------------------------------------------------------
+
+    @staticmethod
+    def pointwise(
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        dims: int,
+        groups: int = 1,
+        stride: Ints | None = None,
+        padding: Pads | None = None,
+    ) -> AffineConv:
+        """One tap per position; weight: (out, in // groups)."""
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        return AffineConv(
+            weight.reshape(*weight.shape, *[1] * dims),
+            bias,
+            stride or (1,) * dims,
+            padding or ((0, 0),) * dims,
+            (1,) * dims,
+            groups,
+        )
+
+    @staticmethod
+    def scale(factor: Tensor, shift: Tensor | None = None, *, dims: int) -> AffineConv:
+        """x ↦ factor·x + shift, channel by channel; factor, shift: (channels,)."""
+        return AffineConv.pointwise(
+            factor.reshape(-1, 1), shift, dims=dims, groups=factor.numel()
+        )
+
+    @staticmethod
+    def identity(
+        channels: int,
+        dims: int,
+        *,
+        stride: Ints | None = None,
+        padding: Pads | None = None,
+        device: torch.device | None = None,
+    ) -> AffineConv:
+        """x ↦ x, subsampled by `stride` and padded or cropped by `padding`."""
+        # 0 and 1 are exact in the smallest type, which never widens the type of a neighbour.
+        ones = torch.ones(channels, 1, dtype=torch.bfloat16, device=device)
+        return AffineConv.pointwise(
+            ones, dims=dims, groups=channels, stride=stride, padding=padding
+        )
+
+    @staticmethod
+    def from_batch_norm(module: nn.Module, dims: int) -> AffineConv | Refusal:
+        """Batch norm in eval mode: γ·(x − μ)/√(σ² + ε) + β."""
+        mean, variance = module.running_mean, module.running_var
+        if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
+            return Refusal(
+                "batch norm without running statistics normalises by the batch, which is not linear"
+            )
+        factor = 1 / torch.sqrt(_float64(variance) + float(module.eps))  # type: ignore[arg-type]
+        if isinstance(module.weight, Tensor):
+            factor = factor * _float64(module.weight)
+        shift = -_float64(mean) * factor
+        if isinstance(module.bias, Tensor):
+            shift = shift + _float64(module.bias)
+        return AffineConv.scale(factor, shift, dims=dims)
+
+    @staticmethod
+    def from_conv(module: nn.Module) -> AffineConv | Refusal:
+        """An `nn.Linear` or `nn.Conv1d/2d/3d`."""
+        weight: Tensor = module.weight.detach()  # type: ignore[assignment,operator,union-attr]
+        given = module.bias
+        bias = given.detach() if isinstance(given, Tensor) else weight.new_zeros(weight.shape[0])
+        if isinstance(module, nn.Linear):
+            return AffineConv(weight, bias, (), (), ())
+        if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            return Refusal(f"{type(module).__name__} is not a convolution")
+        padding = _conv_padding(module)
+        if module.padding_mode != "zeros" and any(any(pair) for pair in padding):
+            return Refusal(f"padding_mode={module.padding_mode!r} reads other values than zero")
+        return AffineConv(
+            weight, bias, tuple(module.stride), padding, tuple(module.dilation), module.groups
+        )
+
+    @staticmethod
+    def average_pool(
+        channels: int,
+        kernel: Ints,
+        stride: Ints,
+        padding: Ints,
+        *,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor: int | None = None,
+        device: torch.device | None = None,
+    ) -> AffineConv | Refusal:
+        """Average pooling as a depthwise convolution with equal taps."""
+        if ceil_mode and any(s > 1 for s in stride):
+            return Refusal("average pooling with ceil_mode=True averages fewer values at the border")
+        if any(padding) and not count_include_pad and divisor is None:
+            return Refusal(
+                "average pooling with count_include_pad=False averages fewer values at the border"
+            )
+        tap = 1.0 / (divisor or math.prod(kernel))
+        weight = torch.full((channels, 1, *kernel), tap, dtype=torch.float64, device=device)
+        pads = tuple((p, p) for p in padding)
+        return AffineConv(
+            weight, weight.new_zeros(channels), stride, pads, (1,) * len(kernel), channels
+        )
+
+    def in_float64(self) -> AffineConv:
+        """The same layer, ready to compute with."""
+        return replace(
+            self, weight=self.weight.to(torch.float64), bias=self.bias.to(torch.float64)
+        )
+
+    # ---- changing its form, not its function ------------------------------------------------
+
+    def regroup(self, groups: int) -> AffineConv:
+        """The same map with fewer groups, the new places filled with zeros."""
+        if groups == self.groups:
+            return self
+        per = self.groups // groups
+        (n_in, n_out), kernel = self.block, self.kernel
+        weight = self.weight.new_zeros(groups, per, n_out, per, n_in, *kernel)
+        # The diagonal over the two `per` axes lands last: (groups, n_out, n_in, *kernel, per).
+        diagonal = weight.diagonal(dim1=1, dim2=3)
+        blocks = self.weight.reshape(groups, per, n_out, n_in, *kernel)
+        diagonal.copy_(blocks.movedim(1, -1))
+        return replace(
+            self,
+            weight=weight.reshape(self.out_channels, per * n_in, *kernel),
+            groups=groups,
+        )
+
+    def in_window(self, left: Ints, dilation: Ints, kernel: Ints) -> AffineConv:
+        """The same map with the taps placed in a larger window that starts at −left.
+
+        Every tap must lie on the window's grid; `growth` (so the output size) stays.
+        """
+        if (kernel, dilation) == (self.kernel, self.dilation) and left == self._left:
+            return self
+        places = [
+            torch.tensor([(t * d - own + new) // step for t in range(k)], device=self.weight.device)
+            for k, d, own, new, step in zip(
+                self.kernel, self.dilation, self._left, left, dilation, strict=True
+            )
+        ]
+        weight = self.weight.new_zeros(*self.weight.shape[:2], *kernel)
+        weight[(..., *torch.meshgrid(*places, indexing="ij"))] = self.weight
+        padding = tuple(
+            (new, a - new + d * (k - 1) + 1 - s)
+            for new, a, d, k, s in zip(
+                left, self.growth, dilation, kernel, self.stride, strict=True
+            )
+        )
+        return replace(self, weight=weight, padding=padding, dilation=dilation)
+
+    def pad_channels(self, n_in: int, n_out: int) -> AffineConv:
+        """Append channels: new inputs are ignored, new outputs are zero."""
+        if (n_in, n_out) == (self.in_channels, self.out_channels):
+            return self
+        if self.is_depthwise and n_in == n_out:
+            extra = n_out - self.out_channels
+            weight = torch.cat([self.weight, self.weight.new_zeros(extra, *self.weight.shape[1:])])
+            bias = torch.cat([self.bias, self.bias.new_zeros(extra)])
+            return replace(self, weight=weight, bias=bias, groups=n_out)
+        return _assemble([self], [(0, 0)], n_out, n_in)
+
+    @property
+    def _left(self) -> Ints:
+        return tuple(left for left, _ in self.padding)
+
+    # ---- turning it back into modules -------------------------------------------------------
+
+    def to_modules(self, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, ...]:
+        """Ordinary modules that apply this layer: one, or a padding and one.
+
+        Raises:
+            WeightError: a weight is not finite in `dtype`.
+        """
+        groups = 1 if not self.dims else self.groups
+        own = self.regroup(groups)
+        weight, bias = own.weight.to(device, dtype), own.bias.to(device, dtype)
+        if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+            raise WeightError(
+                f"a merged weight is too large for {dtype}; convert the model in float32"
+            )
+        symmetric = all(left == right >= 0 for left, right in self.padding)
+        layer = self._empty(own, symmetric, device, dtype)
+        layer.weight = nn.Parameter(weight)
+        layer.bias = nn.Parameter(bias) if self.has_bias else None
+        if symmetric:
+            return (layer.eval(),)
+        flat = tuple(p for pair in reversed(self.padding) for p in pair)
+        return (ZERO_PADS[self.dims](flat).eval(), layer.eval())  # type: ignore[call-arg]
+
+    def _empty(
+        self, own: AffineConv, symmetric: bool, device: torch.device, dtype: torch.dtype
+    ) -> nn.Module:
+        with torch.device("meta"):
+            if not self.dims:
+                return nn.Linear(self.in_channels, self.out_channels, dtype=dtype)
+            return CONVS[self.dims](
+                self.in_channels,
+                self.out_channels,
+                self.kernel,
+                stride=self.stride,
+                padding=self._left if symmetric else 0,
+                dilation=self.dilation,
+                groups=own.groups,
+                dtype=dtype,
+            )  # type: ignore[call-arg]
+
+
+def compose(outer: AffineConv, inner: AffineConv) -> AffineConv | Refusal:
+    """outer ∘ inner as one layer.
+
+    Exact unless the outer layer reads its zero padding where the merged layer would read something
+    else: the inner layer's bias, or inputs that an inner kernel still sees from outside its border.
+    """
+    refusal = _border_between(outer, inner)
+    if refusal:
+        return refusal
+    outer, inner = (f.in_float64() for f in _in_one_type([outer, inner]))
+    step, kernel = [], []
+    for s, d_out, d_in, span_out, span_in, k_out, k_in in zip(
+        inner.stride,
+        outer.dilation,
+        inner.dilation,
+        outer.span,
+        inner.span,
+        outer.kernel,
+        inner.kernel,
+        strict=True,
+    ):
+        grid = math.gcd(s * d_out if k_out > 1 else 0, d_in if k_in > 1 else 0) or 1
+        step.append(grid)
+        kernel.append((s * span_out + span_in) // grid + 1)
+    weight, groups = _compose_weights(outer, inner, tuple(step), tuple(kernel))
+    stride = tuple(a * b for a, b in zip(outer.stride, inner.stride, strict=True))
+    padding = []
+    for (left_out, _), (left_in, _), a_out, a_in, s_in, s, g, k in zip(
+        outer.padding,
+        inner.padding,
+        outer.growth,
+        inner.growth,
+        inner.stride,
+        stride,
+        step,
+        kernel,
+        strict=True,
+    ):
+        left = s_in * left_out + left_in
+        padding.append((left, a_in + s_in * a_out - left + g * (k - 1) + 1 - s))
+    bias = outer.bias + _sum_of_taps(outer, inner.bias)
+    return AffineConv(weight, bias, stride, tuple(padding), tuple(step), groups)
+
+
+def chain(layers: Iterable[AffineConv]) -> AffineConv | Refusal:
+    """All `layers`, applied in order, as one layer."""
+    iterator = iter(layers)
+    result = next(iterator)
+    for layer in iterator:
+        merged = compose(layer, result)
+        if isinstance(merged, Refusal):
+            return merged
+        result = merged
+    return result
+
+
+def stack(*layers: AffineConv) -> AffineConv | Refusal:
+    """x ↦ [f(x); g(x); …], outputs one below the other."""
+    same = common_window(layers)
+    if isinstance(same, Refusal):
+        return same
+    starts = itertools.accumulate((f.out_channels for f in same), initial=0)
+    total = sum(f.out_channels for f in same)
+    return _assemble(same, [(o, 0) for o in list(starts)[:-1]], total, same[0].in_channels)
+
+
+def join(*layers: AffineConv) -> AffineConv | Refusal:
+    """[x; y; …] ↦ f(x) + g(y) + …"""
+    same = common_window(layers)
+    if isinstance(same, Refusal):
+        return same
+    starts = itertools.accumulate((f.in_channels for f in same), initial=0)
+    total = sum(f.in_channels for f in same)
+    return _assemble(same, [(0, i) for i in list(starts)[:-1]], same[0].out_channels, total)
+
+
+def direct_sum(*layers: AffineConv) -> AffineConv | Refusal:
+    """[x; y; …] ↦ [f(x); g(y); …], as a grouped layer where the groups fit, else dense."""
+    same = common_window(layers)
+    if isinstance(same, Refusal):
+        return same
+    block = common_block([f.block for f in same])
+    if block and all(f.groups % (block[0] // f.block[0]) == 0 for f in same):
+        parts = _in_one_type([f.regroup(f.groups * f.block[0] // block[0]) for f in same])
+        return replace(
+            parts[0],
+            weight=torch.cat([f.weight for f in parts]),
+            bias=torch.cat([f.bias for f in parts]),
+            groups=sum(f.groups for f in parts),
+        )
+    rows = itertools.accumulate((f.out_channels for f in same), initial=0)
+    columns = itertools.accumulate((f.in_channels for f in same), initial=0)
+    n_out, n_in = sum(f.out_channels for f in same), sum(f.in_channels for f in same)
+    return _assemble(same, list(zip(rows, columns, strict=True))[:-1], n_out, n_in)
+
+
+def plus(*layers: AffineConv) -> AffineConv | Refusal:
+    """x ↦ f(x) + g(x) + …"""
+    same = common_window(layers)
+    if isinstance(same, Refusal):
+        return same
+    groups = math.gcd(*(f.groups for f in same))
+    parts = [f.regroup(groups).in_float64() for f in same]
+    weight = torch.stack([f.weight for f in parts]).sum(0)
+    bias = torch.stack([f.bias for f in parts]).sum(0)
+    return replace(parts[0], weight=weight, bias=bias)
+
+
+def common_block(blocks: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """The smallest group shape (in, out) that is a multiple of every one of `blocks`, if any."""
+    n_in = math.lcm(*(b[0] for b in blocks))
+    n_out = {b[1] * (n_in // b[0]) for b in blocks}
+    return (n_in, n_out.pop()) if len(n_out) == 1 else None
+
+
+def common_window(layers: Sequence[AffineConv]) -> list[AffineConv] | Refusal:
+    """The layers with equal kernel, dilation and padding; strides and output sizes must agree."""
+    window = window_of(layers)
+    return window if isinstance(window, Refusal) else [f.in_window(*window) for f in layers]
+
+
+def window_of(layers: Sequence[AffineConv]) -> tuple[Ints, Ints, Ints] | Refusal:
+    """The smallest (left padding, dilation, kernel) whose taps include those of every layer."""
+    first = layers[0]
+    for f in layers[1:]:
+        if f.dims != first.dims:
+            return Refusal(f"layers of {first.dims} and {f.dims} spatial dimensions do not combine")
+        if f.stride != first.stride:
+            return Refusal(f"strides differ: {first.stride} and {f.stride}")
+        if f.growth != first.growth:
+            return Refusal("the output sizes agree for some input sizes only")
+    left, dilation, kernel = [], [], []
+    for i in range(first.dims):
+        begin = max(f.padding[i][0] for f in layers)
+        end = max(f.span[i] - f.padding[i][0] for f in layers)
+        steps = [f.dilation[i] for f in layers if f.kernel[i] > 1]
+        step = math.gcd(*steps, *(begin - f.padding[i][0] for f in layers)) or 1
+        left.append(begin)
+        dilation.append(step)
+        kernel.append((begin + end) // step + 1)
+    return tuple(left), tuple(dilation), tuple(kernel)
+
+
+def _assemble(
+    layers: Sequence[AffineConv], corners: Sequence[tuple[int, int]], n_out: int, n_in: int
+) -> AffineConv:
+    """A dense layer with each layer's weight written at its (output, input) corner.
+
+    Biases of layers that share output rows add up; their weight blocks must not overlap.
+    """
+    layers = _in_one_type(layers)
+    first = layers[0]
+    weight = first.weight.new_zeros(n_out, n_in, *first.kernel)
+    bias = first.bias.new_zeros(n_out)
+    for f, (row, column) in zip(layers, corners, strict=True):
+        place = weight[row : row + f.out_channels, column : column + f.in_channels]
+        place = place.unflatten(0, (f.groups, -1)).unflatten(2, (f.groups, -1))
+        blocks = f.weight.unflatten(0, (f.groups, -1))
+        place.diagonal(dim1=0, dim2=2).copy_(blocks.movedim(0, -1))
+        bias[row : row + f.out_channels] += f.bias
+    return replace(first, weight=weight, bias=bias, groups=1)
+
+
+def _in_one_type(layers: Sequence[AffineConv]) -> list[AffineConv]:
+    """The layers in the smallest type that holds all their weights, on one device."""
+    devices = {f.weight.device for f in layers}
+    # Layers made of constants live on the CPU and follow the others.
+    device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+    dtype = layers[0].weight.dtype
+    for f in layers[1:]:
+        dtype = torch.promote_types(dtype, f.weight.dtype)
+    if sum(f.has_bias for f in layers) > 1:  # biases may be added
+        dtype = torch.float64
+    return [
+        replace(f, weight=f.weight.to(device, dtype), bias=f.bias.to(device, dtype))
+        for f in layers
+    ]
+
+
+def _border_between(outer: AffineConv, inner: AffineConv) -> Refusal | None:
+    """Why the outer layer's padding forbids merging, if it does."""
+    if outer.in_channels != inner.out_channels or outer.dims != inner.dims:
+        return Refusal("the layers do not fit one another")
+    if not outer.pads:
+        return None
+    if inner.has_bias:
+        return Refusal(
+            "the second layer pads with zeros what the first layer would fill with its bias"
+        )
+    for (left, right), (left_in, right_in), span, s in zip(
+        outer.padding, inner.padding, inner.span, inner.stride, strict=True
+    ):
+        sees_left = left > 0 and span - left_in >= s
+        sees_right = right > 0 and right_in < span
+        if sees_left or sees_right:
+            return Refusal(
+                "the second layer pads with zeros where the first layer's kernel would still see "
+                "its input"
+            )
+    return None
+
+
+def _compose_weights(
+    outer: AffineConv, inner: AffineConv, step: Ints, kernel: Ints
+) -> tuple[Tensor, int]:
+    """Weight and groups of outer ∘ inner: products of taps, summed where they meet."""
+    if outer.is_depthwise:
+        groups, n_in = inner.groups, inner.weight.shape[1]
+        w_out, w_in = outer.weight, inner.weight
+    elif inner.is_depthwise:
+        groups, n_in = outer.groups, outer.weight.shape[1]
+        w_out = outer.weight
+        # Row j of the inner weight scales column j of its group.
+        w_in = inner.weight.reshape(groups, 1, n_in, *inner.kernel)
+        w_in = w_in.expand(-1, outer.block[1], *w_in.shape[2:]).flatten(0, 1)
+    else:
+        groups = math.gcd(outer.groups, inner.groups)
+        outer, inner = outer.regroup(groups), inner.regroup(groups)
+        n_in = inner.weight.shape[1]
+        w_out = outer.weight.unflatten(0, (groups, -1))
+        w_in = inner.weight.unflatten(0, (groups, -1))
+    product_of = torch.mul if outer.is_depthwise or inner.is_depthwise else torch.matmul
+    weight = outer.weight.new_zeros(outer.out_channels, n_in, *kernel)
+    for t in itertools.product(*map(range, outer.kernel)):
+        for u in itertools.product(*map(range, inner.kernel)):
+            place = tuple(
+                (s * d_out * i + d_in * j) // g
+                for s, d_out, d_in, i, j, g in zip(
+                    inner.stride, outer.dilation, inner.dilation, t, u, step, strict=True
+                )
+            )
+            product = product_of(w_out[(..., *t)], w_in[(..., *u)])
+            weight[(..., *place)] += product.reshape(outer.out_channels, n_in)
+    return weight, groups
+
+
+def _sum_of_taps(layer: AffineConv, value: Tensor) -> Tensor:
+    """The layer's response, without its bias, to an input that is `value` everywhere."""
+    taps = layer.weight.flatten(2).sum(2) if layer.dims else layer.weight
+    n_in, n_out = layer.block
+    per_group = taps.reshape(layer.groups, n_out, n_in)
+    return torch.einsum("goi,gi->go", per_group, value.reshape(layer.groups, n_in)).flatten()
+
+
+def _conv_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Pads:
+    """(left, right) per dimension; "same" puts the odd zero on the right, as PyTorch does."""
+    if module.padding == "valid":
+        return ((0, 0),) * len(module.kernel_size)
+    if module.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((int(p), int(p)) for p in module.padding)
+
+
+def _float64(x: Tensor) -> Tensor:
+    return x.detach().to(torch.float64)

@@ -1,0 +1,488 @@
+"""Functional, method and aten calls become the modules and operators of one dialect.
+
+Each kind of layer has one row: which targets mean it, the names of their arguments in order, and
+how to build the `torch.nn` module. A call whose arguments are not constants of the model stays as
+it is, and is opaque to every rule.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.node import _side_effectful_functions
+
+from ._activation import ChannelClamp, ChannelPReLU, MaskedActivation, is_activation
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+PADS = (
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    *(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+)
+# Modules that keep both the number of dimensions and the channels of their input.
+CHANNELWISE = (
+    *BATCH_NORMS,
+    *AVERAGE_POOLS,
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity),
+    *(ChannelClamp, ChannelPReLU, MaskedActivation),
+)
+ADDS = (operator.add, operator.iadd, torch.add)
+SUBS = (operator.sub, operator.isub, torch.sub)
+SCALES = (
+    *(operator.mul, operator.imul, torch.mul, operator.truediv, operator.itruediv, torch.div),
+    *(operator.neg, torch.neg),
+)
+
+aten = torch.ops.aten
+Arguments = dict[str, Any]
+Builder = Callable[[Arguments], nn.Module | None]
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One way to call a layer: argument names in order, and the module it amounts to."""
+
+    names: tuple[str, ...]
+    build: Builder
+
+
+# ---- pointwise activations ----------------------------------------------------------------------
+
+
+def _activation(kind: type[nn.Module], names: str) -> Builder:
+    def build(given: Arguments) -> nn.Module | None:
+        if given.pop("training", False) or given.pop("inplace", None) not in (None, False, True):
+            return None
+        return kind(**given)
+
+    return build
+
+
+_ACTIVATIONS: tuple[tuple[type[nn.Module], str, str], ...] = (
+    (nn.ReLU, "relu", "inplace"),
+    (nn.ReLU6, "relu6", "inplace"),
+    (nn.Hardtanh, "hardtanh", "min_val max_val inplace"),
+    (nn.LeakyReLU, "leaky_relu", "negative_slope inplace"),
+    (nn.RReLU, "rrelu", "lower upper training inplace"),
+    (nn.ELU, "elu", "alpha inplace"),
+    (nn.CELU, "celu", "alpha inplace"),
+    (nn.SELU, "selu", "inplace"),
+    (nn.GELU, "gelu", "approximate"),
+    (nn.SiLU, "silu", "inplace"),
+    (nn.Mish, "mish", "inplace"),
+    (nn.Softplus, "softplus", "beta threshold"),
+    (nn.Softsign, "softsign", ""),
+    (nn.Tanh, "tanh", ""),
+    (nn.Sigmoid, "sigmoid", ""),
+    (nn.LogSigmoid, "logsigmoid", ""),
+    (nn.Hardsigmoid, "hardsigmoid", "inplace"),
+    (nn.Hardswish, "hardswish", "inplace"),
+    (nn.Hardshrink, "hardshrink", "lambd"),
+    (nn.Softshrink, "softshrink", "lambd"),
+    (nn.Tanhshrink, "tanhshrink", ""),
+    (nn.Threshold, "threshold", "threshold value inplace"),
+)
+
+
+def _clamp(given: Arguments) -> nn.Module | None:
+    low, high = given.get("min"), given.get("max")
+    if any(isinstance(v, Tensor) for v in (low, high)) or (low is None and high is None):
+        return None
+    low = -float("inf") if low is None else float(low)
+    high = float("inf") if high is None else float(high)
+    if (low, high) == (0.0, float("inf")):
+        return nn.ReLU()
+    return nn.Hardtanh(low, high) if low < high else None
+
+
+def _prelu(given: Arguments) -> nn.Module | None:
+    weight = given["weight"]
+    if not isinstance(weight, Tensor):
+        return None
+    return _filled(nn.PReLU(weight.numel(), device="meta"), weight=weight)
+
+
+# ---- layers with weights ------------------------------------------------------------------------
+
+
+def _filled(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
+    """The module with its parameters and buffers set to the model's own tensors."""
+    for name, value in tensors.items():
+        if name in module._parameters and isinstance(value, Tensor):
+            shared = value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
+            module._parameters[name] = shared
+        elif name in module._parameters:
+            module._parameters[name] = None
+        else:
+            module._buffers[name] = value
+    return module
+
+
+def _conv(dims: int) -> Builder:
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+
+    def build(given: Arguments) -> nn.Module | None:
+        weight, bias = given.pop("weight"), given.pop("bias", None)
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
+            return None
+        groups = given.get("groups", 1)
+        options = {k: _each(v, dims) for k, v in given.items() if k != "groups"}
+        module = kind(
+            weight.shape[1] * groups,
+            weight.shape[0],
+            tuple(weight.shape[2:]),
+            groups=groups,
+            device="meta",
+            **options,
+        )
+        return _filled(module, weight=weight, bias=bias)
+
+    return build
+
+
+def _linear(given: Arguments) -> nn.Module | None:
+    weight, bias = given["weight"], given.get("bias")
+    if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None) or weight.dim() != 2:
+        return None
+    module = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    return _filled(module, weight=weight, bias=bias)
+
+
+def _batch_norm(given: Arguments) -> nn.Module | None:
+    mean, variance = given["running_mean"], given["running_var"]
+    weight, bias = given.get("weight"), given.get("bias")
+    rank = given["rank"]
+    constant = isinstance(mean, Tensor) and isinstance(variance, Tensor)
+    if given.get("training") or not constant or rank not in (2, 3, 4, 5):
+        return None
+    if not isinstance(weight, Tensor | None) or not isinstance(bias, Tensor | None):
+        return None
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[rank]
+    module = kind(mean.numel(), eps=given.get("eps", 1e-5), device="meta")
+    module = _filled(
+        module, running_mean=mean, running_var=variance, weight=weight, bias=bias
+    )
+    module.num_batches_tracked = torch.tensor(0)
+    return module
+
+
+# ---- pooling, padding, shape --------------------------------------------------------------------
+
+
+def _pool(kind: type[nn.Module]) -> Builder:
+    def build(given: Arguments) -> nn.Module | None:
+        if given.get("return_indices"):
+            return None
+        if given.get("stride") in ([], ()):
+            given.pop("stride")
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+    return build
+
+
+def _dropout(given: Arguments) -> nn.Module | None:
+    training = given.get("training", True)
+    return None if training or not isinstance(training, bool) else nn.Dropout(given.get("p", 0.5))
+
+
+def _flatten(given: Arguments) -> nn.Module | None:
+    return nn.Flatten(given.get("start_dim", 0), given.get("end_dim", -1))
+
+
+def _each(value: Any, dims: int) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(value) * dims if len(value) == 1 else tuple(value)
+    return value
+
+
+def _overloads(*names: str) -> list[Any]:
+    """aten overloads by name, those that this version of PyTorch has."""
+    found = []
+    for name in names:
+        packet, _, overload = name.partition(".")
+        if hasattr(aten, packet):
+            found.append(getattr(getattr(aten, packet), overload or "default"))
+    return found
+
+
+def _table() -> dict[Any, Call]:
+    table: dict[Any, Call] = {}
+
+    def row(targets: Iterable[Any], names: str, build: Builder) -> None:
+        table.update({t: Call(("input", *names.split()), build) for t in targets if t is not None})
+
+    for kind, name, names in _ACTIVATIONS:
+        in_place = f"{name}_"
+        functions = [getattr(m, n, None) for m in (F, torch) for n in (name, in_place)]
+        methods = [n for n in (name, in_place) if hasattr(Tensor, n)]
+        row([*functions, *methods, *_overloads(name, in_place)], names, _activation(kind, names))
+    row(
+        [torch.clamp, torch.clamp_, torch.clip, "clamp", "clamp_", "clip", "clip_"]
+        + _overloads("clamp", "clamp_"),
+        "min max",
+        _clamp,
+    )
+    row([F.prelu, torch.prelu, *_overloads("prelu")], "weight", _prelu)
+    for dims in (1, 2, 3):
+        names = "weight bias stride padding dilation groups"
+        functions = [getattr(F, f"conv{dims}d"), getattr(torch, f"conv{dims}d")]
+        overloads = _overloads(f"conv{dims}d", f"conv{dims}d.padding")
+        row([*functions, *overloads], names, _conv(dims))
+        for prefix, module, options in (
+            ("max_pool", "MaxPool", "kernel_size stride padding dilation ceil_mode return_indices"),
+            (
+                "avg_pool",
+                "AvgPool",
+                "kernel_size stride padding ceil_mode count_include_pad"
+                + (" divisor_override" if dims > 1 else ""),
+            ),
+            ("adaptive_avg_pool", "AdaptiveAvgPool", "output_size"),
+            ("adaptive_max_pool", "AdaptiveMaxPool", "output_size return_indices"),
+        ):
+            name = f"{prefix}{dims}d"
+            functions = [getattr(m, name, None) for m in (F, torch)]
+            row([*functions, *_overloads(name)], options, _pool(getattr(nn, f"{module}{dims}d")))
+    row([F.linear, *_overloads("linear")], "weight bias", _linear)
+    row(
+        [F.batch_norm],
+        "running_mean running_var weight bias training momentum eps",
+        _batch_norm,
+    )
+    row(
+        [torch.batch_norm, *_overloads("batch_norm")],
+        "weight bias running_mean running_var training momentum eps cudnn_enabled",
+        _batch_norm,
+    )
+    row([F.dropout, F.dropout2d, F.dropout3d], "p training inplace", _dropout)
+    row([torch.dropout, *_overloads("dropout", "feature_dropout")], "p training", _dropout)
+    row([torch.flatten, "flatten", *_overloads("flatten.using_ints")], "start_dim end_dim", _flatten)
+    return table
+
+
+CALLS = _table()
+
+ARITHMETIC: dict[Any, Any] = {
+    **dict.fromkeys(
+        [operator.add, operator.iadd, "add", "add_", *_overloads("add.Tensor", "add_.Tensor")],
+        torch.add,
+    ),
+    **dict.fromkeys(
+        [operator.sub, operator.isub, "sub", "sub_", *_overloads("sub.Tensor", "sub_.Tensor")],
+        torch.sub,
+    ),
+    **dict.fromkeys(
+        [operator.mul, operator.imul, "mul", "mul_", torch.multiply]
+        + _overloads("mul.Tensor", "mul_.Tensor"),
+        torch.mul,
+    ),
+    **dict.fromkeys(
+        [operator.truediv, operator.itruediv, "div", "div_", "true_divide", torch.true_divide]
+        + _overloads("div.Tensor", "div_.Tensor"),
+        torch.div,
+    ),
+    **dict.fromkeys([operator.neg, "neg", "neg_", *_overloads("neg", "neg_")], torch.neg),
+    torch.add: torch.add,
+    torch.sub: torch.sub,
+    torch.subtract: torch.sub,
+    torch.mul: torch.mul,
+    torch.div: torch.div,
+    torch.neg: torch.neg,
+}
+IN_PLACE_METHODS = ("__iadd__", "__isub__", "__imul__", "__itruediv__")
+
+
+def has_functional_form(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `canonicalise` can express an in-place call without writing."""
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        return is_activation(module) or isinstance(module, nn.modules.dropout._DropoutNd)
+    if node.target in ARITHMETIC:
+        return "rounding_mode" not in node.kwargs and "out" not in node.kwargs
+    return node.target in CALLS and _module_for(gm, node) is not None
+
+
+def canonicalise(gm: fx.GraphModule) -> None:
+    """Rewrite every call that has a form in the dialect, except frozen ones."""
+    taken = {name for name, _ in gm.named_modules(remove_duplicate=False)}
+    frozen = {n.target for n in gm.graph.nodes if n.op == "call_module" and n.meta.get("frozen")}
+    for node in list(gm.graph.nodes):
+        if node.meta.get("frozen") or node.meta.get("number"):
+            continue
+        if node.op == "call_module" and node.meta.get("functional"):
+            _detach_in_place(gm, node, taken, keep=node.target in frozen)
+        elif node.op in ("call_function", "call_method"):
+            _canonicalise_call(gm, node, taken)
+    gm.graph.eliminate_dead_code(is_impure_node=must_stay)
+
+
+def must_stay(node: fx.Node) -> bool:
+    """Whether a node whose value nobody reads does something all the same."""
+    if node.op in ("placeholder", "output") or node.meta.get("frozen"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return node.target in _side_effectful_functions or bool(schema and schema.is_mutable)
+
+
+def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> None:
+    if node.target in ARITHMETIC and not {"rounding_mode", "out"} & set(node.kwargs):
+        node.op, node.target = "call_function", ARITHMETIC[node.target]
+        return
+    if node.target is aten.slice.Tensor:
+        _slice(node)
+        return
+    if node.target in (aten.constant_pad_nd.default, aten.pad.default):
+        names = ("input", "pad", *(("mode",) if "pad.def" in str(node.target) else ()), "value")
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        x = given.pop("input")
+        node.target, node.args, node.kwargs = F.pad, (x,), given
+        return
+    module = _flatten_by_view(node) or _module_for(gm, node)
+    if module is None:
+        return
+    name = _module_name(gm, node, taken)
+    gm.add_submodule(name, module.eval())
+    node.op, node.target, node.args, node.kwargs = "call_module", name, (_input(node),), {}
+
+
+def _input(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+
+
+def _module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that a call amounts to, None if it has no fixed one."""
+    call = CALLS.get(node.target)
+    if call is None or len(node.args) > len(call.names):
+        return None
+    given = dict(zip(call.names, node.args, strict=False)) | node.kwargs
+    if "self" in given:
+        given["input"] = given.pop("self")
+    x = given.pop("input", None)
+    if not isinstance(x, fx.Node) or set(given) - set(call.names):
+        return None
+    resolved = {name: _constant(gm, value) for name, value in given.items()}
+    if any(value is MISSING for value in resolved.values()):
+        return None
+    if call.build is _batch_norm:
+        resolved["rank"] = _rank(gm, x)
+    try:
+        return call.build(resolved)
+    except (TypeError, ValueError):  # arguments that the module does not take
+        return None
+
+
+def _constant(gm: fx.GraphModule, value: Any) -> Any:
+    """A node argument as a constant: numbers as they are, get_attr nodes as tensors."""
+    if isinstance(value, fx.Node):
+        if value.op != "get_attr" or value.meta.get("frozen"):
+            return MISSING
+        found: Any = gm
+        for name in str(value.target).split("."):
+            found = getattr(found, name)
+        return found if isinstance(found, Tensor) else MISSING
+    if isinstance(value, (list, tuple)):
+        items = [_constant(gm, v) for v in value]
+        return MISSING if any(v is MISSING for v in items) else type(value)(items)
+    return value
+
+
+def _rank(gm: fx.GraphModule, node: fx.Node | None) -> int | None:
+    """Number of dimensions of a node's value, from its shape or from the layer before it."""
+    while node is not None:
+        shape = node.meta.get("shape", getattr(node.meta.get("val"), "shape", None))
+        if shape is not None:
+            return len(shape)
+        if node.op == "call_module":
+            module = gm.get_submodule(str(node.target))
+            for dims in (1, 2, 3):
+                kinds = tuple(getattr(nn, f"{k}{dims}d") for k in ("Conv", "MaxPool", "AvgPool"))
+                if isinstance(module, kinds):
+                    return dims + 2
+            if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+                return 4 if isinstance(module, nn.BatchNorm2d) else 5
+            if not is_activation(module):
+                return None
+        elif node.target not in (torch.add, torch.sub, torch.mul, torch.div, torch.neg):
+            return None
+        node = next((n for n in node.all_input_nodes if n.op != "get_attr"), None)
+    return None
+
+
+def _flatten_by_view(node: fx.Node) -> nn.Module | None:
+    """`x.view(x.size(0), -1)` and its relatives are `nn.Flatten(1)`."""
+    if node.target not in ("view", "reshape", torch.reshape) or len(node.args) < 2:
+        return None
+    sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    if len(sizes) != 2 or sizes[1] != -1 or not isinstance(sizes[0], fx.Node):
+        return None
+    x, size = node.args[0], sizes[0]
+    if size.target == "size" and size.args == (x, 0):
+        return nn.Flatten(1)
+    if size.target is not operator.getitem or size.args[1] != 0:
+        return None
+    shape = size.args[0]
+    by_method = shape.target == "size" and shape.args == (x,)
+    by_attribute = shape.target is getattr and shape.args == (x, "shape")
+    return nn.Flatten(1) if by_method or by_attribute else None
+
+
+def _slice(node: fx.Node) -> None:
+    """aten.slice(x, dim, start, end, step) as x[…, start:end:step]."""
+    names = ("input", "dim", "start", "end", "step")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    dim = given.get("dim", 0)
+    if not isinstance(dim, int) or dim < 0:
+        return
+    end = given.get("end")
+    end = None if isinstance(end, int) and end >= 2**62 else end
+    part = slice(given.get("start") or None, end, None if given.get("step") == 1 else given.get("step"))
+    node.target, node.kwargs = operator.getitem, {}
+    node.args = (given["input"], (*[slice(None)] * dim, part))
+
+
+def _detach_in_place(gm: fx.GraphModule, node: fx.Node, taken: set[str], *, keep: bool) -> None:
+    """Let a node call a copy of its in-place module that does not write.
+
+    Args:
+        keep: whether other calls still need the module as it is.
+    """
+    target = str(node.target)
+    module = copy.copy(gm.get_submodule(target))
+    module.inplace = False
+    if keep:
+        target = _free_name(gm, target, taken)
+        gm.add_submodule(target, module)
+        node.target = target
+    else:
+        parent, _, name = target.rpartition(".")
+        setattr(gm.get_submodule(parent), name, module)
+
+
+def _module_name(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> str:
+    """A free module path for a call, inside the module that makes it."""
+    stack = node.meta.get("nn_module_stack")
+    path = _last_path(stack) if stack else ""
+    return _free_name(gm, f"{path}.{node.name}" if path else node.name, taken)
+
+
+def _free_name(gm: fx.GraphModule, base: str, taken: set[str]) -> str:
+    name, i = base, 1
+    while name in taken or hasattr(gm, name):
+        name, i = f"{base}_{i}", i + 1
+    taken.add(name)
+    return name
+
+
+def _last_path(stack: dict[str, Any]) -> str:
+    value = list(stack.values())[-1]
+    path = value[0] if isinstance(value, tuple) else list(stack)[-1]
+    return str(path).removeprefix("L['self'].").removeprefix("L['self']")

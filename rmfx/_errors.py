@@ -1,0 +1,57 @@
+"""The errors rmfx raises, and the value with which a rule says "this does not apply".
+
+An error means that nothing can be done with the input as it is. A `Refusal` is a normal answer:
+this one site or pair cannot be rewritten exactly, everything else goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class RmfxError(Exception):
+    """Base of every error of rmfx; its text names the node, the cause and the way out."""
+
+
+class TraceError(RmfxError):
+    """The model cannot be turned into a graph."""
+
+
+class ModeError(RmfxError):
+    """A layer that behaves differently in training is in training mode."""
+
+
+class WeightError(RmfxError):
+    """A weight cannot be computed with: NaN, Inf, no data, not floating point, or overflow."""
+
+
+class ShapeError(RmfxError):
+    """The example inputs do not fit the model."""
+
+
+class NotPlainError(RmfxError):
+    """The graph is not a chain, so it cannot be written as `nn.Sequential`."""
+
+
+class RefusedError(RmfxError):
+    """A site was refused while `strict=True` was asked for."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a law or a rule does not apply.
+
+    Attributes:
+        reason: what stands in the way, in words a model author understands.
+        nodes: names of the graph nodes that stand in the way, where there are any.
+    """
+
+    reason: str
+    nodes: tuple[str, ...] = ()
+
+    def at(self, *nodes: str) -> Refusal:
+        """The same reason, blamed on `nodes` unless it already names some."""
+        return self if self.nodes else Refusal(self.reason, nodes)
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.nodes)}: {self.reason}" if self.nodes else self.reason

@@ -1,0 +1,289 @@
+"""A working copy of a graph on which rules act, and the guards that all rules share.
+
+The dialect: layers are `call_module` nodes. While rules run, a layer may be *virtual*: an
+`AffineConv` or a finished module that stands under a target in `Net.virtual`. Only `Net.finish`
+makes modules out of them and copies what was left untouched, so weights are cast and copied once
+and the caller's model is never written to.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from ._affine import AffineConv
+from ._dialect import must_stay
+from ._errors import Refusal, WeightError
+from ._infer import Inference
+
+Shape = tuple[int | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Virtual:
+    """A layer that has no module yet."""
+
+    layer: AffineConv
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Net:
+    """A graph under rewriting.
+
+    Attributes:
+        graph: a private copy of the source's graph.
+        virtual: target -> layer or module that is to stand there.
+        joins: node -> name of the source's join whose value the node holds.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.source = gm
+        self.graph = fx.Graph()
+        places: dict[fx.Node, fx.Node] = {}
+        output = self.graph.graph_copy(gm.graph, places, return_output_node=True)
+        if isinstance(output, tuple):
+            value, node = output
+            self.graph.output(value, getattr(node, "type", None)).meta = copy.copy(node.meta)
+        self.graph.set_codegen(gm.graph._codegen)
+        self.virtual: dict[str, Virtual | nn.Module] = {}
+        self.joins: dict[fx.Node, str] = {}
+        self._modules = dict(gm.named_modules(remove_duplicate=False))
+        # A target freed by a rewrite keeps its module out of the result, its name is reused.
+        self._names = set(self._modules) | {n for n, _ in gm.named_parameters()}
+        self._sites: Counter[int] = Counter()
+        self._owners: dict[int, set[int]] = {}
+        for node in self.graph.nodes:
+            self._count(node)
+        self._inference = Inference(self)
+        self.rank = self._inference.rank
+        self.channels = self._inference.channels
+        self.dtype = self._inference.dtype
+
+    def _count(self, node: fx.Node) -> None:
+        if node.op == "call_module":
+            module = self._modules.get(str(node.target))
+            if module is not None:
+                self._sites[id(module)] += 1
+                for p in module.parameters():
+                    self._owners.setdefault(id(p), set()).add(id(module))
+        elif node.op == "get_attr":
+            value = self.attribute(node)
+            self._owners.setdefault(id(value), set()).add(id(node))
+
+    # ---- reading ----------------------------------------------------------------------------
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The existing module that a node calls, None for other nodes and for virtual layers."""
+        if node.op != "call_module" or node.target in self.virtual:
+            return None
+        return self._modules.get(str(node.target))
+
+    def replacement(self, node: fx.Node) -> Virtual | nn.Module | None:
+        """What a rule has put under the node's target, if anything."""
+        return self.virtual.get(str(node.target)) if node.op == "call_module" else None
+
+    def attribute(self, node: fx.Node) -> object:
+        """The value behind a get_attr node."""
+        value: object = self.source
+        for name in str(node.target).split("."):
+            value = getattr(value, name)
+        return value
+
+    def guard(self, node: fx.Node) -> Refusal | None:
+        """Why the module of a call_module node must stay as it is, if it must.
+
+        Its weights may be baked into another layer only if nothing else looks at them.
+        """
+        module = self.module(node)
+        if module is None:
+            return None
+        name = str(node.target)
+        if _has_hooks(module):
+            return Refusal(f"module {name} has hooks; remove them first", (node.name,))
+        if parametrize.is_parametrized(module):
+            return Refusal(
+                f"module {name} is parametrized; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first",
+                (node.name,),
+            )
+        if not next(module.parameters(), None) is None:
+            if self._sites[id(module)] > 1:
+                return Refusal(
+                    f"module {name} is called {self._sites[id(module)]} times; give each call its "
+                    "own copy of the module",
+                    (node.name,),
+                )
+            if any(len(self._owners[id(p)]) > 1 for p in module.parameters()):
+                return Refusal(
+                    f"a parameter of module {name} is also used elsewhere; give each use its own",
+                    (node.name,),
+                )
+        return None
+
+    def is_touched(self, module: nn.Module) -> bool:
+        """Whether hooks or parametrizations change what a module does."""
+        return _has_hooks(module) or parametrize.is_parametrized(module)
+
+    # ---- writing ----------------------------------------------------------------------------
+
+    def put(
+        self, layer: Virtual | nn.Module, source: fx.Node, name: str, like: fx.Node
+    ) -> fx.Node:
+        """Insert a call of a new layer, reading `source`, at the graph's insert point.
+
+        Args:
+            name: module path to use, made unique if taken.
+            like: node whose place in the source code the new node inherits.
+        """
+        target = self._unique(name)
+        self.virtual[target] = layer
+        node = self.graph.create_node("call_module", target, (source,))
+        keep = ("nn_module_stack", "source", "stack_trace")
+        node.meta = {k: like.meta[k] for k in keep if k in like.meta}
+        return node
+
+    def substitute(self, node: fx.Node, layer: Virtual | nn.Module) -> None:
+        """Let a call_module node call another layer, under a name of its own."""
+        target = str(node.target)
+        module = self._modules.get(target)
+        if target not in self.virtual and module is not None and self._sites[id(module)] > 1:
+            self._sites[id(module)] -= 1
+            target = self._unique(target)
+            node.target = target
+        self.virtual[target] = layer
+
+    def release(self, nodes: Iterable[fx.Node]) -> None:
+        """Free the targets of call_module nodes that are about to be erased."""
+        for node in nodes:
+            if node.op != "call_module":
+                continue
+            target = str(node.target)
+            self.virtual.pop(target, None)
+            module = self._modules.get(target)
+            if module is None or self._sites[id(module)] == 1:
+                self._names.discard(target)
+                self._modules.pop(target, None)
+            elif module is not None:
+                self._sites[id(module)] -= 1
+
+    def merge(self, first: fx.Node, second: fx.Node, layer: Virtual) -> None:
+        """Let one node do the work of `second` after `first`; it keeps the first one's place.
+
+        The conv's name is kept where a batch norm or a scale is merged with a conv.
+        """
+        named = first if self._weights(first) >= self._weights(second) else second
+        name, target = named.name, str(named.target)
+        like = named.meta
+        second.replace_all_uses_with(first)
+        shape = {k: second.meta[k] for k in ("shape", "dtype") if k in second.meta}
+        self.release([second] if named is first else [first, second])
+        self.graph.erase_node(second)
+        if named is first:
+            self.substitute(first, layer)
+        else:
+            first.op, first.target, first.name = "call_module", self._unique(target), name
+            first.args, first.kwargs = (first.all_input_nodes[0],), {}
+            self.virtual[str(first.target)] = layer
+        first.meta = {**like, **shape}
+        self.joins.pop(first, None)
+        if second in self.joins:
+            self.joins[first] = self.joins.pop(second)
+
+    def _weights(self, node: fx.Node) -> int:
+        made, module = self.replacement(node), self.module(node)
+        if isinstance(made, Virtual):
+            return made.layer.weight.numel()
+        return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+    def _unique(self, name: str) -> str:
+        candidate, i = name, 1
+        while candidate in self._names:
+            candidate, i = f"{name}_{i}", i + 1
+        self._names.add(candidate)
+        return candidate
+
+    # ---- the result -------------------------------------------------------------------------
+
+    def finish(self, meta: Mapping[str, object] | None = None) -> fx.GraphModule:
+        """The new module: dead code removed, virtual layers made, the rest copied.
+
+        Raises:
+            WeightError: a computed weight is not finite in its dtype.
+        """
+        self.graph.eliminate_dead_code(is_impure_node=must_stay)
+        memo: dict[int, object] = {}
+        root: dict[str, object] = {}
+        for node in list(self.graph.nodes):
+            if node.op not in ("call_module", "get_attr") or node.target in root:
+                continue
+            target = str(node.target)
+            if node.op == "get_attr":
+                root[target] = copy.deepcopy(self.attribute(node), memo)
+            elif target in self.virtual:
+                self._materialise(node, root)
+            else:
+                root[target] = copy.deepcopy(self._modules[target], memo)
+        gm = fx.GraphModule(root, self.graph, type(self.source).__name__)
+        gm.graph.lint()
+        gm.meta = {**copy.copy(self.source.meta), **(meta or {})}
+        return gm.eval()
+
+    def _materialise(self, node: fx.Node, root: dict[str, object]) -> None:
+        target = str(node.target)
+        layer = self.virtual.pop(target)
+        if isinstance(layer, nn.Module):
+            root[target] = layer
+            return
+        try:
+            *pads, conv = layer.layer.to_modules(layer.dtype, layer.device)
+        except WeightError as error:
+            raise WeightError(f"{node.name}: {error}") from None
+        root[target] = conv
+        for pad in pads:
+            name = self._unique(f"{target}_pad")
+            root[name] = pad
+            with self.graph.inserting_before(node):
+                before = self.graph.create_node("call_module", name, node.args)
+            node.args = (before,)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(
+        getattr(module, name, None)
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    )
+
+
+def positions(shape: Shape | None, dims: int) -> int | None:
+    """Pixels or tokens in a batch, for layers of `dims` spatial dimensions."""
+    if shape is None or any(n is None for n in shape):
+        return None
+    sizes = [int(n) for n in shape if n is not None]
+    return math.prod(sizes[:1] + sizes[2:] if dims else sizes[:-1])
+
+
+def check_weight(name: str, value: Tensor) -> None:
+    """Raise WeightError unless `value` can be computed with."""
+    if value.is_meta:
+        raise WeightError(
+            f"{name}: the weight is on the meta device and has no values; load the weights first"
+        )
+    if value.is_complex():
+        raise WeightError(f"{name}: complex weights ({value.dtype}) are not supported")
+    if value.is_quantized:
+        raise WeightError(f"{name}: quantized weights are not supported; convert before quantising")
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise WeightError(f"{name}: the weight holds NaN or Inf; repair or reload the checkpoint")

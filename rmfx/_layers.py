@@ -1,0 +1,377 @@
+"""Reading graph nodes as layers: which node is linear, which is an activation, which is a join.
+
+`read` gives a node's meaning as a value of the algebra:
+    AffineConv   a linear layer with everything known
+    Deferred     linear, but its channel count or number of spatial dimensions comes from its
+                 neighbours (scales, crops, paddings, average pools, batch norm)
+    Activation   a pointwise activation
+    Refusal      anything else, with the reason
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ._activation import Activation, is_activation
+from ._affine import CONVS, AffineConv, Ints, Pads
+from ._dialect import ADDS, AVERAGE_POOLS, BATCH_NORMS, PADS, SCALES, SUBS
+from ._errors import Refusal
+from ._graph import Net, Virtual
+
+@dataclass(frozen=True, eq=False)
+class Deferred:
+    """A linear layer that is fixed by (channels, dims) of its place."""
+
+    build: Callable[[int, int], AffineConv | Refusal]
+
+
+Element = AffineConv | Deferred | Activation
+
+
+def read(net: Net, node: fx.Node) -> Element | Refusal:
+    """The meaning of a node that takes one tensor and gives one tensor."""
+    frozen = node.meta.get("frozen")
+    if frozen:
+        return Refusal(frozen, (node.name,))
+    if node.op == "call_module":
+        found = _read_module(net, node)
+    elif node.op == "call_function":
+        found = _read_function(net, node)
+    else:
+        found = Refusal(_describe(node) + " is not a layer")
+    return found.at(node.name) if isinstance(found, Refusal) else found
+
+
+def read_affine(net: Net, node: fx.Node) -> AffineConv | Refusal:
+    """A node as a linear layer with everything known, on its own."""
+    element = read(net, node)
+    if isinstance(element, (AffineConv, Refusal)):
+        return element
+    source = input_of(node)
+    if isinstance(element, Activation) or source is None:
+        return Refusal("an activation is not linear", (node.name,))
+    rank = net.rank(node)
+    if rank is None or rank < 2:
+        return Refusal("the number of dimensions is unknown; pass example_inputs", (node.name,))
+    channels = net.channels(source, rank - 2)
+    if channels is None:
+        return Refusal("the number of channels is unknown; pass example_inputs", (node.name,))
+    built = element.build(channels, rank - 2)
+    return built.at(node.name) if isinstance(built, Refusal) else built
+
+
+def _read_module(net: Net, node: fx.Node) -> Element | Refusal:
+    made = net.replacement(node)
+    if isinstance(made, Virtual):
+        return made.layer
+    refusal = net.guard(node)
+    module = made or net.module(node)
+    if module is None:
+        return Refusal(f"there is no module {node.target}")
+    if is_activation(module) and (refusal is None or not _blames_sharing(net, node)):
+        return Activation(module)
+    if refusal:
+        return refusal
+    if len(node.args) + len(node.kwargs) != 1:
+        return Refusal(f"{type(module).__name__} is called with more than one input")
+    if type(module) in CONVS:
+        return AffineConv.from_conv(module)
+    if type(module) in BATCH_NORMS:
+        return Deferred(lambda channels, dims: _batch_norm(net, node, module, dims))
+    if type(module) in AVERAGE_POOLS:
+        return Deferred(lambda channels, dims: _average_pool(module, channels, dims))
+    if type(module) in PADS:
+        return _read_pad_module(module)
+    return Refusal(_describe(node, module) + " is neither linear nor a pointwise activation")
+
+
+def _blames_sharing(net: Net, node: fx.Node) -> bool:
+    """Whether a guard refuses an activation for more than being shared.
+
+    A shared activation is the same function at every call, so sharing alone does no harm.
+    """
+    module = net.module(node)
+    return module is not None and net.is_touched(module)
+
+
+def _read_function(net: Net, node: fx.Node) -> Element | Refusal:
+    target = node.target
+    if target in SCALES:
+        return _read_scale(net, node)
+    if target in (*ADDS, *SUBS):
+        return _read_shift(net, node)
+    if target is operator.getitem:
+        return _read_slice(node)
+    if target is F.pad:
+        return _read_pad(node)
+    return Refusal(_describe(node) + " is neither linear nor a pointwise activation")
+
+
+# ---- linear elements ----------------------------------------------------------------------------
+
+
+def _batch_norm(net: Net, node: fx.Node, module: nn.Module, dims: int) -> AffineConv | Refusal:
+    rank = net.rank(node)
+    if isinstance(module, nn.BatchNorm1d) and dims == 0 and rank != 2:
+        return Refusal(
+            "BatchNorm1d normalises dimension 1, which is the feature dimension of 2-D inputs only; "
+            "pass example_inputs so that the shape is known",
+            (node.name,),
+        )
+    if rank is not None and rank != dims + 2:
+        return Refusal(f"batch norm of a {rank}-D tensor among {dims}-D layers", (node.name,))
+    found = AffineConv.from_batch_norm(module, dims)
+    return found.at(node.name) if isinstance(found, Refusal) else found
+
+
+def _average_pool(module: nn.Module, channels: int, dims: int) -> AffineConv | Refusal:
+    if AVERAGE_POOLS.index(type(module)) + 1 != dims:  # type: ignore[arg-type]
+        return Refusal(f"{type(module).__name__} among layers of {dims} spatial dimensions")
+
+    def each(value: object) -> Ints:
+        return (value,) * dims if isinstance(value, int) else tuple(value)  # type: ignore[call-overload,arg-type]
+
+    return AffineConv.average_pool(
+        channels,
+        each(module.kernel_size),
+        each(module.stride),
+        each(module.padding),
+        ceil_mode=bool(module.ceil_mode),
+        count_include_pad=bool(module.count_include_pad),
+        divisor=getattr(module, "divisor_override", None),
+    )
+
+
+def _read_pad_module(module: nn.Module) -> Deferred | Refusal:
+    if float(module.value) != 0:  # type: ignore[arg-type]
+        return Refusal(f"padding with {module.value} instead of 0")
+    flat = tuple(module.padding)  # type: ignore[arg-type]
+    return _spatial_pad(flat)
+
+
+def _read_pad(node: fx.Node) -> Deferred | Refusal:
+    """`F.pad(x, pad, mode="constant", value=0)`: zeros around space, or around channels."""
+    names = ("input", "pad", "mode", "value")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    flat = given.get("pad")
+    if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0, 0.0):
+        return Refusal("only zero padding is linear")
+    if not isinstance(flat, (list, tuple)) or not all(isinstance(p, int) for p in flat):
+        return Refusal("the padding is not constant")
+    return _spatial_pad(tuple(flat))  # type: ignore[arg-type]
+
+
+def _spatial_pad(flat: Ints) -> Deferred:
+    pairs = tuple(zip(flat[::2], flat[1::2], strict=True))  # last dimension first
+
+    def build(channels: int, dims: int) -> AffineConv | Refusal:
+        # Without spatial dimensions the last one holds the features.
+        space, features = pairs[:dims], pairs[dims:]
+        if any(any(pair) for pair in features[1:]):
+            return Refusal("padding reaches beyond the channels")
+        space = (*space, *[(0, 0)] * (dims - len(space)))[::-1]
+        before, after = features[0] if features else (0, 0)
+        if not before and not after:
+            return AffineConv.identity(channels, dims, padding=space)
+        return _pad_channels(channels, dims, before, after, space)
+
+    return Deferred(build)
+
+
+def _pad_channels(
+    channels: int, dims: int, before: int, after: int, padding: Pads
+) -> AffineConv | Refusal:
+    if channels + before + after < 1 or before < -channels or after < -channels:
+        return Refusal("the padding removes every channel")
+    weight = torch.eye(channels, dtype=torch.float64)
+    weight = F.pad(weight, (0, 0, before, after))
+    return AffineConv.pointwise(weight, dims=dims, padding=padding)
+
+
+def _read_slice(node: fx.Node) -> Deferred | Refusal:
+    """x[:, :, a:b:s, …] with whole batch and channels: a strided crop."""
+    index = node.args[1]
+    if not isinstance(index, tuple) or not all(isinstance(i, slice) or i is ... for i in index):
+        return Refusal("an index that is not made of slices")
+    parts = [i for i in index if isinstance(i, slice)]
+    bounds = [b for s in parts for b in (s.start, s.stop, s.step)]
+    if not all(b is None or isinstance(b, int) for b in bounds):
+        return Refusal("a slice with bounds computed at run time")
+    if index.count(...) > 1:
+        return Refusal("an index with two ellipses")
+
+    def build(channels: int, dims: int) -> AffineConv | Refusal:
+        rank = dims + 2
+        if len(parts) > rank or dims == 0:
+            return Refusal("a slice of the batch or of the features")
+        fill = [slice(None)] * (rank - len(parts))
+        at = index.index(...) if ... in index else len(index)
+        full = [*index[:at], *fill, *index[at + 1 :]]
+        if any(s not in (slice(None), slice(0, None), slice(None, None, 1)) for s in full[:2]):
+            return Refusal("a slice of the batch or of the channels")
+        return _strided_crop(channels, full[2:])
+
+    return Deferred(build)
+
+
+def _strided_crop(channels: int, slices: list[slice]) -> AffineConv | Refusal:
+    stride, padding = [], []
+    for s in slices:
+        start, stop, step = s.start or 0, s.stop, s.step or 1
+        if start < 0 or step < 1 or (stop is not None and stop >= 0 and stop < 2**62):
+            return Refusal("a slice whose place depends on the input size")
+        end = 0 if stop is None or stop > 0 else stop
+        stride.append(step)
+        padding.append((-start, end))
+    return AffineConv.identity(
+        channels, len(slices), stride=tuple(stride), padding=tuple(padding)
+    )
+
+
+def _read_scale(net: Net, node: fx.Node) -> Deferred | Refusal:
+    """x·c, c·x, x/c, −x with a constant number or a tensor of the model, per channel."""
+    divide = node.target in (operator.truediv, operator.itruediv, torch.div)
+    if node.target in (operator.neg, torch.neg):
+        return _constant(lambda c, dims: -torch.ones(c, dtype=torch.float64), None)
+    if set(node.kwargs) - {"other", "input"} or len(node.args) + len(node.kwargs) != 2:
+        return Refusal(_describe(node) + " with options")
+    a, b = _two_operands(node)
+    constant, x = (b, a) if is_tensor_node(net, a) else (a, b)
+    if not is_tensor_node(net, x):
+        return Refusal("there is no tensor to scale")
+    if is_tensor_node(net, constant):
+        return Refusal("a product of two tensors that both depend on the input")
+    if divide and constant is a:
+        return Refusal("division by a tensor that depends on the input")
+    value = _value(net, constant)
+    if isinstance(value, Refusal):
+        return value
+
+    def factor(channels: int, dims: int) -> Tensor | Refusal:
+        c = _per_channel(value, channels, dims)
+        return 1 / c if divide and isinstance(c, Tensor) else c
+
+    return _constant(factor, None)
+
+
+def _read_shift(net: Net, node: fx.Node) -> Deferred | Refusal:
+    """x + c, x − c, c − x with a constant number or a tensor of the model, per channel."""
+    terms = operands(node)
+    if isinstance(terms, Refusal):
+        return terms
+    (a, factor_a), (b, factor_b) = terms
+    if is_tensor_node(net, a) == is_tensor_node(net, b):
+        return Refusal("a sum of two tensors that both depend on the input")
+    first_is_tensor = is_tensor_node(net, a)
+    constant, scale, sign = (b, factor_b, factor_a) if first_is_tensor else (a, factor_a, factor_b)
+    value = _value(net, constant)
+    if isinstance(value, Refusal):
+        return value
+
+    def shift(channels: int, dims: int) -> Tensor | Refusal:
+        c = _per_channel(value, channels, dims)
+        return c * scale if isinstance(c, Tensor) else c
+
+    return _constant(lambda c, dims: torch.full((c,), sign, dtype=torch.float64), shift)
+
+
+Factor = Callable[[int, int], Tensor | Refusal]
+
+
+def _constant(factor: Factor, shift: Factor | None) -> Deferred:
+    def build(channels: int, dims: int) -> AffineConv | Refusal:
+        a = factor(channels, dims)
+        b = shift(channels, dims) if shift else torch.zeros(channels, dtype=torch.float64)
+        if isinstance(a, Refusal):
+            return a
+        if isinstance(b, Refusal):
+            return b
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            return Refusal("a constant that is not finite")
+        return AffineConv.scale(a, b, dims=dims)
+
+    return Deferred(build)
+
+
+def _value(net: Net, constant: object) -> Tensor | Refusal:
+    if isinstance(constant, (int, float)) and not isinstance(constant, bool):
+        return torch.tensor(float(constant), dtype=torch.float64)
+    if isinstance(constant, fx.Node) and constant.op == "get_attr":
+        value = net.attribute(constant)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().to("cpu", torch.float64)
+    return Refusal("a constant that is neither a number nor a real tensor of the model")
+
+
+def _per_channel(value: Tensor, channels: int, dims: int) -> Tensor | Refusal:
+    """(channels,) from a tensor that broadcasts over batch and space."""
+    shape = tuple(value.shape)
+    if len(shape) > dims + 2 or (len(shape) == dims + 2 and shape[0] != 1):
+        return Refusal(f"a constant of shape {shape} that differs from sample to sample")
+    own = shape[-(dims + 1) :]
+    full = (1,) * (dims + 1 - len(own)) + own
+    if full[0] not in (1, channels) or math.prod(full[1:]) != 1:
+        return Refusal(f"a constant of shape {shape} that is not one number per channel")
+    return value.reshape(-1).expand(channels).clone()
+
+
+# ---- joins --------------------------------------------------------------------------------------
+
+Term = tuple[object, float]
+
+
+def operands(node: fx.Node) -> tuple[Term, Term] | Refusal:
+    """The two operands of an addition or subtraction with their factors."""
+    known = {"input", "other", "alpha"}
+    if set(node.kwargs) - known or len(node.args) + len(node.kwargs) < 2 or len(node.args) > 2:
+        return Refusal(_describe(node) + " with options")
+    alpha = node.kwargs.get("alpha", 1)
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        return Refusal("an alpha that is not a constant number")
+    a, b = _two_operands(node)
+    return (a, 1.0), (b, float(-alpha if node.target in SUBS else alpha))
+
+
+def _two_operands(node: fx.Node) -> tuple[object, object]:
+    given = [*node.args]
+    given += [node.kwargs[k] for k in ("input", "other") if k in node.kwargs]
+    return given[0], given[1]
+
+
+def is_tensor_node(net: Net, value: object) -> bool:
+    """Whether an argument is a tensor that depends on the graph's input."""
+    return isinstance(value, fx.Node) and value.op != "get_attr" and not value.meta.get("number")
+
+
+def read_join(net: Net, node: fx.Node) -> tuple[tuple[fx.Node, float], ...] | None:
+    """The two tensors that a node adds, with their factors; None if it adds no two tensors."""
+    if node.op != "call_function" or node.target not in (*ADDS, *SUBS):
+        return None
+    terms = operands(node)
+    if isinstance(terms, Refusal):
+        return None
+    if not all(is_tensor_node(net, x) for x, _ in terms):
+        return None
+    return tuple((x, c) for x, c in terms if isinstance(x, fx.Node))
+
+
+def input_of(node: fx.Node) -> fx.Node | None:
+    """The one tensor a node reads (constants of the model aside), None if there are several."""
+    inputs = [n for n in node.all_input_nodes if n.op != "get_attr" and not n.meta.get("number")]
+    return inputs[0] if len(inputs) == 1 else None
+
+
+def _describe(node: fx.Node, module: nn.Module | None = None) -> str:
+    if module is not None:
+        return type(module).__name__
+    if node.op == "placeholder":
+        return "the network's input"
+    name = getattr(node.target, "__name__", str(node.target))
+    return name if node.op != "call_module" else f"module {name}"

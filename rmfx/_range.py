@@ -1,0 +1,192 @@
+"""Interval analysis: between which bounds does every channel of every value lie?
+
+Forward over the graph, channel by channel. A linear layer splits its weights into positive and
+negative parts, low = b + W⁺·low + W⁻·high, where 0 joins the input's interval if zero padding is
+read; an activation maps the interval through its table row. Unknown operations, and inputs without
+a given range, are (−∞, ∞). The result is never narrower than the truth for finite inputs (up to
+rounding of the analysis in float64).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from ._activation import INF, Activation, Interval
+from ._affine import AffineConv
+from ._errors import Refusal
+from ._graph import Net
+from ._layers import Deferred, input_of, read, read_join
+
+HULL_OF_INPUT = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Range:
+    """low ≤ x ≤ high; tensors of shape (channels,), or (1,) for all channels alike."""
+
+    low: Tensor
+    high: Tensor
+
+    @staticmethod
+    def of(low: float, high: float) -> Range:
+        return Range(*(torch.tensor([v], dtype=torch.float64) for v in (low, high)))
+
+    @property
+    def unbounded(self) -> bool:
+        return bool(torch.isneginf(self.low).all() and torch.isposinf(self.high).all())
+
+
+ANYTHING = Range.of(-INF, INF)
+
+
+def affine_range(layer: AffineConv, x: Range) -> Range:
+    """Range of a linear layer's output for inputs in `x`."""
+    low, high = x.low, x.high
+    if layer.pads:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    n_in, n_out = layer.block
+    low = low.expand(layer.in_channels).reshape(layer.groups, n_in, 1)
+    high = high.expand(layer.in_channels).reshape(layer.groups, n_in, 1)
+    weight = layer.weight.cpu().reshape(layer.groups, n_out, n_in, -1)
+    up, down = weight.clamp(min=0).sum(-1), weight.clamp(max=0).sum(-1)
+    bias = layer.bias.cpu()
+    least = bias + (_product(up, low) + _product(down, high)).flatten()
+    most = bias + (_product(up, high) + _product(down, low)).flatten()
+    return Range(least, most)
+
+
+def _product(weight: Tensor, bound: Tensor) -> Tensor:
+    """weight @ bound where 0 · ∞ is 0, for weights of one sign and bounds of one side."""
+    finite = torch.isfinite(bound)
+    total = weight @ torch.where(finite, bound, 0.0)
+    endless = (weight != 0).to(weight) @ (~finite).to(weight) > 0
+    sign = torch.where((weight @ torch.where(finite, 0.0, bound.sign())) > 0, INF, -INF)
+    return torch.where(endless, sign, total)
+
+
+def activation_range(activation: Activation, x: Range) -> Range:
+    """Range of an activation's output for inputs in `x`."""
+    low, high = activation.row.image(activation.module)
+    if activation.row.slope is not None:
+        ends = [_sloped(activation, v) for v in (x.low, x.high)]
+        # Piecewise linear with its kink at 0: the extremes lie at the ends and at 0.
+        zero = torch.zeros_like(ends[0])
+        crosses = (x.low < 0) & (x.high > 0)
+        ends.append(torch.where(crosses, zero, ends[0]))
+        stacked = torch.stack(ends)
+        return Range(stacked.amin(0), stacked.amax(0))
+    if activation.row.monotone:
+        return Range(activation.apply(x.low), activation.apply(x.high))
+    if activation.fixes(x.low, x.high):
+        return x
+    return Range.of(low, high)
+
+
+def _sloped(activation: Activation, x: Tensor) -> Tensor:
+    slope = activation.row.slope(activation.module) if activation.row.slope else 1.0
+    slope = torch.as_tensor(slope, dtype=torch.float64).cpu().reshape(-1)
+    below = torch.where(slope == 0, torch.zeros_like(slope), slope * x.clamp(max=0))
+    return torch.where(x > 0, x, below)
+
+
+class Ranges:
+    """Ranges of the values of one net, computed on demand and kept."""
+
+    def __init__(self, net: Net, input_range: Interval | None = None) -> None:
+        self._net = net
+        self._input = Range.of(*input_range) if input_range else ANYTHING
+        self._known: dict[fx.Node, Range] = {}
+
+    def of(self, node: fx.Node) -> Range:
+        """The range of a node's value."""
+        stack = [node]
+        while stack:
+            here = stack[-1]
+            missing = [n for n in here.all_input_nodes if n not in self._known]
+            if here in self._known:
+                stack.pop()
+            elif missing and here.op != "placeholder":
+                stack.extend(missing)
+            else:
+                self._known[here] = self._compute(here)
+                stack.pop()
+        return self._known[node]
+
+    def set(self, node: fx.Node, value: Range) -> None:
+        """Let a new node have the range of the value it stands for."""
+        self._known[node] = value
+
+    def known(self, node: fx.Node) -> Range | None:
+        return self._known.get(node)
+
+    def fixed_by(self, node: fx.Node, activation: Activation) -> bool:
+        """Whether `activation` provably leaves a node's value as it is.
+
+        The last activation before the node often proves it alone; only then is the graph walked.
+        """
+        here = node
+        while type(self._net.module(here)) in HULL_OF_INPUT and not here.meta.get("frozen"):
+            here = here.all_input_nodes[0]
+        element = read(self._net, here) if here.op == "call_module" else None
+        if isinstance(element, Activation):
+            low, high = element.row.image(element.module)
+            if activation.fixes(torch.tensor(low), torch.tensor(high)):
+                return True
+        x = self.of(node)
+        return activation.fixes(x.low, x.high)
+
+    def _compute(self, node: fx.Node) -> Range:
+        if node.meta.get("frozen") or node.meta.get("number"):
+            return ANYTHING
+        if node.op == "placeholder":
+            return self._input
+        terms = read_join(self._net, node)
+        if terms is not None:
+            return self._sum(terms)
+        x = input_of(node)
+        if x is None:
+            return ANYTHING
+        if type(self._net.module(node)) in HULL_OF_INPUT:
+            return self._known[x]
+        if isinstance(self._net.module(node), nn.Flatten):
+            return _hull(self._known[x])
+        return self._through(node, self._known[x])
+
+    def _through(self, node: fx.Node, x: Range) -> Range:
+        element = read(self._net, node) if node.op != "output" else Refusal("")
+        if isinstance(element, Activation):
+            return activation_range(element, x)
+        if isinstance(element, Deferred):
+            source = input_of(node)
+            rank = self._net.rank(node)
+            if rank is None or rank < 2 or source is None:
+                return ANYTHING
+            channels = self._net.channels(source, rank - 2)
+            element = element.build(channels, rank - 2) if channels else Refusal("")
+        if not isinstance(element, AffineConv) or x.low.numel() not in (1, element.in_channels):
+            return ANYTHING
+        return affine_range(element, x)
+
+    def _sum(self, terms: tuple[tuple[fx.Node, float], ...]) -> Range:
+        low, high = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        for node, factor in terms:
+            x = self._known[node]
+            if x.low.numel() != low.numel() and 1 not in (x.low.numel(), low.numel()):
+                return ANYTHING
+            ends = (x.low, x.high) if factor >= 0 else (x.high, x.low)
+            if factor == 0:
+                continue
+            low, high = low + factor * ends[0], high + factor * ends[1]
+        return Range(low, high)
+
+
+def _hull(x: Range) -> Range:
+    return Range(x.low.min().reshape(1), x.high.max().reshape(1))

@@ -1,0 +1,277 @@
+"""The command `rmfx`: `demo`, `convert` and `report`.
+
+Exit codes: 0 done, 1 it could not be done (one line on stderr says why), 2 wrong usage,
+130 interrupted. With `--json`, stdout holds one JSON object and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ._errors import RmfxError
+from .conversion import Conversion, convert
+from .loading import LoadedModel, load_model
+from .saving import SUFFIXES, as_function, check_output, save
+
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
+_MODEL_HELP = """\
+MODEL is one of
+  torchvision:NAME         an architecture of torchvision, e.g. torchvision:resnet18
+  timm:NAME                an architecture of timm, e.g. timm:mobilenetv2_100
+  package.module:factory   a function without arguments that returns a torch.nn.Module
+  FILE.pt2                 a program saved by torch.export.save
+
+Importing a module runs its code: name only code you trust.
+"""
+
+
+class _UsageError(Exception):
+    """Arguments that do not go together."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code.
+
+    Args:
+        arguments: without the program's name; by default those of the process.
+    """
+    parser = _make_parser()
+    options = parser.parse_args(arguments)
+    try:
+        with _terminable():
+            options.run(options)
+    except _UsageError as error:
+        parser.error(str(error))
+    except RmfxError as error:
+        if options.traceback:
+            raise
+        _complain(" ".join(str(error).split()))
+        return 1
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left (`rmfx report ... | head`); Python must not flush into it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rmfx", description="Removes residual connections from trained networks, exactly."
+    )
+    version = importlib.metadata.version("rmfx")
+    parser.add_argument("--version", action="version", version=f"rmfx {version}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    demo = commands.add_parser("demo", help="convert a small trained network and show the result")
+    demo.set_defaults(run=_run_demo)
+    for name, run, text in (
+        ("convert", _run_convert, "convert a network, write it to a file and check the file"),
+        ("report", _run_report, "say what a conversion would do, and write nothing"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=_MODEL_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        _add_model_options(command)
+        if name == "convert":
+            _add_output_options(command)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        command.add_argument("--traceback", action="store_true", help="show where an error arose")
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="what to convert, see below")
+    add("--weights", metavar="FILE", help="safetensors, or a PyTorch checkpoint of tensors only")
+    add(
+        "--input-shape",
+        metavar="N,C,H,W",
+        action="append",
+        type=_parse_shape,
+        help="shape of an input, batch first, e.g. 1,3,224,224; repeat it for several inputs",
+    )
+    add("--dtype", choices=_DTYPES, help="compute in this type (default: the model's own)")
+    add("--activation", default="auto", metavar="WAY", help="how carries pass activations (auto)")
+    add("--no-fold-batch-norm", action="store_true", help="keep batch norm layers")
+    add("--strict", action="store_true", help="fail if one residual connection cannot be removed")
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-o", "--output", metavar="OUT", required=True, help="file to write: .pt2 or .onnx")
+    add("--tolerance", type=float, help="largest relative error accepted in the written file")
+
+
+def _parse_shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes like 1,3,224,224")
+    return shape
+
+
+def _run_demo(options: argparse.Namespace) -> None:
+    from .demo.run import run_demo
+
+    with _quiet_stdout(), _progress(4) as step:
+        result = run_demo(step)
+    _show(options, str(result), result.to_dict())
+
+
+def _run_report(options: argparse.Namespace) -> None:
+    with _quiet_stdout(), _progress(2) as step:
+        step("load")
+        loaded, inputs = _load(options)
+        step("convert")
+        conversion = _convert(options, loaded, inputs)
+    head = _describe(options, loaded, inputs)
+    _show(options, f"{head}\n{conversion}", {"model": options.model, **conversion.to_dict()})
+
+
+def _run_convert(options: argparse.Namespace) -> None:
+    if not options.output.endswith(SUFFIXES):
+        raise _UsageError(f"argument -o: {options.output} must end in {' or '.join(SUFFIXES)}")
+    check_output(options.output)
+    with _quiet_stdout(), _progress(3) as step:
+        step("load")
+        loaded, inputs = _load(options)
+        if inputs is None:
+            raise _UsageError("this model's inputs are not known: give --input-shape")
+        step("convert")
+        conversion = _convert(options, loaded, inputs)
+        step("write and check")
+        saved = save(
+            conversion.after,
+            options.output,
+            inputs,
+            reference=loaded.model,
+            tolerance=options.tolerance,
+        )
+    batch = "batches of any size" if saved.free_batch else f"batches of {inputs[0].shape[0]}"
+    tail = (
+        f"Wrote {saved.path} ({saved.size / 1e6:.1f} MB, {batch}).\nChecked: loaded and run on"
+        f" {saved.runs} random inputs, it differs from the original by {saved.error:.1e} at most"
+        f" (relative; accepted up to {saved.tolerance:.0e})."
+    )
+    facts = dataclasses.asdict(saved) | {"path": str(saved.path)}
+    result = {"model": options.model, "output": facts, **conversion.to_dict()}
+    _show(options, f"{_describe(options, loaded, inputs)}\n{conversion}\n\n{tail}", result)
+
+
+def _load(options: argparse.Namespace) -> tuple[LoadedModel, tuple[Tensor, ...] | None]:
+    """The model and its example inputs, after one run of the one on the other."""
+    # Random weights, where no file is given, are the same in every run.
+    torch.manual_seed(0)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    loaded = load_model(options.model, weights=options.weights, dtype=dtype)
+    inputs = loaded.inputs
+    if options.input_shape:
+        inputs = tuple(torch.zeros(shape, dtype=loaded.dtype) for shape in options.input_shape)
+    if inputs is not None:
+        _try(loaded, inputs)
+    return loaded, inputs
+
+
+def _try(loaded: LoadedModel, inputs: tuple[Tensor, ...]) -> None:
+    """Finds out early, and says plainly, that a model does not take such inputs."""
+    try:
+        with torch.no_grad():
+            as_function(loaded.model)(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        reason = f"{type(error).__name__}: {error}"
+        raise RmfxError(
+            f"the model fails on inputs of shape {shapes} ({reason}); give its --input-shape"
+        ) from error
+
+
+def _convert(
+    options: argparse.Namespace, loaded: LoadedModel, inputs: tuple[Tensor, ...] | None
+) -> Conversion:
+    return convert(
+        loaded.model,
+        inputs,
+        strict=options.strict,
+        fold_batch_norm=not options.no_fold_batch_norm,
+        activation=options.activation,
+    )
+
+
+def _describe(
+    options: argparse.Namespace, loaded: LoadedModel, inputs: tuple[Tensor, ...] | None
+) -> str:
+    weights = "random weights" if loaded.random else options.weights or "its own weights"
+    shapes = ", ".join(str(tuple(x.shape)) for x in inputs or ())
+    return f"{options.model}, {weights}" + (f", input {shapes}." if shapes else ".")
+
+
+def _show(options: argparse.Namespace, text: str, result: dict[str, Any]) -> None:
+    sys.stdout.write((json.dumps(result, indent=2) if options.json else text) + "\n")
+    sys.stdout.flush()
+
+
+def _complain(message: str) -> None:
+    sys.stderr.write(f"rmfx: {message}\n")
+
+
+@contextlib.contextmanager
+def _progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """A function to call with the name of each step as it begins; shown on a terminal only."""
+    form = "{desc:20} {bar:20} {n}/{total} {elapsed}"
+    with tqdm(total=steps, file=sys.stderr, disable=None, leave=False, bar_format=form) as bar:
+        started = 0
+
+        def step(name: str) -> None:
+            nonlocal started
+            bar.update(1 if started else 0)
+            started += 1
+            bar.set_description_str(name)
+
+        yield step
+
+
+def _quiet_stdout() -> contextlib.redirect_stdout[Any]:
+    """Sends what models and torch print to stderr: stdout is for the result."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets a polite kill end the block like Ctrl-C does, so that temporary files are removed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        former = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread: signals are somebody else's business
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)

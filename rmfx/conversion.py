@@ -1,0 +1,99 @@
+"""A network before and after `remove_residuals`, with what the change costs: for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+import rmfx
+
+from .cost import Cost
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Both forms of a network. `str()` gives tables, `to_dict` what JSON can hold.
+
+    Attributes:
+        before: the network as it was, with its batch norm folded like that of `after`, so that the
+            costs differ by the removal alone.
+        after: the network without its residual connections.
+        report: what was done at every site.
+        cost_before, cost_after: None where the inputs are not known.
+    """
+
+    before: fx.GraphModule
+    after: fx.GraphModule
+    report: rmfx.Report
+    cost_before: Cost | None
+    cost_after: Cost | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report and the costs."""
+        made: dict[str, Any] = {"report": self.report.to_dict(), "cost": None}
+        if self.cost_before and self.cost_after:
+            made["cost"] = {"before": asdict(self.cost_before), "after": asdict(self.cost_after)}
+        return made
+
+    def __str__(self) -> str:
+        return "\n\n".join(filter(None, [str(self.report), self._cost_table()]))
+
+    def _cost_table(self) -> str:
+        if not (self.cost_before and self.cost_after):
+            return ""
+        before, after = asdict(self.cost_before), asdict(self.cost_after)
+        rows = []
+        for name, title in _TITLES.items():
+            a, b = before[name], after[name]
+            rows.append((title, f"{a:,}", f"{b:,}", f"{b / a:.2f}" if a else ""))
+        headers = ("", "before", "after", "after/before")
+        return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 3))
+
+
+_TITLES = {
+    "layers": "conv and linear layers",
+    "adds": "adds",
+    "parameters": "parameters",
+    "macs": "multiply-adds",
+}
+
+
+def convert(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Sequence[Tensor] | None = None,
+    *,
+    fold_batch_norm: bool = True,
+    **options: Any,
+) -> Conversion:
+    """Runs `rmfx.remove_residuals` and counts what it costs.
+
+    Args:
+        model: in eval mode; it is not changed.
+        example_inputs: what the model takes. Without them there are no costs.
+        fold_batch_norm: as in `rmfx.remove_residuals`, and for the form before as well.
+        options: the other options of `rmfx.remove_residuals`.
+
+    Raises:
+        RmfxError: as `rmfx.remove_residuals`.
+
+    Example:
+        >>> from rmfx.demo import load_digits, load_model
+        >>> conversion = convert(load_model(), load_digits()[0][:1])
+        >>> conversion.cost_before.adds, conversion.cost_after.adds
+        (5, 0)
+    """
+    inputs = None if example_inputs is None else tuple(example_inputs)
+    after = rmfx.remove_residuals(model, inputs, fold_batch_norm=fold_batch_norm, **options)
+    before = (rmfx.fold_batch_norm if fold_batch_norm else rmfx.trace)(model, inputs)
+    return Conversion(
+        before=before,
+        after=after,
+        report=rmfx.report(after),
+        cost_before=None if inputs is None else rmfx.cost.count(before, inputs),
+        cost_after=None if inputs is None else rmfx.cost.count(after, inputs),
+    )

@@ -1,0 +1,141 @@
+"""What `rmfx demo` does: converts the trained network, compares and times both forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from ..conversion import Conversion, convert
+from . import load_digits, load_model
+from .latency import Latency, measure
+
+BATCH = 32
+_TITLE = "A small residual network that reads handwritten digits, before and after the conversion."
+_ADVICE = """\
+Conversion alone does not make a CPU faster: in place of the skips, layers carry extra channels.
+It pays through what a plain network allows (pruning any filter, merging linear branches) and on
+hardware that cannot hold a skip."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds per batch of both forms under one way of running, or a note why there are none."""
+
+    runner: str
+    before: Latency | None = None
+    after: Latency | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """All that `rmfx demo` reports; `str()` gives it as text, `to_dict` for JSON.
+
+    Attributes:
+        digits: number of test digits.
+        right_before, right_after: how many of them each form names rightly.
+        changed: how many digits the two forms name differently.
+        largest_difference: between the logits of both, over all digits.
+        largest_logit: magnitude of the largest logit, to compare it with.
+        conversion: both networks, the report and the costs (for one digit).
+        speeds: on one thread, one row for each way of running.
+    """
+
+    digits: int
+    right_before: int
+    right_after: int
+    changed: int
+    largest_difference: float
+    largest_logit: float
+    conversion: Conversion
+    speeds: tuple[Speed, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings; times in seconds for a batch of 32."""
+        made = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        del made["conversion"]
+        speeds = [asdict(speed) for speed in self.speeds]
+        return made | self.conversion.to_dict() | {"speeds": speeds, "batch": BATCH}
+
+    def __str__(self) -> str:
+        before, after = self.right_before / self.digits, self.right_after / self.digits
+        relative = self.largest_difference / self.largest_logit
+        parts = [
+            _TITLE,
+            f"Accuracy on {self.digits} digits it never saw: {before:.1%} before, {after:.1%} after;"
+            f" {self.changed} answers differ.\nLargest difference of any output:"
+            f" {self.largest_difference:.1e} ({relative:.1e} of the largest output).",
+            str(self.conversion),
+            f"Milliseconds for {BATCH} digits on one thread, median (quartiles):",
+            self._speed_table(),
+            _ADVICE,
+        ]
+        return "\n\n".join(parts)
+
+    def _speed_table(self) -> str:
+        rows, notes = [], []
+        for speed in self.speeds:
+            if speed.before is None or speed.after is None:
+                notes.append(f"{speed.runner} did not run: {speed.note}")
+                continue
+            ratio = f"{speed.after.median / speed.before.median:.2f}"
+            rows.append((speed.runner, _text(speed.before), _text(speed.after), ratio))
+        headers = ("", "before", "after", "after/before")
+        return "\n".join([tabulate(rows, headers, disable_numparse=True), *notes])
+
+
+def run_demo(step: Callable[[str], object] = lambda _: None) -> DemoResult:
+    """Converts the demo's network, compares both forms on every digit, measures their speed.
+
+    Args:
+        step: called with a word or two at the start of each of the four steps.
+    """
+    step("convert")
+    model, (images, labels) = load_model(), load_digits()
+    conversion = convert(model, images[:1])
+    step("classify")
+    with torch.no_grad():
+        expected, found = model(images), conversion.after(images)
+        answers, new_answers = expected.argmax(1), found.argmax(1)
+        speeds = _measure_speeds(conversion, images[:BATCH], step)
+    return DemoResult(
+        digits=len(labels),
+        right_before=int((answers == labels).sum()),
+        right_after=int((new_answers == labels).sum()),
+        changed=int((answers != new_answers).sum()),
+        largest_difference=float((expected - found).abs().max()),
+        largest_logit=float(expected.abs().max()),
+        conversion=conversion,
+        speeds=speeds,
+    )
+
+
+def _measure_speeds(
+    conversion: Conversion, images: Tensor, step: Callable[[str], object]
+) -> tuple[Speed, ...]:
+    before, after = conversion.before, conversion.after
+    step("time eager")
+    eager = Speed("eager", *_compare(before, after, images))
+    step("time torch.compile")
+    try:
+        compiled = _compare(torch.compile(before), torch.compile(after), images)
+    except RuntimeError as error:  # what Dynamo raises where it finds no working C++ compiler
+        reason = str(error).strip().partition("\n")[0]
+        return eager, Speed("torch.compile", note=reason)
+    return eager, Speed("torch.compile", *compiled)
+
+
+def _compare(
+    before: Callable[[Tensor], object], after: Callable[[Tensor], object], images: Tensor
+) -> tuple[Latency, Latency]:
+    found = measure({"before": lambda: before(images), "after": lambda: after(images)})
+    return found["before"], found["after"]
+
+
+def _text(latency: Latency) -> str:
+    return f"{latency.median * 1e3:.2f} ({latency.low * 1e3:.2f} to {latency.high * 1e3:.2f})"

@@ -1,0 +1,236 @@
+"""Every way to hold a model becomes one graph in one dialect.
+
+`trace` takes an `nn.Module`, a `GraphModule` or an `ExportedProgram`. In its result
+    - layers are `call_module` nodes of ordinary `torch.nn` modules, with their module paths;
+    - sums are `torch.add` / `torch.sub`, products `torch.mul` / `torch.div`;
+    - nothing writes in place, except nodes marked `frozen` (with the reason in `node.meta`), whose
+      aliases could be seen elsewhere;
+    - nodes that hold numbers instead of tensors (sizes) are marked `number`;
+    - `node.meta["shape"]` holds the shape, if example inputs were given.
+The model itself is never changed; modules and parameters are shared with it.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.proxy import Proxy
+
+from ._dialect import canonicalise
+from ._errors import ModeError, ShapeError, TraceError, WeightError
+from ._functionalise import functionalise, mark_numbers
+from ._graph import check_weight
+
+Inputs = tuple[Any, ...]
+MODE_DEPENDENT = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.modules.dropout._DropoutNd,
+    nn.RReLU,
+)
+
+
+def trace(model: Any, example_inputs: Any = None) -> fx.GraphModule:
+    """The model's graph in rmfx's dialect.
+
+    Args:
+        model: `nn.Module`, `GraphModule` or `ExportedProgram`, in eval mode.
+        example_inputs: a tensor or a tuple of arguments; shapes are read off them, and they allow
+            `torch.export` to take over where symbolic tracing fails.
+
+    Raises:
+        TraceError: the model cannot be traced.
+        ModeError: batch norm, dropout or the like is in training mode.
+        WeightError: a weight is NaN, Inf, on the meta device or not real floating point.
+        ShapeError: the model does not run on the example inputs.
+    """
+    inputs = as_inputs(example_inputs)
+    if isinstance(model, torch.export.ExportedProgram):
+        gm: fx.GraphModule = model.module(check_guards=False)  # type: ignore[assignment]
+    elif isinstance(model, nn.Module):
+        check_mode(model)
+        gm = model if isinstance(model, fx.GraphModule) else _trace_module(model, inputs)
+    else:
+        raise TraceError(
+            f"cannot trace a {type(model).__name__}; pass an nn.Module, a GraphModule or an "
+            "ExportedProgram"
+        )
+    gm = _private_copy(gm)
+    check_weights(gm)
+    mark_numbers(gm.graph)
+    _find_shapes(gm, inputs)
+    functionalise(gm)
+    canonicalise(gm)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def as_inputs(example_inputs: Any) -> Inputs | None:
+    """Example inputs as a tuple of arguments."""
+    if example_inputs is None:
+        return None
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs)
+    return (example_inputs,)
+
+
+def check_mode(model: nn.Module) -> None:
+    """Raise ModeError if a layer of `model` would behave differently in eval mode."""
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, MODE_DEPENDENT):
+            raise ModeError(
+                f"{name or type(module).__name__} ({type(module).__name__}) is in training mode; "
+                "call model.eval() first"
+            )
+
+
+def check_weights(gm: fx.GraphModule) -> None:
+    """Raise WeightError for a parameter or batch statistic that cannot be computed with."""
+    for name, value in gm.named_parameters():
+        check_weight(name, value)
+    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
+    for name, module in gm.named_modules():
+        if not isinstance(module, kinds):
+            continue
+        for own, value in module.named_buffers(name, recurse=False):
+            check_weight(own, value)
+        weight = module.weight
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            raise WeightError(
+                f"{name}.weight: {weight.dtype} weights are not supported; convert the model "
+                "with model.float()"
+            )
+
+
+# ---- tracing ------------------------------------------------------------------------------------
+
+
+class _InPlaceProxy(Proxy):
+    """Records `x += y` as an in-place operation, which `fx.Proxy` turns into a plain one."""
+
+    def _record(self, function: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._record(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._record(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._record(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._record(operator.itruediv, other)
+
+
+class _Tracer(fx.Tracer):
+    """The symbolic tracer, with in-place operators and source lines."""
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        return _InPlaceProxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["source"] = _user_line()
+        return node
+
+
+def _user_line() -> str | None:
+    """"file.py:12" of the innermost frame that is neither PyTorch nor this file."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if "/torch/" not in path.replace("\\", "/") and path != __file__:
+            return f"{path}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _trace_module(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
+    try:
+        tracer = _Tracer()
+        return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
+    # Tracing runs the model's own code, which may raise anything.
+    except Exception as error:
+        if inputs is None:
+            raise TraceError(
+                f"{type(model).__name__} cannot be traced symbolically "
+                f"({type(error).__name__}: {_first_line(error)}); pass example_inputs, so that "
+                "torch.export can be used"
+            ) from error
+    return _export(model, inputs)
+
+
+def _export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    try:
+        program = torch.export.export(model, inputs, strict=False)
+    # Exporting runs the model's own code, which may raise anything.
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} can be traced neither by torch.fx nor by torch.export "
+            f"({type(error).__name__}: {_first_line(error)}); pass a GraphModule of your own"
+        ) from error
+    return program.module(check_guards=False)  # type: ignore[return-value]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _private_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A GraphModule with its own graph and its own module tree, sharing the leaves."""
+    graph = fx.Graph()
+    places: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, places, return_output_node=True)
+    if output is not None:
+        value, node = output  # type: ignore[misc]
+        graph.output(value).meta = dict(node.meta)
+    graph.set_codegen(gm.graph._codegen)
+    copied = fx.GraphModule(gm, graph, type(gm).__name__)
+    copied.meta = dict(gm.meta)
+    return copied
+
+
+# ---- shapes -------------------------------------------------------------------------------------
+
+
+class _ShapeRecorder(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            note_shape(n, value)
+        return value
+
+
+def note_shape(node: fx.Node, value: Tensor) -> None:
+    """Keep shape (None where a size is symbolic), type and device of a node's value."""
+    node.meta["shape"] = tuple(n if isinstance(n, int) else None for n in value.shape)
+    node.meta["dtype"] = (value.dtype, value.device)
+
+
+def _find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
+    """Note every tensor's shape: from a run on fake tensors, or as exported."""
+    if inputs is None:
+        for node in gm.graph.nodes:
+            if isinstance(node.meta.get("val"), Tensor):
+                note_shape(node, node.meta["val"])
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in inputs]
+    try:
+        with mode, torch.no_grad():
+            _ShapeRecorder(gm).run(*fake)
+    # The graph runs the model's own operations, which may raise anything.
+    except Exception as error:
+        raise ShapeError(
+            f"the model does not run on the example inputs "
+            f"{[tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs]}: "
+            f"{_first_line(error)}"
+        ) from error

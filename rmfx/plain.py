@@ -1,0 +1,86 @@
+"""Plain graphs: every value has one consumer, so the network is an `nn.Sequential`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ._errors import NotPlainError
+
+
+class Apply(nn.Module):
+    """A function of one tensor with constant options, as a module.
+
+    Args:
+        function: a function, or the name of a tensor method.
+        args, kwargs: its arguments; the tensor goes where `args` holds `Apply.INPUT`.
+    """
+
+    INPUT = "<input>"
+
+    def __init__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.function, self.args, self.kwargs = function, args, kwargs
+
+    def forward(self, x: Tensor) -> Any:
+        args = [x if isinstance(a, str) and a == self.INPUT else a for a in self.args]
+        if isinstance(self.function, str):
+            return getattr(args[0], self.function)(*args[1:], **self.kwargs)
+        return self.function(*args, **self.kwargs)
+
+    def extra_repr(self) -> str:
+        name = getattr(self.function, "__name__", self.function)
+        return ", ".join([str(name), *map(repr, self.args), *map(str, self.kwargs.items())])
+
+
+def is_plain(gm: fx.GraphModule) -> bool:
+    """Whether every value of the graph has one consumer, from one input to one output."""
+    return _why_not_plain(gm) is None
+
+
+def to_sequential(gm: fx.GraphModule) -> nn.Sequential:
+    """A plain graph as `nn.Sequential`; modules are copied.
+
+    Raises:
+        NotPlainError: the graph is not a chain; the message names the node.
+    """
+    reason = _why_not_plain(gm)
+    if reason is not None:
+        raise NotPlainError(f"the graph is not plain: {reason}")
+    return nn.Sequential(
+        *(_module(gm, node) for node in gm.graph.nodes if node.op not in ("placeholder", "output"))
+    ).train(gm.training)
+
+
+def _module(gm: fx.GraphModule, node: fx.Node) -> nn.Module:
+    if node.op == "call_module":
+        return copy.deepcopy(gm.get_submodule(str(node.target)))
+    source = node.all_input_nodes[0]
+    args = tuple(Apply.INPUT if a is source else a for a in node.args)
+    return Apply(node.target, args, dict(node.kwargs))
+
+
+def _why_not_plain(gm: fx.GraphModule) -> str | None:
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    if len(inputs) != 1:
+        return f"it has {len(inputs)} inputs: {', '.join(n.name for n in inputs)}"
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            if not isinstance(node.args[0], fx.Node):
+                return f"{node.name} gives several values or a container"
+            continue
+        if len(node.users) != 1:
+            users = ", ".join(u.name for u in node.users) or "nothing"
+            return f"{node.name} is read by {users}"
+        if node.op != "placeholder" and not _reads_one_value(node):
+            names = ", ".join(n.name for n in node.all_input_nodes) or "nothing"
+            return f"{node.name} reads {names}"
+    return None
+
+
+def _reads_one_value(node: fx.Node) -> bool:
+    """Whether a node has one input node, passed once and as an argument of its own."""
+    direct = sum(isinstance(a, fx.Node) for a in node.args)
+    return len(node.all_input_nodes) == 1 and direct == 1

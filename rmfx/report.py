@@ -1,0 +1,125 @@
+"""What a pass did: one row per residual site.
+
+`rmfx.report(gm)` reads the report that `remove_residuals` leaves in `gm.meta`. Its text is a table;
+`to_dict()` is ready for JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+from torch import fx
+
+from ._errors import RmfxError
+
+META_KEY = "rmfx_report"
+HEADERS = ("site", "done", "strategy", "shape", "carry", "multiply-adds", "parameters", "reason")
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One join of two tensors.
+
+    Attributes:
+        place: path of the module whose code adds, "" for the root.
+        source: "file.py:12", where known.
+        join: name of the add in `rmfx.trace(model, example_inputs)`.
+        node: name of the node of the result that holds the join's value, None if none does.
+        status: "removed" or "refused".
+        reason: why it was refused, "" otherwise.
+        strategy: how the carry passes the activations: "identity", "per-channel" or "masked";
+            "linear" where there is none to pass.
+        shape: of the join's value, where known.
+        carry: carried channels.
+        macs_before, macs_after: multiply-adds of the site, where shapes are known.
+        params_before, params_after: parameters of the site.
+    """
+
+    place: str
+    source: str | None
+    join: str
+    node: str | None
+    status: str
+    reason: str = ""
+    strategy: str = ""
+    shape: tuple[int | None, ...] | None = None
+    carry: int = 0
+    macs_before: int | None = None
+    macs_after: int | None = None
+    params_before: int | None = None
+    params_after: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every join of two tensors in a network, and what became of it."""
+
+    rows: tuple[SiteReport, ...]
+
+    @property
+    def removed(self) -> int:
+        return sum(row.status == "removed" for row in self.rows)
+
+    @property
+    def refused(self) -> int:
+        return len(self.rows) - self.removed
+
+    @property
+    def adds_left(self) -> int:
+        """Additions of two tensors that are still in the graph."""
+        return self.refused
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists."""
+        rows = [asdict(row) for row in self.rows]
+        for row in rows:
+            row["shape"] = list(row["shape"]) if row["shape"] else None
+        return {"removed": self.removed, "refused": self.refused, "sites": rows}
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no residual connections: the graph adds no two tensors"
+        table = [
+            (
+                row.place or row.join,
+                row.status,
+                row.strategy,
+                "x".join("?" if n is None else str(n) for n in row.shape or ()),
+                row.carry or "",
+                _change(row.macs_before, row.macs_after),
+                _change(row.params_before, row.params_after),
+                f"{row.reason} [{row.source}]" if row.reason and row.source else row.reason,
+            )
+            for row in self.rows
+        ]
+        total = f"{self.removed} of {len(self.rows)} residual connections removed"
+        return f"{tabulate(table, HEADERS, disable_numparse=True, maxcolwidths=60)}\n{total}"
+
+
+def _change(before: int | None, after: int | None) -> str:
+    if before is None or after is None:
+        return ""
+    return f"{_short(before)} -> {_short(after)}"
+
+
+def _short(n: int) -> str:
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return str(n)
+
+
+def report(gm: fx.GraphModule) -> Report:
+    """The report of the pass that made `gm`.
+
+    Raises:
+        RmfxError: `gm` was not made by `rmfx.remove_residuals`.
+    """
+    found = getattr(gm, "meta", {}).get(META_KEY)
+    if not isinstance(found, Report):
+        raise RmfxError(
+            f"{type(gm).__name__} carries no report; pass the result of rmfx.remove_residuals"
+        )
+    return found

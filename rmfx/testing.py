@@ -1,0 +1,375 @@
+"""An oracle that can fail, and random residual networks to feed it.
+
+`assert_equivalent` compares two networks at their outputs and at every join that a pass has
+touched. `residual_blocks` and `residual_networks` are hypothesis strategies that draw a
+`NetworkSpec`: a network as data, whose `repr` is an expression that gives the same network back.
+
+A property test of a pass of your own:
+
+    from hypothesis import given
+    from rmfx.testing import NetworkSpec, assert_equivalent, residual_networks
+
+    @given(residual_networks())
+    def test_my_pass_keeps_the_function(spec: NetworkSpec) -> None:
+        before, inputs = spec.build(seed=0), spec.inputs(seed=0)
+        assert_equivalent(before, my_pass(before, inputs), inputs)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ._networks import (
+    FEATURES,
+    Act,
+    Arithmetic,
+    Channels,
+    Conv,
+    Drop,
+    Flatten,
+    Join,
+    Linear,
+    Network,
+    NetworkSpec,
+    Node,
+    Norm,
+    Opaque,
+    Pad,
+    PadChannels,
+    Pool,
+    Recall,
+    Sampler,
+    Save,
+    Slice,
+    random_statistics,
+)
+
+__all__ = [
+    "FEATURES",
+    "Act",
+    "Arithmetic",
+    "Channels",
+    "Conv",
+    "Drop",
+    "Equivalence",
+    "Flatten",
+    "Join",
+    "JoinError",
+    "Linear",
+    "Network",
+    "NetworkSpec",
+    "Node",
+    "Norm",
+    "Opaque",
+    "Pad",
+    "PadChannels",
+    "Pool",
+    "Recall",
+    "Save",
+    "Slice",
+    "assert_equivalent",
+    "random_block",
+    "random_network",
+    "random_statistics",
+    "residual_blocks",
+    "residual_networks",
+]
+
+_TOLERANCES = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 8e-2,
+}
+
+
+@dataclass(frozen=True)
+class JoinError:
+    """How far the value at one join is from its counterpart.
+
+    Attributes:
+        place: the module path of the join.
+        error: max |before - after| / max |before|.
+        sensitivity: the error that dropping the smaller operand of the join would have given, which
+            is min over the operands of max |operand| / max |join|. An error far below it shows
+            that the join is there; a sensitivity near the tolerance shows nothing.
+    """
+
+    place: str
+    error: float
+    sensitivity: float
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """What `assert_equivalent` measured.
+
+    Attributes:
+        error: the largest error of an output, max |before - after| / max |before|.
+        joins: one entry for every join of the report that has a counterpart.
+    """
+
+    error: float
+    joins: tuple[JoinError, ...] = ()
+
+    @property
+    def sensitivity(self) -> float:
+        """The smallest sensitivity of a join; infinite where no join was compared."""
+        return min((join.sensitivity for join in self.joins), default=math.inf)
+
+
+def assert_equivalent(
+    before: nn.Module, after: nn.Module, inputs: Any, *, tolerance: float | None = None
+) -> Equivalence:
+    """Demand that two networks compute the same, at their outputs and at every join.
+
+    Outputs alone are a weak witness: dropping one whole skip of a random MobileNetV2 moves its
+    logits by as little as 4e-7. So where `after` carries a report (see `rmfx.report`) the
+    value of every join it lists is compared with the node that holds it now.
+
+    Args:
+        before: the original, in eval mode.
+        after: what a pass made of it.
+        inputs: a tensor or a tuple of tensors; neither network gets to change them.
+        tolerance: the largest relative error allowed. By default that of the coarsest floating type
+            among parameters, inputs and outputs: 1e-10 for float64; for float32, float16 and
+            bfloat16 1e-5, 1e-2 and 8e-2, times max(1, √depth / 4) where depth counts the
+            weights of two dimensions or more in `before`, since rounding adds up like a random
+            walk over the layers.
+
+    Returns:
+        The errors measured, and the sensitivity of the comparison.
+
+    Raises:
+        AssertionError: the outputs differ in structure, shape, dtype, device or value, or a
+            join differs; the message names each and its error. Also where `before` gives
+            values that are not finite and `after` does not give the very same: such inputs are
+            outside the promise.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).double().eval()
+    >>> assert_equivalent(net, net, torch.randn(1, 1, 5, 5, dtype=torch.float64)).error
+    0.0
+    """
+    inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    rows = [row for row in _report_rows(after) if row.node is not None]
+    with torch.no_grad():
+        expected, actual = before(*_cloned(inputs)), after(*_cloned(inputs))
+        _assert_same_structure(expected, actual)
+        if tolerance is None:
+            tolerance = _default_tolerance(before, (inputs, expected))
+        problems: list[str] = []
+        joins = tuple(_compare_joins(before, after, inputs, rows, tolerance, problems))
+        error = _compare_outputs(expected, actual, tolerance, problems)
+    if problems:
+        raise AssertionError("\n".join(["the networks differ", *problems]))
+    return Equivalence(error, joins)
+
+
+def _report_rows(after: nn.Module) -> list[Any]:
+    """The rows of the report, none where the pass left no report."""
+    from .report import report  # the oracle of a pass without report needs none
+
+    if not isinstance(after, fx.GraphModule) or "rmfx_report" not in after.meta:
+        return []
+    return list(report(after).rows)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the values of some nodes."""
+
+    def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
+        super().__init__(module)
+        self.names = names
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self.names:
+            self.values[n.name] = _cloned(result)  # an in-place op may change it later
+        return result
+
+
+def _values(module: fx.GraphModule, inputs: tuple[Any, ...], names: set[str]) -> dict[str, Any]:
+    """The values of the named nodes."""
+    recorder = _Recorder(module, names)
+    recorder.run(*_cloned(inputs))
+    return recorder.values
+
+
+def _cloned(values: Any) -> Any:
+    return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, values)
+
+
+def _compare_joins(
+    before: nn.Module,
+    after: nn.Module,
+    inputs: tuple[Any, ...],
+    rows: list[Any],
+    tolerance: float,
+    problems: list[str],
+) -> Iterator[JoinError]:
+    """Compare every join with its counterpart; `problems` gets a line for each that differs."""
+    if not rows or not isinstance(after, fx.GraphModule):
+        return
+    traced, nodes = _trace_with_joins(before, inputs, {row.join for row in rows})
+    operands = {name: _operands(node) for name, node in nodes.items()}
+    names = {operand.name for pairs in operands.values() for operand, _ in pairs} | set(nodes)
+    values = _values(traced, inputs, names)
+    counterparts = _values(after, inputs, {row.node for row in rows})
+    for row in rows:
+        where = f"join {row.join} at {row.place or 'the top level'} (node {row.node})"
+        if row.node not in counterparts:
+            raise AssertionError(f"{where}: the converted graph has no node of that name")
+        expected, actual = values[row.join], counterparts[row.node]
+        if expected.shape != actual.shape:
+            shapes = f"{tuple(expected.shape)} became {tuple(actual.shape)}"
+            problems.append(f"{where}: {shapes}")
+            continue
+        error = _relative_error(expected, actual, where)
+        if not error <= tolerance:
+            problems.append(f"{where}: relative error {error:.3g} exceeds {tolerance:.3g}")
+        parts = [abs(scale) * _largest(values[node.name]) for node, scale in operands[row.join]]
+        whole = _largest(expected)
+        yield JoinError(row.place, error, min(parts) / whole if whole and parts else 0.0)
+
+
+def _trace_with_joins(
+    before: nn.Module, inputs: tuple[Any, ...], names: set[str]
+) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
+    """The traced original and its joins by name.
+
+    A pass that was run without example inputs names the nodes of the trace without them.
+    """
+    from .frontend import trace
+
+    for arguments in ((before, inputs), (before,)):
+        traced = trace(*arguments)
+        nodes = {node.name: node for node in traced.graph.nodes if node.name in names}
+        if len(nodes) == len(names):
+            return traced, nodes
+    missing = ", ".join(sorted(names - set(nodes)))
+    raise AssertionError(f"the report names joins that the original does not have: {missing}")
+
+
+def _operands(join: fx.Node) -> list[tuple[fx.Node, float]]:
+    """The operands of an add or sub, each with the factor that `alpha` gives it."""
+    alpha = join.kwargs.get("alpha", 1)
+    given = [*join.args, *(value for name, value in join.kwargs.items() if name != "alpha")]
+    factors = [1.0, float(alpha) if isinstance(alpha, (int, float)) else 1.0]
+    pairs = zip(given, factors, strict=False)
+    return [(node, factor) for node, factor in pairs if isinstance(node, fx.Node)]
+
+
+def _compare_outputs(expected: Any, actual: Any, tolerance: float, problems: list[str]) -> float:
+    """The largest error of an output; `problems` gets a line for each that differs."""
+    largest = 0.0
+    leaves = pytree.tree_leaves(actual)
+    for (path, a), b in zip(pytree.tree_leaves_with_path(expected), leaves, strict=True):
+        where = f"output{pytree.keystr(path)}"
+        if isinstance(a, Tensor):
+            error = _relative_error(a, b, where)
+        else:
+            error = 0.0 if a == b else math.inf
+        if not error <= tolerance:
+            problems.append(f"{where}: relative error {error:.3g} exceeds {tolerance:.3g}")
+        largest = max(largest, error)
+    return largest
+
+
+def _assert_same_structure(expected: Any, actual: Any) -> None:
+    """Same containers, and for every tensor the same shape, dtype and device."""
+    a_leaves, a_structure = pytree.tree_flatten(expected)
+    b_leaves, b_structure = pytree.tree_flatten(actual)
+    if a_structure != b_structure:
+        raise AssertionError(f"output structure {a_structure} became {b_structure}")
+    for a, b in zip(a_leaves, b_leaves, strict=True):
+        if _kind(a) != _kind(b):
+            raise AssertionError(f"an output of {_kind(a)} became one of {_kind(b)}")
+
+
+def _kind(leaf: Any) -> str:
+    if isinstance(leaf, Tensor):
+        return f"shape {tuple(leaf.shape)}, {leaf.dtype} on {leaf.device}"
+    return type(leaf).__name__
+
+
+def _relative_error(expected: Tensor, actual: Tensor, where: str) -> float:
+    """Give max |a - b| / max |a|: 0 for identical values, infinite where only one side is zero.
+
+    Integers and booleans are identical or infinitely far apart.
+    """
+    if torch.equal(expected.isnan(), actual.isnan()) and torch.equal(
+        expected.nan_to_num(), actual.nan_to_num()
+    ):
+        return 0.0
+    if not expected.isfinite().all():
+        raise AssertionError(
+            f"{where}: the original gives values that are not finite, so these inputs are "
+            "outside the promise; use smaller inputs"
+        )
+    if not (expected.is_floating_point() or expected.is_complex()) or not actual.isfinite().all():
+        return math.inf
+    precise = torch.complex128 if expected.is_complex() else torch.float64
+    difference = _largest(expected.to(precise) - actual.to(precise))
+    whole = _largest(expected)
+    return difference / whole if whole else math.inf
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _default_tolerance(before: nn.Module, values: Any) -> float:
+    """The tolerance of the coarsest floating type in use, with the factor for depth."""
+    tensors = [*before.parameters(), *before.buffers(), *pytree.tree_leaves(values)]
+    types = {x.dtype for x in tensors if isinstance(x, Tensor) and x.dtype in _TOLERANCES}
+    coarsest = max((_TOLERANCES[dtype] for dtype in types), default=_TOLERANCES[torch.float64])
+    if coarsest == _TOLERANCES[torch.float64]:
+        return coarsest
+    depth = sum(parameter.dim() > 1 for parameter in before.parameters())
+    return coarsest * max(1.0, math.sqrt(depth) / 4)
+
+
+def random_block(random: Random) -> NetworkSpec:
+    """Draw one residual block, sometimes behind a stem, with the choices of `random`.
+
+    >>> random_block(Random(0)) == random_block(Random(0))
+    True
+    """
+    return Sampler(random).block()
+
+
+def random_network(random: Random) -> NetworkSpec:
+    """Draw a network of one to four blocks, mostly with stem and sometimes with a head."""
+    return Sampler(random).network()
+
+
+@st.composite
+def residual_blocks(draw: st.DrawFn) -> NetworkSpec:
+    """A strategy for one residual block of any kind, sometimes with other sites inside it.
+
+    The block is a `NetworkSpec`: `.build(seed)` gives the module (eval mode, float64, random
+    batch norm statistics), `.inputs(seed)` a tuple of inputs, `.features()` what occurs in it.
+    Every drawn block runs; none is filtered out.
+    """
+    return random_block(draw(st.randoms(use_true_random=False)))
+
+
+@st.composite
+def residual_networks(draw: st.DrawFn) -> NetworkSpec:
+    """A strategy for whole small networks: stem, blocks, what stands between them, head.
+
+    Besides residual sites of every kind they hold what only looks like one (adds that broadcast,
+    products, layers called twice, values used elsewhere), so a pass is tested for what it must
+    leave alone too. See `residual_blocks` for what a `NetworkSpec` offers.
+    """
+    return random_network(draw(st.randoms(use_true_random=False)))

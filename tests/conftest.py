@@ -1,0 +1,35 @@
+"""What all tests share: hypothesis profiles, seeds, one thread for each worker."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# The first example of a property compiles or traces things and is slow; no deadline then.
+settings.register_profile(
+    "default",
+    max_examples=100,
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+# `pytest tests/test_fuzz.py --hypothesis-profile=ci`: bounded, and the same in every run.
+settings.register_profile(
+    "ci", settings.get_profile("default"), max_examples=2000, derandomize=True, print_blob=True
+)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Random weights are the same whether a test runs alone or with others."""
+    torch.manual_seed(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets pytest-xdist's workers share the cores instead of fighting for them."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)

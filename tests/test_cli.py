@@ -1,0 +1,421 @@
+"""The command `rmfx` as a user sees it: output, exit codes, messages, what is left on the disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import rmfx
+import rmfx.demo
+from rmfx import cli
+from rmfx.models import DigitsNet
+
+DIGITS = "rmfx.models:DigitsNet"
+SHAPE = "--input-shape=1,1,28,28"
+
+
+class Chain(nn.Module):
+    """No residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+        self.bn = nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(x)))
+
+
+class Softmaxed(nn.Module):
+    """A residual connection around what no rule can carry a value through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y + torch.softmax(y, 1)
+
+
+class TwoInputs(nn.Module):
+    """Adds its inputs after one layer each; not a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(4, 2)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([self.left(a), self.right(b)], 1)
+
+
+class Talkative(Chain):
+    """Prints, which must not end up in the JSON."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sys.stdout.write("hello from the model\n")
+        return super().forward(x)
+
+
+def not_finite() -> nn.Module:
+    model = Chain()
+    nn.init.constant_(model.conv.weight, float("nan"))
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Models of this file are named `nets:NAME`; the current folder is an empty one."""
+    monkeypatch.setitem(sys.modules, "nets", sys.modules[__name__])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Trained weights of the digits network, as a file of their own."""
+    path = tmp_path / "trained.safetensors"
+    save_file(rmfx.demo.load_model().state_dict(), path)
+    return path
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 1) -> str:
+    """Runs a command that must fail; returns its one line on stderr."""
+    if code == 2:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 2
+    else:
+        assert cli.main(arguments) == code
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "Traceback" not in output.err
+    lines = output.err.strip().splitlines()
+    assert len(lines) == 1 or code == 2  # with wrong usage argparse shows the usage as well
+    return lines[-1]
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert isinstance(found, dict)
+    return found
+
+
+# ---- convert ------------------------------------------------------------------------------------
+
+
+def test_convert_writes_a_network_without_residuals(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plain.pt2"
+    assert cli.main(["convert", DIGITS, SHAPE, "--weights", str(weights), "-o", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "5 of 5 residual connections removed" in text
+    assert "layer2.0" in text
+    assert "batches of any size" in text
+    images, labels = rmfx.demo.load_digits()
+    program = torch.export.load(out).module()
+    expected = rmfx.demo.load_model()(images)
+    found = program(images)
+    assert torch.equal(found.argmax(1), expected.argmax(1))
+    assert float((found.argmax(1) == labels).double().mean()) > 0.97
+    assert sorted(os.listdir(tmp_path)) == ["plain.pt2", "trained.safetensors"]
+
+
+def test_convert_as_json_is_one_object(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run_json(
+        capsys, "convert", DIGITS, SHAPE, "--weights", str(weights), "-o", "plain.pt2"
+    )
+    assert found["output"]["path"] == "plain.pt2"
+    assert found["output"]["size"] == (tmp_path / "plain.pt2").stat().st_size
+    assert found["output"]["error"] <= found["output"]["tolerance"] == 1e-4
+    assert found["cost"]["before"]["adds"] == 5
+    assert found["cost"]["after"]["adds"] == 0
+    assert len(found["report"]["sites"]) == 5
+
+
+def test_convert_to_onnx(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    found = run_json(
+        capsys, "convert", DIGITS, SHAPE, "--weights", str(weights), "-o", "plain.onnx"
+    )
+    assert found["output"]["free_batch"]
+    assert found["cost"]["after"]["adds"] == 0
+
+
+def test_convert_reads_what_torch_export_saved(capsys: pytest.CaptureFixture[str]) -> None:
+    program = torch.export.export(rmfx.demo.load_model(), (torch.zeros(1, 1, 28, 28),))
+    torch.export.save(program, "residual.pt2")
+    found = run_json(capsys, "convert", "residual.pt2", "-o", "plain.pt2")
+    assert found["cost"]["after"]["adds"] == 0
+
+
+def test_convert_in_float64_is_exact_to_float64(
+    weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", DIGITS, SHAPE, "--weights", str(weights), "-o", "plain.pt2"]
+    found = run_json(capsys, *command, "--dtype", "float64")
+    assert found["output"]["error"] <= 1e-10
+
+
+def test_convert_with_batch_norm_kept(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["convert", DIGITS, SHAPE, "--weights", str(weights), "-o", "plain.pt2"]
+    found = run_json(capsys, *command, "--no-fold-batch-norm")
+    assert found["cost"]["after"]["adds"] == 0
+
+
+def test_convert_a_torchvision_network(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    command = ["convert", "torchvision:resnet18", "--input-shape", "1,3,64,64", "-o", "r18.pt2"]
+    found = run_json(capsys, *command)
+    assert found["cost"]["before"]["adds"] == 8
+    assert found["cost"]["after"]["adds"] == 0
+
+
+def test_convert_a_network_with_two_inputs(capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = ("--input-shape", "2,3", "--input-shape", "2,4")
+    assert run_json(capsys, "convert", "nets:TwoInputs", *shapes, "-o", "two.pt2")
+
+
+def test_a_network_without_residuals_stays_and_the_report_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["convert", "nets:Chain", SHAPE, "-o", "chain.pt2"]) == 0
+    assert "no residual connections" in capsys.readouterr().out
+    assert Path("chain.pt2").is_file()
+
+
+# ---- report -------------------------------------------------------------------------------------
+
+
+def test_report_lists_every_site_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", DIGITS, SHAPE]) == 0
+    text = capsys.readouterr().out
+    assert all(place in text for place in ("layer1", "layer2.0", "layer2.1", "layer3.0"))
+    assert "multiply-adds" in text
+    assert os.listdir(tmp_path) == []
+
+
+def test_report_as_json_matches_the_library(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "report", DIGITS, SHAPE)
+    gm = rmfx.remove_residuals(DigitsNet().eval(), torch.zeros(1, 1, 28, 28))
+    places = [row["place"] for row in found["report"]["sites"]]
+    assert places == [row.place for row in rmfx.report(gm).rows]
+
+
+def test_report_of_a_network_without_residuals(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "report", "nets:Chain", SHAPE)
+    assert found["report"]["sites"] == []
+
+
+def test_a_refused_site_is_reported_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "report", "nets:Softmaxed", SHAPE)
+    (row,) = found["report"]["sites"]
+    assert row["status"] == "refused"
+    assert "softmax" in row["reason"]
+
+
+def test_strict_fails_on_a_refused_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "convert", "nets:Softmaxed", SHAPE, "--strict", "-o", "out.pt2")
+    assert "softmax" in message
+    assert os.listdir(tmp_path) == []
+
+
+# ---- demo ---------------------------------------------------------------------------------------
+
+
+def test_demo_without_a_compiler_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(model: object) -> None:
+        raise RuntimeError("no C++ compiler\nand a long explanation")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert cli.main(["demo"]) == 0
+    text = capsys.readouterr().out
+    assert "torch.compile did not run: no C++ compiler\n" in text
+    assert "5 of 5 residual connections removed" in text
+    assert "0 answers differ" in text
+    assert "does not make a CPU faster" in text
+
+
+@pytest.mark.slow
+def test_demo_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "demo")
+    assert found["right_before"] == found["right_after"] > 0.97 * found["digits"]
+    assert found["changed"] == 0
+    assert found["largest_difference"] < 1e-4
+    assert [speed["runner"] for speed in found["speeds"]] == ["eager", "torch.compile"]
+
+
+# ---- bad input ----------------------------------------------------------------------------------
+
+
+def test_bad_input_shapes_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for shape in ("", "1,x", "1,0,28", "-1,3", "1,,3", "1x3"):
+        message = fails(capsys, "report", DIGITS, f"--input-shape={shape}", code=2)
+        assert "is not a list of sizes like 1,3,224,224" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["convert", DIGITS], "required: -o"),
+        (["convert", DIGITS, "-o", "net.pth"], "must end in .pt2 or .onnx"),
+        (["convert", DIGITS, "-o", "net.pt2"], "give --input-shape"),
+        (["report", DIGITS, "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["explode"], "invalid choice: 'explode'"),
+    ],
+)
+def test_wrong_usage_exits_with_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(capsys, *arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "nothing:net"], "no module 'nothing'"),
+        (["report", "resnet18"], "names no model"),
+        (["report", "absent.pt2"], "there is no file"),
+        (["report", DIGITS, "--weights", "absent.safetensors"], "cannot be read"),
+        (["report", DIGITS, "--input-shape", "1,3,28,28"], "fails on inputs of shape (1, 3, 28,"),
+        (["report", "nets:TwoInputs", "--input-shape", "2,3"], "fails on inputs of shape (2, 3)"),
+        (["report", "nets:not_finite", SHAPE], "conv"),
+        (["report", DIGITS, SHAPE, "--activation", "magic"], "magic"),
+        (["convert", DIGITS, SHAPE, "-o", "no/folder/out.pt2"], "cannot be written: No such file"),
+        (["convert", DIGITS, SHAPE, "-o", "/proc/out.pt2"], "/proc/out.pt2 cannot be written"),
+        (["convert", DIGITS, SHAPE, "-o", "o.pt2", "--tolerance", "1e-30"], "differs from the"),
+    ],
+)
+def test_what_cannot_be_done_exits_with_1_and_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(capsys, *arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_corrupt_weights_file_is_named(
+    weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights.write_bytes(weights.read_bytes()[:5000])
+    message = fails(capsys, "convert", DIGITS, SHAPE, "--weights", str(weights), "-o", "o.pt2")
+    assert "trained.safetensors is damaged" in message
+    assert os.listdir() == ["trained.safetensors"]
+
+
+def test_weights_of_another_network_are_refused(
+    weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = fails(capsys, "report", "nets:Chain", "--weights", str(weights))
+    assert "does not fit the model" in message
+
+
+def test_an_unwritable_place_is_found_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    message = fails(capsys, "convert", "nothing:net", "-o", "no/folder/out.pt2")
+    assert "cannot be written" in message
+
+
+def test_prints_of_the_model_stay_out_of_the_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "nets:Talkative", SHAPE, "--json"]) == 0
+    output = capsys.readouterr()
+    json.loads(output.out)
+    assert "hello from the model" in output.err
+
+
+def test_traceback_shows_where_an_error_arose() -> None:
+    with pytest.raises(rmfx.RmfxError):
+        cli.main(["report", "nothing:net", "--traceback"])
+
+
+def test_an_interruption_while_writing_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(program: object, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.export, "save", interrupt)
+    message = fails(capsys, "convert", DIGITS, SHAPE, "-o", "out.pt2", code=130)
+    assert message == "rmfx: interrupted"
+    assert os.listdir(tmp_path) == []
+
+
+# ---- as a process of its own --------------------------------------------------------------------
+
+
+def test_version_and_module_form() -> None:
+    command = [sys.executable, "-m", "rmfx", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"rmfx {importlib.metadata.version('rmfx')}\n"
+
+
+def test_help_names_every_kind_of_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["convert", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("torchvision:", "timm:", "module:factory", ".pt2"))
+
+
+SLOW_WRITER = """
+import sys, time, torch
+from pathlib import Path
+from rmfx.cli import main
+
+def write_slowly(program, path):
+    Path(path).write_bytes(b"half")
+    Path("writing").touch()
+    time.sleep(60)
+
+torch.export.save = write_slowly
+sys.exit(main(["convert", "rmfx.models:DigitsNet", "--input-shape=1,1,28,28", "-o", "o.pt2"]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_killed_process_leaves_nothing(number: int, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_WRITER)
+    command = [sys.executable, "slow.py"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
+    try:
+        while not (tmp_path / "writing").exists():
+            assert process.poll() is None, process.stderr and process.stderr.read().decode()
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 130
+    finally:
+        process.kill()
+        process.communicate()
+    assert sorted(os.listdir(tmp_path)) == ["slow.py", "writing"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX pipe")
+def test_a_reader_that_leaves_causes_no_traceback(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m rmfx report {DIGITS} {SHAPE} | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr

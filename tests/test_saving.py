@@ -1,0 +1,217 @@
+"""Files appear whole and checked, or not at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from rmfx.saving import (
+    SaveError,
+    VerificationError,
+    check_output,
+    random_like,
+    relative_error,
+    save,
+)
+
+IMAGE = (torch.zeros(1, 3, 8, 8),)
+
+
+def make_net(dtype: torch.dtype = torch.float32) -> fx.GraphModule:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.PReLU(4), nn.Flatten(), nn.Linear(256, 5))
+    return fx.symbolic_trace(net.eval().to(dtype))
+
+
+class Reshape(nn.Module):
+    """Takes batches of two only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(2, 192) * 2
+
+
+class Pair(nn.Module):
+    """Two inputs, a dict of two outputs."""
+
+    def forward(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        return {"sum": a + b, "product": a * b}
+
+
+def test_written_program_computes_the_same_for_any_batch(tmp_path: Path) -> None:
+    gm = make_net()
+    saved = save(gm, tmp_path / "net.pt2", IMAGE)
+    assert saved.free_batch
+    assert saved.error == 0
+    assert saved.size == (tmp_path / "net.pt2").stat().st_size
+    program = torch.export.load(saved.path).module()
+    x = torch.randn(7, 3, 8, 8)
+    assert torch.equal(program(x), gm(x))
+    assert os.listdir(tmp_path) == ["net.pt2"]
+
+
+def test_written_onnx_file_computes_the_same_for_any_batch(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    gm = make_net()
+    saved = save(gm, tmp_path / "net.onnx", IMAGE)
+    assert saved.free_batch
+    assert saved.error < 1e-6
+    session = onnxruntime.InferenceSession(saved.path, providers=["CPUExecutionProvider"])
+    x = torch.randn(7, 3, 8, 8)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert relative_error(gm(x), torch.from_numpy(found)) < 1e-6
+    assert os.listdir(tmp_path) == ["net.onnx"]
+
+
+def test_a_network_for_one_batch_size_is_written_for_that_size(tmp_path: Path) -> None:
+    inputs = (torch.zeros(2, 3, 8, 8),)
+    saved = save(fx.symbolic_trace(Reshape()), tmp_path / "net.pt2", inputs)
+    assert not saved.free_batch
+    assert saved.runs == 3
+
+
+def test_several_inputs_and_outputs(tmp_path: Path) -> None:
+    inputs = (torch.zeros(2, 3), torch.zeros(2, 3))
+    saved = save(fx.symbolic_trace(Pair()), tmp_path / "net.pt2", inputs)
+    assert saved.free_batch
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_types_keep_their_own_tolerance(dtype: torch.dtype, tmp_path: Path) -> None:
+    inputs = (torch.zeros(1, 3, 8, 8, dtype=dtype),)
+    saved = save(make_net(dtype), tmp_path / "net.pt2", inputs)
+    assert saved.tolerance == {torch.float64: 1e-10, torch.bfloat16: 0.2, torch.float16: 0.05}[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_onnx_is_for_float32_only(dtype: torch.dtype, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    with pytest.raises(SaveError, match="float32"):
+        save(make_net(dtype), tmp_path / "net.onnx", (torch.zeros(1, 3, 8, 8, dtype=dtype),))
+
+
+def test_an_existing_file_is_replaced(tmp_path: Path) -> None:
+    place = tmp_path / "net.pt2"
+    place.write_bytes(b"old")
+    save(make_net(), place, IMAGE)
+    assert place.stat().st_size > 3
+    assert os.listdir(tmp_path) == ["net.pt2"]
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    target, link = tmp_path / "real.pt2", tmp_path / "link.pt2"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    save(make_net(), link, IMAGE)
+    assert link.is_symlink()
+    assert target.stat().st_size > 3
+
+
+def test_a_new_file_has_ordinary_permissions(tmp_path: Path) -> None:
+    save(make_net(), tmp_path / "net.pt2", IMAGE)
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("existing", [True, False])
+def test_an_interrupted_write_leaves_nothing(
+    fault: type[BaseException] | BaseException,
+    existing: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def write_half(program: object, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise fault
+
+    place = tmp_path / "net.pt2"
+    if existing:
+        place.write_bytes(b"old")
+    monkeypatch.setattr(torch.export, "save", write_half)
+    with pytest.raises((KeyboardInterrupt, SaveError)):
+        save(make_net(), place, IMAGE)
+    assert os.listdir(tmp_path) == ["net.pt2"] * existing
+    assert not existing or place.read_bytes() == b"old"
+
+
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path) -> None:
+    place = tmp_path / "net.pt2"
+    with pytest.raises(VerificationError, match="differs from the original"):
+        save(make_net(), place, IMAGE, reference=make_net())
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_original_that_gives_nan_cannot_be_compared(tmp_path: Path) -> None:
+    gm = make_net()
+    gm.get_parameter("3.bias").data.fill_(float("nan"))
+    with pytest.raises(VerificationError, match="NaN"):
+        save(gm, tmp_path / "net.pt2", IMAGE)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_network_that_cannot_be_exported_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    with pytest.raises(SaveError, match="cannot export the network: no such operator"):
+        save(make_net(), tmp_path / "net.pt2", IMAGE)
+
+
+def test_places_that_cannot_be_written_are_found_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "folder.pt2").mkdir()
+    (tmp_path / "file").touch()
+    for name, message in [
+        ("net.pth", "must end in .pt2 or .onnx"),
+        ("folder.pt2", "exists and is not a file"),
+        ("no/such/folder/net.pt2", "cannot be written: No such file or directory"),
+        ("file/net.pt2", "cannot be written: Not a directory"),
+    ]:
+        with pytest.raises(SaveError, match=message):
+            check_output(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.pt2"]
+
+
+def test_a_read_only_file_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net.pt2").touch()
+    # chmod would not do: the superuser, who runs many a CI, may write to anything.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(SaveError, match="read-only"):
+        check_output(tmp_path / "net.pt2")
+
+
+def test_missing_onnx_packages_are_named_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SaveError, match="pip install onnx onnxscript onnxruntime"):
+        check_output(tmp_path / "net.onnx")
+
+
+def test_relative_error_sees_every_kind_of_difference() -> None:
+    a = torch.tensor([1.0, -2.0])
+    assert relative_error(a, a.clone()) == 0
+    assert relative_error({"x": a}, {"x": a * 1.5}) == 0.5
+    assert relative_error((a, a), (a, a + 1)) == 0.5
+    assert relative_error(torch.zeros(2), torch.full((2,), 0.25)) == 0.25
+    assert relative_error(torch.zeros(0), torch.zeros(0)) == 0
+    for other in (a.double(), a[:1], (a, a), torch.tensor([1.0, float("nan")])):
+        assert relative_error(a, other) == float("inf")
+
+
+def test_random_inputs_keep_shapes_types_and_indices() -> None:
+    x, indices, scalar = torch.zeros(2, 3), torch.tensor([[4], [5]]), torch.tensor(1.0)
+    made = random_like((x, indices, scalar), batch=3, seed=1)
+    assert [tuple(value.shape) for value in made] == [(3, 3), (3, 1), ()]
+    assert made[1].flatten().tolist() == [4, 5, 4]
+    assert torch.equal(made[0], random_like((x,), batch=3, seed=1)[0])
