@@ -30,7 +30,7 @@ from rmfx._affine import CONVS, AffineConv
 from rmfx._errors import Refusal, RefusedError, RmfxError
 from rmfx._graph import Net, Shape, Virtual, positions
 from rmfx._layers import read_join
-from rmfx._plan import Column, Linear, Plan, Pointwise, build, plans
+from rmfx._plan import Column, Linear, Plan, Pointwise, build, plans, settle
 from rmfx._range import Ranges
 from rmfx._rewrite import apply_rule
 from rmfx._site import Site, find_site
@@ -79,16 +79,16 @@ class ResidualRule:
         site = find_site(net, node, keep_norms=not self._fold)
         if site is None or isinstance(site, Refusal):
             return site
-        found = plans(site, self._ranges.fixed_by)
+        found = plans(site)
         if isinstance(found, Refusal):
             return found
+        strategy = ""
         for plan in found:
-            strategy = _strategy(plan)
+            settled = settle(plan, self._ranges.fixed_by)
+            strategy = _strategy(settled)
             if strategy in self._allowed:
-                return Match(site, plan, strategy)
-        return Refusal(
-            f"it needs the strategy {_strategy(found[0])!r}, which the option activation excludes"
-        )
+                return Match(site, settled, strategy)
+        return Refusal(f"it needs the strategy {strategy!r}, which the option activation excludes")
 
     def rewrite(self, net: Net, node: fx.Node, match: Match) -> None:
         site, columns = match.site, match.plan.columns

@@ -322,7 +322,7 @@ class AffineConv:
         groups = 1 if not self.dims else self.groups
         own = self.regroup(groups)
         weight, bias = own.weight.to(device, dtype), own.bias.to(device, dtype)
-        if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        if not (is_finite(weight) and is_finite(bias)):
             raise WeightError(
                 f"a merged weight is too large for {dtype}; convert the model in float32"
             )
@@ -362,7 +362,6 @@ def compose(outer: AffineConv, inner: AffineConv) -> AffineConv | Refusal:
     refusal = _border_between(outer, inner)
     if refusal:
         return refusal
-    outer, inner = (f.in_float64() for f in _in_one_type([outer, inner]))
     step, kernel = [], []
     for s, d_out, d_in, span_out, span_in, k_out, k_in in zip(
         inner.stride,
@@ -393,7 +392,9 @@ def compose(outer: AffineConv, inner: AffineConv) -> AffineConv | Refusal:
     ):
         left = s_in * left_out + left_in
         padding.append((left, a_in + s_in * a_out - left + g * (k - 1) + 1 - s))
-    bias = outer.bias + _sum_of_taps(outer, inner.bias)
+    bias = outer.bias.to(weight)
+    if inner.has_bias:
+        bias = bias + _sum_of_taps(outer, inner.bias)
     return AffineConv(weight, bias, stride, tuple(padding), tuple(step), groups)
 
 
@@ -518,18 +519,24 @@ def _assemble(
 
 def _in_one_type(layers: Sequence[AffineConv]) -> list[AffineConv]:
     """The layers in the smallest type that holds all their weights, on one device."""
-    devices = {f.weight.device for f in layers}
-    # Layers made of constants live on the CPU and follow the others.
-    device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
     dtype = layers[0].weight.dtype
     for f in layers[1:]:
         dtype = torch.promote_types(dtype, f.weight.dtype)
     if sum(f.has_bias for f in layers) > 1:  # biases may be added
         dtype = torch.float64
     return [
-        replace(f, weight=f.weight.to(device, dtype), bias=f.bias.to(device, dtype))
-        for f in layers
+        replace(f, weight=f.weight.to(dtype), bias=f.bias.to(dtype))
+        for f in _on_one_device(layers)
     ]
+
+
+def _on_one_device(layers: Sequence[AffineConv]) -> list[AffineConv]:
+    """Layers made of constants live on the CPU and follow the others."""
+    devices = {f.weight.device for f in layers}
+    if len(devices) == 1:
+        return list(layers)
+    device = next(d for d in devices if d.type != "cpu")
+    return [replace(f, weight=f.weight.to(device), bias=f.bias.to(device)) for f in layers]
 
 
 def _border_between(outer: AffineConv, inner: AffineConv) -> Refusal | None:
@@ -559,23 +566,29 @@ def _compose_weights(
     outer: AffineConv, inner: AffineConv, step: Ints, kernel: Ints
 ) -> tuple[Tensor, int]:
     """Weight and groups of outer ∘ inner: products of taps, summed where they meet."""
-    if outer.is_depthwise:
-        groups, n_in = inner.groups, inner.weight.shape[1]
-        w_out, w_in = outer.weight, inner.weight
-    elif inner.is_depthwise:
-        groups, n_in = outer.groups, outer.weight.shape[1]
-        w_out = outer.weight
-        # Row j of the inner weight scales column j of its group.
-        w_in = inner.weight.reshape(groups, 1, n_in, *inner.kernel)
-        w_in = w_in.expand(-1, outer.block[1], *w_in.shape[2:]).flatten(0, 1)
+    outer, inner = _on_one_device([outer, inner])
+    if outer.is_depthwise and outer.is_pointwise:
+        rows = outer.weight.to(torch.float64).reshape(-1, 1, *[1] * inner.dims)
+        return inner.weight * rows, inner.groups
+    if inner.is_depthwise:
+        # Channel j of the inner layer is column j of its group in the outer weight.
+        columns = inner.weight.to(torch.float64)
+        columns = columns.reshape(outer.groups, 1, -1, *inner.kernel)
+        columns = columns.expand(-1, outer.block[1], *columns.shape[2:]).flatten(0, 1)
+        if inner.is_pointwise:
+            return outer.weight * columns.reshape(*columns.shape[:2], *[1] * outer.dims), outer.groups
+        factors, groups, product_of = (outer.weight, columns), outer.groups, torch.mul
+    elif outer.is_depthwise:
+        factors, groups, product_of = (outer.weight, inner.weight), inner.groups, torch.mul
     else:
         groups = math.gcd(outer.groups, inner.groups)
-        outer, inner = outer.regroup(groups), inner.regroup(groups)
-        n_in = inner.weight.shape[1]
-        w_out = outer.weight.unflatten(0, (groups, -1))
-        w_in = inner.weight.unflatten(0, (groups, -1))
-    product_of = torch.mul if outer.is_depthwise or inner.is_depthwise else torch.matmul
-    weight = outer.weight.new_zeros(outer.out_channels, n_in, *kernel)
+        outer, inner = outer.regroup(groups).in_float64(), inner.regroup(groups).in_float64()
+        blocks = (outer.weight.unflatten(0, (groups, -1)), inner.weight.unflatten(0, (groups, -1)))
+        factors, product_of = blocks, torch.matmul
+    n_in = inner.in_channels // groups
+    weight = torch.zeros(
+        outer.out_channels, n_in, *kernel, dtype=torch.float64, device=outer.weight.device
+    )
     for t in itertools.product(*map(range, outer.kernel)):
         for u in itertools.product(*map(range, inner.kernel)):
             place = tuple(
@@ -584,17 +597,19 @@ def _compose_weights(
                     inner.stride, outer.dilation, inner.dilation, t, u, step, strict=True
                 )
             )
-            product = product_of(w_out[(..., *t)], w_in[(..., *u)])
+            product = product_of(factors[0][(..., *t)], factors[1][(..., *u)])
             weight[(..., *place)] += product.reshape(outer.out_channels, n_in)
     return weight, groups
 
 
 def _sum_of_taps(layer: AffineConv, value: Tensor) -> Tensor:
     """The layer's response, without its bias, to an input that is `value` everywhere."""
-    taps = layer.weight.flatten(2).sum(2) if layer.dims else layer.weight
+    weight = layer.weight.to(torch.float64)
+    taps = weight.flatten(2).sum(2) if layer.dims else weight
     n_in, n_out = layer.block
     per_group = taps.reshape(layer.groups, n_out, n_in)
-    return torch.einsum("goi,gi->go", per_group, value.reshape(layer.groups, n_in)).flatten()
+    values = value.to(taps).reshape(layer.groups, n_in)
+    return torch.einsum("goi,gi->go", per_group, values).flatten()
 
 
 def _conv_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Pads:
@@ -605,6 +620,12 @@ def _conv_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Pads:
         totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
     return tuple((int(p), int(p)) for p in module.padding)
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    # One number tells it for nearly every tensor: NaN and Inf survive a sum.
+    return bool(torch.isfinite(x.sum(dtype=torch.float64))) or bool(torch.isfinite(x).all())
 
 
 def _float64(x: Tensor) -> Tensor:

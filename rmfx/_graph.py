@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from ._affine import AffineConv
+from ._affine import AffineConv, is_finite
 from ._dialect import must_stay
 from ._errors import Refusal, WeightError
 from ._infer import Inference
@@ -285,5 +285,5 @@ def check_weight(name: str, value: Tensor) -> None:
         raise WeightError(f"{name}: complex weights ({value.dtype}) are not supported")
     if value.is_quantized:
         raise WeightError(f"{name}: quantized weights are not supported; convert before quantising")
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    if value.is_floating_point() and not is_finite(value):
         raise WeightError(f"{name}: the weight holds NaN or Inf; repair or reload the checkpoint")

@@ -46,12 +46,16 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Pointwise:
-    """An activation column; None leaves a block unchanged."""
+    """An activation column; None leaves a block unchanged.
+
+    `carried` is the node whose value the carry holds here, None if it is not a node's value.
+    """
 
     main: Activation | None
     carry: Activation | None
     widths: tuple[int, int]
     steps: tuple[Step, ...] = ()
+    carried: fx.Node | None = None
 
     @property
     def blocks(self) -> tuple[Block, Block]:
@@ -78,17 +82,29 @@ class Plan:
     work: float
 
 
-def plans(site: Site, is_fixed: IsFixed) -> list[Plan] | Refusal:
-    """Every exact arrangement that was found, cheapest first.
+def settle(plan: Plan, is_fixed: IsFixed) -> Plan:
+    """Let an activation act on the whole column where it leaves the carry as it is.
 
     Args:
-        is_fixed: whether an activation provably leaves the value of a node as it is.
+        is_fixed: whether an activation provably leaves the value of a node unchanged.
     """
+
+    def settled(column: Column) -> Column:
+        if not isinstance(column, Pointwise) or column.main is None or column.carried is None:
+            return column
+        fixed = is_fixed(column.carried, column.main)
+        return replace(column, carry=column.main) if fixed else column
+
+    return replace(plan, columns=tuple(map(settled, plan.columns)))
+
+
+def plans(site: Site) -> list[Plan] | Refusal:
+    """Every exact arrangement that was found, cheapest first."""
     f, g = site.branches
     options: list[Plan] = []
     refusals: list[Refusal] = []
     for main, shortcut in ((f, g), (g, f)):
-        found = _beside(site, main, shortcut, is_fixed)
+        found = _beside(site, main, shortcut)
         if isinstance(found, Refusal):
             refusals.append(found)
         else:
@@ -107,9 +123,7 @@ def plans(site: Site, is_fixed: IsFixed) -> list[Plan] | Refusal:
 # ---- a linear shortcut beside a chain -----------------------------------------------------------
 
 
-def _beside(
-    site: Site, main: Chain, shortcut: Chain, is_fixed: IsFixed
-) -> list[Plan] | Refusal:
+def _beside(site: Site, main: Chain, shortcut: Chain) -> list[Plan] | Refusal:
     """A shortcut that is one linear map, at each place where it fits beside the main branch."""
     if any(isinstance(step.layer, Activation) for step in shortcut):
         return Refusal("both branches are non-linear")
@@ -125,8 +139,9 @@ def _beside(
     value = shortcut[-1].value if shortcut else site.fork
     found = []
     for j, beside in places:
-        columns = _columns(main, beside, j, (site.fork, value), shortcut, is_fixed)
-        found += _widths(columns)
+        found += _widths(_columns(main, beside, j, (site.fork, value), shortcut))
+    # Carrying the fork itself, as far as it goes, is best among equals: its sign may be known.
+    found.reverse()
     return found or Refusal("the shortcut fits beside no layer of the branch", (site.join.name,))
 
 
@@ -136,7 +151,6 @@ def _columns(
     j: int,
     values: tuple[fx.Node, fx.Node | None],
     shortcut: Chain,
-    is_fixed: IsFixed,
 ) -> list[Column]:
     columns: list[Column] = []
     position = 0
@@ -149,9 +163,8 @@ def _columns(
         elif isinstance(layer, Activation):
             # What is carried: the fork before the shortcut's map, its value behind it.
             carried = values[0] if position <= j else values[1]
-            fixed = carried is not None and is_fixed(carried, layer)
             widths = (_width(columns, "main"), _width(columns, "carry"))
-            columns.append(Pointwise(layer, layer if fixed else None, widths, (step,)))
+            columns.append(Pointwise(layer, None, widths, (step,), carried))
         else:
             columns.append(Normalised(layer, _width(columns, "carry"), (step,)))
     return columns

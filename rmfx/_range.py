@@ -50,17 +50,29 @@ ANYTHING = Range.of(-INF, INF)
 def affine_range(layer: AffineConv, x: Range) -> Range:
     """Range of a linear layer's output for inputs in `x`."""
     low, high = x.low, x.high
+    if x.unbounded:
+        return ANYTHING
+    if not bool(low.any()) and bool(torch.isposinf(high).all()):
+        return _of_half_line(layer)
     if layer.pads:
         low, high = low.clamp(max=0), high.clamp(min=0)
     n_in, n_out = layer.block
     low = low.expand(layer.in_channels).reshape(layer.groups, n_in, 1)
     high = high.expand(layer.in_channels).reshape(layer.groups, n_in, 1)
-    weight = layer.weight.cpu().reshape(layer.groups, n_out, n_in, -1)
+    weight = layer.weight.to("cpu", torch.float64).reshape(layer.groups, n_out, n_in, -1)
     up, down = weight.clamp(min=0).sum(-1), weight.clamp(max=0).sum(-1)
-    bias = layer.bias.cpu()
+    bias = layer.bias.to("cpu", torch.float64)
     least = bias + (_product(up, low) + _product(down, high)).flatten()
     most = bias + (_product(up, high) + _product(down, low)).flatten()
     return Range(least, most)
+
+
+def _of_half_line(layer: AffineConv) -> Range:
+    """Range for inputs in [0, ∞), the most common case: only the signs of the weights matter."""
+    weight, bias = layer.weight.flatten(1), layer.bias.to(torch.float64)
+    least = torch.where(weight.amin(1) < 0, -INF, bias)
+    most = torch.where(weight.amax(1) > 0, INF, bias)
+    return Range(least.cpu(), most.cpu())
 
 
 def _product(weight: Tensor, bound: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ _TITLES = {
 
 def convert(
     model: nn.Module | ExportedProgram,
-    example_inputs: Sequence[Tensor] | None = None,
+    example_inputs: Tensor | Sequence[Tensor] | None = None,
     *,
     fold_batch_norm: bool = True,
     **options: Any,
@@ -74,7 +74,7 @@ def convert(
 
     Args:
         model: in eval mode; it is not changed.
-        example_inputs: what the model takes. Without them there are no costs.
+        example_inputs: what the model takes, a tensor or several. Without them there are no costs.
         fold_batch_norm: as in `rmfx.remove_residuals`, and for the form before as well.
         options: the other options of `rmfx.remove_residuals`.
 
@@ -87,6 +87,8 @@ def convert(
         >>> conversion.cost_before.adds, conversion.cost_after.adds
         (5, 0)
     """
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
     inputs = None if example_inputs is None else tuple(example_inputs)
     after = rmfx.remove_residuals(model, inputs, fold_batch_norm=fold_batch_norm, **options)
     before = (rmfx.fold_batch_norm if fold_batch_norm else rmfx.trace)(model, inputs)
