@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from rmfx._activation import STRATEGIES, Interval, per_block, strategy_of
+from rmfx._activation import STRATEGIES, Blockwise, Interval, strategy_of
 from rmfx._affine import CONVS, AffineConv
 from rmfx._errors import Refusal, RefusedError, RmfxError
 from rmfx._graph import Net, Shape, Virtual, positions
@@ -115,13 +115,11 @@ class ResidualRule:
         if isinstance(layer, AffineConv):
             return Virtual(layer, site.dtype, site.device)
         if isinstance(column, Pointwise):
-            return per_block(
-                column.blocks,
-                dims=site.dims,
-                channels_are_dim_1=site.dims > 0 or net.rank(site.fork) == 2,
-                dtype=site.dtype,
-                device=site.device,
-            )
+            dim_1 = site.dims > 0 or net.rank(site.fork) == 2
+            whole = Blockwise(column.blocks, site.dims, channels_are_dim_1=dim_1)
+            if strategy_of(whole.blocks) == "identity":
+                return whole.to_module(site.dtype, site.device)
+            return Virtual(whole, site.dtype, site.device)
         if isinstance(column, Linear):
             raise TypeError("a linear column is built by the algebra")
         fork = net.joins.get(site.fork, site.fork.name)
@@ -237,7 +235,9 @@ def _cost_of(net: Net, nodes: Iterable[fx.Node], dims: int) -> tuple[int | None,
     for node in nodes:
         made, module = net.replacement(node), net.module(node)
         taps = 0
-        if isinstance(made, Virtual):
+        if isinstance(made, Virtual) and isinstance(made.layer, Blockwise):
+            size += sum(b.width for b in made.layer.blocks)
+        elif isinstance(made, Virtual):
             taps = made.layer.weight.numel()
             size += taps + (made.layer.out_channels if made.layer.has_bias else 0)
         elif made is not None or module is not None:

@@ -205,6 +205,46 @@ class Block:
     activation: Activation | None
 
 
+@dataclass(frozen=True, eq=False)
+class Blockwise:
+    """An activation that differs from block to block of channels, as a value.
+
+    Attributes:
+        blocks: channel blocks in order; at least one has an activation.
+        dims: spatial dimensions after the channel dimension.
+        channels_are_dim_1: whether the channel dimension is known to be dimension 1, which
+            `nn.PReLU` needs.
+    """
+
+    blocks: tuple[Block, ...]
+    dims: int
+    channels_are_dim_1: bool
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """Equal for two values that are the same function."""
+        return tuple((b.width, b.activation and b.activation.signature) for b in self.blocks)
+
+    def to_module(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """One module that applies each block's activation to its channels."""
+        strategy = strategy_of(self.blocks)
+        active = [b.activation for b in self.blocks if b.activation and b.width]
+        if strategy == "identity":
+            return _plain_copy(active[0].module)
+        if strategy == "masked":
+            return _masked(self, dtype, device)
+        if all(a.row.slope for a in active):
+            slopes = torch.cat([_slope_of(b) for b in self.blocks]).to(device, dtype)
+            return _prelu(slopes, self)
+        low, high = (
+            torch.cat([torch.full((w,), end, dtype=dtype, device=device) for w, end in ends])
+            for ends in zip(
+                *([(b.width, end) for end in _bounds_of(b)] for b in self.blocks), strict=True
+            )
+        )
+        return ChannelClamp(low, high, self.dims).eval()
+
+
 def strategy_of(blocks: Sequence[Block]) -> str:
     """How one module can apply each block's activation: one of `STRATEGIES`."""
     active = [b.activation for b in blocks if b.activation and b.width]
@@ -216,50 +256,12 @@ def strategy_of(blocks: Sequence[Block]) -> str:
     return "masked"
 
 
-def per_block(
-    blocks: Sequence[Block],
-    *,
-    dims: int,
-    channels_are_dim_1: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> nn.Module:
-    """One module that applies each block's activation to its channels.
-
-    Args:
-        blocks: channel blocks in order; at least one has an activation.
-        dims: spatial dimensions after the channel dimension.
-        channels_are_dim_1: whether the channel dimension is known to be dimension 1, which
-            `nn.PReLU` needs.
-    """
-    strategy = strategy_of(blocks)
-    active = [b.activation for b in blocks if b.activation and b.width]
-    if strategy == "identity":
-        return _plain_copy(active[0].module)
-    if strategy == "masked":
-        return _masked(blocks, dims, channels_are_dim_1, dtype, device)
-    if all(a.row.slope for a in active):
-        slopes = torch.cat([_slope_of(b) for b in blocks]).to(device, dtype)
-        return _prelu(slopes, dims, channels_are_dim_1)
-    low, high = (
-        torch.cat([torch.full((b.width,), end, dtype=dtype, device=device) for b, end in ends])
-        for ends in zip(*([(b, e) for e in _bounds_of(b)] for b in blocks), strict=True)
-    )
-    return ChannelClamp(low, high, dims).eval()
-
-
-def _masked(
-    blocks: Sequence[Block],
-    dims: int,
-    channels_are_dim_1: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> MaskedActivation:
-    total = sum(b.width for b in blocks)
+def _masked(whole: Blockwise, dtype: torch.dtype, device: torch.device) -> MaskedActivation:
+    total = sum(b.width for b in whole.blocks)
     activations: list[nn.Module] = []
     masks: list[Tensor] = []
     start = 0
-    for b in blocks:
+    for b in whole.blocks:
         mask = torch.zeros(total, dtype=torch.bool, device=device)
         mask[start : start + b.width] = True
         if b.activation is not None:
@@ -267,16 +269,16 @@ def _masked(
             if b.activation.is_per_channel:
                 slopes = torch.ones(total, dtype=dtype, device=device)
                 slopes[mask] = _slope_of(b).to(device, dtype)
-                module = _prelu(slopes, dims, channels_are_dim_1)
+                module = _prelu(slopes, whole)
             activations.append(_plain_copy(module))
             masks.append(mask)
         start += b.width
-    return MaskedActivation(activations, masks, dims).eval()
+    return MaskedActivation(activations, masks, whole.dims).eval()
 
 
-def _prelu(slopes: Tensor, dims: int, channels_are_dim_1: bool) -> nn.Module:
-    if not channels_are_dim_1:
-        return ChannelPReLU(slopes, dims).eval()
+def _prelu(slopes: Tensor, whole: Blockwise) -> nn.Module:
+    if not whole.channels_are_dim_1:
+        return ChannelPReLU(slopes, whole.dims).eval()
     module = nn.PReLU(slopes.numel(), device=slopes.device, dtype=slopes.dtype)
     module.weight = nn.Parameter(slopes)
     return module.eval()

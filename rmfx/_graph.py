@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from ._activation import Blockwise
 from ._affine import AffineConv, is_finite
 from ._dialect import must_stay
 from ._errors import Refusal, WeightError
@@ -30,7 +31,7 @@ Shape = tuple[int | None, ...]
 class Virtual:
     """A layer that has no module yet."""
 
-    layer: AffineConv
+    layer: AffineConv | Blockwise
     dtype: torch.dtype
     device: torch.device
 
@@ -159,6 +160,7 @@ class Net:
             target = self._unique(target)
             node.target = target
         self.virtual[target] = layer
+        node.args, node.kwargs = (node.all_input_nodes[0],), {}
 
     def release(self, nodes: Iterable[fx.Node]) -> None:
         """Free the targets of call_module nodes that are about to be erased."""
@@ -200,7 +202,7 @@ class Net:
     def _weights(self, node: fx.Node) -> int:
         made, module = self.replacement(node), self.module(node)
         if isinstance(made, Virtual):
-            return made.layer.weight.numel()
+            return made.layer.weight.numel() if isinstance(made.layer, AffineConv) else 0
         return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
     def _unique(self, name: str) -> str:
@@ -242,6 +244,9 @@ class Net:
         if isinstance(layer, nn.Module):
             root[target] = layer
             return
+        if isinstance(layer.layer, Blockwise):
+            root[target] = layer.layer.to_module(layer.dtype, layer.device)
+            return
         try:
             *pads, conv = layer.layer.to_modules(layer.dtype, layer.device)
         except WeightError as error:
@@ -251,7 +256,7 @@ class Net:
             name = self._unique(f"{target}_pad")
             root[name] = pad
             with self.graph.inserting_before(node):
-                before = self.graph.create_node("call_module", name, node.args)
+                before = self.graph.create_node("call_module", name, (node.all_input_nodes[0],))
             node.args = (before,)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx, nn
 
-from ._activation import is_activation
+from ._activation import Blockwise, is_activation
 from ._affine import CONVS, AffineConv
 from ._dialect import ADDS, BATCH_NORMS, CHANNELWISE, SUBS
 
@@ -79,7 +79,7 @@ class Inference:
             here = self._handed_on_from(here)
         return None
 
-    def _module(self, node: fx.Node) -> nn.Module | AffineConv | None:
+    def _module(self, node: fx.Node) -> nn.Module | AffineConv | Blockwise | None:
         made = self._net.replacement(node)
         if made is not None:
             return made if isinstance(made, nn.Module) else made.layer
@@ -94,6 +94,7 @@ class Inference:
         keeps = isinstance(layer, nn.Module) and (
             is_activation(layer) or isinstance(layer, (*CHANNELWISE, nn.Linear))
         )
+        keeps = keeps or isinstance(layer, Blockwise)
         if keeps or (isinstance(layer, AffineConv) and layer.dims == 0):
             return inputs[0] if len(inputs) == 1 else None
         return None

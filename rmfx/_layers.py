@@ -5,6 +5,7 @@
     Deferred     linear, but its channel count or number of spatial dimensions comes from its
                  neighbours (scales, crops, paddings, average pools, batch norm)
     Activation   a pointwise activation
+    Blockwise    an activation that differs from channel to channel, left by an inner site
     Refusal      anything else, with the reason
 """
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ._activation import Activation, is_activation
+from ._activation import Activation, Blockwise, is_activation
 from ._affine import CONVS, AffineConv, Ints, Pads
 from ._dialect import ADDS, AVERAGE_POOLS, BATCH_NORMS, PADS, SCALES, SUBS
 from ._errors import Refusal
@@ -32,7 +33,7 @@ class Deferred:
     build: Callable[[int, int], AffineConv | Refusal]
 
 
-Element = AffineConv | Deferred | Activation
+Element = AffineConv | Deferred | Activation | Blockwise
 
 
 def read(net: Net, node: fx.Node) -> Element | Refusal:
@@ -44,6 +45,8 @@ def read(net: Net, node: fx.Node) -> Element | Refusal:
         found = _read_module(net, node)
     elif node.op == "call_function":
         found = _read_function(net, node)
+    elif node.op == "call_method" and node.target == "contiguous":
+        found = Deferred(AffineConv.identity)
     else:
         found = Refusal(_describe(node) + " is not a layer")
     return found.at(node.name) if isinstance(found, Refusal) else found
@@ -55,7 +58,7 @@ def read_affine(net: Net, node: fx.Node) -> AffineConv | Refusal:
     if isinstance(element, (AffineConv, Refusal)):
         return element
     source = input_of(node)
-    if isinstance(element, Activation) or source is None:
+    if isinstance(element, (Activation, Blockwise)) or source is None:
         return Refusal("an activation is not linear", (node.name,))
     rank = net.rank(node)
     if rank is None or rank < 2:
@@ -190,7 +193,7 @@ def _pad_channels(
 ) -> AffineConv | Refusal:
     if channels + before + after < 1 or before < -channels or after < -channels:
         return Refusal("the padding removes every channel")
-    weight = torch.eye(channels, dtype=torch.float64)
+    weight = torch.eye(channels, dtype=torch.bfloat16)
     weight = F.pad(weight, (0, 0, before, after))
     return AffineConv.pointwise(weight, dims=dims, padding=padding)
 
@@ -214,14 +217,16 @@ def _read_slice(node: fx.Node) -> Deferred | Refusal:
         fill = [slice(None)] * (rank - len(parts))
         at = index.index(...) if ... in index else len(index)
         full = [*index[:at], *fill, *index[at + 1 :]]
-        if any(s not in (slice(None), slice(0, None), slice(None, None, 1)) for s in full[:2]):
-            return Refusal("a slice of the batch or of the channels")
-        return _strided_crop(channels, full[2:])
+        if full[0].indices(2**62) != (0, 2**62, 1):
+            return Refusal("a slice of the batch")
+        return _strided_crop(channels, full[1], full[2:])
 
     return Deferred(build)
 
 
-def _strided_crop(channels: int, slices: list[slice]) -> AffineConv | Refusal:
+def _strided_crop(
+    channels: int, chosen: slice, slices: list[slice]
+) -> AffineConv | Refusal:
     stride, padding = [], []
     for s in slices:
         start, stop, step = s.start or 0, s.stop, s.step or 1
@@ -230,8 +235,15 @@ def _strided_crop(channels: int, slices: list[slice]) -> AffineConv | Refusal:
         end = 0 if stop is None or stop > 0 else stop
         stride.append(step)
         padding.append((-start, end))
-    return AffineConv.identity(
-        channels, len(slices), stride=tuple(stride), padding=tuple(padding)
+    crop = AffineConv.identity(channels, len(slices), stride=tuple(stride), padding=tuple(padding))
+    rows = range(channels)[chosen]
+    if rows == range(channels):
+        return crop
+    if not rows:
+        return Refusal("a slice without channels")
+    weight = torch.eye(channels, dtype=torch.bfloat16)[list(rows)]
+    return AffineConv.pointwise(
+        weight, dims=len(slices), stride=crop.stride, padding=crop.padding
     )
 
 
@@ -268,7 +280,7 @@ def _read_shift(net: Net, node: fx.Node) -> Deferred | Refusal:
         return terms
     (a, factor_a), (b, factor_b) = terms
     if is_tensor_node(net, a) == is_tensor_node(net, b):
-        return Refusal("a sum of two tensors that both depend on the input")
+        return Refusal("it adds two tensors and was itself refused")
     first_is_tensor = is_tensor_node(net, a)
     constant, scale, sign = (b, factor_b, factor_a) if first_is_tensor else (a, factor_a, factor_b)
     value = _value(net, constant)

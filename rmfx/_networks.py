@@ -38,7 +38,7 @@ class Node:
 
     def __repr__(self) -> str:
         """The constructor call, without the arguments that have their default value."""
-        shown = []
+        shown: list[str] = []
         for position, item in enumerate(fields(self)):
             value = getattr(self, item.name)
             if value == item.default and type(value) is type(item.default):
@@ -158,7 +158,7 @@ class Act(Node):
         if way == "torch":
             return getattr(torch, name)(x, *self.args)  # type: ignore[no-any-return]
         keywords = {"inplace": True} if in_place else {}
-        return FUNCTIONS[self.kind](x, *self.args, **keywords)  # type: ignore[no-any-return]
+        return FUNCTIONS[self.kind](x, *self.args, **keywords)
 
 
 @dataclass(frozen=True, repr=False)
@@ -178,14 +178,14 @@ class Drop(Node):
 
 @dataclass(frozen=True, repr=False)
 class Slice(Node):
-    """The part from `starts` to `starts + sizes * steps` of every spatial axis.
+    """Part of every spatial axis: `starts` and `ends` elements are left out, then every `step`-th.
 
-    `form` "index" writes `x[:, :, 1:-1, 1:-1]` (and `::2` for steps); "pad" is `F.pad` with
-    negative amounts, for steps of 1.
+    `form` "index" writes `x[:, :, 1:-1, 1:-1]` or `x[:, :, ::2, ::2]`; "pad" is `F.pad` with
+    negative amounts, for a step of 1.
     """
 
     starts: tuple[int, ...]
-    ends: tuple[int, ...]  # how many elements are left out at the end
+    ends: tuple[int, ...]
     step: int = 1
     form: str = "index"
 
@@ -775,7 +775,8 @@ _OTHER_FEATURES = """
     identity shortcut; projection shortcut; crop shortcut; strided slice shortcut;
     option A shortcut; average pool shortcut; linear branch; pre-activation branch;
     branch that ends in an activation; branch of three or more layers; two nonlinear branches;
-    nested join; sum of three or more; sites that share one fork; a value joined with itself;
+    add that broadcasts; squeeze and excite; nested join; sum of three or more;
+    sites that share one fork; a value joined with itself;
     constant scale; join with a constant; parameter or buffer as constant;
     input joined by add; input joined by cat; value from elsewhere joined by add
 """
@@ -905,6 +906,8 @@ def _join_features(node: Join, depth: int) -> Iterator[str]:
         yield "two nonlinear branches"
     if len(set(node.operands)) == 1:
         yield "a value joined with itself"
+    if any(isinstance(n, Pool) and n.kind[:4] in ("glob", "mean") for n in sum(node.operands, ())):
+        yield "squeeze and excite" if "a * b" in node.forms else "add that broadcasts"
     for nodes in node.operands:
         yield from _operand_features(nodes)
         yield from _chain_features(nodes, depth + 1)
@@ -1293,7 +1296,7 @@ class Sampler:
         """Now and then something between two layers of a branch."""
         if self.is_large or not self.one_in(5):
             return
-        what = [self.drop, self.save, self.save, self.scale, self.recall, self.recall]
+        what: list[Any] = [self.drop, self.save, self.save, self.scale, self.recall, self.recall]
         what += [self.repeat, self.opaque]
         if path.depth > 0:
             what.append(self.any_block)
@@ -1307,10 +1310,12 @@ class Sampler:
         kind = self.pick(kinds)
         self.put(path, Drop(kind), alias=kind != "clone")
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> str:
+        """Keep the value for a later `recall` or for the output; the name it gets."""
         name = self.name("s")
         path.nodes.append(Save(name))
         self.saved[name] = path.value
+        return name
 
     def scale(self, path: Path) -> None:
         """A constant factor."""
@@ -1635,8 +1640,8 @@ class Sampler:
         if not self.one_in(5):
             self.residual(path)
             return
-        odd = [self.double, self.opaque_branch, self.constant, self.product, self.repeat]
-        odd += [self.recall, self.more_input, self.late_read]
+        odd: list[Any] = [self.double, self.opaque_branch, self.constant, self.product]
+        odd += [self.repeat, self.recall, self.more_input, self.late_read]
         if path.value.is_map:
             odd += [self.broadcast, self.squeeze, self.concatenate]
         self.pick(odd)(path)
@@ -1660,8 +1665,7 @@ class Sampler:
         """A value is changed in place after it was saved, and read again later."""
         if path.value.storage == _INPUT:
             self.layer(path)
-        self.save(path)
-        name = path.nodes[-1].name  # type: ignore[attr-defined]
+        name = self.save(path)
         if path.value.storage == _INPUT or self.one_in(2):
             self.residual(path)
         else:
@@ -1727,7 +1731,8 @@ class Sampler:
         """What may stand between two blocks."""
         if not self.one_in(4):
             return
-        what = [self.drop, self.save, self.recall, self.transition, self.constant, self.scale]
+        what: list[Any] = [self.drop, self.save, self.recall, self.transition]
+        what += [self.constant, self.scale]
         if path.value.is_map:
             what += [self.pool, self.pad]
         self.pick(what)(path)

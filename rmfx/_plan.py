@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from ._activation import Activation, Block
+from ._activation import Activation, Block, Blockwise
 from ._affine import (
     AffineConv,
     chain as compose_chain,
@@ -32,6 +32,7 @@ from ._carry import area_after, placements
 from ._errors import Refusal
 from ._site import Chain, Norm, Site, Step
 
+POINTWISE = (Activation, Blockwise)
 IsFixed = Callable[[fx.Node, Activation], bool]
 
 
@@ -51,15 +52,19 @@ class Pointwise:
     `carried` is the node whose value the carry holds here, None if it is not a node's value.
     """
 
-    main: Activation | None
-    carry: Activation | None
+    main: Activation | Blockwise | None
+    carry: Activation | Blockwise | None
     widths: tuple[int, int]
     steps: tuple[Step, ...] = ()
     carried: fx.Node | None = None
 
     @property
-    def blocks(self) -> tuple[Block, Block]:
-        return Block(self.widths[0], self.main), Block(self.widths[1], self.carry)
+    def blocks(self) -> tuple[Block, ...]:
+        return _blocks(self.widths[0], self.main) + _blocks(self.widths[1], self.carry)
+
+
+def _blocks(width: int, layer: Activation | Blockwise | None) -> tuple[Block, ...]:
+    return layer.blocks if isinstance(layer, Blockwise) else (Block(width, layer),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +95,12 @@ def settle(plan: Plan, is_fixed: IsFixed) -> Plan:
     """
 
     def settled(column: Column) -> Column:
-        if not isinstance(column, Pointwise) or column.main is None or column.carried is None:
+        if not isinstance(column, Pointwise) or column.carried is None:
             return column
-        fixed = is_fixed(column.carried, column.main)
-        return replace(column, carry=column.main) if fixed else column
+        act = column.main
+        if not isinstance(act, Activation) or act.is_per_channel:
+            return column
+        return replace(column, carry=act) if is_fixed(column.carried, act) else column
 
     return replace(plan, columns=tuple(map(settled, plan.columns)))
 
@@ -116,8 +123,13 @@ def plans(site: Site) -> list[Plan] | Refusal:
         else:
             options.append(aligned)
     if not options:
-        return refusals[0]
+        # Two non-linear branches are refused for what keeps them from running side by side.
+        return refusals[-1] if _both_nonlinear(site) else refusals[0]
     return sorted(options, key=lambda plan: (plan.work, len(plan.columns)))
+
+
+def _both_nonlinear(site: Site) -> bool:
+    return all(any(isinstance(s.layer, POINTWISE) for s in c) for c in site.branches)
 
 
 # ---- a linear shortcut beside a chain -----------------------------------------------------------
@@ -125,7 +137,7 @@ def plans(site: Site) -> list[Plan] | Refusal:
 
 def _beside(site: Site, main: Chain, shortcut: Chain) -> list[Plan] | Refusal:
     """A shortcut that is one linear map, at each place where it fits beside the main branch."""
-    if any(isinstance(step.layer, Activation) for step in shortcut):
+    if any(isinstance(step.layer, POINTWISE) for step in shortcut):
         return Refusal("both branches are non-linear")
     layers = [_affine(step) for step in shortcut]
     single = compose_chain(layers or [AffineConv.identity(site.channels, site.dims)])
@@ -160,7 +172,7 @@ def _columns(
             steps = (step, *shortcut) if position == j else (step,)
             columns.append(Linear(layer, beside[position], steps))
             position += 1
-        elif isinstance(layer, Activation):
+        elif isinstance(layer, POINTWISE):
             # What is carried: the fork before the shortcut's map, its value behind it.
             carried = values[0] if position <= j else values[1]
             widths = (_width(columns, "main"), _width(columns, "carry"))
@@ -190,7 +202,7 @@ def _framed(site: Site, chain: Chain) -> Chain:
         steps.insert(0, _identity_step(site.channels, site.dims))
     if not isinstance(steps[-1].layer, AffineConv):
         channels = next(
-            _affine(s).out_channels for s in reversed(steps) if not isinstance(s.layer, Activation)
+            _affine(s).out_channels for s in reversed(steps) if not isinstance(s.layer, POINTWISE)
         )
         steps.append(_identity_step(channels, site.dims))
     return tuple(steps)
@@ -202,8 +214,8 @@ def _identity_step(channels: int, dims: int) -> Step:
 
 def _affine(step: Step) -> AffineConv:
     layer = step.layer.affine if isinstance(step.layer, Norm) else step.layer
-    if isinstance(layer, Activation):
-        raise TypeError(f"{type(layer.module).__name__} is not linear")
+    if isinstance(layer, POINTWISE):
+        raise TypeError("an activation is not linear")
     return layer
 
 
@@ -236,7 +248,7 @@ def _aligned(site: Site, f: Chain, g: Chain) -> Plan | Refusal:
             widths = [layer.out_channels for layer in own]
             columns.append(Linear(own[0], own[1], steps))
         else:
-            acts = [layer if isinstance(layer, Activation) else None for layer in layers]
+            acts = [layer if isinstance(layer, POINTWISE) else None for layer in layers]
             columns.append(Pointwise(acts[0], acts[1], (widths[0], widths[1]), steps))
     if not isinstance(columns[0], Linear):
         start = AffineConv.identity(site.channels, site.dims)
@@ -248,8 +260,8 @@ def _aligned(site: Site, f: Chain, g: Chain) -> Plan | Refusal:
     return work if isinstance(work, Refusal) else Plan(tuple(columns), work)
 
 
-def _without_norm(step: Step) -> AffineConv | Activation:
-    return step.layer if isinstance(step.layer, Activation) else _affine(step)
+def _without_norm(step: Step) -> AffineConv | Activation | Blockwise:
+    return step.layer if isinstance(step.layer, POINTWISE) else _affine(step)
 
 
 def _align(f: Chain, g: Chain) -> list[Pair] | None:
@@ -276,13 +288,13 @@ def _price(a: Step | None, b: Step | None) -> float | None:
     layers = [s.layer for s in (a, b) if s is not None]
     if len(layers) == 1:
         alone = layers[0]
-        if isinstance(alone, Activation):
+        if isinstance(alone, POINTWISE):
             return 1.2
         return 1.0 if isinstance(alone, AffineConv) and alone.preserves_size else None
     if len(layers) != 2:
         return None
     first, second = layers
-    if isinstance(first, Activation) and isinstance(second, Activation):
+    if isinstance(first, POINTWISE) and isinstance(second, POINTWISE):
         return 1.0 if first.signature == second.signature else 1.1
     if isinstance(first, AffineConv) and isinstance(second, AffineConv):
         return None if isinstance(window_of([first, second]), Refusal) else 1.0

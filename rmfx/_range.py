@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from ._activation import INF, Activation, Interval
+from ._activation import INF, Activation, Blockwise, Interval
 from ._affine import AffineConv
 from ._errors import Refusal
 from ._graph import Net
@@ -102,6 +102,20 @@ def activation_range(activation: Activation, x: Range) -> Range:
     return Range.of(low, high)
 
 
+def _blockwise_range(layer: Blockwise, x: Range) -> Range:
+    total = sum(b.width for b in layer.blocks)
+    widths = [b.width for b in layer.blocks]
+    lows, highs = x.low.expand(total).split(widths), x.high.expand(total).split(widths)
+    parts = [
+        activation_range(b.activation, Range(low, high)) if b.activation else Range(low, high)
+        for b, low, high in zip(layer.blocks, lows, highs, strict=True)
+    ]
+    return Range(
+        torch.cat([p.low.expand(w) for p, w in zip(parts, widths, strict=True)]),
+        torch.cat([p.high.expand(w) for p, w in zip(parts, widths, strict=True)]),
+    )
+
+
 def _sloped(activation: Activation, x: Tensor) -> Tensor:
     slope = activation.row.slope(activation.module) if activation.row.slope else 1.0
     slope = torch.as_tensor(slope, dtype=torch.float64).cpu().reshape(-1)
@@ -176,6 +190,8 @@ class Ranges:
         element = read(self._net, node) if node.op != "output" else Refusal("")
         if isinstance(element, Activation):
             return activation_range(element, x)
+        if isinstance(element, Blockwise):
+            return _blockwise_range(element, x)
         if isinstance(element, Deferred):
             source = input_of(node)
             rank = self._net.rank(node)

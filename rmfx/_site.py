@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx, nn
 
-from ._activation import Activation
+from ._activation import Activation, Blockwise
 from ._affine import AffineConv, compose
 from ._dialect import BATCH_NORMS
 from ._errors import Refusal
@@ -33,7 +33,7 @@ class Step:
         value: the node that holds its output, None if no node does.
     """
 
-    layer: AffineConv | Activation | Norm
+    layer: AffineConv | Activation | Blockwise | Norm
     nodes: tuple[fx.Node, ...]
     value: fx.Node | None
 
@@ -189,7 +189,7 @@ def _resolve(
     """The steps of a branch, with everything known."""
     steps = []
     for node, element in one:
-        layer: AffineConv | Activation | Refusal
+        layer: AffineConv | Activation | Blockwise | Refusal
         layer = element.build(channels, dims) if isinstance(element, Deferred) else element
         if isinstance(layer, Refusal):
             return layer.at(node.name)

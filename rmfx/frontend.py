@@ -17,16 +17,20 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import Proxy
 
+from ._activation import is_activation
+from ._affine import CONVS, AffineConv
 from ._dialect import canonicalise
-from ._errors import ModeError, ShapeError, TraceError, WeightError
+from ._errors import ModeError, Refusal, ShapeError, TraceError, WeightError
 from ._functionalise import functionalise, mark_numbers
 from ._graph import check_weight
 
 Inputs = tuple[Any, ...]
+RANKS_OF_NORM = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 MODE_DEPENDENT = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,
@@ -202,11 +206,45 @@ def _private_copy(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 class _ShapeRecorder(fx.Interpreter):
+    """Notes shapes; the common layers are known by their laws, which is far quicker than fakes."""
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            shape = _shape_after(module, args[0])
+            if shape is not None:
+                return args[0].new_empty(shape) if shape != args[0].shape else args[0]
+        return super().call_module(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is F.batch_norm and isinstance(args[0] if args else None, Tensor):
+            return args[0]
+        return super().call_function(target, args, kwargs)
+
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
             note_shape(n, value)
         return value
+
+
+def _shape_after(module: nn.Module, x: Tensor) -> tuple[int, ...] | None:
+    """Shape behind a common layer, None where only running it can tell (or would fail)."""
+    shape = tuple(x.shape)
+    if is_activation(module) and not isinstance(module, nn.PReLU):
+        return shape
+    if type(module) in RANKS_OF_NORM:
+        fits = len(shape) in RANKS_OF_NORM[type(module)] and shape[1] == module.num_features
+        return shape if fits else None
+    if type(module) not in CONVS or x.dtype != module.weight.dtype:
+        return None
+    if isinstance(module, nn.Linear):
+        return (*shape[:-1], module.out_features) if shape[-1] == module.in_features else None
+    layer = AffineConv.from_conv(module)
+    if isinstance(layer, Refusal) or len(shape) != layer.dims + 2 or shape[1] != layer.in_channels:
+        return None
+    size = layer.output_size(shape[2:])
+    return (shape[0], layer.out_channels, *size) if min(size) > 0 else None
 
 
 def note_shape(node: fx.Node, value: Tensor) -> None:

@@ -232,7 +232,9 @@ def _call_factory(module_name: str, attribute: str) -> nn.Module:
         found: object = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise LoadError(f"there is no module {error.name!r} here or on Python's path") from error
+            raise LoadError(
+                f"there is no module {error.name!r} here or on Python's path"
+            ) from error
         raise LoadError(f"{module_name} needs another module: {error}") from error
     except Exception as error:  # noqa: BLE001 (a user's module may raise anything)
         raise LoadError(f"importing {module_name} raised {_describe(error)}") from error

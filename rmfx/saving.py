@@ -260,7 +260,9 @@ def _write(program: ExportedProgram, path: Path) -> None:
     if path.suffix == ".onnx":
         size = sum(value.nbytes for value in program.state_dict.values())
         if size >= _ONNX_LIMIT:
-            raise SaveError(f"{size / 1e9:.1f} GB of weights do not fit in one .onnx file; use .pt2")
+            raise SaveError(
+                f"{size / 1e9:.1f} GB of weights do not fit in one .onnx file; use .pt2"
+            )
     try:
         if path.suffix == ".onnx":
             torch.onnx.export(program, (), path, external_data=False, verbose=False)

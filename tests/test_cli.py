@@ -138,9 +138,7 @@ def test_convert_writes_a_network_without_residuals(
 def test_convert_as_json_is_one_object(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = run_json(
-        capsys, "convert", DIGITS, SHAPE, "--weights", str(weights), "-o", "plain.pt2"
-    )
+    found = run_json(capsys, "convert", DIGITS, SHAPE, "--weights", str(weights), "-o", "plain.pt2")
     assert found["output"]["path"] == "plain.pt2"
     assert found["output"]["size"] == (tmp_path / "plain.pt2").stat().st_size
     assert found["output"]["error"] <= found["output"]["tolerance"] == 1e-4
@@ -315,9 +313,7 @@ def test_what_cannot_be_done_exits_with_1_and_one_line(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_corrupt_weights_file_is_named(
-    weights: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_corrupt_weights_file_is_named(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights.write_bytes(weights.read_bytes()[:5000])
     message = fails(capsys, "convert", DIGITS, SHAPE, "--weights", str(weights), "-o", "o.pt2")
     assert "trained.safetensors is damaged" in message

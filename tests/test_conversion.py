@@ -27,7 +27,12 @@ def test_both_forms_come_with_their_costs() -> None:
 
 def test_text_has_summary_sites_and_costs() -> None:
     text = str(convert(load_model(), load_digits()[0][:1]))
-    for word in ("5 of 5 residual connections removed", "layer3.0", "multiply-adds", "after/before"):
+    for word in (
+        "5 of 5 residual connections removed",
+        "layer3.0",
+        "multiply-adds",
+        "after/before",
+    ):
         assert word in text
 
 

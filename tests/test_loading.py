@@ -210,9 +210,7 @@ def _empty(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_truncate, _garble, _empty])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_corrupt_weights_file_is_explained(
-    damage: object, suffix: str, tmp_path: Path
-) -> None:
+def test_a_corrupt_weights_file_is_explained(damage: object, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"weights{suffix}"
     state = DigitsNet().state_dict()
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)

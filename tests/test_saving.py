@@ -85,7 +85,9 @@ def test_several_inputs_and_outputs(tmp_path: Path) -> None:
 def test_other_types_keep_their_own_tolerance(dtype: torch.dtype, tmp_path: Path) -> None:
     inputs = (torch.zeros(1, 3, 8, 8, dtype=dtype),)
     saved = save(make_net(dtype), tmp_path / "net.pt2", inputs)
-    assert saved.tolerance == {torch.float64: 1e-10, torch.bfloat16: 0.2, torch.float16: 0.05}[dtype]
+    assert (
+        saved.tolerance == {torch.float64: 1e-10, torch.bfloat16: 0.2, torch.float16: 0.05}[dtype]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

@@ -187,9 +187,10 @@ def test_a_dropped_skip_is_found_and_its_join_named() -> None:
 
 
 def test_a_join_that_is_wrong_where_the_outputs_do_not_look_is_found() -> None:
-    spec = NetworkSpec(((2, 3, 7, 7),), (Conv(3, 3, (1, 1)), BLOCK, Conv(3, 2, (1, 1))))
+    body = (Conv(3, 3, (1, 1)), BLOCK, Act("relu"), Conv(3, 2, (1, 1)))
+    spec = NetworkSpec(((2, 3, 7, 7),), body)
     net, inputs = spec.build(seed=0), spec.inputs(seed=0)
-    net.body[2].weight.data[:, 1] = 0  # the head does not see channel 1 of the join
+    net.body[3].weight.data[:, 1] = 0  # the head does not see channel 1 of the join
     broken = copy.deepcopy(net)
     broken.body[1].operands[0][3].bias.data[1] += 1
     torch.testing.assert_close(net(*inputs), broken(*inputs))

@@ -26,10 +26,11 @@ import zoo
 from rmfx.models.cifar import cifar_resnet
 
 NETS = _zoo.zoo()
+TESTED = [name for name in NETS if name != "cifar1202B"]  # as slow as cifar1202A, and like 110B
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", TESTED)
 def test_network_is_exact_at_every_join_and_two_sizes(name: str) -> None:
     net = NETS[name]
     outcome = zoo.evaluate(net, small=True)
