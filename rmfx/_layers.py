@@ -123,11 +123,9 @@ def _read_function(net: Net, node: fx.Node) -> Element | Refusal:
 def _batch_norm(net: Net, node: fx.Node, module: nn.Module, dims: int) -> AffineConv | Refusal:
     rank = net.rank(node)
     if isinstance(module, nn.BatchNorm1d) and dims == 0 and rank != 2:
-        return Refusal(
-            "BatchNorm1d normalises dimension 1, which is the feature dimension of 2-D inputs only; "
-            "pass example_inputs so that the shape is known",
-            (node.name,),
-        )
+        cause = "BatchNorm1d normalises dimension 1, which holds the features of 2-D inputs only"
+        known = "pass example_inputs so that the shape is known" if rank is None else "this is 3-D"
+        return Refusal(f"{cause}; {known}", (node.name,))
     if rank is not None and rank != dims + 2:
         return Refusal(f"batch norm of a {rank}-D tensor among {dims}-D layers", (node.name,))
     found = AffineConv.from_batch_norm(module, dims)

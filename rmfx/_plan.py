@@ -111,6 +111,8 @@ def plans(site: Site) -> list[Plan] | Refusal:
     options: list[Plan] = []
     refusals: list[Refusal] = []
     for main, shortcut in ((f, g), (g, f)):
+        if not _is_linear(shortcut):
+            continue
         found = _beside(site, main, shortcut)
         if isinstance(found, Refusal):
             refusals.append(found)
@@ -123,13 +125,12 @@ def plans(site: Site) -> list[Plan] | Refusal:
         else:
             options.append(aligned)
     if not options:
-        # Two non-linear branches are refused for what keeps them from running side by side.
-        return refusals[-1] if _both_nonlinear(site) else refusals[0]
+        return refusals[0]
     return sorted(options, key=lambda plan: (plan.work, len(plan.columns)))
 
 
-def _both_nonlinear(site: Site) -> bool:
-    return all(any(isinstance(s.layer, POINTWISE) for s in c) for c in site.branches)
+def _is_linear(chain: Chain) -> bool:
+    return not any(isinstance(step.layer, POINTWISE) for step in chain)
 
 
 # ---- a linear shortcut beside a chain -----------------------------------------------------------
@@ -137,8 +138,6 @@ def _both_nonlinear(site: Site) -> bool:
 
 def _beside(site: Site, main: Chain, shortcut: Chain) -> list[Plan] | Refusal:
     """A shortcut that is one linear map, at each place where it fits beside the main branch."""
-    if any(isinstance(step.layer, POINTWISE) for step in shortcut):
-        return Refusal("both branches are non-linear")
     layers = [_affine(step) for step in shortcut]
     single = compose_chain(layers or [AffineConv.identity(site.channels, site.dims)])
     if isinstance(single, Refusal):
