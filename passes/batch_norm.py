@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from rmfx._affine import AffineConv, compose
@@ -24,6 +23,7 @@ from rmfx._errors import Refusal
 from rmfx._graph import Net, Virtual
 from rmfx._layers import input_of, read, read_affine
 from rmfx._rewrite import apply_rule
+from rmfx._site import weight_types
 from rmfx.frontend import trace
 
 
@@ -73,22 +73,11 @@ def merge_pair(net: Net, first: fx.Node, second: fx.Node) -> Pair | Refusal:
     merged = compose(outer, inner)
     if isinstance(merged, Refusal):
         return merged.at(first.name, second.name)
-    kind = weight_type(net, first) or weight_type(net, second)
-    if kind is None:
-        return Refusal("neither layer has weights", (first.name, second.name))
-    return Pair(first, second, Virtual(merged, *kind))
-
-
-def weight_type(net: Net, node: fx.Node) -> tuple[torch.dtype, torch.device] | None:
-    """Type and device of a node's weights, None if it has none."""
-    made = net.replacement(node)
-    if isinstance(made, Virtual):
-        return made.dtype, made.device
-    module = net.module(node)
-    weight = next(module.parameters(), None) if module is not None else None
-    if weight is None and module is not None:
-        weight = next((b for b in module.buffers() if b.is_floating_point()), None)
-    return None if weight is None else (weight.dtype, weight.device)
+    kinds = weight_types(net, (first, second))
+    if len(kinds) != 1:
+        found = ", ".join(sorted(map(str, kinds)))
+        return Refusal(f"the weights are of mixed types: {found}", (first.name, second.name))
+    return Pair(first, second, Virtual(merged, *kinds.pop()))
 
 
 def fold_batch_norm(model: nn.Module | Any, example_inputs: Any = None) -> fx.GraphModule:

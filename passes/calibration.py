@@ -26,7 +26,7 @@ class Moments:
 
 
 class _Recorder(fx.Interpreter):
-    """Sums up values and squares per channel at every node with floating-point images."""
+    """Sums up values and squares per channel at every value that is read more than once."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
@@ -34,9 +34,16 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2:
+        is_image = isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+        if is_image and (len(n.users) > 1 or n.name in self.sums):
             rows = value.detach().to(torch.float64).transpose(0, 1).flatten(1)
-            total, squares, count = self.sums.get(n.name, (0, 0, 0))
+            nothing = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+            total, squares, count = self.sums.get(n.name, (nothing, nothing, 0))
+            if len(total) != len(rows):
+                raise ShapeError(
+                    f"{n.name} has {len(total)} channels in one calibration batch and {len(rows)} "
+                    "in another; pass batches of one size"
+                )
             self.sums[n.name] = (
                 total + rows.sum(1),
                 squares + rows.square().sum(1),
@@ -55,7 +62,7 @@ def measure(gm: fx.GraphModule, batches: Iterable[Any]) -> dict[str, Moments]:
     count = 0
     with torch.no_grad():
         for batch in batches:
-            recorder.run(*(as_inputs(batch) or ()))
+            _run(recorder, as_inputs(batch) or ())
             count += 1
     if not count:
         raise ShapeError("calibration holds no batch; pass at least one")
@@ -66,6 +73,19 @@ def measure(gm: fx.GraphModule, batches: Iterable[Any]) -> dict[str, Moments]:
     return moments
 
 
+def _run(recorder: _Recorder, inputs: tuple[Any, ...]) -> None:
+    try:
+        recorder.run(*inputs)
+    except ShapeError:
+        raise
+    # The graph runs the model's own operations, which may raise anything.
+    except Exception as error:
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs]
+        raise ShapeError(
+            f"the model does not run on a calibration batch of {shapes}: {error}"
+        ) from error
+
+
 def identity_norm(module: nn.Module, carried: int, moments: Moments | None) -> nn.Module:
     """A copy of a batch norm, widened by `carried` channels on which it is the identity.
 
@@ -74,7 +94,10 @@ def identity_norm(module: nn.Module, carried: int, moments: Moments | None) -> n
             measured (zero padding of the carry) get mean 0 and variance 1.
     """
     eps = float(module.eps)  # type: ignore[arg-type]
-    mean, variance = torch.zeros(carried, dtype=torch.float64), torch.ones(carried, dtype=torch.float64)
+    mean, variance = (
+        torch.zeros(carried, dtype=torch.float64),
+        torch.ones(carried, dtype=torch.float64),
+    )
     if moments is not None and len(moments.mean) <= carried:
         mean[: len(moments.mean)] = moments.mean.cpu()
         variance[: len(moments.mean)] = moments.variance.cpu()

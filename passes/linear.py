@@ -20,13 +20,13 @@ from typing import Any
 from torch import fx, nn
 
 from rmfx._affine import AffineConv, compose
+from rmfx._dialect import BATCH_NORMS
 from rmfx._errors import Refusal
 from rmfx._graph import Net, Virtual
 from rmfx._layers import input_of, read_affine
 from rmfx._rewrite import apply_rule
+from rmfx._site import weight_types
 from rmfx.frontend import trace
-
-from .batch_norm import weight_type
 
 Cost = tuple[float, ...]
 
@@ -43,21 +43,26 @@ class LinearRule:
     """Merge a maximal chain of linear layers into the cheapest equivalent chain."""
 
     def __init__(
-        self, *, force: bool = False, concerns: Callable[[fx.Node], bool] = lambda node: True
+        self,
+        *,
+        force: bool = False,
+        keep_norms: bool = False,
+        concerns: Callable[[fx.Node], bool] = lambda node: True,
     ) -> None:
         self._force = force
+        self._keep_norms = keep_norms
         self._concerns = concerns
 
     def match(self, net: Net, node: fx.Node) -> Cut | Refusal | None:
         before = input_of(node)
-        if before is None or (_continues(net, before) and _is_linear(net, before)):
+        if before is None or (len(before.users) == 1 and self._is_linear(net, before)):
             return None
-        if not _is_linear(net, node):
+        if not self._is_linear(net, node):
             return None
-        nodes = _chain_from(net, node)
+        nodes = self._chain_from(net, node)
         if len(nodes) < 2 or not any(map(self._concerns, nodes)):
             return None
-        if not any(weight_type(net, n) for n in nodes):
+        if len(weight_types(net, nodes)) != 1:
             return None
         segments, refusal = self._cheapest([_affine(net, n) for n in nodes])
         if len(segments) == len(nodes):
@@ -65,11 +70,26 @@ class LinearRule:
         return Cut(nodes, segments)
 
     def rewrite(self, net: Net, node: fx.Node, match: Cut) -> None:
-        kind = next(t for t in (weight_type(net, n) for n in match.nodes) if t)
+        kind = weight_types(net, match.nodes).pop()
         for begin, end, layer in match.segments:
             first = match.nodes[begin]
             for second in match.nodes[begin + 1 : end]:
                 net.merge(first, second, Virtual(layer, *kind))
+
+    def _is_linear(self, net: Net, node: fx.Node) -> bool:
+        module = net.replacement(node) or net.module(node)
+        if self._keep_norms and type(module) in BATCH_NORMS:
+            return False
+        return isinstance(read_affine(net, node), AffineConv)
+
+    def _chain_from(self, net: Net, node: fx.Node) -> list[fx.Node]:
+        nodes = [node]
+        while len(nodes[-1].users) == 1:
+            after = next(iter(nodes[-1].users))
+            if input_of(after) is not nodes[-1] or not self._is_linear(net, after):
+                break
+            nodes.append(after)
+        return nodes
 
     def _cheapest(
         self, layers: list[AffineConv]
@@ -100,29 +120,11 @@ class LinearRule:
         return (1.0, work, size) if self._force else (work, 1.0, size)
 
 
-def _is_linear(net: Net, node: fx.Node) -> bool:
-    return isinstance(read_affine(net, node), AffineConv)
-
-
 def _affine(net: Net, node: fx.Node) -> AffineConv:
     layer = read_affine(net, node)
     if isinstance(layer, Refusal):
         raise TypeError(f"{node.name} is not linear: {layer}")
     return layer
-
-
-def _continues(net: Net, node: fx.Node) -> bool:
-    return len(node.users) == 1
-
-
-def _chain_from(net: Net, node: fx.Node) -> list[fx.Node]:
-    nodes = [node]
-    while _continues(net, nodes[-1]):
-        after = next(iter(nodes[-1].users))
-        if input_of(after) is not nodes[-1] or not _is_linear(net, after):
-            break
-        nodes.append(after)
-    return nodes
 
 
 def merge_convs(

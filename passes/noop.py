@@ -30,8 +30,10 @@ class NoopRule:
         source = input_of(node)
         if source is None or not _does_nothing(net, node, source):
             return None
-        if node.meta.get("frozen"):
-            return Refusal(node.meta["frozen"])
+        # A copy of a value that is written to later is not a no-op.
+        frozen = node.meta.get("frozen") or source.meta.get("frozen")
+        if frozen:
+            return Refusal(frozen)
         return net.guard(node) or source
 
     def rewrite(self, net: Net, node: fx.Node, match: fx.Node) -> None:

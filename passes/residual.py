@@ -282,7 +282,8 @@ def remove_residuals(
         model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
         example_inputs: a tensor or a tuple of arguments. They give shapes (for multiply-adds in the
             report, and for some layers the only proof that a rewrite is exact) and let
-            `torch.export` take over where symbolic tracing fails. Sizes are not baked in.
+            `torch.export` take over where symbolic tracing fails. Sizes are not baked in. Without
+            them the inputs of convolutions are taken to have a batch dimension.
         strict: raise at the first site that is refused.
         fold_batch_norm: fold batch norm into the convs around it. With False batch norms inside a
             branch stay, with an identity batch norm on the carry, so that the result can be trained
@@ -332,7 +333,9 @@ def remove_residuals(
     if strict and refusals:
         node, refusal = next(iter(refusals.items()))
         raise RefusedError(f"remove_residuals: the add {node.name} cannot be removed: {refusal}")
-    apply_rule(net, LinearRule(concerns=rule.made.__contains__))
+    apply_rule(
+        net, LinearRule(keep_norms=not fold_batch_norm, concerns=rule.made.__contains__)
+    )
     refused = {node.name: _refused_row(node, refusal) for node, refusal in refusals.items()}
     where = {name: node.name for node, name in net.joins.items()}
     rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}

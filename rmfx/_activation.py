@@ -58,6 +58,12 @@ def _rrelu_slope(m: nn.Module) -> float:
     return (float(m.lower) + float(m.upper)) / 2  # type: ignore[arg-type]
 
 
+def _softplus_image(m: nn.Module) -> Interval:
+    """Positive, but the identity takes over above threshold / beta, which may be negative."""
+    beta, threshold = float(m.beta), float(m.threshold)  # type: ignore[arg-type]
+    return (min(0.0, threshold / beta), INF) if beta > 0 else EVERYWHERE
+
+
 def _threshold_identity(m: nn.Module) -> Interval:
     # Strictly above the threshold; at the threshold itself only if the value is the same.
     threshold, value = float(m.threshold), float(m.value)  # type: ignore[arg-type]
@@ -78,7 +84,7 @@ TABLE: dict[type[nn.Module], Row] = {
     nn.GELU: Row(image=lambda m: (-0.2, INF)),
     nn.SiLU: Row(image=lambda m: (-0.3, INF)),
     nn.Mish: Row(image=lambda m: (-0.4, INF)),
-    nn.Softplus: Row(image=lambda m: (0.0, INF) if float(m.beta) > 0 else EVERYWHERE),  # type: ignore[arg-type]
+    nn.Softplus: Row(image=_softplus_image),  # type: ignore[arg-type]
     nn.Softsign: Row(image=lambda m: (-1.0, 1.0), monotone=True),
     nn.Tanh: Row(image=lambda m: (-1.0, 1.0), monotone=True),
     nn.Sigmoid: Row(image=lambda m: (0.0, 1.0), monotone=True),

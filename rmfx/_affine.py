@@ -125,9 +125,7 @@ class AffineConv:
 
     def output_size(self, size: Sequence[int]) -> Ints:
         """Spatial output sizes for spatial input sizes."""
-        return tuple(
-            (h + a) // s for h, a, s in zip(size, self.growth, self.stride, strict=True)
-        )
+        return tuple((h + a) // s for h, a, s in zip(size, self.growth, self.stride, strict=True))
 
     def multiply_adds(self, positions: int = 1) -> int:
         """Multiply-adds for `positions` output positions (pixels or tokens)."""
@@ -169,9 +167,7 @@ class AffineConv:
     @staticmethod
     def scale(factor: Tensor, shift: Tensor | None = None, *, dims: int) -> AffineConv:
         """x ↦ factor·x + shift, channel by channel; factor, shift: (channels,)."""
-        return AffineConv.pointwise(
-            factor.reshape(-1, 1), shift, dims=dims, groups=factor.numel()
-        )
+        return AffineConv.pointwise(factor.reshape(-1, 1), shift, dims=dims, groups=factor.numel())
 
     @staticmethod
     def identity(
@@ -236,7 +232,9 @@ class AffineConv:
     ) -> AffineConv | Refusal:
         """Average pooling as a depthwise convolution with equal taps."""
         if ceil_mode and any(s > 1 for s in stride):
-            return Refusal("average pooling with ceil_mode=True averages fewer values at the border")
+            return Refusal(
+                "average pooling with ceil_mode=True averages fewer values at the border"
+            )
         if any(padding) and not count_include_pad and divisor is None:
             return Refusal(
                 "average pooling with count_include_pad=False averages fewer values at the border"
@@ -250,9 +248,7 @@ class AffineConv:
 
     def in_float64(self) -> AffineConv:
         """The same layer, ready to compute with."""
-        return replace(
-            self, weight=self.weight.to(torch.float64), bias=self.bias.to(torch.float64)
-        )
+        return replace(self, weight=self.weight.to(torch.float64), bias=self.bias.to(torch.float64))
 
     # ---- changing its form, not its function ------------------------------------------------
 
@@ -525,8 +521,7 @@ def _in_one_type(layers: Sequence[AffineConv]) -> list[AffineConv]:
     if sum(f.has_bias for f in layers) > 1:  # biases may be added
         dtype = torch.float64
     return [
-        replace(f, weight=f.weight.to(dtype), bias=f.bias.to(dtype))
-        for f in _on_one_device(layers)
+        replace(f, weight=f.weight.to(dtype), bias=f.bias.to(dtype)) for f in _on_one_device(layers)
     ]
 
 
@@ -576,7 +571,9 @@ def _compose_weights(
         columns = columns.reshape(outer.groups, 1, -1, *inner.kernel)
         columns = columns.expand(-1, outer.block[1], *columns.shape[2:]).flatten(0, 1)
         if inner.is_pointwise:
-            return outer.weight * columns.reshape(*columns.shape[:2], *[1] * outer.dims), outer.groups
+            return outer.weight * columns.reshape(
+                *columns.shape[:2], *[1] * outer.dims
+            ), outer.groups
         factors, groups, product_of = (outer.weight, columns), outer.groups, torch.mul
     elif outer.is_depthwise:
         factors, groups, product_of = (outer.weight, inner.weight), inner.groups, torch.mul

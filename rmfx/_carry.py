@@ -60,9 +60,7 @@ def _unequal(layers: Sequence[AffineConv], shortcut: AffineConv) -> Refusal | No
             growth += stride * f.growth[i]
             stride *= f.stride[i]
         if stride != shortcut.stride[i]:
-            return Refusal(
-                f"the branch has stride {stride} and the shortcut {shortcut.stride[i]}"
-            )
+            return Refusal(f"the branch has stride {stride} and the shortcut {shortcut.stride[i]}")
         if growth != shortcut.growth[i]:
             return Refusal(UNEQUAL_SIZES)
     return None
@@ -123,9 +121,7 @@ def dirac(channels: int, f: AffineConv, offset: Ints) -> AffineConv:
 
 
 def _pads(f: AffineConv, offset: Ints) -> Pads:
-    return tuple(
-        (-o, a + o + 1 - s) for o, a, s in zip(offset, f.growth, f.stride, strict=True)
-    )
+    return tuple((-o, a + o + 1 - s) for o, a, s in zip(offset, f.growth, f.stride, strict=True))
 
 
 def _all_offsets(

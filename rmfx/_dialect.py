@@ -169,9 +169,7 @@ def _batch_norm(given: Arguments) -> nn.Module | None:
         return None
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[rank]
     module = kind(mean.numel(), eps=given.get("eps", 1e-5), device="meta")
-    module = _filled(
-        module, running_mean=mean, running_var=variance, weight=weight, bias=bias
-    )
+    module = _filled(module, running_mean=mean, running_var=variance, weight=weight, bias=bias)
     module.num_batches_tracked = torch.tensor(0)
     return module
 
@@ -265,7 +263,9 @@ def _table() -> dict[Any, Call]:
     )
     row([F.dropout, F.dropout2d, F.dropout3d], "p training inplace", _dropout)
     row([torch.dropout, *_overloads("dropout", "feature_dropout")], "p training", _dropout)
-    row([torch.flatten, "flatten", *_overloads("flatten.using_ints")], "start_dim end_dim", _flatten)
+    row(
+        [torch.flatten, "flatten", *_overloads("flatten.using_ints")], "start_dim end_dim", _flatten
+    )
     return table
 
 
@@ -376,7 +376,8 @@ def _module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         resolved["rank"] = _rank(gm, x)
     try:
         return call.build(resolved)
-    except (TypeError, ValueError):  # arguments that the module does not take
+    # Arguments that the module does not take; some modules check theirs by assertions.
+    except (TypeError, ValueError, AssertionError):
         return None
 
 
@@ -444,7 +445,9 @@ def _slice(node: fx.Node) -> None:
         return
     end = given.get("end")
     end = None if isinstance(end, int) and end >= 2**62 else end
-    part = slice(given.get("start") or None, end, None if given.get("step") == 1 else given.get("step"))
+    part = slice(
+        given.get("start") or None, end, None if given.get("step") == 1 else given.get("step")
+    )
     node.target, node.kwargs = operator.getitem, {}
     node.args = (given["input"], (*[slice(None)] * dim, part))
 

@@ -27,6 +27,7 @@ from ._dialect import BATCH_NORMS, IN_PLACE_METHODS, has_functional_form
 NUMBER_METHODS = ("size", "dim", "numel", "ndimension", "stride", "item", "is_floating_point")
 NUMBER_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda")
 NUMBER_MODULES = ("_operator", "operator", "math", "builtins")
+CASTS = ("to", "type", "float", "double", "half", "bfloat16", "int", "long", "bool", "type_as")
 IN_PLACE_OPERATORS = tuple(
     getattr(operator, f"i{name}")
     for name in (
@@ -51,7 +52,19 @@ FRESH_FUNCTIONS = {
     *(F.relu, F.relu6, F.gelu, F.silu, F.elu, F.leaky_relu, F.hardtanh, F.hardswish, F.softmax),
     *(torch.relu, torch.sigmoid, torch.tanh, torch.mean, torch.sum, torch.exp),
 }
-FRESH_METHODS = {"add", "sub", "mul", "div", "neg", "relu", "sigmoid", "tanh", "mean", "sum", "clone"}
+FRESH_METHODS = {
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "neg",
+    "relu",
+    "sigmoid",
+    "tanh",
+    "mean",
+    "sum",
+    "clone",
+}
 
 
 def mark_numbers(graph: fx.Graph) -> None:
@@ -82,13 +95,13 @@ def functionalise(gm: fx.GraphModule) -> None:
     A safe write gets `meta["functional"]`: its node may be given its functional form.
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    aliases = _Aliases()
+    aliases, types = _Aliases(), _Types(gm)
     for node in gm.graph.nodes:
         written = _written(gm, node)
         if written is None or written.meta.get("number"):
             aliases.visit(gm, node)
             continue
-        reason = aliases.why_seen(written, node, order)
+        reason = aliases.why_seen(written, node, order) or types.why_changed(written, node)
         if reason is None and not has_functional_form(gm, node):
             reason = "an in-place operation without a functional form"
         if reason is None:
@@ -102,6 +115,49 @@ def functionalise(gm: fx.GraphModule) -> None:
             aliases.join(node, written)
             aliases.freeze(node, f"{reason} ({node.name})")
     aliases.mark()
+    _freeze_owners(gm)
+
+
+def _freeze_owners(gm: fx.GraphModule) -> None:
+    """Mark the calls of modules whose own tensors are written to."""
+    written = {
+        id(_attribute(gm, n)): n.meta["frozen"]
+        for n in gm.graph.nodes
+        if n.op == "get_attr" and n.meta.get("frozen")
+    }
+    for node in gm.graph.nodes:
+        if node.op != "call_module" or not written:
+            continue
+        module = gm.get_submodule(str(node.target))
+        for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) in written:
+                node.meta["frozen"] = written[id(tensor)]
+
+
+def _attribute(gm: fx.GraphModule, node: fx.Node) -> object:
+    value: object = gm
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value
+
+
+class _Types:
+    """Whether in-place arithmetic, which keeps the left operand's type, would promote without it."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        tensors = (*gm.parameters(), *gm.buffers())
+        kinds = {t.dtype for t in tensors if t.is_floating_point()}
+        casts = any(n.op == "call_method" and n.target in CASTS for n in gm.graph.nodes)
+        self._uniform = len(kinds) <= 1 and not casts
+
+    def why_changed(self, written: fx.Node, node: fx.Node) -> str | None:
+        types = [n.meta.get("dtype") for n in node.all_input_nodes if not n.meta.get("number")]
+        own = written.meta.get("dtype")
+        if len(types) < 2 and own is not None and own[0].is_floating_point:
+            return None
+        known = None not in types
+        same = len(set(types)) == 1 if known else self._uniform
+        return None if same else "an in-place operation on values of different types"
 
 
 class _Aliases:
@@ -109,10 +165,13 @@ class _Aliases:
 
     def __init__(self) -> None:
         self._class: dict[fx.Node, list[fx.Node]] = {}
+        self._attributes: dict[str, fx.Node] = {}
         self._reasons: dict[int, str] = {}
 
     def visit(self, gm: fx.GraphModule, node: fx.Node) -> None:
         self.start(node)
+        if node.op == "get_attr":
+            self.join(node, self._attributes.setdefault(str(node.target), node))
         if not node.meta.get("number") and not _is_fresh(gm, node):
             for source in node.all_input_nodes:
                 self.join(node, source)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ._activation import Blockwise
@@ -107,8 +108,10 @@ class Net:
         if module is None:
             return None
         name = str(node.target)
-        if _has_hooks(module):
+        if has_hooks(module):
             return Refusal(f"module {name} has hooks; remove them first", (node.name,))
+        if "forward" in vars(module):
+            return Refusal(f"module {name} has a forward method of its own", (node.name,))
         if parametrize.is_parametrized(module):
             return Refusal(
                 f"module {name} is parametrized; call "
@@ -131,13 +134,15 @@ class Net:
 
     def is_touched(self, module: nn.Module) -> bool:
         """Whether hooks or parametrizations change what a module does."""
-        return _has_hooks(module) or parametrize.is_parametrized(module)
+        return (
+            has_hooks(module)
+            or parametrize.is_parametrized(module)
+            or "forward" in vars(module)
+        )
 
     # ---- writing ----------------------------------------------------------------------------
 
-    def put(
-        self, layer: Virtual | nn.Module, source: fx.Node, name: str, like: fx.Node
-    ) -> fx.Node:
+    def put(self, layer: Virtual | nn.Module, source: fx.Node, name: str, like: fx.Node) -> fx.Node:
         """Insert a call of a new layer, reading `source`, at the graph's insert point.
 
         Args:
@@ -260,7 +265,8 @@ class Net:
             node.args = (before,)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs around a module's own forward or backward."""
     return any(
         getattr(module, name, None)
         for name in (
@@ -282,6 +288,8 @@ def positions(shape: Shape | None, dims: int) -> int | None:
 
 def check_weight(name: str, value: Tensor) -> None:
     """Raise WeightError unless `value` can be computed with."""
+    if is_lazy(value):
+        raise WeightError(f"{name}: the weight is not initialised; run the model once first")
     if value.is_meta:
         raise WeightError(
             f"{name}: the weight is on the meta device and has no values; load the weights first"

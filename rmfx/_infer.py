@@ -7,6 +7,7 @@ channelwise operations hand both on. The answers are kept per node, so a graph i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,41 +27,75 @@ _SPATIAL = {
 }
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What the layers tell of a value: number of dimensions and channels, None if unknown."""
+
+    rank: int | None = None
+    channels: int | None = None
+
+
 class Inference:
     """Answers about the nodes of one `Net`."""
 
     def __init__(self, net: Net) -> None:
         self._net = net
-        self._ranks: dict[fx.Node, int | None] = {}
-        self._channels: dict[fx.Node, int | None] = {}
+        self._known: dict[fx.Node, Facts] = {}
 
     def rank(self, node: fx.Node) -> int | None:
         """Number of dimensions of a node's value, None if unknown."""
-        return self._walk(node, self._ranks, self._own_rank)
+        shape = node.meta.get("shape")
+        return len(shape) if shape is not None else self._facts(node).rank
 
     def channels(self, node: fx.Node, dims: int) -> int | None:
         """Channels of a value that layers of `dims` spatial dimensions read, None if unknown."""
         shape = node.meta.get("shape")
         if shape is not None and len(shape) > 1:
-            return shape[1] if dims else shape[-1]
-        return self._walk(node, self._channels, self._own_channels)
+            found: int | None = shape[1] if dims else shape[-1]
+            return found
+        return self._facts(node).channels
 
-    def _walk(self, node: fx.Node, known: dict, own) -> int | None:  # type: ignore[type-arg,no-untyped-def]
-        path = []
-        here: fx.Node | None = node
-        value = None
-        while here is not None:
-            if here in known:
-                value = known[here]
-                break
-            path.append(here)
-            value = own(here)
-            if value is not None:
-                break
-            here = self._handed_on_from(here)
-        for passed in path:
-            known[passed] = value
-        return value
+    def _facts(self, node: fx.Node) -> Facts:
+        stack = [node]
+        while stack:
+            here = stack[-1]
+            missing = [n for n in here.all_input_nodes if n not in self._known]
+            if here in self._known:
+                stack.pop()
+            elif missing:
+                stack.extend(missing)
+            else:
+                self._known[here] = self._deduce(here)
+                stack.pop()
+        return self._known[node]
+
+    def _deduce(self, node: fx.Node) -> Facts:
+        inputs = [self._known[n] for n in node.all_input_nodes if n.op != "get_attr"]
+        if node.op == "call_function" and node.target in (*ADDS, *SUBS):
+            return _sum(inputs)
+        layer = self._layer(node)
+        if isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
+            return Facts(rank=2)
+        before = inputs[0] if len(inputs) == 1 else Facts()
+        if self._keeps(layer) or isinstance(layer, nn.Linear):
+            rank, channels = before.rank, before.channels
+        else:
+            rank, channels = (None, None)
+        dims = _dims_of(layer)
+        if node.op == "placeholder":
+            dims = next((d for d in map(_dims_of, map(self._layer, node.users)) if d), None)
+            channels = next((c for c in map(_channels_in, map(self._layer, node.users)) if c), None)
+        if isinstance(layer, AffineConv) and not layer.dims:
+            rank = before.rank
+        return Facts(dims + 2 if dims else rank, _channels_out(layer) or channels)
+
+    def _keeps(self, layer: nn.Module | AffineConv | Blockwise | None) -> bool:
+        """Whether a layer keeps the dimensions and channels of its input."""
+        if isinstance(layer, Blockwise):
+            return True
+        return isinstance(layer, nn.Module) and (
+            is_activation(layer) or isinstance(layer, CHANNELWISE)
+        )
 
     def dtype(self, node: fx.Node) -> tuple[torch.dtype, torch.device] | None:
         """Type and device of a node's value, None if unknown."""
@@ -76,58 +111,44 @@ class Inference:
             weight = next(module.parameters(), None) if module is not None else None
             if weight is not None:
                 return weight.dtype, weight.device
-            here = self._handed_on_from(here)
+            here = self._source(here)
         return None
 
-    def _module(self, node: fx.Node) -> nn.Module | AffineConv | Blockwise | None:
+    def _source(self, node: fx.Node) -> fx.Node | None:
+        """The one input of a layer that keeps its input's type."""
+        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        return inputs[0] if self._keeps(self._layer(node)) and len(inputs) == 1 else None
+
+    def _layer(self, node: fx.Node) -> nn.Module | AffineConv | Blockwise | None:
         made = self._net.replacement(node)
         if made is not None:
             return made if isinstance(made, nn.Module) else made.layer
         return self._net.module(node)
 
-    def _handed_on_from(self, node: fx.Node) -> fx.Node | None:
-        """The input whose rank and channels a node keeps."""
-        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        if node.op == "call_function" and node.target in (*ADDS, *SUBS):
-            return inputs[0] if inputs else None
-        layer = self._module(node)
-        keeps = isinstance(layer, nn.Module) and (
-            is_activation(layer) or isinstance(layer, (*CHANNELWISE, nn.Linear))
-        )
-        keeps = keeps or isinstance(layer, Blockwise)
-        if keeps or (isinstance(layer, AffineConv) and layer.dims == 0):
-            return inputs[0] if len(inputs) == 1 else None
-        return None
 
-    def _own_rank(self, node: fx.Node) -> int | None:
-        shape = node.meta.get("shape")
-        if shape is not None:
-            return len(shape)
-        found = self._dims_of(node)
-        if found:
-            return found + 2
-        module = self._module(node)
-        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
-            return 2
-        if node.op == "placeholder":
-            return next((d + 2 for d in map(self._dims_of, node.users) if d), None)
-        return None
+def _sum(inputs: list[Facts]) -> Facts:
+    """Facts of a sum, which may broadcast: certain only where the operands agree."""
+    ranks, channels = ({getattr(f, n) for f in inputs} for n in ("rank", "channels"))
+    return Facts(
+        ranks.pop() if len(ranks) == 1 else None, channels.pop() if len(channels) == 1 else None
+    )
 
-    def _dims_of(self, node: fx.Node) -> int | None:
-        layer = self._module(node)
-        if isinstance(layer, AffineConv):
-            return layer.dims or None
-        return next((d for d, kinds in _SPATIAL.items() if type(layer) in kinds), None)
 
-    def _own_channels(self, node: fx.Node) -> int | None:
-        found = self._channels_of(node, "out_channels", "out_features", "num_features")
-        if found is None and node.op == "placeholder":
-            names = ("in_channels", "in_features", "num_features")
-            found = next((c for c in (self._channels_of(u, *names) for u in node.users) if c), None)
-        return found
+def _dims_of(layer: nn.Module | AffineConv | Blockwise | None) -> int | None:
+    if isinstance(layer, AffineConv):
+        return layer.dims or None
+    return next((d for d, kinds in _SPATIAL.items() if type(layer) in kinds), None)
 
-    def _channels_of(self, node: fx.Node, *names: str) -> int | None:
-        layer = self._module(node)
-        if isinstance(layer, (AffineConv, *CONVS, *BATCH_NORMS)):
-            return next((int(getattr(layer, n)) for n in names if hasattr(layer, n)), None)
-        return None
+
+def _channels_out(layer: nn.Module | AffineConv | Blockwise | None) -> int | None:
+    return _size(layer, "out_channels", "out_features", "num_features")
+
+
+def _channels_in(layer: nn.Module | AffineConv | Blockwise | None) -> int | None:
+    return _size(layer, "in_channels", "in_features", "num_features")
+
+
+def _size(layer: nn.Module | AffineConv | Blockwise | None, *names: str) -> int | None:
+    if isinstance(layer, (AffineConv, *CONVS, *BATCH_NORMS)):
+        return next((int(getattr(layer, n)) for n in names if hasattr(layer, n)), None)
+    return None

@@ -26,6 +26,7 @@ from ._dialect import ADDS, AVERAGE_POOLS, BATCH_NORMS, PADS, SCALES, SUBS
 from ._errors import Refusal
 from ._graph import Net, Virtual
 
+
 @dataclass(frozen=True, eq=False)
 class Deferred:
     """A linear layer that is fixed by (channels, dims) of its place."""
@@ -222,9 +223,7 @@ def _read_slice(node: fx.Node) -> Deferred | Refusal:
     return Deferred(build)
 
 
-def _strided_crop(
-    channels: int, chosen: slice, slices: list[slice]
-) -> AffineConv | Refusal:
+def _strided_crop(channels: int, chosen: slice, slices: list[slice]) -> AffineConv | Refusal:
     stride, padding = [], []
     for s in slices:
         start, stop, step = s.start or 0, s.stop, s.step or 1
@@ -240,9 +239,7 @@ def _strided_crop(
     if not rows:
         return Refusal("a slice without channels")
     weight = torch.eye(channels, dtype=torch.bfloat16)[list(rows)]
-    return AffineConv.pointwise(
-        weight, dims=len(slices), stride=crop.stride, padding=crop.padding
-    )
+    return AffineConv.pointwise(weight, dims=len(slices), stride=crop.stride, padding=crop.padding)
 
 
 def _read_scale(net: Net, node: fx.Node) -> Deferred | Refusal:
@@ -313,6 +310,8 @@ def _constant(factor: Factor, shift: Factor | None) -> Deferred:
 def _value(net: Net, constant: object) -> Tensor | Refusal:
     if isinstance(constant, (int, float)) and not isinstance(constant, bool):
         return torch.tensor(float(constant), dtype=torch.float64)
+    if isinstance(constant, fx.Node) and constant.meta.get("frozen"):
+        return Refusal(constant.meta["frozen"], (constant.name,))
     if isinstance(constant, fx.Node) and constant.op == "get_attr":
         value = net.attribute(constant)
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -352,7 +351,8 @@ def operands(node: fx.Node) -> tuple[Term, Term] | Refusal:
 def _two_operands(node: fx.Node) -> tuple[object, object]:
     given = [*node.args]
     given += [node.kwargs[k] for k in ("input", "other") if k in node.kwargs]
-    return given[0], given[1]
+    first, second, *_ = [*given, None, None]
+    return first, second
 
 
 def is_tensor_node(net: Net, value: object) -> bool:
@@ -360,15 +360,15 @@ def is_tensor_node(net: Net, value: object) -> bool:
     return isinstance(value, fx.Node) and value.op != "get_attr" and not value.meta.get("number")
 
 
-def read_join(net: Net, node: fx.Node) -> tuple[tuple[fx.Node, float], ...] | None:
+def read_join(net: Net, node: fx.Node) -> tuple[tuple[fx.Node, float], ...] | Refusal | None:
     """The two tensors that a node adds, with their factors; None if it adds no two tensors."""
     if node.op != "call_function" or node.target not in (*ADDS, *SUBS):
         return None
+    if not all(is_tensor_node(net, x) for x in _two_operands(node)):
+        return None
     terms = operands(node)
     if isinstance(terms, Refusal):
-        return None
-    if not all(is_tensor_node(net, x) for x, _ in terms):
-        return None
+        return terms.at(node.name)
     return tuple((x, c) for x, c in terms if isinstance(x, fx.Node))
 
 

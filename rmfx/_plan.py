@@ -239,9 +239,7 @@ def _aligned(site: Site, f: Chain, g: Chain) -> Plan | Refusal:
         layers = [s.layer if s is not None else None for s in (a, b)]
         if any(isinstance(layer, AffineConv) for layer in layers):
             own = [
-                layer
-                if isinstance(layer, AffineConv)
-                else AffineConv.identity(width, site.dims)
+                layer if isinstance(layer, AffineConv) else AffineConv.identity(width, site.dims)
                 for layer, width in zip(layers, widths, strict=True)
             ]
             widths = [layer.out_channels for layer in own]
@@ -306,9 +304,7 @@ def _price(a: Step | None, b: Step | None) -> float | None:
 def _widths(columns: list[Column]) -> Iterator[Plan]:
     """The arrangement with its carry as it is, and padded to each group width that occurs."""
     linear = [c for c in columns if isinstance(c, Linear)]
-    groups = {1} | {
-        c.main.block[0] for c in linear[1:-1] if c.main.block[0] == c.main.block[1]
-    }
+    groups = {1} | {c.main.block[0] for c in linear[1:-1] if c.main.block[0] == c.main.block[1]}
     for width in sorted(groups):
         padded = _padded(columns, width)
         work = _work(padded)

@@ -30,10 +30,22 @@ HULL_OF_INPUT = (
 
 @dataclass(frozen=True, eq=False)
 class Range:
-    """low ≤ x ≤ high; tensors of shape (channels,), or (1,) for all channels alike."""
+    """low ≤ x ≤ high; tensors of shape (channels,), or (1,) for all channels alike.
+
+    Attributes:
+        last: whether channels are the last dimension (behind a Linear layer) instead of the one
+            after the batch.
+    """
 
     low: Tensor
     high: Tensor
+    last: bool = False
+
+    def on_axis(self, *, last: bool) -> Range:
+        """The range per channel of the other axis: the hull, unless the axis is the same."""
+        if last == self.last:
+            return self
+        return Range(self.low.min().reshape(1), self.high.max().reshape(1), last)
 
     @staticmethod
     def of(low: float, high: float) -> Range:
@@ -64,7 +76,7 @@ def affine_range(layer: AffineConv, x: Range) -> Range:
     bias = layer.bias.to("cpu", torch.float64)
     least = bias + (_product(up, low) + _product(down, high)).flatten()
     most = bias + (_product(up, high) + _product(down, low)).flatten()
-    return Range(least, most)
+    return Range(least, most, last=not layer.dims)
 
 
 def _of_half_line(layer: AffineConv) -> Range:
@@ -72,7 +84,7 @@ def _of_half_line(layer: AffineConv) -> Range:
     weight, bias = layer.weight.flatten(1), layer.bias.to(torch.float64)
     least = torch.where(weight.amin(1) < 0, -INF, bias)
     most = torch.where(weight.amax(1) > 0, INF, bias)
-    return Range(least.cpu(), most.cpu())
+    return Range(least.cpu(), most.cpu(), last=not layer.dims)
 
 
 def _product(weight: Tensor, bound: Tensor) -> Tensor:
@@ -94,9 +106,11 @@ def activation_range(activation: Activation, x: Range) -> Range:
         crosses = (x.low < 0) & (x.high > 0)
         ends.append(torch.where(crosses, zero, ends[0]))
         stacked = torch.stack(ends)
-        return Range(stacked.amin(0), stacked.amax(0))
+        return Range(stacked.amin(0), stacked.amax(0), x.last)
     if activation.row.monotone:
-        return Range(activation.apply(x.low), activation.apply(x.high))
+        # At infinity a formula may be undefined; the image bounds it there.
+        ends = [activation.apply(x.low).nan_to_num(low), activation.apply(x.high).nan_to_num(high)]
+        return Range(ends[0].clamp(min=low), ends[1].clamp(max=high), x.last)
     if activation.fixes(x.low, x.high):
         return x
     return Range.of(low, high)
@@ -113,6 +127,7 @@ def _blockwise_range(layer: Blockwise, x: Range) -> Range:
     return Range(
         torch.cat([p.low.expand(w) for p, w in zip(parts, widths, strict=True)]),
         torch.cat([p.high.expand(w) for p, w in zip(parts, widths, strict=True)]),
+        x.last,
     )
 
 
@@ -159,7 +174,7 @@ class Ranges:
         The last activation before the node often proves it alone; only then is the graph walked.
         """
         here = node
-        while type(self._net.module(here)) in HULL_OF_INPUT and not here.meta.get("frozen"):
+        while self._passes_values(here):
             here = here.all_input_nodes[0]
         element = read(self._net, here) if here.op == "call_module" else None
         if isinstance(element, Activation):
@@ -175,23 +190,34 @@ class Ranges:
         if node.op == "placeholder":
             return self._input
         terms = read_join(self._net, node)
+        if isinstance(terms, Refusal):
+            return ANYTHING
         if terms is not None:
             return self._sum(terms)
         x = input_of(node)
         if x is None:
             return ANYTHING
-        if type(self._net.module(node)) in HULL_OF_INPUT:
-            return self._known[x]
-        if isinstance(self._net.module(node), nn.Flatten):
+        if self._passes_values(node):
+            # Pooling runs over dimensions after the channels, or over what would be channels.
+            return self._known[x].on_axis(last=False)
+        if type(self._net.module(node)) is nn.Flatten and self._net.guard(node) is None:
             return _hull(self._known[x])
         return self._through(node, self._known[x])
+
+    def _passes_values(self, node: fx.Node) -> bool:
+        """Whether a node's values lie between those of its input."""
+        known = type(self._net.module(node)) in HULL_OF_INPUT and len(node.all_input_nodes) == 1
+        return known and not node.meta.get("frozen") and self._net.guard(node) is None
 
     def _through(self, node: fx.Node, x: Range) -> Range:
         element = read(self._net, node) if node.op != "output" else Refusal("")
         if isinstance(element, Activation):
-            return activation_range(element, x)
+            # Slopes per channel belong to dimension 1.
+            return activation_range(
+                element, x.on_axis(last=False) if element.is_per_channel else x
+            )
         if isinstance(element, Blockwise):
-            return _blockwise_range(element, x)
+            return _blockwise_range(element, x.on_axis(last=not element.dims))
         if isinstance(element, Deferred):
             source = input_of(node)
             rank = self._net.rank(node)
@@ -199,21 +225,23 @@ class Ranges:
                 return ANYTHING
             channels = self._net.channels(source, rank - 2)
             element = element.build(channels, rank - 2) if channels else Refusal("")
-        if not isinstance(element, AffineConv) or x.low.numel() not in (1, element.in_channels):
+        if not isinstance(element, AffineConv):
             return ANYTHING
-        return affine_range(element, x)
+        x = x.on_axis(last=not element.dims)
+        return affine_range(element, x) if x.low.numel() in (1, element.in_channels) else ANYTHING
 
     def _sum(self, terms: tuple[tuple[fx.Node, float], ...]) -> Range:
         low, high = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        last = self._known[terms[0][0]].last
         for node, factor in terms:
-            x = self._known[node]
+            x = self._known[node].on_axis(last=last)
             if x.low.numel() != low.numel() and 1 not in (x.low.numel(), low.numel()):
                 return ANYTHING
             ends = (x.low, x.high) if factor >= 0 else (x.high, x.low)
             if factor == 0:
                 continue
             low, high = low + factor * ends[0], high + factor * ends[1]
-        return Range(low, high)
+        return Range(low, high, last)
 
 
 def _hull(x: Range) -> Range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,8 +79,8 @@ def find_site(net: Net, join: fx.Node, *, keep_norms: bool) -> Site | Refusal | 
         keep_norms: whether batch norms are to stay layers of their own.
     """
     terms = read_join(net, join)
-    if terms is None:
-        return None
+    if terms is None or isinstance(terms, Refusal):
+        return terms
     if join.meta.get("frozen"):
         return Refusal(join.meta["frozen"], (join.name,))
     (a, factor_a), (b, factor_b) = terms
@@ -109,9 +110,7 @@ def find_site(net: Net, join: fx.Node, *, keep_norms: bool) -> Site | Refusal | 
     return Site(join, fork, (chains[0], chains[1]), channels, dims, dtype, device)
 
 
-def _walk_to_fork(
-    net: Net, a: fx.Node, b: fx.Node
-) -> tuple[fx.Node, tuple[Read, Read]] | Refusal:
+def _walk_to_fork(net: Net, a: fx.Node, b: fx.Node) -> tuple[fx.Node, tuple[Read, Read]] | Refusal:
     """Step back from both operands, the later one first, until they meet."""
     heads, paths = [a, b], ([], [])  # type: ignore[var-annotated]
     while heads[0] is not heads[1]:
@@ -155,10 +154,13 @@ def _frame(
             channels = one[0][1].in_channels
     if channels is None:
         return Refusal("the number of channels is unknown; pass example_inputs", (fork.name,))
-    kinds = _weight_types(net, [n for one in reads for n, _ in one])
+    kinds = weight_types(net, [n for one in reads for n, _ in one])
     if len(kinds) > 1:
         return Refusal(f"the weights are of mixed types: {', '.join(sorted(map(str, kinds)))}")
-    kind = kinds.pop() if kinds else net.dtype(fork)
+    own = net.dtype(fork)
+    if own is not None and kinds and own not in kinds:
+        return Refusal(f"the values are {own[0]}, the weights {min(kinds, key=str)[0]}")
+    kind = kinds.pop() if kinds else own
     if kind is None:
         return Refusal("the type of the values is unknown; pass example_inputs", (fork.name,))
     if not kind[0].is_floating_point:
@@ -166,7 +168,8 @@ def _frame(
     return channels, dims, *kind
 
 
-def _weight_types(net: Net, nodes: list[fx.Node]) -> set[tuple[torch.dtype, torch.device]]:
+def weight_types(net: Net, nodes: Iterable[fx.Node]) -> set[tuple[torch.dtype, torch.device]]:
+    """Types and devices of all weights that some nodes use."""
     kinds = set()
     for node in nodes:
         made, module = net.replacement(node), net.module(node)
@@ -183,9 +186,7 @@ def _weight_types(net: Net, nodes: list[fx.Node]) -> set[tuple[torch.dtype, torc
     return kinds
 
 
-def _resolve(
-    one: Read, channels: int, dims: int, keep_norms: bool, net: Net
-) -> Chain | Refusal:
+def _resolve(one: Read, channels: int, dims: int, keep_norms: bool, net: Net) -> Chain | Refusal:
     """The steps of a branch, with everything known."""
     steps = []
     for node, element in one:
@@ -204,6 +205,14 @@ def _resolve(
                     f"a layer for {layer.in_channels} channels on {channels}", (node.name,)
                 )
             channels = layer.out_channels
+        if isinstance(layer, Activation) and layer.is_per_channel:
+            if not dims and net.rank(node) != 2:
+                return Refusal(
+                    "PReLU with a slope per channel acts on dimension 1, not on the features",
+                    (node.name,),
+                )
+            if layer.module.num_parameters != channels:
+                return Refusal(f"a PReLU for other than {channels} channels", (node.name,))
         module = net.module(node)
         if keep_norms and isinstance(layer, AffineConv) and type(module) in BATCH_NORMS:
             steps.append(Step(Norm(module, layer), (node,), node))

@@ -27,7 +27,7 @@ from ._affine import CONVS, AffineConv
 from ._dialect import canonicalise
 from ._errors import ModeError, Refusal, ShapeError, TraceError, WeightError
 from ._functionalise import functionalise, mark_numbers
-from ._graph import check_weight
+from ._graph import check_weight, has_hooks
 
 Inputs = tuple[Any, ...]
 RANKS_OF_NORM = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
@@ -58,6 +58,11 @@ def trace(model: Any, example_inputs: Any = None) -> fx.GraphModule:
         gm: fx.GraphModule = model.module(check_guards=False)  # type: ignore[assignment]
     elif isinstance(model, nn.Module):
         check_mode(model)
+        if has_hooks(model):
+            raise TraceError(
+                f"{type(model).__name__} has hooks of its own, which a trace would lose; remove "
+                "them, or wrap the model in a module without hooks"
+            )
         gm = model if isinstance(model, fx.GraphModule) else _trace_module(model, inputs)
     else:
         raise TraceError(
@@ -137,6 +142,9 @@ class _InPlaceProxy(Proxy):
 class _Tracer(fx.Tracer):
     """The symbolic tracer, with in-place operators and source lines."""
 
+    # A buffer that forward() changes must show in the graph instead of being changed by tracing.
+    proxy_buffer_attributes = True
+
     def proxy(self, node: fx.Node) -> Proxy:
         return _InPlaceProxy(node, self)
 
@@ -147,7 +155,7 @@ class _Tracer(fx.Tracer):
 
 
 def _user_line() -> str | None:
-    """"file.py:12" of the innermost frame that is neither PyTorch nor this file."""
+    """ "file.py:12" of the innermost frame that is neither PyTorch nor this file."""
     frame = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
@@ -208,6 +216,15 @@ def _private_copy(gm: fx.GraphModule) -> fx.GraphModule:
 class _ShapeRecorder(fx.Interpreter):
     """Notes shapes; the common layers are known by their laws, which is far quicker than fakes."""
 
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self._mode = mode
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # A graph may write to a parameter: let it write to a fake.
+        value = super().get_attr(target, args, kwargs)
+        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
+
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
@@ -264,7 +281,7 @@ def _find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
     fake = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in inputs]
     try:
         with mode, torch.no_grad():
-            _ShapeRecorder(gm).run(*fake)
+            _ShapeRecorder(gm, mode).run(*fake)
     # The graph runs the model's own operations, which may raise anything.
     except Exception as error:
         raise ShapeError(

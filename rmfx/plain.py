@@ -76,11 +76,13 @@ def _why_not_plain(gm: fx.GraphModule) -> str | None:
             return f"{node.name} is read by {users}"
         if node.op != "placeholder" and not _reads_one_value(node):
             names = ", ".join(n.name for n in node.all_input_nodes) or "nothing"
-            return f"{node.name} reads {names}"
+            return f"{node.name} reads {names}, not one tensor alone"
     return None
 
 
 def _reads_one_value(node: fx.Node) -> bool:
     """Whether a node has one input node, passed once and as an argument of its own."""
     direct = sum(isinstance(a, fx.Node) for a in node.args)
-    return len(node.all_input_nodes) == 1 and direct == 1
+    options = len(node.args) + len(node.kwargs) - 1
+    alone = node.op != "call_module" or not options
+    return len(node.all_input_nodes) == 1 and direct == 1 and alone

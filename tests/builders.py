@@ -1,0 +1,192 @@
+"""Small networks and questions about them that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import rmfx
+from rmfx.testing import assert_equivalent, random_statistics
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+Combine = Callable[[Any, Any], Any]
+
+
+class Residual(nn.Module):
+    """combine(shortcut(x), branch(x)), by default their sum."""
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        shortcut: nn.Module | None = None,
+        combine: Combine = lambda x, y: x + y,
+    ) -> None:
+        super().__init__()
+        self.branch = branch
+        self.shortcut = shortcut
+        self.combine = combine
+
+    def forward(self, x: Any) -> Any:
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return self.combine(shortcut, self.branch(x))
+
+
+class Apply(nn.Module):
+    """A function of some tensors, with modules it may use as `m.name`."""
+
+    def __init__(self, function: Callable[..., Any], **modules: nn.Module | Tensor) -> None:
+        super().__init__()
+        for name, value in modules.items():
+            setattr(self, name, value)
+        self.function = function
+
+    def forward(self, x: Any) -> Any:
+        return self.function(self, x)
+
+
+def chain(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*layers)
+
+
+def conv(
+    n_in: int = 4,
+    n_out: int = 4,
+    kernel: int | tuple[int, ...] = 3,
+    *,
+    dims: int = 2,
+    **options: Any,
+) -> nn.Module:
+    """A conv whose padding keeps the size at stride 1, unless told otherwise."""
+    if isinstance(kernel, int):
+        options.setdefault("padding", options.get("dilation", 1) * (kernel - 1) // 2)
+    return CONVS[dims](n_in, n_out, kernel, **options)
+
+
+def conv_bn(
+    n_in: int = 4, n_out: int = 4, kernel: int = 3, *, dims: int = 2, **options: Any
+) -> nn.Sequential:
+    return chain(conv(n_in, n_out, kernel, dims=dims, bias=False, **options), NORMS[dims](n_out))
+
+
+def basic_branch(
+    n_in: int = 4,
+    n_out: int = 4,
+    *,
+    dims: int = 2,
+    act: nn.Module | None = None,
+    stride: int = 1,
+    **options: Any,
+) -> nn.Sequential:
+    """conv, BN, activation, conv, BN."""
+    return chain(
+        conv_bn(n_in, n_out, dims=dims, stride=stride, **options),
+        nn.ReLU() if act is None else act,
+        conv_bn(n_out, n_out, dims=dims, **options),
+    )
+
+
+def conv_branch(act: nn.Module | None = None, channels: int = 4) -> nn.Sequential:
+    """conv, activation, conv without batch norm."""
+    act = nn.ReLU() if act is None else act
+    return chain(conv(channels, channels), act, conv(channels, channels))
+
+
+def ready(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The model in eval mode with random batch norm statistics."""
+    return random_statistics(model, seed=1).to(dtype).eval()
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A random input, by default two images of 4 channels and odd size."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(shape or (2, 4, 9, 7), generator=generator, dtype=torch.float64).to(dtype)
+
+
+def types(model: nn.Module) -> list[str]:
+    """Type names of the layers that a graph calls, in order."""
+    if not isinstance(model, fx.GraphModule):
+        return [type(m).__name__ for m in model.modules() if not list(m.children())]
+    calls = [n for n in model.graph.nodes if n.op == "call_module"]
+    return [type(model.get_submodule(str(n.target))).__name__ for n in calls]
+
+
+def shapes(model: fx.GraphModule) -> list[tuple[int, ...]]:
+    """Weight shapes of the convolutions and Linear layers, in order of the calls."""
+    modules = [
+        model.get_submodule(str(n.target)) for n in model.graph.nodes if n.op == "call_module"
+    ]
+    return [tuple(m.weight.shape) for m in modules if isinstance(m, (nn.Linear, *CONVS.values()))]
+
+
+def adds(model: fx.GraphModule) -> int:
+    """Calls that add or subtract, counted without help of the library."""
+    names = ("add", "iadd", "sub", "isub", "add_", "sub_", "rsub")
+    called = [n.target for n in model.graph.nodes if n.op in ("call_function", "call_method")]
+    return sum(getattr(t, "__name__", t) in names for t in called)
+
+
+def assert_removed(
+    model: nn.Module, *inputs: Any, sites: int = 1, strategy: str | None = None, **options: Any
+) -> fx.GraphModule:
+    """Convert with and without example inputs; both must be exact and leave no add."""
+    options_without = options.pop("without_inputs", True)
+    converted = rmfx.remove_residuals(model, inputs, **options)
+    assert_all_gone(model, converted, inputs, sites, strategy)
+    if options_without:
+        assert_all_gone(model, rmfx.remove_residuals(model, **options), inputs, sites, strategy)
+    return converted
+
+
+def assert_all_gone(
+    model: nn.Module,
+    converted: fx.GraphModule,
+    inputs: tuple[Any, ...],
+    sites: int,
+    strategy: str | None,
+) -> None:
+    report = rmfx.report(converted)
+    assert (report.removed, report.adds_left) == (sites, 0), str(report)
+    assert adds(converted) == 0, converted.code
+    if strategy is not None:
+        assert [row.strategy for row in report.rows] == [strategy] * sites, str(report)
+    assert_equivalent(model, converted, inputs)
+
+
+def assert_refused(
+    model: nn.Module, *inputs: Any, reason: str, sites: int = 1, example: bool = True, **options: Any
+) -> rmfx.Report:
+    """Every site is refused for this reason, and the result still computes the same."""
+    converted = rmfx.remove_residuals(model, inputs if example else None, **options)
+    report = rmfx.report(converted)
+    assert (report.removed, report.refused) == (0, sites), str(report)
+    for row in report.rows:
+        assert reason in row.reason, row.reason
+        assert row.node in {node.name for node in converted.graph.nodes}
+    assert_equivalent(model, converted, inputs)
+    return report
+
+
+def snapshot(model: nn.Module) -> tuple[Any, ...]:
+    """Everything about a model that a pass must leave alone."""
+    return (
+        {name: value.clone() for name, value in model.state_dict().items() if not value.is_meta},
+        [id(value) for value in (*model.parameters(), *model.buffers())],
+        [(name, id(module), module.training) for name, module in model.named_modules()],
+        [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        [getattr(m, "inplace", None) for m in model.modules()],
+        [(p.requires_grad, p.grad) for p in model.parameters()],
+        str(model.graph) if isinstance(model, fx.GraphModule) else None,
+        [sorted(n.meta) for n in model.graph.nodes] if isinstance(model, fx.GraphModule) else None,
+    )
+
+
+def assert_same(before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
+    """Two snapshots are equal."""
+    assert before[0].keys() == after[0].keys()
+    for name, value in before[0].items():
+        assert torch.equal(value, after[0][name]) or value.isnan().any(), name
+    assert before[1:] == after[1:]

@@ -1,0 +1,135 @@
+"""Removal of what does nothing at inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import Apply, assert_same, chain, conv, image, ready, snapshot, types
+from torch import Tensor, nn
+
+import rmfx
+from rmfx.testing import assert_equivalent
+
+NOOPS: dict[str, Callable[[], nn.Module]] = {
+    "identity": nn.Identity,
+    **{
+        kind.__name__: lambda kind=kind: kind(0.4)
+        for kind in (
+            nn.Dropout,
+            nn.Dropout2d,
+            nn.AlphaDropout,
+            nn.FeatureAlphaDropout,
+        )
+    },
+    "in-place dropout": lambda: nn.Dropout(inplace=True),
+    "F.dropout": lambda: Apply(lambda m, x: F.dropout(x, 0.5, m.training)),
+    "F.dropout2d": lambda: Apply(lambda m, x: F.dropout2d(x, 0.5, training=False)),
+    "clone": lambda: Apply(lambda m, x: x.clone()),
+    "detach": lambda: Apply(lambda m, x: x.detach()),
+    "x + 0": lambda: Apply(lambda m, x: 0 + x + 0 - 0),
+    "x * 1": lambda: Apply(lambda m, x: 1 * x * 1),
+}
+
+
+@pytest.mark.parametrize("name", NOOPS)
+def test_noop_between_layers_disappears(name: str) -> None:
+    model = ready(chain(conv(), NOOPS[name](), nn.ReLU(), NOOPS[name]()))
+    before = snapshot(model)
+    result = rmfx.remove_noops(model)
+    assert types(result) == ["Conv2d", "ReLU"]
+    assert [n.op for n in result.graph.nodes] == [
+        "placeholder",
+        *["call_module"] * 2,
+        "output",
+    ]
+    assert_equivalent(model, result, image())
+    assert_same(before, snapshot(model))
+    assert types(rmfx.remove_noops(result)) == ["Conv2d", "ReLU"]
+
+
+def test_stochastic_depth_of_torchvision_disappears() -> None:
+    ops = pytest.importorskip("torchvision.ops")
+    model = ready(chain(conv(), ops.StochasticDepth(0.5, "row"), nn.ReLU()))
+    result = rmfx.remove_noops(model, image())
+    assert [n.op for n in result.graph.nodes].count("call_function") == 0
+    assert_equivalent(model, result, image())
+
+
+def test_network_of_noops_returns_its_input() -> None:
+    model = ready(chain(nn.Identity(), nn.Dropout(0.5)))
+    result = rmfx.remove_noops(model)
+    assert [n.op for n in result.graph.nodes] == ["placeholder", "output"]
+    assert_equivalent(model, result, image())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x * 1.0,  # would turn integers into floats
+        lambda m, x: x / 1,
+        lambda m, x: 0 - x,
+        lambda m, x: x + 1,
+        lambda m, x: x * 0,
+        lambda m, x: torch.add(x, x, alpha=0),
+    ],
+)
+def test_what_does_something_stays(function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    model = Apply(function).eval()
+    x = torch.arange(-6, 6).reshape(1, 3, 2, 2)
+    result = rmfx.remove_noops(model, x)
+    assert [n.op for n in result.graph.nodes].count("call_function") == 1
+    assert_equivalent(model, result, x)
+
+
+def test_dropout_that_works_in_training_stays() -> None:
+    model = Apply(lambda m, x: F.dropout(x, 0.5, training=True)).eval()
+    result = rmfx.remove_noops(model)
+    torch.manual_seed(5)
+    expected = model(image())
+    torch.manual_seed(5)
+    assert torch.equal(result(image()), expected)
+
+
+def test_identity_with_a_hook_stays() -> None:
+    model = ready(chain(conv(), nn.Identity()))
+    model[1].register_forward_hook(lambda module, args, output: output * 2)
+    result = rmfx.remove_noops(model)
+    assert types(result) == ["Conv2d", "Identity"]
+    assert_equivalent(model, result, image())
+
+
+def test_clone_that_saves_a_value_from_a_later_write_stays() -> None:
+    """The view keeps the write from being made functional, so the copy is needed."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        view = y.view(-1)
+        saved = y.clone()
+        view.mul_(2.0)
+        return saved - y
+
+    model = ready(Apply(forward, conv=conv()))
+    assert_equivalent(model, rmfx.remove_noops(model), image())
+
+
+def test_clone_of_an_input_that_is_written_later_stays() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        saved = x.clone()
+        x.add_(1.0)
+        return saved * x
+
+    model = Apply(forward).eval()
+    assert_equivalent(model, rmfx.remove_noops(model), image())
+
+
+def test_write_into_a_clone_leaves_the_original_alone() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = x.clone()
+        y.mul_(3)
+        return x + y
+
+    model = Apply(forward).eval()
+    assert_equivalent(model, rmfx.remove_noops(model), image())

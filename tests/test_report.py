@@ -1,0 +1,140 @@
+"""What the report says, as rows, as a table and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from builders import Residual, basic_branch, chain, conv, conv_bn, conv_branch, image, ready
+from torch import nn
+
+import rmfx
+from rmfx import cost
+
+
+def converted(*, inputs: bool = True) -> torch.fx.GraphModule:
+    """Three sites: one removed with, one without batch norm, one refused."""
+    model = chain(
+        *(conv_bn(4, 4), nn.ReLU(), Residual(basic_branch(4, 6, stride=2), conv_bn(4, 6, 1, stride=2))),
+        *(Residual(nn.MaxPool2d(3, 1, 1)), Residual(conv_branch(nn.SiLU(), 6))),
+    )
+    return rmfx.remove_residuals(ready(model), image() if inputs else None)
+
+
+def test_rows_name_place_source_join_and_strategy_in_graph_order() -> None:
+    gm = converted()
+    first, second, third = rmfx.report(gm).rows
+    assert [r.place for r in (first, second, third)] == ["2", "3", "4"]
+    assert [r.join for r in (first, second, third)] == ["add", "add_1", "add_2"]
+    assert [r.status for r in (first, second, third)] == ["removed", "refused", "removed"]
+    assert [r.strategy for r in (first, second, third)] == ["identity", "", "masked"]
+    assert [r.shape for r in (first, second, third)] == [(2, 6, 5, 4)] * 3
+    assert first.source is not None
+    assert "builders.py:" in first.source
+    assert first.reason == ""
+    assert "MaxPool2d" in second.reason
+    names = {n.name for n in gm.graph.nodes}
+    assert all(r.node in names for r in (first, second, third))
+
+
+def test_rows_count_carry_work_and_parameters_of_the_site() -> None:
+    first, second, third = rmfx.report(converted()).rows
+    assert first.carry == 4  # x itself travels, the projection stands in the last conv
+    # Before: 3x3 4->6, 3x3 6->6 and 1x1 4->6 on 5x4 positions of 2 images, batch norm folded.
+    assert first.macs_before == (9 * 24 + 9 * 36 + 24) * 40
+    assert first.macs_after == (9 * 10 * 4 + 9 * 10 * 6) * 40
+    assert first.params_before == 9 * 24 + 9 * 36 + 24 + 3 * 6
+    assert third.carry == 6
+    assert third.macs_before == 2 * 9 * 36 * 40
+    assert third.macs_after == 2 * 9 * 72 * 40
+    assert (second.carry, second.macs_before, second.params_after) == (0, None, None)
+
+
+def test_work_of_the_sites_agrees_with_the_cost_of_the_network() -> None:
+    model = ready(Residual(conv_branch()))
+    gm = rmfx.remove_residuals(model, image())
+    (row,) = rmfx.report(gm).rows
+    assert row.macs_before == cost.count(model, image()).macs
+    assert row.macs_after == cost.count(gm, image()).macs
+    assert row.params_before == cost.count(model, image()).parameters
+    assert row.params_after == cost.count(gm, image()).parameters
+
+
+def test_totals() -> None:
+    report = rmfx.report(converted())
+    assert (report.removed, report.refused, report.adds_left) == (2, 1, 1)
+
+
+def test_table_has_a_line_for_every_site_and_a_sum() -> None:
+    text = str(rmfx.report(converted()))
+    lines = text.splitlines()
+    assert lines[0].split()[:3] == ["site", "done", "strategy"]
+    assert lines[-1] == "2 of 3 residual connections removed"
+    for word in ("identity", "masked", "2x6x5x4", "MaxPool2d", "builders.py"):
+        assert word in text
+    assert "22.6 k -> 36 k" in text
+    assert max(len(line) for line in lines) < 220
+
+
+def test_dict_survives_json() -> None:
+    report = rmfx.report(converted())
+    data = json.loads(json.dumps(report.to_dict()))
+    assert (data["removed"], data["refused"]) == (2, 1)
+    assert len(data["sites"]) == 3
+    assert data["sites"][0]["shape"] == [2, 6, 5, 4]
+    assert set(data["sites"][0]) == {f.name for f in dataclasses.fields(rmfx.SiteReport)}
+
+
+def test_without_example_inputs_there_are_no_shapes_and_no_work() -> None:
+    report = rmfx.report(converted(inputs=False))
+    assert [row.status for row in report.rows] == ["removed", "refused", "removed"]
+    assert all(row.shape is None and row.macs_after is None for row in report.rows)
+    assert report.rows[0].params_after is not None
+    json.dumps(report.to_dict())
+    assert "removed" in str(report)
+
+
+def test_symbolic_sizes_show_as_question_marks() -> None:
+    program = torch.export.export(
+        ready(Residual(conv_branch())),
+        (image(),),
+        dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}},
+    )
+    report = rmfx.report(rmfx.remove_residuals(program))
+    assert report.rows[0].shape == (None, 4, 9, 7)
+    assert "?x4x9x7" in str(report)
+    assert report.to_dict()["sites"][0]["shape"] == [None, 4, 9, 7]
+
+
+def test_network_without_residuals_says_so() -> None:
+    report = rmfx.report(rmfx.remove_residuals(ready(chain(conv(), nn.ReLU()))))
+    assert (report.rows, report.removed, report.refused, report.adds_left) == ((), 0, 0, 0)
+    assert str(report).startswith("no residual connections")
+
+
+def test_report_is_immutable() -> None:
+    report = rmfx.report(converted())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.rows[0].status = "refused"  # type: ignore[misc]
+
+
+def test_every_add_that_stays_is_reported() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.add(x, self.conv(x), alpha=x.size(0))
+
+    report = rmfx.report(rmfx.remove_residuals(ready(Odd()), image()))
+    assert report.adds_left == 1
+    assert "alpha" in report.rows[0].reason
+
+
+def test_other_modules_carry_no_report() -> None:
+    for other in (rmfx.trace(ready(conv())), nn.ReLU()):
+        with pytest.raises(rmfx.RmfxError, match="pass the result of rmfx.remove_residuals"):
+            rmfx.report(other)
