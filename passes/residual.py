@@ -2,8 +2,8 @@
 
     add(f(x), s(x)) = ∇ ∘ (f_k ⊕ s_k) ∘ … ∘ (f_1 ⊕ s_1) ∘ Δ
 
-where every s_i is an identity except one, which holds the shortcut's linear map, and every f_i ⊕ s_i
-is one ordinary layer. Δ is merged into the first layer ("reserving" in RMNet, arXiv 2111.00687,
+where every s_i is an identity except one, which holds the shortcut's linear map, and every
+f_i ⊕ s_i is one ordinary layer. Δ is merged into the first layer ("reserving" in RMNet, arXiv 2111.00687,
 section 3) and ∇ into the last ("merging"). Two non-linear branches are the same with two chains.
 
 Forms handled: `+`, `+=`, `-`, `torch.add(alpha=)`, `add_`, with constant factors on either side;
@@ -333,9 +333,7 @@ def remove_residuals(
     if strict and refusals:
         node, refusal = next(iter(refusals.items()))
         raise RefusedError(f"remove_residuals: the add {node.name} cannot be removed: {refusal}")
-    apply_rule(
-        net, LinearRule(keep_norms=not fold_batch_norm, concerns=rule.made.__contains__)
-    )
+    apply_rule(net, LinearRule(keep_norms=not fold_batch_norm, concerns=rule.made.__contains__))
     refused = {node.name: _refused_row(node, refusal) for node, refusal in refusals.items()}
     where = {name: node.name for node, name in net.joins.items()}
     rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}

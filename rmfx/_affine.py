@@ -6,8 +6,8 @@ crops, zero padding and strided slices are all of this form. Channels come first
 layer) to 3 spatial dimensions.
 
 Per dimension one number fixes the output size: with `span` = dilation·(kernel − 1) and
-`growth` = left + right − span − 1 + stride, a layer maps size H to ⌊(H + growth) / stride⌋. Sizes of
-a chain follow the same law with stride s₁·s₂ and growth a₁ + s₁·a₂, because nested floors combine.
+`growth` = left + right − span − 1 + stride, a layer maps size H to ⌊(H + growth) / stride⌋. Sizes
+of a chain follow the same law with stride s₁·s₂ and growth a₁ + s₁·a₂: nested floors combine.
 So two layers give equal sizes for every input exactly when stride and growth agree.
 
 Laws (each has a property test):
@@ -622,7 +622,7 @@ def _conv_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Pads:
 def is_finite(x: Tensor) -> bool:
     """Whether no element is NaN or infinite."""
     # One number tells it for nearly every tensor: NaN and Inf survive a sum.
-    return bool(torch.isfinite(x.sum(dtype=torch.float64))) or bool(torch.isfinite(x).all())
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def _float64(x: Tensor) -> Tensor:

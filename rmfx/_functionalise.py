@@ -142,7 +142,7 @@ def _attribute(gm: fx.GraphModule, node: fx.Node) -> object:
 
 
 class _Types:
-    """Whether in-place arithmetic, which keeps the left operand's type, would promote without it."""
+    """Whether in-place arithmetic, which keeps its left operand's type, would else promote it."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         tensors = (*gm.parameters(), *gm.buffers())

@@ -118,7 +118,7 @@ class Net:
                 "torch.nn.utils.parametrize.remove_parametrizations first",
                 (node.name,),
             )
-        if not next(module.parameters(), None) is None:
+        if next(module.parameters(), None) is not None:
             if self._sites[id(module)] > 1:
                 return Refusal(
                     f"module {name} is called {self._sites[id(module)]} times; give each call its "
@@ -134,11 +134,7 @@ class Net:
 
     def is_touched(self, module: nn.Module) -> bool:
         """Whether hooks or parametrizations change what a module does."""
-        return (
-            has_hooks(module)
-            or parametrize.is_parametrized(module)
-            or "forward" in vars(module)
-        )
+        return has_hooks(module) or parametrize.is_parametrized(module) or "forward" in vars(module)
 
     # ---- writing ----------------------------------------------------------------------------
 

@@ -20,13 +20,15 @@ from torch import fx
 from ._activation import Activation, Block, Blockwise
 from ._affine import (
     AffineConv,
-    chain as compose_chain,
     common_block,
     direct_sum,
     join,
     plus,
     stack,
     window_of,
+)
+from ._affine import (
+    chain as compose_chain,
 )
 from ._carry import area_after, placements
 from ._errors import Refusal

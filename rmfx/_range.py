@@ -213,9 +213,7 @@ class Ranges:
         element = read(self._net, node) if node.op != "output" else Refusal("")
         if isinstance(element, Activation):
             # Slopes per channel belong to dimension 1.
-            return activation_range(
-                element, x.on_axis(last=False) if element.is_per_channel else x
-            )
+            return activation_range(element, x.on_axis(last=False) if element.is_per_channel else x)
         if isinstance(element, Blockwise):
             return _blockwise_range(element, x.on_axis(last=not element.dims))
         if isinstance(element, Deferred):

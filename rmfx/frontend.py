@@ -155,7 +155,7 @@ class _Tracer(fx.Tracer):
 
 
 def _user_line() -> str | None:
-    """ "file.py:12" of the innermost frame that is neither PyTorch nor this file."""
+    """The place ("file.py:12") of the innermost frame that is neither PyTorch nor this file."""
     frame = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename

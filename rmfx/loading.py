@@ -236,7 +236,7 @@ def _call_factory(module_name: str, attribute: str) -> nn.Module:
                 f"there is no module {error.name!r} here or on Python's path"
             ) from error
         raise LoadError(f"{module_name} needs another module: {error}") from error
-    except Exception as error:  # noqa: BLE001 (a user's module may raise anything)
+    except Exception as error:
         raise LoadError(f"importing {module_name} raised {_describe(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -252,7 +252,7 @@ def _call_factory(module_name: str, attribute: str) -> nn.Module:
 def _call(factory: Callable[[], object], text: str) -> nn.Module:
     try:
         model = factory()
-    except Exception as error:  # noqa: BLE001 (a user's function may raise anything)
+    except Exception as error:
         raise LoadError(f"{text}() raised {_describe(error)}") from error
     if not isinstance(model, nn.Module):
         raise LoadError(f"{text}() gave a {type(model).__name__}, not a torch.nn.Module")

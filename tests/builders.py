@@ -157,7 +157,12 @@ def assert_all_gone(
 
 
 def assert_refused(
-    model: nn.Module, *inputs: Any, reason: str, sites: int = 1, example: bool = True, **options: Any
+    model: nn.Module,
+    *inputs: Any,
+    reason: str,
+    sites: int = 1,
+    example: bool = True,
+    **options: Any,
 ) -> rmfx.Report:
     """Every site is refused for this reason, and the result still computes the same."""
     converted = rmfx.remove_residuals(model, inputs if example else None, **options)

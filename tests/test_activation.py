@@ -145,7 +145,8 @@ def test_only_pointwise_modules_are_activations() -> None:
 def test_it_fixes_what_lies_in_its_identity(
     module: nn.Module, low: float, high: float, fixed: bool
 ) -> None:
-    assert Activation(module).fixes(torch.tensor([low]), torch.tensor([high])) is fixed
+    ends = (torch.tensor([end], dtype=torch.float64) for end in (low, high))
+    assert Activation(module).fixes(*ends) is fixed
 
 
 def test_nan_is_never_fixed() -> None:

@@ -75,7 +75,10 @@ FOLDED: dict[str, tuple[Make, list[str]]] = {
         ),
         ["Conv2d"],
     ),
-    "BN of a network's input": (lambda: chain(nn.BatchNorm2d(4), nn.ReLU()), ["BatchNorm2d", "ReLU"]),
+    "BN of a network's input": (
+        lambda: chain(nn.BatchNorm2d(4), nn.ReLU()),
+        ["BatchNorm2d", "ReLU"],
+    ),
 }
 
 

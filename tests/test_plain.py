@@ -78,10 +78,10 @@ def test_sequential_has_copies_of_its_own() -> None:
     assert next(converted.parameters()).any()
 
 
-def test_sequential_can_be_saved_traced_and_scripted() -> None:
+def test_sequential_can_be_exported_and_converted_again() -> None:
     sequential = rmfx.to_sequential(rmfx.remove_residuals(ready(Residual(conv_branch()))))
-    other = torch.jit.trace(sequential, image())
-    assert torch.allclose(other(image()), sequential(image()))
+    program = torch.export.export(sequential, (image(),))
+    assert torch.allclose(program.module()(image()), sequential(image()))
     again = rmfx.remove_residuals(sequential)
     assert torch.allclose(again(image()), sequential(image()))
 

@@ -17,7 +17,11 @@ from rmfx import cost
 def converted(*, inputs: bool = True) -> torch.fx.GraphModule:
     """Three sites: one removed with, one without batch norm, one refused."""
     model = chain(
-        *(conv_bn(4, 4), nn.ReLU(), Residual(basic_branch(4, 6, stride=2), conv_bn(4, 6, 1, stride=2))),
+        *(
+            conv_bn(4, 4),
+            nn.ReLU(),
+            Residual(basic_branch(4, 6, stride=2), conv_bn(4, 6, 1, stride=2)),
+        ),
         *(Residual(nn.MaxPool2d(3, 1, 1)), Residual(conv_branch(nn.SiLU(), 6))),
     )
     return rmfx.remove_residuals(ready(model), image() if inputs else None)

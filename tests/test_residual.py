@@ -257,7 +257,9 @@ def test_padding_same_of_an_even_kernel() -> None:
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 11), (1, 1)])
 @pytest.mark.parametrize("name", ["strided projection 3x3", "bottleneck, stride in the 3x3"])
-def test_conversion_holds_for_other_sizes_than_the_example(name: str, size: tuple[int, int]) -> None:
+def test_conversion_holds_for_other_sizes_than_the_example(
+    name: str, size: tuple[int, int]
+) -> None:
     model = ready(SITES[name]())
     converted = rmfx.remove_residuals(model, image(1, 4, 9, 7))
     assert_equivalent(model, converted, image(3, 4, *size))
@@ -599,9 +601,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
         "GroupNorm is neither linear nor a pointwise activation",
     ),
     "a product of two branches": (
-        lambda: Residual(
-            Apply(lambda m, x: m.a(x) * torch.sigmoid(m.b(x)), a=conv(), b=conv())
-        ),
+        lambda: Residual(Apply(lambda m, x: m.a(x) * torch.sigmoid(m.b(x)), a=conv(), b=conv())),
         "product of two tensors",
     ),
     "max pooling in a branch": (

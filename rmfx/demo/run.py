@@ -67,8 +67,8 @@ class DemoResult:
         relative = self.largest_difference / self.largest_logit
         parts = [
             _TITLE,
-            f"Accuracy on {self.digits} digits it never saw: {before:.1%} before, {after:.1%} after;"
-            f" {self.changed} answers differ.\nLargest difference of any output:"
+            f"Accuracy on {self.digits} digits it never saw: {before:.1%} before, {after:.1%} after; "
+            f"{self.changed} answers differ.\nLargest difference of any output:"
             f" {self.largest_difference:.1e} ({relative:.1e} of the largest output).",
             str(self.conversion),
             f"Milliseconds for {BATCH} digits on one thread, median (quartiles):",

@@ -1,0 +1,498 @@
+"""Bad input: a clear error or a refusal with its reason, and the model untouched in each case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import (
+    Apply,
+    Residual,
+    assert_refused,
+    assert_same,
+    basic_branch,
+    chain,
+    conv,
+    conv_bn,
+    conv_branch,
+    image,
+    ready,
+    snapshot,
+    types,
+)
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import rmfx
+from rmfx.testing import assert_equivalent
+
+VERBS: list[Callable[..., Any]] = [
+    rmfx.trace,
+    rmfx.remove_residuals,
+    rmfx.fold_batch_norm,
+    rmfx.merge_convs,
+    rmfx.remove_noops,
+]
+every_verb = pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name__)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    before = snapshot(model)
+    yield
+    assert_same(before, snapshot(model))
+
+
+def block() -> Any:
+    return ready(Residual(basic_branch()))
+
+
+# ---- training mode ------------------------------------------------------------------------------
+
+
+@every_verb
+def test_batch_norm_in_training_mode_is_named_with_the_way_out(verb: Callable[..., Any]) -> None:
+    model = block().train()
+    with (
+        untouched(model),
+        pytest.raises(rmfx.ModeError, match=r"branch\.0\.1 \(BatchNorm2d\).*model\.eval\(\)"),
+    ):
+        verb(model)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.3), nn.RReLU(), nn.InstanceNorm2d(4)])
+def test_other_layers_in_training_mode_are_errors_too(layer: nn.Module) -> None:
+    model = chain(conv(), layer).train()
+    with untouched(model), pytest.raises(rmfx.ModeError, match=type(layer).__name__):
+        rmfx.remove_residuals(model)
+
+
+def test_one_batch_norm_left_in_training_mode_is_found() -> None:
+    model = block()
+    model.branch[2][1].train()
+    with pytest.raises(rmfx.ModeError, match=r"branch\.2\.1"):
+        rmfx.remove_residuals(model)
+
+
+def test_graph_module_in_training_mode_is_an_error() -> None:
+    model = torch.fx.symbolic_trace(block()).train()
+    with untouched(model), pytest.raises(rmfx.ModeError, match="BatchNorm2d"):
+        rmfx.remove_residuals(model)
+
+
+def test_program_exported_in_training_mode_is_an_error() -> None:
+    program = torch.export.export(block().train(), (image(),))
+    with pytest.raises(rmfx.ModeError, match="eval"):
+        rmfx.remove_residuals(program)
+
+
+def test_functional_batch_norm_in_training_mode_is_an_error() -> None:
+    norm = nn.BatchNorm2d(4).eval()
+    model = Apply(
+        lambda m, x: F.batch_norm(x, m.bn.running_mean, m.bn.running_var, training=m.training),
+        bn=norm,
+    )
+    norm.eval()
+    with untouched(model), pytest.raises(rmfx.ModeError, match="eval"):
+        rmfx.remove_residuals(model)
+
+
+def test_training_flag_without_layers_that_mind_is_fine() -> None:
+    model = Residual(conv_branch()).double().train()
+    with untouched(model):
+        converted = rmfx.remove_residuals(model)
+    assert rmfx.report(converted).removed == 1
+    assert not converted.training
+
+
+# ---- batch norm without statistics --------------------------------------------------------------
+
+
+def test_batch_norm_without_running_statistics_is_refused() -> None:
+    branch = chain(conv(), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), conv())
+    model = ready(Residual(branch))
+    with untouched(model):
+        assert_refused(model, image(), reason="running statistics")
+        folded = rmfx.fold_batch_norm(model)
+    assert "BatchNorm2d" in types(folded)
+    assert_equivalent(model, folded, image())
+
+
+# ---- what cannot be traced ----------------------------------------------------------------------
+
+
+class OnShape(nn.Module):
+    """Control flow that depends on a value that symbolic tracing does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Residual(conv_branch())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 4:
+            raise ValueError("four channels, please")
+        return self.block(x)
+
+
+class OnValue(OnShape):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) if float(x.sum()) > 0 else x
+
+
+@every_verb
+def test_untraceable_module_asks_for_example_inputs_and_export_takes_over(
+    verb: Callable[..., Any],
+) -> None:
+    model = ready(OnShape())
+    with untouched(model):
+        with pytest.raises(rmfx.TraceError, match="OnShape .*pass example_inputs"):
+            verb(model)
+        result = verb(model, image())
+    assert torch.allclose(result(image()), model(image()))
+
+
+def test_module_that_cannot_even_be_exported_names_both_causes() -> None:
+    model = ready(OnValue())
+    with untouched(model), pytest.raises(rmfx.TraceError, match=r"OnValue .*pass a GraphModule"):
+        rmfx.remove_residuals(model, image())
+
+
+def test_forward_that_is_missing_is_an_error_of_rmfx() -> None:
+    with pytest.raises(rmfx.TraceError, match="Module"):
+        rmfx.remove_residuals(nn.Module())
+
+
+def test_forward_that_raises_is_an_error_of_rmfx() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        raise KeyError("lost")
+
+    for inputs in (None, image()):
+        with pytest.raises(rmfx.TraceError, match="lost"):
+            rmfx.remove_residuals(Apply(forward), inputs)
+
+
+@every_verb
+@pytest.mark.parametrize("model", [torch.relu, "resnet18", None, {"conv": 1}, [conv()]])
+def test_what_is_no_module_is_an_error_of_rmfx(verb: Callable[..., Any], model: Any) -> None:
+    with pytest.raises(rmfx.TraceError, match="pass an nn.Module"):
+        verb(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_module_is_an_error_of_rmfx() -> None:
+    scripted = torch.jit.trace(ready(conv_branch()), image(), check_trace=False)
+    for inputs in (None, image()):
+        with pytest.raises(rmfx.TraceError):
+            rmfx.remove_residuals(scripted, inputs)
+
+
+def test_class_instead_of_an_instance_is_an_error_of_rmfx() -> None:
+    with pytest.raises(rmfx.TraceError):
+        rmfx.remove_residuals(nn.ReLU)
+
+
+# ---- layers shared, tied, hooked, parametrized --------------------------------------------------
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_conv_shared_by_two_call_sites_is_refused(example: bool) -> None:
+    shared = conv()
+    model = ready(chain(Residual(chain(shared, nn.ReLU(), shared)), nn.ReLU()))
+    with untouched(model):
+        assert_refused(model, image(), reason="is called 2 times", example=example)
+
+
+def test_conv_shared_with_its_own_batch_norms_is_not_folded() -> None:
+    """Torch's own `fuse` folds the shared conv twice: an error as large as the output."""
+    shared = conv()
+    model = ready(chain(shared, nn.BatchNorm2d(4), nn.ReLU(), shared, nn.BatchNorm2d(4)))
+    with untouched(model):
+        folded = rmfx.fold_batch_norm(model)
+    assert types(folded) == ["Conv2d", "BatchNorm2d", "ReLU", "Conv2d", "BatchNorm2d"]
+    assert_equivalent(model, folded, image())
+
+
+def test_batch_norm_shared_by_two_call_sites_is_not_folded() -> None:
+    shared = nn.BatchNorm2d(4)
+    model = ready(chain(conv(), shared, nn.ReLU(), conv(), shared))
+    folded = rmfx.fold_batch_norm(model)
+    assert types(folded).count("BatchNorm2d") == 2
+    assert_equivalent(model, folded, image())
+
+
+def test_tied_weights_are_refused() -> None:
+    model = ready(Residual(conv_branch()))
+    model.branch[2].weight = model.branch[0].weight
+    with untouched(model):
+        assert_refused(model, image(), reason="also used elsewhere")
+
+
+def test_weight_that_is_also_read_by_itself_is_refused() -> None:
+    model = ready(Apply(lambda m, x: x + m.c(x) * m.c.weight.sum(), c=conv()))
+    with untouched(model):
+        assert_refused(model, image(), reason="")
+
+
+@pytest.mark.parametrize("where", ["branch.0", "branch.1", "branch.2"])
+@pytest.mark.parametrize("kind", ["forward", "pre"])
+def test_hooked_layers_are_refused_and_keep_their_hooks(where: str, kind: str) -> None:
+    model = ready(Residual(conv_branch()))
+    module = model.get_submodule(where)
+    if kind == "forward":
+        module.register_forward_hook(lambda module, args, output: output * 2)
+    else:
+        module.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    with untouched(model):
+        assert_refused(model, image(), reason=f"module {where} has hooks")
+
+
+def test_hooks_on_containers_are_traced() -> None:
+    model = ready(chain(Residual(conv_branch()), nn.ReLU()))
+    model[0].branch.register_forward_hook(lambda module, args, output: output * 2)
+    with untouched(model):
+        converted = rmfx.remove_residuals(model)
+    assert rmfx.report(converted).removed == 1
+    assert_equivalent(model, converted, image())
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_hooks_on_the_root_are_kept_or_refused(traced: bool) -> None:
+    model: nn.Module = ready(Residual(conv_branch()))
+    model = torch.fx.symbolic_trace(model) if traced else model
+    model.register_forward_hook(lambda module, args, output: output * 2)
+    with untouched(model):
+        try:
+            converted = rmfx.remove_residuals(model, image())
+        except rmfx.RmfxError as error:
+            assert "hook" in str(error)  # noqa: PT017
+            return
+    assert torch.allclose(converted(image()), model(image()))
+
+
+def test_parametrized_conv_is_refused_with_the_way_out() -> None:
+    model = ready(Residual(conv_branch()))
+    parametrizations.weight_norm(model.branch[0])
+    with untouched(model):
+        assert_refused(model, image(), reason="remove_parametrizations")
+    parametrize.remove_parametrizations(model.branch[0], "weight")
+    assert rmfx.report(rmfx.remove_residuals(model)).removed == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_old_weight_norm_is_a_hook_and_refused() -> None:
+    model = ready(Residual(conv_branch()))
+    nn.utils.weight_norm(model.branch[2])
+    assert_refused(model, image(), reason="hooks")
+
+
+def test_conv_whose_forward_was_replaced_is_not_read_as_a_conv() -> None:
+    model = ready(Residual(conv_branch()))
+    original = model.branch[0].forward
+    model.branch[0].forward = lambda x: 2 * original(x)
+    assert_equivalent(model, rmfx.remove_residuals(model, image()), image())
+
+
+# ---- sites that are none ------------------------------------------------------------------------
+
+
+def test_intermediate_that_is_used_outside_is_refused_by_name() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        return x + m.b(torch.relu(y)), y.mean((2, 3))
+
+    report = assert_refused(
+        ready(Apply(forward, a=conv(), b=conv())), image(), reason="used outside the branch too"
+    )
+    assert "a:" in report.rows[0].reason
+    assert "mean" in report.rows[0].reason
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_add_that_broadcasts_over_channels_is_refused(example: bool) -> None:
+    model = ready(Residual(conv(4, 1)))
+    assert_refused(model, image(), reason="4 and 1 channels", example=example)
+
+
+def test_add_that_broadcasts_over_space_is_refused() -> None:
+    model = ready(Residual(chain(nn.AvgPool2d((9, 7)), conv(kernel=1))))
+    assert_refused(model, image(), reason="stride")
+    valid = ready(Residual(conv(kernel=(9, 7))))
+    assert_refused(valid, image(), reason="size")
+
+
+def test_add_that_broadcasts_over_the_batch_is_refused() -> None:
+    model = ready(Apply(lambda m, x: x + m.c(x[:1, :]), c=conv()))
+    assert_refused(model, image(), reason="batch")
+
+
+def test_integers_are_refused() -> None:
+    model = Residual(nn.ReLU()).eval()
+    x = torch.arange(-12, 12).reshape(1, 4, 3, 2)
+    assert_refused(model, x, reason="torch.int64 values")
+
+
+def test_complex_values_are_refused() -> None:
+    model = Apply(lambda m, x: x + 2 * x).eval()
+    assert_refused(model, torch.randn(1, 4, 3, 2, dtype=torch.complex64), reason="complex64 values")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_weights_of_another_type_than_the_values_are_refused(dtype: torch.dtype) -> None:
+    gain = nn.Parameter(torch.rand(4, 1, 1, dtype=torch.float64))
+    model = Apply(lambda m, x: x + x * m.gain, gain=gain).eval()
+    x = (10 * image()).to(dtype)
+    converted = rmfx.remove_residuals(model, x)
+    assert_equivalent(model, converted, x, tolerance=1e-6)
+    assert rmfx.report(converted).refused == 1
+
+
+def test_layers_of_mixed_types_are_refused() -> None:
+    cast = Apply(lambda m, x: x.double())
+    model = Residual(chain(conv(), cast, conv().double())).eval()
+    report = rmfx.report(rmfx.remove_residuals(model, image(dtype=torch.float32)))
+    assert report.refused == 1
+
+
+# ---- weights ------------------------------------------------------------------------------------
+
+
+@every_verb
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["branch.0.0.weight", "branch.0.1.bias", "branch.2.1.running_var"])
+def test_weight_that_is_not_finite_is_named(
+    verb: Callable[..., Any], value: float, name: str
+) -> None:
+    model = block()
+    with torch.no_grad():
+        model.state_dict()[name].view(-1)[1] = value
+    with untouched(model), pytest.raises(rmfx.WeightError, match=f"{name}: .*NaN or Inf"):
+        verb(model)
+
+
+@pytest.mark.parametrize("inputs", [None, image()])
+def test_weights_on_the_meta_device_are_named_with_the_way_out(inputs: Any) -> None:
+    with torch.device("meta"):
+        model = Residual(basic_branch()).eval()
+    with untouched(model), pytest.raises(rmfx.WeightError, match=r"branch\.0\.0\.weight: .*meta"):
+        rmfx.remove_residuals(model, inputs)
+
+
+def test_lazy_module_without_weights_is_an_error_of_rmfx() -> None:
+    for inputs in (None, image()):
+        with pytest.raises(rmfx.RmfxError):
+            rmfx.remove_residuals(Residual(nn.LazyConv2d(4, 3, padding=1)).eval(), inputs)
+
+
+def test_complex_weights_are_an_error() -> None:
+    model = nn.Conv2d(2, 2, 1, dtype=torch.complex64).eval()
+    with untouched(model), pytest.raises(rmfx.WeightError, match="complex"):
+        rmfx.remove_residuals(model)
+
+
+def test_integer_weights_are_an_error_with_the_way_out() -> None:
+    model = Residual(conv()).eval()
+    model.branch.weight = nn.Parameter(torch.ones(4, 4, 3, 3, dtype=torch.int32), False)
+    with untouched(model), pytest.raises(rmfx.WeightError, match=r"model\.float\(\)"):
+        rmfx.remove_residuals(model)
+
+
+def test_negative_variance_is_an_error_or_left_alone() -> None:
+    model = block()
+    model.branch[0][1].running_var.fill_(-1.0)
+    with untouched(model):
+        try:
+            converted = rmfx.remove_residuals(model)
+        except rmfx.WeightError:
+            return
+    assert rmfx.report(converted).refused == 1
+
+
+def test_weights_that_overflow_their_type_once_merged_are_an_error() -> None:
+    model = ready(Residual(conv_bn()), torch.float16)
+    with torch.no_grad():
+        model.branch[1].weight.fill_(60000.0)
+        model.branch[1].running_var.zero_()
+    with untouched(model), pytest.raises(rmfx.WeightError):
+        rmfx.remove_residuals(model)
+
+
+# ---- empty graphs, no residuals -----------------------------------------------------------------
+
+EMPTY: dict[str, Callable[[], nn.Module]] = {
+    "a module that returns its input": nn.Identity,
+    "a sequential without layers": nn.Sequential,
+    "a function without operations": lambda: Apply(lambda m, x: x),
+    "a tuple of its input": lambda: Apply(lambda m, x: (x, {"x": x})),
+    "a constant": lambda: Apply(lambda m, x: m.p, p=nn.Parameter(torch.ones(2).double())),
+    "nothing": lambda: Apply(lambda m, x: None),
+}
+
+
+@every_verb
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_graph_stays_what_it_is(verb: Callable[..., Any], name: str) -> None:
+    model = EMPTY[name]().eval()
+    for inputs in (None, image()):
+        with untouched(model):
+            result = verb(model, inputs)
+        assert_equivalent(model, result, image())
+
+
+def test_network_without_residuals_is_left_as_it_is_and_the_report_says_so() -> None:
+    model = ready(chain(conv(), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(48, 3)))
+    with untouched(model):
+        converted = rmfx.remove_residuals(model, image(), strict=True)
+    assert types(converted) == types(rmfx.trace(model))
+    assert_equivalent(model, converted, image())
+    assert str(rmfx.report(converted)).startswith("no residual connections")
+
+
+def test_module_without_inputs_is_left_alone() -> None:
+    class Constant(nn.Module):
+        def forward(self) -> Tensor:
+            return torch.ones(2)
+
+    assert torch.equal(rmfx.remove_residuals(Constant())(), torch.ones(2))
+
+
+# ---- example inputs -----------------------------------------------------------------------------
+
+
+@every_verb
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        image(1, 5, 8, 8),
+        (image(), image()),
+        (),
+        {"x": image()},
+        "a photo",
+        image(4),
+    ],
+    ids=["channels", "too many", "none", "dict", "text", "vector"],
+)
+def test_inputs_that_do_not_fit_are_shown(verb: Callable[..., Any], inputs: Any) -> None:
+    model = block()
+    with (
+        untouched(model),
+        pytest.raises(rmfx.ShapeError, match="does not run on the example inputs"),
+    ):
+        verb(model, inputs)
+
+
+def test_inputs_that_do_not_fit_an_exported_program_are_an_error_of_rmfx() -> None:
+    program = torch.export.export(block(), (image(),))
+    with pytest.raises(rmfx.RmfxError):
+        rmfx.remove_residuals(program, image(2, 5, 9, 7))
+
+
+@pytest.mark.parametrize("bounds", [(1.0, -1.0), (float("nan"), 1.0), (0.0,), 3.0, "all"])
+def test_input_range_that_is_none_is_an_error_of_rmfx(bounds: Any) -> None:
+    with pytest.raises(rmfx.RmfxError, match="input_range"):
+        rmfx.remove_residuals(block(), input_range=bounds)
