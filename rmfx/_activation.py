@@ -73,7 +73,7 @@ def _threshold_identity(m: nn.Module) -> Interval:
 TABLE: dict[type[nn.Module], Row] = {
     nn.ReLU: Row(_slopes, lambda m: (0.0, INF), True, lambda m: 0.0, lambda m: (0.0, INF)),
     nn.LeakyReLU: Row(_slopes, slope=lambda m: float(m.negative_slope)),  # type: ignore[arg-type]
-    nn.PReLU: Row(_slopes, slope=lambda m: m.weight.detach()),  # type: ignore[operator,union-attr]
+    nn.PReLU: Row(_slopes, slope=lambda m: m.weight.detach()),
     nn.RReLU: Row(_slopes, slope=_rrelu_slope),
     nn.ReLU6: Row(_bounds, _bounds, True, bounds=_bounds),
     nn.Hardtanh: Row(_bounds, _bounds, True, bounds=_bounds),
@@ -84,7 +84,7 @@ TABLE: dict[type[nn.Module], Row] = {
     nn.GELU: Row(image=lambda m: (-0.2, INF)),
     nn.SiLU: Row(image=lambda m: (-0.3, INF)),
     nn.Mish: Row(image=lambda m: (-0.4, INF)),
-    nn.Softplus: Row(image=_softplus_image),  # type: ignore[arg-type]
+    nn.Softplus: Row(image=_softplus_image),
     nn.Softsign: Row(image=lambda m: (-1.0, 1.0), monotone=True),
     nn.Tanh: Row(image=lambda m: (-1.0, 1.0), monotone=True),
     nn.Sigmoid: Row(image=lambda m: (0.0, 1.0), monotone=True),
@@ -188,10 +188,10 @@ class Activation:
     def apply(self, x: Tensor) -> Tensor:
         """Value at x: (channels,) float64, computed in float64."""
         module = copy.deepcopy(self.module).to("cpu", torch.float64)
-        if hasattr(module, "inplace"):
-            module.inplace = False
+        value: Tensor
         with torch.no_grad():
-            return module(x.unsqueeze(0)).squeeze(0)
+            value = _plain_copy(module)(x.unsqueeze(0)).squeeze(0)
+        return value
 
     def fixes(self, low: Tensor, high: Tensor) -> bool:
         """Whether it returns every value between `low` and `high` unchanged."""
@@ -307,5 +307,5 @@ def _plain_copy(module: nn.Module) -> nn.Module:
     """A copy that does not write into its input."""
     module = copy.deepcopy(module)
     if hasattr(module, "inplace"):
-        module.inplace = False
+        module.inplace = False  # type: ignore[assignment]
     return module.eval()

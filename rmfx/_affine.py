@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +138,7 @@ class AffineConv:
         if not self.dims:
             return F.linear(x, self.regroup(1).weight.to(x), bias)
         flat = [p for pair in reversed(self.padding) for p in pair]
-        convolve = CONV_FUNCTIONS[self.dims]
+        convolve: Callable[..., Tensor] = CONV_FUNCTIONS[self.dims]
         padded = F.pad(x, flat)
         return convolve(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
 
@@ -204,7 +205,7 @@ class AffineConv:
     @staticmethod
     def from_conv(module: nn.Module) -> AffineConv | Refusal:
         """An `nn.Linear` or `nn.Conv1d/2d/3d`."""
-        weight: Tensor = module.weight.detach()  # type: ignore[assignment,operator,union-attr]
+        weight: Tensor = module.weight.detach()
         given = module.bias
         bias = given.detach() if isinstance(given, Tensor) else weight.new_zeros(weight.shape[0])
         if isinstance(module, nn.Linear):
@@ -283,7 +284,7 @@ class AffineConv:
             )
         ]
         weight = self.weight.new_zeros(*self.weight.shape[:2], *kernel)
-        weight[(..., *torch.meshgrid(*places, indexing="ij"))] = self.weight
+        weight[_at(torch.meshgrid(*places, indexing="ij"))] = self.weight
         padding = tuple(
             (new, a - new + d * (k - 1) + 1 - s)
             for new, a, d, k, s in zip(
@@ -325,11 +326,11 @@ class AffineConv:
         symmetric = all(left == right >= 0 for left, right in self.padding)
         layer = self._empty(own, symmetric, device, dtype)
         layer.weight = nn.Parameter(weight)
-        layer.bias = nn.Parameter(bias) if self.has_bias else None
+        layer.register_parameter("bias", nn.Parameter(bias) if self.has_bias else None)
         if symmetric:
             return (layer.eval(),)
         flat = tuple(p for pair in reversed(self.padding) for p in pair)
-        return (ZERO_PADS[self.dims](flat).eval(), layer.eval())  # type: ignore[call-arg]
+        return (ZERO_PADS[self.dims](flat).eval(), layer.eval())
 
     def _empty(
         self, own: AffineConv, symmetric: bool, device: torch.device, dtype: torch.dtype
@@ -346,7 +347,7 @@ class AffineConv:
                 dilation=self.dilation,
                 groups=own.groups,
                 dtype=dtype,
-            )  # type: ignore[call-arg]
+            )
 
 
 def compose(outer: AffineConv, inner: AffineConv) -> AffineConv | Refusal:
@@ -506,8 +507,8 @@ def _assemble(
     bias = first.bias.new_zeros(n_out)
     for f, (row, column) in zip(layers, corners, strict=True):
         place = weight[row : row + f.out_channels, column : column + f.in_channels]
-        place = place.unflatten(0, (f.groups, -1)).unflatten(2, (f.groups, -1))
-        blocks = f.weight.unflatten(0, (f.groups, -1))
+        place = _grouped(_grouped(place, 0, f.groups), 2, f.groups)
+        blocks = _grouped(f.weight, 0, f.groups)
         place.diagonal(dim1=0, dim2=2).copy_(blocks.movedim(0, -1))
         bias[row : row + f.out_channels] += f.bias
     return replace(first, weight=weight, bias=bias, groups=1)
@@ -562,6 +563,7 @@ def _compose_weights(
 ) -> tuple[Tensor, int]:
     """Weight and groups of outer ∘ inner: products of taps, summed where they meet."""
     outer, inner = _on_one_device([outer, inner])
+    product_of: Callable[[Tensor, Tensor], Tensor] = torch.mul
     if outer.is_depthwise and outer.is_pointwise:
         rows = outer.weight.to(torch.float64).reshape(-1, 1, *[1] * inner.dims)
         return inner.weight * rows, inner.groups
@@ -574,14 +576,14 @@ def _compose_weights(
             return outer.weight * columns.reshape(
                 *columns.shape[:2], *[1] * outer.dims
             ), outer.groups
-        factors, groups, product_of = (outer.weight, columns), outer.groups, torch.mul
+        factors, groups = (outer.weight, columns), outer.groups
     elif outer.is_depthwise:
-        factors, groups, product_of = (outer.weight, inner.weight), inner.groups, torch.mul
+        factors, groups = (outer.weight, inner.weight), inner.groups
     else:
         groups = math.gcd(outer.groups, inner.groups)
         outer, inner = outer.regroup(groups).in_float64(), inner.regroup(groups).in_float64()
-        blocks = (outer.weight.unflatten(0, (groups, -1)), inner.weight.unflatten(0, (groups, -1)))
-        factors, product_of = blocks, torch.matmul
+        factors = (_grouped(outer.weight, 0, groups), _grouped(inner.weight, 0, groups))
+        product_of = torch.matmul
     n_in = inner.in_channels // groups
     weight = torch.zeros(
         outer.out_channels, n_in, *kernel, dtype=torch.float64, device=outer.weight.device
@@ -594,9 +596,14 @@ def _compose_weights(
                     inner.stride, outer.dilation, inner.dilation, t, u, step, strict=True
                 )
             )
-            product = product_of(factors[0][(..., *t)], factors[1][(..., *u)])
-            weight[(..., *place)] += product.reshape(outer.out_channels, n_in)
+            product = product_of(factors[0][_at(t)], factors[1][_at(u)])
+            weight[_at(place)] += product.reshape(outer.out_channels, n_in)
     return weight, groups
+
+
+def _at(place: Iterable[Any]) -> Any:
+    """An index that leaves the leading dimensions whole."""
+    return (..., *place)
 
 
 def _sum_of_taps(layer: AffineConv, value: Tensor) -> Tensor:
@@ -617,6 +624,12 @@ def _conv_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Pads:
         totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
     return tuple((int(p), int(p)) for p in module.padding)
+
+
+def _grouped(x: Tensor, dim: int, groups: int) -> Tensor:
+    """A view with dimension `dim` split into (groups, rest)."""
+    view: Tensor = x.unflatten(dim, (groups, -1))  # type: ignore[no-untyped-call]
+    return view
 
 
 def is_finite(x: Tensor) -> bool:

@@ -129,7 +129,7 @@ def _filled(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
 
 
 def _conv(dims: int) -> Builder:
-    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
 
     def build(given: Arguments) -> nn.Module | None:
         weight, bias = given.pop("weight"), given.pop("bias", None)
@@ -168,8 +168,8 @@ def _batch_norm(given: Arguments) -> nn.Module | None:
     if not isinstance(weight, Tensor | None) or not isinstance(bias, Tensor | None):
         return None
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[rank]
-    module = kind(mean.numel(), eps=given.get("eps", 1e-5), device="meta")
-    module = _filled(module, running_mean=mean, running_var=variance, weight=weight, bias=bias)
+    empty = kind(mean.numel(), eps=given.get("eps", 1e-5), device="meta")
+    module = _filled(empty, running_mean=mean, running_var=variance, weight=weight, bias=bias)
     module.num_batches_tracked = torch.tensor(0)
     return module
 
@@ -426,11 +426,15 @@ def _flatten_by_view(node: fx.Node) -> nn.Module | None:
     if len(sizes) != 2 or sizes[1] != -1 or not isinstance(sizes[0], fx.Node):
         return None
     x, size = node.args[0], sizes[0]
+    if not isinstance(size, fx.Node):
+        return None
     if size.target == "size" and size.args == (x, 0):
         return nn.Flatten(1)
     if size.target is not operator.getitem or size.args[1] != 0:
         return None
     shape = size.args[0]
+    if not isinstance(shape, fx.Node):
+        return None
     by_method = shape.target == "size" and shape.args == (x,)
     by_attribute = shape.target is getattr and shape.args == (x, "shape")
     return nn.Flatten(1) if by_method or by_attribute else None
@@ -460,7 +464,7 @@ def _detach_in_place(gm: fx.GraphModule, node: fx.Node, taken: set[str], *, keep
     """
     target = str(node.target)
     module = copy.copy(gm.get_submodule(target))
-    module.inplace = False
+    module.inplace = False  # type: ignore[assignment]
     if keep:
         target = _free_name(gm, target, taken)
         gm.add_submodule(target, module)

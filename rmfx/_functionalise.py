@@ -223,8 +223,9 @@ def _written(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         name = str(node.target)
         writes = name in IN_PLACE_METHODS or (name.endswith("_") and not name.endswith("__"))
     elif node.op == "call_function":
-        if isinstance(node.kwargs.get("out"), fx.Node):
-            return node.kwargs["out"]
+        out = node.kwargs.get("out")
+        if isinstance(out, fx.Node):
+            return out
         schema = getattr(node.target, "_schema", None)
         if schema is not None:
             writes = bool(schema.is_mutable)

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -186,7 +187,7 @@ class Net:
         name, target = named.name, str(named.target)
         like = named.meta
         second.replace_all_uses_with(first)
-        shape = {k: second.meta[k] for k in ("shape", "dtype") if k in second.meta}
+        shape: dict[str, Any] = {k: second.meta[k] for k in ("shape", "dtype") if k in second.meta}
         self.release([second] if named is first else [first, second])
         self.graph.erase_node(second)
         if named is first:

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 import rmfx
 
-from .cost import Cost
+from .cost import Cost, count
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,6 @@ def convert(
         before=before,
         after=after,
         report=rmfx.report(after),
-        cost_before=None if inputs is None else rmfx.cost.count(before, inputs),
-        cost_after=None if inputs is None else rmfx.cost.count(after, inputs),
+        cost_before=None if inputs is None else count(before, inputs),
+        cost_after=None if inputs is None else count(after, inputs),
     )

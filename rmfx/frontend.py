@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -30,7 +31,11 @@ from ._functionalise import functionalise, mark_numbers
 from ._graph import check_weight, has_hooks
 
 Inputs = tuple[Any, ...]
-RANKS_OF_NORM = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+RANKS_OF_NORM: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.BatchNorm1d: (2, 3),
+    nn.BatchNorm2d: (4,),
+    nn.BatchNorm3d: (5,),
+}
 MODE_DEPENDENT = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,
@@ -107,10 +112,10 @@ def check_weights(gm: fx.GraphModule) -> None:
     for name, module in gm.named_modules():
         if not isinstance(module, kinds):
             continue
-        for own, value in module.named_buffers(name, recurse=False):
-            check_weight(own, value)
+        for own, statistic in module.named_buffers(name, recurse=False):
+            check_weight(own, statistic)
         weight = module.weight
-        if isinstance(weight, Tensor) and not weight.is_floating_point():
+        if weight is not None and not weight.is_floating_point():
             raise WeightError(
                 f"{name}.weight: {weight.dtype} weights are not supported; convert the model "
                 "with model.float()"
@@ -156,12 +161,12 @@ class _Tracer(fx.Tracer):
 
 def _user_line() -> str | None:
     """The place ("file.py:12") of the innermost frame that is neither PyTorch nor this file."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
         if "/torch/" not in path.replace("\\", "/") and path != __file__:
             return f"{path}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
@@ -250,8 +255,9 @@ def _shape_after(module: nn.Module, x: Tensor) -> tuple[int, ...] | None:
     shape = tuple(x.shape)
     if is_activation(module) and not isinstance(module, nn.PReLU):
         return shape
-    if type(module) in RANKS_OF_NORM:
-        fits = len(shape) in RANKS_OF_NORM[type(module)] and shape[1] == module.num_features
+    ranks = RANKS_OF_NORM.get(type(module))
+    if ranks is not None:
+        fits = len(shape) in ranks and shape[1] == module.num_features
         return shape if fits else None
     if type(module) not in CONVS or x.dtype != module.weight.dtype:
         return None

@@ -28,8 +28,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ._network_features import FEATURES
+from ._network_modules import Network, random_statistics
+from ._network_sampler import Sampler
 from ._networks import (
-    FEATURES,
     Act,
     Arithmetic,
     Channels,
@@ -38,7 +40,6 @@ from ._networks import (
     Flatten,
     Join,
     Linear,
-    Network,
     NetworkSpec,
     Node,
     Norm,
@@ -47,10 +48,8 @@ from ._networks import (
     PadChannels,
     Pool,
     Recall,
-    Sampler,
     Save,
     Slice,
-    random_statistics,
 )
 
 __all__ = [

@@ -63,7 +63,9 @@ def conv(
     """A conv whose padding keeps the size at stride 1, unless told otherwise."""
     if isinstance(kernel, int):
         options.setdefault("padding", options.get("dilation", 1) * (kernel - 1) // 2)
-    return CONVS[dims](n_in, n_out, kernel, **options)
+    kind: Any = CONVS[dims]
+    layer: nn.Module = kind(n_in, n_out, kernel, **options)
+    return layer
 
 
 def conv_bn(
@@ -95,8 +97,8 @@ def conv_branch(act: nn.Module | None = None, channels: int = 4) -> nn.Sequentia
     return chain(conv(channels, channels), act, conv(channels, channels))
 
 
-def ready(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """The model in eval mode with random batch norm statistics."""
+def ready(model: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
+    """The model in eval mode with random batch norm statistics; any type, to reach into it."""
     return random_statistics(model, seed=1).to(dtype).eval()
 
 
@@ -119,7 +121,8 @@ def shapes(model: fx.GraphModule) -> list[tuple[int, ...]]:
     modules = [
         model.get_submodule(str(n.target)) for n in model.graph.nodes if n.op == "call_module"
     ]
-    return [tuple(m.weight.shape) for m in modules if isinstance(m, (nn.Linear, *CONVS.values()))]
+    layers: list[Any] = [m for m in modules if isinstance(m, (nn.Linear, *CONVS.values()))]
+    return [tuple(layer.weight.shape) for layer in layers]
 
 
 def adds(model: fx.GraphModule) -> int:
@@ -134,7 +137,7 @@ def assert_removed(
 ) -> fx.GraphModule:
     """Convert with and without example inputs; both must be exact and leave no add."""
     options_without = options.pop("without_inputs", True)
-    converted = rmfx.remove_residuals(model, inputs, **options)
+    converted: fx.GraphModule = rmfx.remove_residuals(model, inputs, **options)
     assert_all_gone(model, converted, inputs, sites, strategy)
     if options_without:
         assert_all_gone(model, rmfx.remove_residuals(model, **options), inputs, sites, strategy)

@@ -118,7 +118,9 @@ def layers(
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     weight = torch.randn(outs, ins // groups, *kernel, generator=generator, dtype=F64)
     biased = draw(st.booleans()) if bias is None else bias
-    own = torch.randn(outs, generator=generator, dtype=F64) if biased else torch.zeros(outs).double()
+    own = (
+        torch.randn(outs, generator=generator, dtype=F64) if biased else torch.zeros(outs).double()
+    )
     return AffineConv(weight, own, stride, pads, dilation, groups)
 
 
@@ -574,9 +576,7 @@ def test_transposed_convolutions_are_refused() -> None:
     assert isinstance(AffineConv.from_conv(nn.ConvTranspose2d(2, 2, 3)), Refusal)
 
 
-@given(
-    st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 1), st.booleans()
-)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 1), st.booleans())
 def test_average_pools_are_depthwise_convs(
     dims: int, kernel: int, stride: int, padding: int, divided: bool
 ) -> None:

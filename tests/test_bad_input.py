@@ -80,13 +80,13 @@ def test_one_batch_norm_left_in_training_mode_is_found() -> None:
 
 def test_graph_module_in_training_mode_is_an_error() -> None:
     model = torch.fx.symbolic_trace(block()).train()
-    with untouched(model), pytest.raises(rmfx.ModeError, match="BatchNorm2d"):
+    with untouched(model), pytest.raises(rmfx.ModeError, match=r"BatchNorm2d"):
         rmfx.remove_residuals(model)
 
 
 def test_program_exported_in_training_mode_is_an_error() -> None:
     program = torch.export.export(block().train(), (image(),))
-    with pytest.raises(rmfx.ModeError, match="eval"):
+    with pytest.raises(rmfx.ModeError, match=r"eval"):
         rmfx.remove_residuals(program)
 
 
@@ -97,7 +97,7 @@ def test_functional_batch_norm_in_training_mode_is_an_error() -> None:
         bn=norm,
     )
     norm.eval()
-    with untouched(model), pytest.raises(rmfx.ModeError, match="eval"):
+    with untouched(model), pytest.raises(rmfx.ModeError, match=r"eval"):
         rmfx.remove_residuals(model)
 
 
@@ -135,12 +135,14 @@ class OnShape(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != 4:
             raise ValueError("four channels, please")
-        return self.block(x)
+        y: Tensor = self.block(x)
+        return y
 
 
 class OnValue(OnShape):
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(x) if float(x.sum()) > 0 else x
+        y: Tensor = self.block(x) if float(x.sum()) > 0 else x
+        return y
 
 
 @every_verb
@@ -149,7 +151,7 @@ def test_untraceable_module_asks_for_example_inputs_and_export_takes_over(
 ) -> None:
     model = ready(OnShape())
     with untouched(model):
-        with pytest.raises(rmfx.TraceError, match="OnShape .*pass example_inputs"):
+        with pytest.raises(rmfx.TraceError, match=r"OnShape .*pass example_inputs"):
             verb(model)
         result = verb(model, image())
     assert torch.allclose(result(image()), model(image()))
@@ -162,7 +164,7 @@ def test_module_that_cannot_even_be_exported_names_both_causes() -> None:
 
 
 def test_forward_that_is_missing_is_an_error_of_rmfx() -> None:
-    with pytest.raises(rmfx.TraceError, match="Module"):
+    with pytest.raises(rmfx.TraceError, match=r"Module"):
         rmfx.remove_residuals(nn.Module())
 
 
@@ -178,14 +180,16 @@ def test_forward_that_raises_is_an_error_of_rmfx() -> None:
 @every_verb
 @pytest.mark.parametrize("model", [torch.relu, "resnet18", None, {"conv": 1}, [conv()]])
 def test_what_is_no_module_is_an_error_of_rmfx(verb: Callable[..., Any], model: Any) -> None:
-    with pytest.raises(rmfx.TraceError, match="pass an nn.Module"):
+    with pytest.raises(rmfx.TraceError, match=r"pass an nn.Module"):
         verb(model)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_scripted_module_is_an_error_of_rmfx() -> None:
-    scripted = torch.jit.trace(ready(conv_branch()), image(), check_trace=False)
+    scripted: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
+        ready(conv_branch()), image(), check_trace=False
+    )
     for inputs in (None, image()):
         with pytest.raises(rmfx.TraceError):
             rmfx.remove_residuals(scripted, inputs)
@@ -391,7 +395,7 @@ def test_lazy_module_without_weights_is_an_error_of_rmfx() -> None:
 
 def test_complex_weights_are_an_error() -> None:
     model = nn.Conv2d(2, 2, 1, dtype=torch.complex64).eval()
-    with untouched(model), pytest.raises(rmfx.WeightError, match="complex"):
+    with untouched(model), pytest.raises(rmfx.WeightError, match=r"complex"):
         rmfx.remove_residuals(model)
 
 
@@ -481,7 +485,7 @@ def test_inputs_that_do_not_fit_are_shown(verb: Callable[..., Any], inputs: Any)
     model = block()
     with (
         untouched(model),
-        pytest.raises(rmfx.ShapeError, match="does not run on the example inputs"),
+        pytest.raises(rmfx.ShapeError, match=r"does not run on the example inputs"),
     ):
         verb(model, inputs)
 
@@ -494,5 +498,5 @@ def test_inputs_that_do_not_fit_an_exported_program_are_an_error_of_rmfx() -> No
 
 @pytest.mark.parametrize("bounds", [(1.0, -1.0), (float("nan"), 1.0), (0.0,), 3.0, "all"])
 def test_input_range_that_is_none_is_an_error_of_rmfx(bounds: Any) -> None:
-    with pytest.raises(rmfx.RmfxError, match="input_range"):
+    with pytest.raises(rmfx.RmfxError, match=r"input_range"):
         rmfx.remove_residuals(block(), input_range=bounds)

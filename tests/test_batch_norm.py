@@ -31,7 +31,7 @@ Make = Callable[[], nn.Module]
 
 def fold(model: nn.Module, *inputs: Any) -> torch.fx.GraphModule:
     """Fold with and without example inputs; both must be exact and give the same layers."""
-    folded = rmfx.fold_batch_norm(model, inputs)
+    folded: torch.fx.GraphModule = rmfx.fold_batch_norm(model, inputs)
     without = rmfx.fold_batch_norm(model)
     assert_equivalent(model, folded, inputs)
     assert_equivalent(model, without, inputs)
@@ -129,8 +129,7 @@ def test_padded_conv_after_batch_norm_would_read_the_shift_and_stays() -> None:
 
 
 def test_batch_norm_without_shift_folds_into_a_padded_conv() -> None:
-    model = chain(nn.BatchNorm2d(4), conv())
-    ready(model)
+    model = ready(chain(nn.BatchNorm2d(4), conv()))
     norm = model[0]
     with torch.no_grad():
         norm.bias.zero_()

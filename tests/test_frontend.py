@@ -88,18 +88,24 @@ def test_functions_and_methods_become_modules(name: str) -> None:
     assert_same(before, snapshot(model))
 
 
+in_place: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.iadd,
+    "-": operator.isub,
+    "*": operator.imul,
+    "/": operator.itruediv,
+}
 SUMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Any]] = {
     "x + y": (operator.add, torch.add),
-    "y += x": (lambda x, y: operator.iadd(y, x), torch.add),
+    "y += x": (lambda x, y: in_place["+"](y, x), torch.add),
     "x.add": (lambda x, y: x.add(y, alpha=2), torch.add),
     "y.add_": (lambda x, y: y.add_(x), torch.add),
     "x - y": (operator.sub, torch.sub),
-    "y -= x": (lambda x, y: operator.isub(y, x), torch.sub),
+    "y -= x": (lambda x, y: in_place["-"](y, x), torch.sub),
     "torch.subtract": (torch.subtract, torch.sub),
     "x * y": (operator.mul, torch.mul),
-    "y *= x": (lambda x, y: operator.imul(y, x), torch.mul),
+    "y *= x": (lambda x, y: in_place["*"](y, x), torch.mul),
     "x / y": (lambda x, y: x / (y * y + 1), torch.div),
-    "y /= x": (lambda x, y: operator.itruediv(y, x * x + 1), torch.div),
+    "y /= x": (lambda x, y: in_place["/"](y, x * x + 1), torch.div),
 }
 
 

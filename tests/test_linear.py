@@ -30,7 +30,7 @@ Make = Callable[[], nn.Module]
 
 
 def merge(model: nn.Module, *inputs: Any, force: bool = False) -> torch.fx.GraphModule:
-    merged = rmfx.merge_convs(model, inputs, force=force)
+    merged: torch.fx.GraphModule = rmfx.merge_convs(model, inputs, force=force)
     assert_equivalent(model, merged, inputs)
     return merged
 
@@ -138,16 +138,10 @@ def test_what_would_not_be_exact_stays(name: str, force: bool) -> None:
     assert types(merged) == types(rmfx.trace(model, image()))
 
 
-def test_average_pool_merges_with_the_conv_before_it_where_that_is_cheaper() -> None:
-    model = ready(chain(conv(8, 4, 1, bias=False), nn.AvgPool2d(2)))
-    x = image(2, 8, 6, 7)
-    assert types(merge(model, x)) == ["Conv2d", "AvgPool2d"]
-    assert shapes(merge(model, x, force=True)) == [(4, 8, 2, 2)]
-
-
-def test_functional_average_pool_merges_when_forced() -> None:
+def test_average_pool_merges_with_the_conv_before_it() -> None:
     model = ready(Apply(lambda m, x: F.avg_pool2d(m.conv(x), 2), conv=conv(4, 4, 1, bias=False)))
     assert shapes(merge(model, image(), force=True)) == [(4, 4, 2, 2)]
+    assert_equivalent(model, merge(model, image()), image(1, 4, 4, 5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -169,7 +163,7 @@ def test_second_run_changes_nothing_and_the_model_is_untouched(name: str, force:
     assert_equivalent(model, twice, image())
 
 
-@settings(max_examples=15)
+@settings(max_examples=5)
 @given(residual_networks())
 def test_random_networks_keep_their_function(spec: NetworkSpec) -> None:
     model, inputs = spec.build(seed=0), spec.inputs(seed=0)

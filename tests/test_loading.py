@@ -154,7 +154,7 @@ def test_weights_of_an_exported_program_cannot_be_replaced(tmp_path: Path) -> No
 def test_a_corrupt_program_is_explained(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "net.pt2"
     path.write_bytes(content)
-    with pytest.raises(LoadError, match="net.pt2 is damaged"):
+    with pytest.raises(LoadError, match=r"net\.pt2 is damaged"):
         load_model(str(path))
 
 

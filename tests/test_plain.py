@@ -39,7 +39,8 @@ class SmallResNet(nn.Module):
         self.flatten = flatten
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.flatten(self.layer2(self.layer1(self.stem(x)))))
+        y: Tensor = self.fc(self.flatten(self.layer2(self.layer1(self.stem(x)))))
+        return y
 
 
 FLATTEN: dict[str, Callable[[Tensor], Tensor]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -16,15 +17,11 @@ from rmfx import cost
 
 def converted(*, inputs: bool = True) -> torch.fx.GraphModule:
     """Three sites: one removed with, one without batch norm, one refused."""
-    model = chain(
-        *(
-            conv_bn(4, 4),
-            nn.ReLU(),
-            Residual(basic_branch(4, 6, stride=2), conv_bn(4, 6, 1, stride=2)),
-        ),
-        *(Residual(nn.MaxPool2d(3, 1, 1)), Residual(conv_branch(nn.SiLU(), 6))),
-    )
-    return rmfx.remove_residuals(ready(model), image() if inputs else None)
+    projected = Residual(basic_branch(4, 6, stride=2), conv_bn(4, 6, 1, stride=2))
+    pooled, gated = Residual(nn.MaxPool2d(3, 1, 1)), Residual(conv_branch(nn.SiLU(), 6))
+    model = ready(chain(conv_bn(4, 4), nn.ReLU(), projected, pooled, gated))
+    gm: torch.fx.GraphModule = rmfx.remove_residuals(model, image() if inputs else None)
+    return gm
 
 
 def test_rows_name_place_source_join_and_strategy_in_graph_order() -> None:
@@ -139,6 +136,7 @@ def test_every_add_that_stays_is_reported() -> None:
 
 
 def test_other_modules_carry_no_report() -> None:
-    for other in (rmfx.trace(ready(conv())), nn.ReLU()):
-        with pytest.raises(rmfx.RmfxError, match="pass the result of rmfx.remove_residuals"):
+    others: list[Any] = [rmfx.trace(ready(conv())), nn.ReLU()]
+    for other in others:
+        with pytest.raises(rmfx.RmfxError, match=r"pass the result of rmfx.remove_residuals"):
             rmfx.report(other)

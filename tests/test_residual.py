@@ -33,10 +33,15 @@ import rmfx
 from rmfx.testing import NetworkSpec, assert_equivalent, residual_blocks
 
 Make = Callable[[], nn.Module]
+plus_in_place: Callable[[Any, Any], Any] = operator.iadd
+minus_in_place: Callable[[Any, Any], Any] = operator.isub
 
 
 class Functional(nn.Module):
     """A block without layer modules: every call is a function of its own parameters."""
+
+    mean: Tensor
+    variance: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +66,8 @@ class Methods(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv2(self.conv1(x).relu_())
         y += x
-        return y.relu_()
+        out: Tensor = y.relu_()
+        return out
 
 
 # ---- structure ----------------------------------------------------------------------------------
@@ -230,8 +236,8 @@ SITES: dict[str, Make] = {
         conv_branch(), combine=lambda x, y: torch.sub(y, x, alpha=2)
     ),
     "x.add(alpha)": lambda: Residual(conv_branch(), combine=lambda x, y: y.add(x, alpha=3)),
-    "y += x": lambda: Residual(conv_branch(), combine=lambda x, y: operator.iadd(y, x)),
-    "y -= x": lambda: Residual(conv_branch(), combine=lambda x, y: operator.isub(y, x)),
+    "y += x": lambda: Residual(conv_branch(), combine=lambda x, y: plus_in_place(y, x)),
+    "y -= x": lambda: Residual(conv_branch(), combine=lambda x, y: minus_in_place(y, x)),
     "y.add_(x)": lambda: Residual(conv_branch(), combine=lambda x, y: y.add_(x, alpha=2)),
     "y.sub_(x)": lambda: Residual(conv_branch(), combine=lambda x, y: y.sub_(x)),
     "in-place activations": lambda: chain(
@@ -340,7 +346,7 @@ def test_several_sites_on_one_fork_where_one_may_go() -> None:
 
 
 def test_densely_nested_sites_on_one_fork() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Any:
         y = x + m.a(x)
         return x + m.c(torch.relu(y))
 
@@ -474,14 +480,8 @@ def test_unbounded_softsign_does_not_spoil_the_range_analysis() -> None:
 
 
 def test_shared_activation_module_is_no_hindrance() -> None:
-    act = nn.PReLU()
-    model = chain(conv(), nn.ReLU(), Residual(chain(conv(), act, conv(), act, conv())))
-    report = rmfx.report(converted := rmfx.remove_residuals(ready(model), image()))
-    assert report.removed + report.refused == 1
-    assert_equivalent(model, converted, image())
-    act_only = nn.ReLU()
-    model = Residual(chain(conv(), act_only, conv(), act_only, conv()))
-    assert_removed(ready(model), image())
+    for act in (nn.ReLU(), nn.PReLU(), nn.SiLU()):
+        assert_removed(ready(Residual(chain(conv(), act, conv(), act, conv()))), image())
 
 
 # ---- the options --------------------------------------------------------------------------------
@@ -529,7 +529,7 @@ def test_identity_batch_norm_has_the_statistics_of_the_carry() -> None:
     model = ready(Residual(basic_branch()))
     batches = [image(3, 4, 9, 7), 3 * image(2, 4, 5, 5) + 1]
     converted = rmfx.remove_residuals(model, fold_batch_norm=False, calibration=batches)
-    norm = next(m for m in converted.modules() if isinstance(m, nn.BatchNorm2d))
+    norm: Any = next(m for m in converted.modules() if isinstance(m, nn.BatchNorm2d))
     values = torch.cat([b.transpose(0, 1).flatten(1) for b in batches], 1)
     assert torch.allclose(norm.running_mean[4:], values.mean(1))
     assert torch.allclose(norm.running_var[4:], values.var(1, unbiased=False))
@@ -649,7 +649,7 @@ def test_operands_without_a_common_source_are_refused() -> None:
             super().__init__()
             self.conv = conv()
 
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        def forward(self, x: Tensor, y: Tensor) -> Any:
             return x + self.conv(y)
 
     assert_refused(ready(Sum()), image(), image(), reason="no common source")
@@ -676,7 +676,7 @@ def test_write_to_the_networks_input_freezes_the_site() -> None:
 
 
 def test_write_seen_under_another_name_freezes_the_site() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Any:
         y = m.a(x)
         view = y.view(2, -1)
         y += x
@@ -689,7 +689,7 @@ def test_write_seen_under_another_name_freezes_the_site() -> None:
 
 
 def test_write_after_the_fork_was_read_goes_to_the_later_readers_only() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Any:
         y = m.a(x)
         z = m.b(y)
         y += x
@@ -771,7 +771,7 @@ def test_result_is_the_same_in_every_run() -> None:
 # ---- property -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(residual_blocks())
 def test_random_blocks_keep_their_function(spec: NetworkSpec) -> None:
     model, inputs = spec.build(seed=0), spec.inputs(seed=0)

@@ -67,9 +67,10 @@ class DemoResult:
         relative = self.largest_difference / self.largest_logit
         parts = [
             _TITLE,
-            f"Accuracy on {self.digits} digits it never saw: {before:.1%} before, {after:.1%} after; "
-            f"{self.changed} answers differ.\nLargest difference of any output:"
-            f" {self.largest_difference:.1e} ({relative:.1e} of the largest output).",
+            f"Accuracy on {self.digits} digits it never saw: {before:.1%} before,"
+            f" {after:.1%} after; {self.changed} answers differ.\n"
+            f"Largest difference of any output: {self.largest_difference:.1e}"
+            f" ({relative:.1e} of the largest output).",
             str(self.conversion),
             f"Milliseconds for {BATCH} digits on one thread, median (quartiles):",
             self._speed_table(),

@@ -1,0 +1,331 @@
+"""Every way to call a layer becomes the same module, through both front-ends."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import Apply
+from torch import Tensor, fx, nn
+
+import rmfx
+from rmfx._dialect import ARITHMETIC, CALLS
+from rmfx.testing import random_statistics
+
+Forward = Callable[[Any, Tensor], Any]
+
+
+class Holder(nn.Module):
+    """Tensors for functional calls, named like the arguments."""
+
+    def __init__(self, forward: Forward, *, dims: int) -> None:
+        super().__init__()
+        self.body = forward
+        self.w = nn.Parameter(torch.randn(6, 2, *[3] * dims))
+        self.dense = nn.Parameter(torch.randn(5, 4))
+        self.b = nn.Parameter(torch.randn(6))
+        self.slopes = nn.Parameter(torch.rand(4))
+        self.slope = nn.Parameter(torch.rand(1))
+        self.mean = nn.Buffer(torch.randn(4))
+        self.variance = nn.Buffer(torch.rand(4) + 0.5)
+        self.gamma = nn.Parameter(torch.randn(4))
+        self.beta = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+def called(gm: fx.GraphModule) -> list[str]:
+    """What the graph calls: module types, or names of functions and methods."""
+    names = []
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            names.append(type(gm.get_submodule(str(node.target))).__name__)
+        elif node.op in ("call_function", "call_method"):
+            names.append(getattr(node.target, "__name__", str(node.target)))
+    return names
+
+
+def check(forward: Forward, x: Tensor, expected: list[str], *, exported: bool = True) -> None:
+    """The calls that are left, and equal values, through every front-end."""
+    model = Holder(forward, dims=max(x.dim() - 2, 1)).double().eval()
+    wanted = model(x.clone())
+    traced = [rmfx.trace(model, x)]
+    if exported:
+        program = torch.export.export(model, (x,), strict=False)
+        traced.append(rmfx.trace(program))
+    for gm in traced:
+        assert called(gm) == expected
+        torch.testing.assert_close(gm(x.clone()), wanted, rtol=1e-12, atol=1e-12)
+
+
+def tensor(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (2, 4, 7, 6)), dtype=torch.float64)
+
+
+# ---- activations --------------------------------------------------------------------------------
+
+ACTIVATIONS: list[tuple[str, Forward]] = [
+    ("ReLU", lambda m, x: F.relu(x)),
+    ("ReLU", lambda m, x: torch.relu(x)),
+    ("ReLU", lambda m, x: x.relu()),
+    ("ReLU", lambda m, x: F.relu(input=x)),
+    ("ReLU", lambda m, x: x.clamp(min=0)),
+    ("ReLU", lambda m, x: torch.clamp(x, 0)),
+    ("ReLU6", lambda m, x: F.relu6(x)),
+    ("Hardtanh", lambda m, x: F.hardtanh(x, -0.5, 2.0)),
+    ("Hardtanh", lambda m, x: F.hardtanh(x, max_val=0.5)),
+    ("Hardtanh", lambda m, x: torch.clamp(x, -1, 0.5)),
+    ("Hardtanh", lambda m, x: x.clamp(max=0.5)),
+    ("Hardtanh", lambda m, x: torch.clip(x, min=-0.5, max=0.5)),
+    ("LeakyReLU", lambda m, x: F.leaky_relu(x, 0.2)),
+    ("LeakyReLU", lambda m, x: F.leaky_relu(x, negative_slope=0.3)),
+    ("PReLU", lambda m, x: F.prelu(x, m.slopes)),
+    ("PReLU", lambda m, x: torch.prelu(x, m.slope)),
+    ("RReLU", lambda m, x: F.rrelu(x, 0.1, 0.3)),
+    ("ELU", lambda m, x: F.elu(x, 0.7)),
+    ("CELU", lambda m, x: F.celu(x, alpha=0.7)),
+    ("SELU", lambda m, x: F.selu(x)),
+    ("GELU", lambda m, x: F.gelu(x)),
+    ("GELU", lambda m, x: F.gelu(x, approximate="tanh")),
+    ("SiLU", lambda m, x: F.silu(x)),
+    ("Mish", lambda m, x: F.mish(x)),
+    ("Softplus", lambda m, x: F.softplus(x, 2.0, 5.0)),
+    ("Tanh", lambda m, x: torch.tanh(x)),
+    ("Tanh", lambda m, x: x.tanh()),
+    ("Sigmoid", lambda m, x: x.sigmoid()),
+    ("Sigmoid", lambda m, x: F.sigmoid(x)),
+    ("Hardsigmoid", lambda m, x: F.hardsigmoid(x)),
+    ("Hardswish", lambda m, x: F.hardswish(x)),
+    ("Hardshrink", lambda m, x: F.hardshrink(x, 0.3)),
+    ("Softshrink", lambda m, x: F.softshrink(x, 0.3)),
+    ("Threshold", lambda m, x: F.threshold(x, 0.1, -2.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "forward"), ACTIVATIONS)
+def test_activations_become_modules(name: str, forward: Forward) -> None:
+    check(forward, tensor(), [name])
+
+
+@pytest.mark.parametrize(
+    ("name", "forward"),
+    [
+        ("Softsign", lambda m, x: F.softsign(x)),
+        ("LogSigmoid", lambda m, x: F.logsigmoid(x)),
+        ("Tanhshrink", lambda m, x: F.tanhshrink(x)),
+    ],
+)  # torch.export takes these apart
+def test_composed_activations_become_modules_in_symbolic_traces(
+    name: str, forward: Forward
+) -> None:
+    check(forward, tensor(), [name], exported=False)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: x.clamp(m.slope),
+        lambda m, x: torch.clamp(x, max=x.mean()),
+        lambda m, x: F.hardtanh(x, 1.0, 1.0),
+        lambda m, x: x.clamp(2, 1),
+        lambda m, x: F.prelu(x, m.slopes * 2),
+        lambda m, x: F.conv2d(x, m.w * 2, groups=2),
+        lambda m, x: F.dropout(x, 0.0, True),
+        lambda m, x: F.max_pool2d(x, 2, return_indices=True),
+        lambda m, x: F.batch_norm(x, None, None, training=True),
+    ],
+)
+def test_calls_without_a_fixed_module_stay(forward: Forward) -> None:
+    model = Holder(forward, dims=2).double().eval()
+    x = tensor()
+    gm = rmfx.trace(model, x)
+    assert not [n for n in gm.graph.nodes if n.op == "call_module"]
+    torch.testing.assert_close(gm(x), model(x))
+
+
+# ---- layers -------------------------------------------------------------------------------------
+
+SHAPES = {1: (2, 4, 9), 2: (2, 4, 9, 8), 3: (2, 4, 6, 7, 5)}
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"groups": 2},
+        {"groups": 2, "stride": 2, "padding": 1},
+        {"groups": 2, "padding": "same", "dilation": 2},
+        {"groups": 2, "padding": "valid"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("space", [F, torch], ids=["functional", "torch"])
+def test_convolutions_become_modules(dims: int, options: dict[str, Any], space: Any) -> None:
+    function = getattr(space, f"conv{dims}d")
+    check(lambda m, x: function(x, m.w, m.b, **options), tensor(*SHAPES[dims]), [f"Conv{dims}d"])
+    check(lambda m, x: function(input=x, weight=m.w, **options), tensor(*SHAPES[dims]),
+          [f"Conv{dims}d"])  # fmt: skip
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("max_pool", (3, 2, 1)),
+        ("max_pool", (2,)),
+        ("avg_pool", (3, 2, 1, True, False)),
+        ("avg_pool", (2,)),
+        ("adaptive_avg_pool", (2,)),
+    ],
+    ids=str,
+)
+def test_pools_become_modules(dims: int, name: str, args: tuple[Any, ...]) -> None:
+    function = getattr(F, f"{name}{dims}d")
+    kind = "".join(part.capitalize() for part in name.split("_")) + f"{dims}d"
+    check(lambda m, x: function(x, *args), tensor(*SHAPES[dims]), [kind])
+
+
+def test_adaptive_max_pools_become_modules_in_symbolic_traces() -> None:
+    check(lambda m, x: F.adaptive_max_pool2d(x, 2), tensor(), ["AdaptiveMaxPool2d"], exported=False)
+
+
+@pytest.mark.parametrize(
+    ("forward", "expected"),
+    [
+        (lambda m, x: F.linear(x, m.dense), ["Linear"]),
+        (lambda m, x: F.linear(x, m.dense, bias=m.b[:5]), None),
+        (lambda m, x: torch.flatten(x, 1), ["Flatten"]),
+        (lambda m, x: x.flatten(1), ["Flatten"]),
+        (lambda m, x: x.view(x.size(0), -1), ["Flatten"]),
+        (lambda m, x: x.reshape(x.shape[0], -1), ["Flatten"]),
+        (lambda m, x: torch.reshape(x, (x.size()[0], -1)), ["Flatten"]),
+        (lambda m, x: x.view(x.size(1), -1), None),
+        (lambda m, x: x.view(-1, x.size(0)), None),
+        (lambda m, x: F.dropout(x, 0.5, m.training), ["Dropout"]),
+        (lambda m, x: F.dropout2d(x[:, :, None], training=False)[:, :, 0], None),
+    ],
+)
+def test_features_and_shapes(forward: Forward, expected: list[str] | None) -> None:
+    model = Holder(forward, dims=1).double().eval()
+    x = tensor(3, 4, 4)
+    gm = rmfx.trace(model, x)
+    torch.testing.assert_close(gm(x), model(x))
+    if expected:
+        left = [n for n in called(gm) if n not in ("size", "getattr", "getitem")]
+        assert left == expected
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 4, 5), (2, 4, 5, 6), (2, 4, 3, 2, 5)], ids=len)
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: F.batch_norm(x, m.mean, m.variance, m.gamma, m.beta, False, 0.1, 1e-3),
+        lambda m, x: F.batch_norm(x, m.mean, m.variance, eps=1e-3),
+        lambda m, x: torch.batch_norm(
+            x, m.gamma, m.beta, m.mean, m.variance, False, 0.1, 1e-3, False
+        ),
+    ],
+)
+def test_batch_norm_becomes_the_module_of_its_rank(
+    shape: tuple[int, ...], forward: Forward
+) -> None:
+    check(forward, tensor(*shape), [f"BatchNorm{max(len(shape) - 2, 1)}d"])
+
+
+def test_batch_norm_of_unknown_rank_stays() -> None:
+    model = Holder(lambda m, x: F.batch_norm(x, m.mean, m.variance), dims=2).double().eval()
+    assert called(rmfx.trace(model)) == ["batch_norm"]
+
+
+def test_the_layer_before_tells_the_rank() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return F.batch_norm(2 * F.relu(F.max_pool2d(x, 2)), m.mean, m.variance)
+
+    model = Holder(forward, dims=2).double().eval()
+    assert called(rmfx.trace(model))[-1] == "BatchNorm2d"
+
+
+# ---- arithmetic ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "forward"),
+    [
+        ("add", lambda m, x: x + x),
+        ("add", lambda m, x: x.add(other=x)),
+        ("add", lambda m, x: torch.add(x, x, alpha=2)),
+        ("add", lambda m, x: 1 + x),
+        ("sub", lambda m, x: x - 1),
+        ("sub", lambda m, x: x.sub(x, alpha=0.5)),
+        ("sub", lambda m, x: torch.subtract(x, x)),
+        ("mul", lambda m, x: 2 * x),
+        ("mul", lambda m, x: torch.multiply(x, m.slope)),
+        ("div", lambda m, x: x / 2),
+        ("div", lambda m, x: torch.true_divide(x, x)),
+        ("neg", lambda m, x: -x),
+        ("neg", lambda m, x: x.neg()),
+    ],
+)
+def test_arithmetic_has_one_name(name: str, forward: Forward) -> None:
+    check(forward, tensor(), [name])
+
+
+def test_rounded_division_is_left_alone() -> None:
+    check(lambda m, x: torch.div(x, 2, rounding_mode="floor"), tensor(), ["div"], exported=False)
+    model = Holder(lambda m, x: x.div(2, rounding_mode="floor"), dims=2).eval()
+    (node,) = [n for n in rmfx.trace(model).graph.nodes if n.op not in ("placeholder", "output")]
+    assert node.op == "call_method"
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: x[:, :, ::2, ::2],
+        lambda m, x: x[:, 1:3],
+        lambda m, x: x[:, :, 1:-1],
+        lambda m, x: F.pad(x, (1, 2)),
+        lambda m, x: F.pad(x, (-1, 0, 1, 1, 0, 2), value=0.0),
+        lambda m, x: F.pad(x, [1, 1], "constant", 3.0),
+        lambda m, x: F.pad(x, (1, 1, 0, 0), mode="reflect"),
+    ],
+)
+def test_slices_and_pads_keep_their_values(forward: Forward) -> None:
+    x = tensor()
+    model = Holder(forward, dims=2).double().eval()
+    for gm in (rmfx.trace(model, x), rmfx.trace(torch.export.export(model, (x,), strict=False))):
+        torch.testing.assert_close(gm(x), model(x), rtol=0, atol=0)
+        assert all("aten" not in str(n.target) for n in gm.graph.nodes if "reflect" not in str(n))
+
+
+# ---- the table itself ---------------------------------------------------------------------------
+
+
+def test_every_row_names_its_arguments_from_the_input_on() -> None:
+    for target, call in CALLS.items():
+        assert call.names[0] == "input", target
+        assert len(set(call.names)) == len(call.names), target
+
+
+def test_arithmetic_leads_to_five_functions() -> None:
+    assert set(ARITHMETIC.values()) == {torch.add, torch.sub, torch.mul, torch.div, torch.neg}
+    assert ARITHMETIC[operator.iadd] is torch.add
+
+
+def test_weights_are_shared_with_the_model() -> None:
+    model = Holder(lambda m, x: F.conv2d(x, m.w, m.b, groups=2), dims=2).eval()
+    gm = rmfx.trace(model)
+    assert next(gm.parameters()) is model.w
+
+
+def test_modules_made_from_calls_stand_where_the_call_was() -> None:
+    inner = Apply(lambda m, x: torch.relu(torch.relu(x)))
+    model = random_statistics(
+        Apply(lambda m, x: m.inner(x) + F.relu(x), inner=inner), seed=0
+    ).eval()
+    targets = [str(n.target) for n in rmfx.trace(model).graph.nodes if n.op == "call_module"]
+    assert targets == ["inner.relu", "inner.relu_1", "relu_2"]

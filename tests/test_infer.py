@@ -1,0 +1,114 @@
+"""Dimensions and channels of values, with and without shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import Apply, conv, image
+from torch import Tensor, fx, nn
+
+import rmfx
+from rmfx._graph import Net
+
+Forward = Callable[[Any, Tensor], Any]
+
+
+def parts() -> dict[str, Any]:
+    return {
+        "conv": conv(4, 6),
+        "one": conv(4, 1),
+        "conv1": nn.Conv1d(4, 6, 1),
+        "conv3": nn.Conv3d(4, 6, 1),
+        "wide": nn.Linear(7, 5),
+        "linear": nn.Linear(4, 5),
+        "bn": nn.BatchNorm2d(4),
+        "c": nn.Parameter(torch.rand(4, 1, 1)),
+    }
+
+
+def result(forward: Forward, x: Tensor | None) -> tuple[Net, fx.Node]:
+    net = Net(rmfx.trace(Apply(forward, **parts()).double().eval(), x))
+    return net, next(n for n in net.graph.nodes if n.op == "output").all_input_nodes[0]
+
+
+@pytest.mark.parametrize(
+    ("forward", "rank", "channels"),
+    [
+        (lambda m, x: m.conv(x), 4, 6),
+        (lambda m, x: m.bn(x), 4, 4),
+        (lambda m, x: F.relu(m.conv(x)), 4, 6),
+        (lambda m, x: F.max_pool2d(F.dropout(m.conv(x), 0.1, False), 2), 4, 6),
+        (lambda m, x: F.adaptive_avg_pool2d(m.conv(x), 1), 4, 6),
+        (lambda m, x: m.conv(x) + m.conv(x), 4, 6),
+        (lambda m, x: F.relu(m.conv(x)) - m.conv(x), 4, 6),
+        (lambda m, x: m.conv1(x), 3, 6),
+        (lambda m, x: m.conv3(x), 5, 6),
+        (lambda m, x: torch.flatten(m.conv(x), 1), 2, None),
+        (lambda m, x: torch.softmax(m.conv(x), 1), None, None),
+    ],
+)
+def test_layers_tell_dimensions_and_channels(
+    forward: Forward, rank: int | None, channels: int | None
+) -> None:
+    net, node = result(forward, None)
+    assert net.rank(node) == rank
+    assert net.channels(node, (rank or 2) - 2) == channels
+
+
+def test_the_first_layer_tells_about_the_input() -> None:
+    net, _ = result(lambda m, x: m.conv(x), None)
+    x = next(iter(net.graph.nodes))
+    assert (net.rank(x), net.channels(x, 2)) == (4, 4)
+
+
+def test_features_have_no_known_rank() -> None:
+    net, node = result(lambda m, x: m.linear(x), None)
+    assert (net.rank(node), net.channels(node, 0)) == (None, 5)
+
+
+def test_shapes_tell_more() -> None:
+    x = image(2, 3, 4)
+    net, node = result(lambda m, x: torch.softmax(m.linear(x), 1), x)
+    assert (net.rank(node), net.channels(node, 0), net.channels(node, 1)) == (3, 5, 3)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.one(x) + m.conv(x),
+        lambda m, x: m.conv(x) - m.one(x),
+        lambda m, x: m.wide(m.conv(x)),
+    ],
+    ids=["broadcast first", "broadcast second", "linear on the width"],
+)
+def test_wrong_channels_are_never_claimed(forward: Forward) -> None:
+    net, node = result(forward, None)
+    truth = net.source(image()).shape[1]
+    assert net.channels(node, 2) in (None, truth)
+    model = Apply(lambda m, x: (y := forward(m, x)) + 0.5 * F.relu(y), **parts()).double().eval()
+    for inputs in (None, image()):
+        gm = rmfx.remove_residuals(model, inputs)
+        torch.testing.assert_close(gm(image()), model(image()))
+
+
+def test_types_come_from_shapes_or_weights() -> None:
+    for inputs in (None, image()):
+        net, node = result(lambda m, x: F.relu(m.conv(x)), inputs)
+        assert net.dtype(node) == (torch.float64, torch.device("cpu"))
+    net, node = result(lambda m, x: F.relu(x), None)
+    assert net.dtype(node) is None
+
+
+def test_long_graphs_are_walked_once() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.conv(x)
+        for _ in range(1500):
+            x = F.relu(x)
+        return x
+
+    net, node = result(forward, None)
+    assert (net.rank(node), net.channels(node, 2)) == (4, 6)

@@ -1,0 +1,203 @@
+"""Arrangements of a site: which columns there are, what they cost, and that the cheapest is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import Apply, conv, image, ready
+from torch import Tensor, nn
+
+import rmfx
+from rmfx._affine import AffineConv
+from rmfx._errors import Refusal
+from rmfx._graph import Net
+from rmfx._plan import Linear, Normalised, Plan, Pointwise, build, plans, settle
+from rmfx._site import Site, find_site
+
+Forward = Callable[[Any, Tensor], Any]
+
+
+def site_of(forward: Forward, *, keep_norms: bool = False, **parts: nn.Module) -> Site:
+    net = Net(rmfx.trace(ready(Apply(forward, **parts)), image()))
+    join = [n for n in net.graph.nodes if n.target in (torch.add, torch.sub)][-1]
+    site = find_site(net, join, keep_norms=keep_norms)
+    assert isinstance(site, Site), site
+    return site
+
+
+def plans_of(forward: Forward, **parts: Any) -> list[Plan]:
+    found = plans(site_of(forward, **parts))
+    assert not isinstance(found, Refusal), found
+    return found
+
+
+def block(*, act: Callable[[Tensor], Tensor] = F.relu, **parts: nn.Module) -> dict[str, Any]:
+    """x (or s(x), where there is an s) beside a, activation, b."""
+    given: dict[str, Any] = {"a": conv(), "b": conv()} | parts
+    if "s" in parts:
+        return {"forward": lambda m, x: m.s(x) + m.b(act(m.a(x))), **given}
+    return {"forward": lambda m, x: x + m.b(act(m.a(x))), **given}
+
+
+def built(plan: Plan) -> list[AffineConv]:
+    layers = build(plan.columns)
+    assert not isinstance(layers, Refusal), layers
+    return [layer for layer in layers if isinstance(layer, AffineConv)]
+
+
+def work_of(layers: list[AffineConv]) -> float:
+    """Multiply-adds per position of the fork, counted on the built layers."""
+    total, area = 0.0, 1.0
+    for layer in layers:
+        for s in layer.stride:
+            area /= s
+        total += layer.multiply_adds() * area
+    return total
+
+
+BLOCKS: dict[str, dict[str, Any]] = {
+    "basic": block(),
+    "bottleneck": {
+        "forward": lambda m, x: x + m.c(F.relu(m.b(F.relu(m.a(x))))),
+        "a": conv(4, 2, 1), "b": conv(2, 2), "c": conv(2, 4, 1),
+    },
+    "grouped": {
+        "forward": lambda m, x: x + m.c(F.relu(m.b(F.relu(m.a(x))))),
+        "a": conv(4, 8, 1), "b": conv(8, 8, groups=4), "c": conv(8, 4, 1),
+    },
+    "inverted": {
+        "forward": lambda m, x: x + m.c(F.relu6(m.b(F.relu6(m.a(x))))),
+        "a": conv(4, 8, 1), "b": conv(8, 8, groups=8), "c": conv(8, 4, 1),
+    },
+    "projection": block(a=conv(4, 6, stride=2), b=conv(6, 6), s=conv(4, 6, 1, stride=2)),
+    "narrow projection": block(a=conv(4, 6), b=conv(6, 2), s=conv(4, 2, 1)),
+    "wide projection": block(a=conv(4, 6, stride=2), b=conv(6, 6), s=conv(4, 6, 3, stride=2)),
+    "single": {"forward": lambda m, x: x + m.a(x), "a": conv()},
+    "no conv": {"forward": lambda m, x: x + F.silu(x)},
+    "two branches": {
+        "forward": lambda m, x: F.relu(m.a(x)) + m.c(F.silu(m.b(x))),
+        "a": conv(), "b": conv(), "c": conv(4, 4, 1),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_work_is_that_of_the_layers_that_get_built(name: str) -> None:
+    for plan in plans_of(**BLOCKS[name]):
+        assert plan.work == pytest.approx(work_of(built(plan)))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_cheapest_plan_comes_first(name: str) -> None:
+    works = [plan.work for plan in plans_of(**BLOCKS[name])]
+    assert works == sorted(works)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_plan_fits_together(name: str) -> None:
+    for plan in plans_of(**BLOCKS[name]):
+        layers = built(plan)
+        for before, after in zip(layers, layers[1:], strict=False):
+            assert before.out_channels == after.in_channels
+        for column in plan.columns:
+            if isinstance(column, Pointwise):
+                assert sum(b.width for b in column.blocks) == sum(column.widths)
+
+
+def test_a_narrow_shortcut_is_carried_behind_its_projection() -> None:
+    best = plans_of(**BLOCKS["narrow projection"])[0]
+    assert [c.carry.out_channels for c in best.columns if isinstance(c, Linear)] == [2, 2]
+
+
+def test_a_wide_shortcut_is_carried_before_its_projection() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.relu(m.stem(x))
+        return m.s(y) + m.b(F.relu(m.a(y)))
+
+    parts = {"stem": conv(4, 2), "a": conv(2, 6), "b": conv(6, 8), "s": conv(2, 8, 1)}
+    best = plans_of(forward, **parts)[0]
+    assert [c.carry.out_channels for c in best.columns if isinstance(c, Linear)] == [2, 8]
+
+
+def test_the_carry_is_padded_to_the_width_of_the_groups_where_that_is_cheaper() -> None:
+    parts = {"a": conv(4, 9, 1), "b": conv(9, 9, groups=3), "c": conv(9, 4, 1)}
+    best = plans_of(lambda m, x: x + m.c(F.relu(m.b(F.relu(m.a(x))))), **parts)[0]
+    layers = built(best)
+    # 4 carried channels become 6, two more groups of 3 beside the three of the branch.
+    assert (layers[1].groups, layers[1].in_channels) == (5, 15)
+
+
+def test_an_activation_that_fixes_the_carry_acts_on_everything() -> None:
+    plan = plans_of(**block())[0]
+    (before,) = (c for c in plan.columns if isinstance(c, Pointwise))
+    assert before.carry is None
+    assert before.carried is not None
+    assert before.carried.name == "x"
+    settled = settle(plan, lambda node, activation: True)
+    (after,) = (c for c in settled.columns if isinstance(c, Pointwise))
+    assert after.carry is after.main
+    (same,) = (c for c in settle(plan, lambda n, a: False).columns if isinstance(c, Pointwise))
+    assert same.carry is None
+
+
+def test_slopes_per_channel_never_act_on_the_carry() -> None:
+    parts = {"a": conv(), "b": conv(), "p": nn.PReLU(4)}
+    plan = plans_of(lambda m, x: x + m.b(m.p(m.a(x))), **parts)[0]
+    (column,) = (c for c in settle(plan, lambda n, a: True).columns if isinstance(c, Pointwise))
+    assert column.carry is None
+
+
+def test_a_carried_value_that_no_node_holds_is_not_asked_about() -> None:
+    plan = next(
+        p for p in plans_of(lambda m, x: m.b(F.relu(m.a(x))) - m.s(x),
+                            a=conv(), b=conv(), s=conv(4, 4, 1))
+        if any(isinstance(c, Pointwise) and c.carried is None for c in p.columns)
+    )  # fmt: skip
+    settled = settle(plan, lambda n, a: True)
+    assert all(c.carry is None for c in settled.columns if isinstance(c, Pointwise))
+
+
+def test_a_batch_norm_may_stay_between_layers_but_not_at_the_end() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return x + m.n2(m.b(F.relu(m.n1(m.a(x)))))
+
+    parts = {"a": conv(), "b": conv(), "n1": nn.BatchNorm2d(4), "n2": nn.BatchNorm2d(4)}
+    plan = plans_of(forward, keep_norms=True, **parts)[0]
+    names = [type(c).__name__ for c in plan.columns]
+    assert names == ["Linear", "Normalised", "Pointwise", "Linear"]
+    norm = plan.columns[1]
+    assert isinstance(norm, Normalised)
+    assert norm.carried == 4
+
+
+def test_equal_activations_of_two_branches_share_a_column() -> None:
+    parts = {"a": conv(), "b": conv(), "c": conv(), "d": conv()}
+    plan = plans_of(lambda m, x: m.b(F.relu(m.a(x))) + m.d(F.relu(m.c(x))), **parts)[0]
+    assert [type(c).__name__ for c in plan.columns] == ["Linear", "Pointwise", "Linear"]
+
+
+@pytest.mark.parametrize(
+    ("forward", "parts", "reason"),
+    [
+        (lambda m, x: m.a(x) + x[:, :, 1:, 1:], {"a": conv(stride=1)}, "sizes"),
+        (lambda m, x: m.a(x)[:, :, :-1] + m.b(x)[:, :, 1:],
+         {"a": conv(stride=2), "b": conv(stride=1)}, "stride"),
+        (lambda m, x: F.relu(m.a(x)) + F.silu(m.b(x)),
+         {"a": conv(stride=2), "b": conv(stride=2, kernel=5, padding=1)}, "do not correspond"),
+    ],
+)  # fmt: skip
+def test_branches_of_other_sizes_are_refused(
+    forward: Forward, parts: dict[str, nn.Module], reason: str
+) -> None:
+    net = Net(rmfx.trace(ready(Apply(forward, **parts))))
+    join = next(n for n in net.graph.nodes if n.target is torch.add)
+    site = find_site(net, join, keep_norms=False)
+    assert isinstance(site, Site), site
+    found = plans(site)
+    assert isinstance(found, Refusal)
+    assert reason in found.reason
+    assert found.nodes == (join.name,)
