@@ -115,8 +115,7 @@ class ResidualRule:
         if isinstance(layer, AffineConv):
             return Virtual(layer, site.dtype, site.device)
         if isinstance(column, Pointwise):
-            dim_1 = site.dims > 0 or net.rank(site.fork) == 2
-            whole = Blockwise(column.blocks, site.dims, channels_are_dim_1=dim_1)
+            whole = Blockwise(column.blocks, site.dims)
             if strategy_of(whole.blocks) == "identity":
                 return whole.to_module(site.dtype, site.device)
             return Virtual(whole, site.dtype, site.device)
@@ -316,6 +315,7 @@ def remove_residuals(
         ['Conv2d', 'PReLU', 'Conv2d']
     """
     allowed = _allowed(activation)
+    _check_range(input_range)
     source = trace(model, example_inputs)
     moments = measure(source, calibration) if calibration is not None else None
     net = Net(source)
@@ -339,6 +339,15 @@ def remove_residuals(
     rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}
     report = Report(tuple(rows[name] for name in joins if name in rows))
     return net.finish({META_KEY: report})
+
+
+def _check_range(input_range: Interval | None) -> None:
+    if input_range is None:
+        return
+    is_pair = isinstance(input_range, (tuple, list)) and len(input_range) == 2
+    numbers = is_pair and all(isinstance(v, (int, float)) for v in input_range)
+    if not numbers or not input_range[0] <= input_range[1]:
+        raise RmfxError(f"input_range={input_range!r}: pass (low, high) with low <= high")
 
 
 def _allowed(activation: str | Collection[str]) -> Collection[str]:

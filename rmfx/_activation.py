@@ -6,7 +6,7 @@ first that applies is used:
     per-channel  PReLU with slopes (a on main, 1 on carry) for max(x, 0) + a·min(x, 0), or a clamp
                  with per-channel bounds, infinite on the carry
     masked       `where(carry, x, act(x))`, for every other pointwise activation
-All three pass the carry bit for bit. A new activation is one new row of `TABLE`.
+All three pass the carry bit for bit; only Hardswish, which computes 6·x/6 there, rounds. A new activation is one new row of `TABLE`.
 """
 
 from __future__ import annotations
@@ -218,13 +218,10 @@ class Blockwise:
     Attributes:
         blocks: channel blocks in order; at least one has an activation.
         dims: spatial dimensions after the channel dimension.
-        channels_are_dim_1: whether the channel dimension is known to be dimension 1, which
-            `nn.PReLU` needs.
     """
 
     blocks: tuple[Block, ...]
     dims: int
-    channels_are_dim_1: bool
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -283,7 +280,8 @@ def _masked(whole: Blockwise, dtype: torch.dtype, device: torch.device) -> Maske
 
 
 def _prelu(slopes: Tensor, whole: Blockwise) -> nn.Module:
-    if not whole.channels_are_dim_1:
+    # nn.PReLU takes dimension 1 as the channels, whatever comes after it.
+    if not whole.dims:
         return ChannelPReLU(slopes, whole.dims).eval()
     module = nn.PReLU(slopes.numel(), device=slopes.device, dtype=slopes.dtype)
     module.weight = nn.Parameter(slopes)

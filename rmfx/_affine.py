@@ -578,7 +578,7 @@ def _compose_weights(
             ), outer.groups
         factors, groups = (outer.weight, columns), outer.groups
     elif outer.is_depthwise:
-        factors, groups = (outer.weight, inner.weight), inner.groups
+        factors, groups = (outer.weight.to(torch.float64), inner.weight), inner.groups
     else:
         groups = math.gcd(outer.groups, inner.groups)
         outer, inner = outer.regroup(groups).in_float64(), inner.regroup(groups).in_float64()

@@ -226,7 +226,7 @@ def _table() -> dict[Any, Call]:
         row([*functions, *methods, *_overloads(name, in_place)], names, _activation(kind, names))
     row(
         [torch.clamp, torch.clamp_, torch.clip, "clamp", "clamp_", "clip", "clip_"]
-        + _overloads("clamp", "clamp_"),
+        + _overloads("clamp", "clamp_", "clip", "clip_"),
         "min max",
         _clamp,
     )
@@ -262,7 +262,11 @@ def _table() -> dict[Any, Call]:
         _batch_norm,
     )
     row([F.dropout, F.dropout2d, F.dropout3d], "p training inplace", _dropout)
-    row([torch.dropout, *_overloads("dropout", "feature_dropout")], "p training", _dropout)
+    row(
+        [torch.dropout, *_overloads("dropout", "dropout_", "feature_dropout")],
+        "p training",
+        _dropout,
+    )
     row(
         [torch.flatten, "flatten", *_overloads("flatten.using_ints")], "start_dim end_dim", _flatten
     )
@@ -277,17 +281,18 @@ ARITHMETIC: dict[Any, Any] = {
         torch.add,
     ),
     **dict.fromkeys(
-        [operator.sub, operator.isub, "sub", "sub_", *_overloads("sub.Tensor", "sub_.Tensor")],
+        [operator.sub, operator.isub, "sub", "sub_", "subtract", "subtract_"]
+        + _overloads("sub.Tensor", "sub_.Tensor", "subtract.Tensor"),
         torch.sub,
     ),
     **dict.fromkeys(
-        [operator.mul, operator.imul, "mul", "mul_", torch.multiply]
-        + _overloads("mul.Tensor", "mul_.Tensor"),
+        [operator.mul, operator.imul, "mul", "mul_", "multiply", "multiply_", torch.multiply]
+        + _overloads("mul.Tensor", "mul_.Tensor", "multiply.Tensor"),
         torch.mul,
     ),
     **dict.fromkeys(
         [operator.truediv, operator.itruediv, "div", "div_", "true_divide", torch.true_divide]
-        + _overloads("div.Tensor", "div_.Tensor"),
+        + _overloads("div.Tensor", "div_.Tensor", "true_divide.Tensor", "divide.Tensor"),
         torch.div,
     ),
     **dict.fromkeys([operator.neg, "neg", "neg_", *_overloads("neg", "neg_")], torch.neg),
@@ -297,6 +302,12 @@ ARITHMETIC: dict[Any, Any] = {
     torch.mul: torch.mul,
     torch.div: torch.div,
     torch.neg: torch.neg,
+}
+IN_PLACE_BY_METHOD: dict[Any, str] = {
+    operator.iadd: "add_",
+    operator.isub: "sub_",
+    operator.imul: "mul_",
+    operator.itruediv: "div_",
 }
 IN_PLACE_METHODS = ("__iadd__", "__isub__", "__imul__", "__itruediv__")
 
@@ -316,13 +327,43 @@ def canonicalise(gm: fx.GraphModule) -> None:
     taken = {name for name, _ in gm.named_modules(remove_duplicate=False)}
     frozen = {n.target for n in gm.graph.nodes if n.op == "call_module" and n.meta.get("frozen")}
     for node in list(gm.graph.nodes):
-        if node.meta.get("frozen") or node.meta.get("number"):
+        if node.meta.get("frozen"):
+            _write_by_method(node)
+            continue
+        if node.meta.get("number"):
+            _fold_number(gm, node)
             continue
         if node.op == "call_module" and node.meta.get("functional"):
             _detach_in_place(gm, node, taken, keep=node.target in frozen)
         elif node.op in ("call_function", "call_method"):
             _canonicalise_call(gm, node, taken)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)
+
+
+def _write_by_method(node: fx.Node) -> None:
+    """Let `x += y` write as `x.add_(y)`, which tracing the result again will not lose."""
+    if node.target in IN_PLACE_BY_METHOD and node.op == "call_function":
+        node.op, node.target = "call_method", IN_PLACE_BY_METHOD[node.target]
+
+
+def _fold_number(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Replace a number of dimensions that is known, and comparisons and assertions of constants."""
+    is_rank = node.op == "call_method" and node.target in ("dim", "ndimension")
+    if is_rank or (node.target is getattr and node.args[1:] == ("ndim",)):
+        rank = _rank(gm, node.args[0] if isinstance(node.args[0], fx.Node) else None)
+        if rank is not None:
+            _replace_number(node, rank)
+    elif node.target in (operator.eq, operator.ne) and not node.all_input_nodes:
+        _replace_number(node, node.target(*node.args))
+    elif node.target is torch._assert and node.args and node.args[0] is True:
+        node.graph.erase_node(node)
+
+
+def _replace_number(node: fx.Node, value: int | bool) -> None:
+    for user in list(node.users):
+        user.args = fx.map_arg(user.args, lambda n: value if n is node else n)  # type: ignore[assignment]
+        user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)  # type: ignore[assignment]
+    node.graph.erase_node(node)
 
 
 def must_stay(node: fx.Node) -> bool:
@@ -334,6 +375,8 @@ def must_stay(node: fx.Node) -> bool:
 
 
 def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> None:
+    if any(n.meta.get("container") for n in node.all_input_nodes):
+        return
     if node.target in ARITHMETIC and not {"rounding_mode", "out"} & set(node.kwargs):
         node.op, node.target = "call_function", ARITHMETIC[node.target]
         return

@@ -25,6 +25,10 @@ from ._affine import CONVS
 from ._dialect import BATCH_NORMS, IN_PLACE_METHODS, has_functional_form
 
 NUMBER_METHODS = ("size", "dim", "numel", "ndimension", "stride", "item", "is_floating_point")
+CONTAINER_METHODS = (
+    *("chunk", "split", "unbind", "tensor_split", "split_with_sizes", "unsafe_chunk", "hsplit"),
+    *("vsplit", "dsplit", "topk", "sort", "unsafe_split"),
+)
 NUMBER_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda")
 NUMBER_MODULES = ("_operator", "operator", "math", "builtins")
 CASTS = ("to", "type", "float", "double", "half", "bfloat16", "int", "long", "bool", "type_as")
@@ -70,8 +74,24 @@ FRESH_METHODS = {
 def mark_numbers(graph: fx.Graph) -> None:
     """Mark nodes whose value is a number, a size or the like instead of a tensor."""
     for node in graph.nodes:
-        if _is_number(node):
+        if _is_container(node):
+            node.meta["container"] = True
+        elif _is_number(node):
             node.meta["number"] = True
+
+
+def _is_container(node: fx.Node) -> bool:
+    """Whether a node gives a tuple or list of tensors."""
+    if node.op == "call_method":
+        return node.target in CONTAINER_METHODS
+    if node.op != "call_function":
+        return False
+    if getattr(node.target, "__name__", "") in CONTAINER_METHODS:
+        return True
+    of_container = any(n.meta.get("container") for n in node.all_input_nodes)
+    if node.target is operator.getitem:
+        return of_container and isinstance(node.args[1], slice)
+    return of_container and node.target in (operator.add, operator.iadd)
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -79,6 +99,8 @@ def _is_number(node: fx.Node) -> bool:
         return node.target in NUMBER_METHODS
     if node.op != "call_function":
         return False
+    if node.target is torch._assert:
+        return True
     if node.target in (builtins.getattr, getattr):
         return node.args[1] in NUMBER_ATTRIBUTES
     if "sym_size" in str(node.target):

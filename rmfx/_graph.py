@@ -68,6 +68,7 @@ class Net:
         self._inference = Inference(self)
         self.rank = self._inference.rank
         self.channels = self._inference.channels
+        self.fixed_channels = self._inference.fixed_channels
         self.dtype = self._inference.dtype
 
     def _count(self, node: fx.Node) -> None:
@@ -153,17 +154,6 @@ class Net:
         node.meta = {k: like.meta[k] for k in keep if k in like.meta}
         return node
 
-    def substitute(self, node: fx.Node, layer: Virtual | nn.Module) -> None:
-        """Let a call_module node call another layer, under a name of its own."""
-        target = str(node.target)
-        module = self._modules.get(target)
-        if target not in self.virtual and module is not None and self._sites[id(module)] > 1:
-            self._sites[id(module)] -= 1
-            target = self._unique(target)
-            node.target = target
-        self.virtual[target] = layer
-        node.args, node.kwargs = (node.all_input_nodes[0],), {}
-
     def release(self, nodes: Iterable[fx.Node]) -> None:
         """Free the targets of call_module nodes that are about to be erased."""
         for node in nodes:
@@ -184,18 +174,16 @@ class Net:
         The conv's name is kept where a batch norm or a scale is merged with a conv.
         """
         named = first if self._weights(first) >= self._weights(second) else second
-        name, target = named.name, str(named.target)
-        like = named.meta
+        modules = [n for n in (named, first, second) if n.op == "call_module"]
+        target = str(modules[0].target) if modules else first.name
+        name, like, source = named.name, named.meta, data_input(first)
         second.replace_all_uses_with(first)
         shape: dict[str, Any] = {k: second.meta[k] for k in ("shape", "dtype") if k in second.meta}
-        self.release([second] if named is first else [first, second])
+        self.release([first, second])
         self.graph.erase_node(second)
-        if named is first:
-            self.substitute(first, layer)
-        else:
-            first.op, first.target, first.name = "call_module", self._unique(target), name
-            first.args, first.kwargs = (first.all_input_nodes[0],), {}
-            self.virtual[str(first.target)] = layer
+        first.op, first.target, first.name = "call_module", self._unique(target), name
+        first.args, first.kwargs = (source,), {}
+        self.virtual[str(first.target)] = layer
         first.meta = {**like, **shape}
         self.joins.pop(first, None)
         if second in self.joins:
@@ -234,10 +222,15 @@ class Net:
             elif target in self.virtual:
                 self._materialise(node, root)
             else:
-                root[target] = copy.deepcopy(self._modules[target], memo)
+                module = self._modules[target]
+                memo.update(_computed_tensors(module))
+                root[target] = copy.deepcopy(module, memo)
         gm = fx.GraphModule(root, self.graph, type(self.source).__name__)
         gm.graph.lint()
         gm.meta = {**copy.copy(self.source.meta), **(meta or {})}
+        # Copying keeps the metadata, pickling keeps the attributes: a report needs both.
+        for name, value in (meta or {}).items():
+            setattr(gm, name, value)
         return gm.eval()
 
     def _materialise(self, node: fx.Node, root: dict[str, object]) -> None:
@@ -258,7 +251,7 @@ class Net:
             name = self._unique(f"{target}_pad")
             root[name] = pad
             with self.graph.inserting_before(node):
-                before = self.graph.create_node("call_module", name, (node.all_input_nodes[0],))
+                before = self.graph.create_node("call_module", name, (data_input(node),))
             node.args = (before,)
 
 
@@ -273,6 +266,21 @@ def has_hooks(module: nn.Module) -> bool:
             "_backward_pre_hooks",
         )
     )
+
+
+def _computed_tensors(module: nn.Module) -> dict[int, object]:
+    """Copies of tensors that deepcopy cannot copy: results of a computation, as in weight_norm."""
+    return {
+        id(value): value.detach().clone()
+        for part in module.modules()
+        for value in vars(part).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+
+
+def data_input(node: fx.Node) -> fx.Node:
+    """The first tensor a node reads that is not a constant of the model."""
+    return next(n for n in node.all_input_nodes if n.op != "get_attr" and not n.meta.get("number"))
 
 
 def positions(shape: Shape | None, dims: int) -> int | None:

@@ -7,6 +7,7 @@ channelwise operations hand both on. The answers are kept per node, so a graph i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,10 +30,14 @@ _SPATIAL = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What the layers tell of a value: number of dimensions and channels, None if unknown."""
+    """What the layers tell of a value: number of dimensions and channels, None if unknown.
+
+    `last` says that the channels are the last dimension, as behind a Linear layer.
+    """
 
     rank: int | None = None
     channels: int | None = None
+    last: bool = False
 
 
 class Inference:
@@ -53,7 +58,13 @@ class Inference:
         if shape is not None and len(shape) > 1:
             found: int | None = shape[1] if dims else shape[-1]
             return found
-        return self._facts(node).channels
+        return self.fixed_channels(node, dims)
+
+    def fixed_channels(self, node: fx.Node, dims: int) -> int | None:
+        """Channels that the layers before a value prescribe, whatever the example inputs."""
+        facts = self._facts(node)
+        same_axis = facts.last == (dims == 0) or facts.rank == 2
+        return facts.channels if same_axis else None
 
     def _facts(self, node: fx.Node) -> Facts:
         stack = [node]
@@ -78,16 +89,20 @@ class Inference:
             return Facts(rank=2)
         before = inputs[0] if len(inputs) == 1 else Facts()
         if self._keeps(layer) or isinstance(layer, nn.Linear):
-            rank, channels = before.rank, before.channels
+            rank, channels, last = before.rank, before.channels, before.last
         else:
-            rank, channels = (None, None)
+            rank, channels, last = None, None, False
         dims = _dims_of(layer)
         if node.op == "placeholder":
             dims = next((d for d in map(_dims_of, map(self._layer, node.users)) if d), None)
-            channels = next((c for c in map(_channels_in, map(self._layer, node.users)) if c), None)
+            readers = [r for r in map(self._layer, node.users) if _channels_in(r)]
+            channels, last = _channels_in(readers[0] if readers else None), _on_last(readers[:1])
         if isinstance(layer, AffineConv) and not layer.dims:
             rank = before.rank
-        return Facts(dims + 2 if dims else rank, _channels_out(layer) or channels)
+        out = _channels_out(layer)
+        if out is not None:
+            channels, last = out, _on_last([layer]) or (last and type(layer) in BATCH_NORMS)
+        return Facts(dims + 2 if dims else rank, channels, last)
 
     def _keeps(self, layer: nn.Module | AffineConv | Blockwise | None) -> bool:
         """Whether a layer keeps the dimensions and channels of its input."""
@@ -128,9 +143,16 @@ class Inference:
 
 def _sum(inputs: list[Facts]) -> Facts:
     """Facts of a sum, which may broadcast: certain only where the operands agree."""
-    ranks, channels = ({getattr(f, n) for f in inputs} for n in ("rank", "channels"))
-    return Facts(
-        ranks.pop() if len(ranks) == 1 else None, channels.pop() if len(channels) == 1 else None
+    ranks = {f.rank for f in inputs}
+    channels = {(f.channels, f.last) for f in inputs}
+    agreed = channels.pop() if len(channels) == 1 else (None, False)
+    return Facts(ranks.pop() if len(ranks) == 1 else None, *agreed)
+
+
+def _on_last(layers: Sequence[nn.Module | AffineConv | Blockwise | None]) -> bool:
+    """Whether some layer's channels are the last dimension."""
+    return any(
+        isinstance(f, nn.Linear) or (isinstance(f, AffineConv) and not f.dims) for f in layers
     )
 
 

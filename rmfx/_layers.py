@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from ._activation import Activation, Blockwise, is_activation
 from ._affine import CONVS, AffineConv, Ints, Pads
-from ._dialect import ADDS, AVERAGE_POOLS, BATCH_NORMS, PADS, SCALES, SUBS
+from ._dialect import ADDS, ARITHMETIC, AVERAGE_POOLS, BATCH_NORMS, PADS, SCALES, SUBS
 from ._errors import Refusal
 from ._graph import Net, Virtual
 
@@ -357,12 +357,16 @@ def _two_operands(node: fx.Node) -> tuple[object, object]:
 
 def is_tensor_node(net: Net, value: object) -> bool:
     """Whether an argument is a tensor that depends on the graph's input."""
-    return isinstance(value, fx.Node) and value.op != "get_attr" and not value.meta.get("number")
+    if not isinstance(value, fx.Node) or value.op == "get_attr":
+        return False
+    return not value.meta.get("number") and not value.meta.get("container")
 
 
 def read_join(net: Net, node: fx.Node) -> tuple[tuple[fx.Node, float], ...] | Refusal | None:
     """The two tensors that a node adds, with their factors; None if it adds no two tensors."""
-    if node.op != "call_function" or node.target not in (*ADDS, *SUBS):
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if ARITHMETIC.get(node.target) not in (torch.add, torch.sub):
         return None
     if not all(is_tensor_node(net, x) for x in _two_operands(node)):
         return None

@@ -179,7 +179,8 @@ class Ranges:
         element = read(self._net, here) if here.op == "call_module" else None
         if isinstance(element, Activation):
             low, high = element.row.image(element.module)
-            if activation.fixes(torch.tensor(low), torch.tensor(high)):
+            local = Range.of(low, high)
+            if activation.fixes(local.low, local.high):
                 return True
         x = self.of(node)
         return activation.fixes(x.low, x.high)

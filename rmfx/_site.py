@@ -148,13 +148,16 @@ def _frame(
             f"layers of {dims} spatial dimensions on a {rank}-D tensor; use batched inputs",
             (fork.name,),
         )
-    channels = net.channels(fork, dims)
-    for one in reads:
-        if channels is None and one and isinstance(one[0][1], AffineConv):
-            channels = one[0][1].in_channels
-    if channels is None:
-        return Refusal("the number of channels is unknown; pass example_inputs", (fork.name,))
     kinds = weight_types(net, [n for one in reads for n, _ in one])
+    # Where no layer has weights, the example inputs' channels are no law.
+    channels = net.channels(fork, dims) if kinds else net.fixed_channels(fork, dims)
+    for one in reads:
+        first = next((e for _, e in one if not isinstance(e, (Activation, Blockwise))), None)
+        if channels is None and isinstance(first, AffineConv):
+            channels = first.in_channels
+    if channels is None:
+        cause = "no layer prescribes the number of channels"
+        return Refusal(f"{cause}; pass example_inputs" if kinds else cause, (fork.name,))
     if len(kinds) > 1:
         return Refusal(f"the weights are of mixed types: {', '.join(sorted(map(str, kinds)))}")
     own = net.dtype(fork)

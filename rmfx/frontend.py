@@ -60,7 +60,7 @@ def trace(model: Any, example_inputs: Any = None) -> fx.GraphModule:
     """
     inputs = as_inputs(example_inputs)
     if isinstance(model, torch.export.ExportedProgram):
-        gm: fx.GraphModule = model.module(check_guards=False)  # type: ignore[assignment]
+        gm = _without_guards(model)
     elif isinstance(model, nn.Module):
         check_mode(model)
         if has_hooks(model):
@@ -194,7 +194,51 @@ def _export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
             f"{type(model).__name__} can be traced neither by torch.fx nor by torch.export "
             f"({type(error).__name__}: {_first_line(error)}); pass a GraphModule of your own"
         ) from error
-    return program.module(check_guards=False)  # type: ignore[return-value]
+    return _without_guards(program)
+
+
+class FixedShape(nn.Module):
+    """Passes a tensor on if it has the sizes that a model was exported for.
+
+    Args:
+        name: of the input, for the message.
+        shape: the sizes, None where any size will do.
+    """
+
+    def __init__(self, name: str, shape: tuple[int | None, ...]) -> None:
+        super().__init__()
+        self.name, self.shape = name, shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        fits = len(x.shape) == len(self.shape) and all(
+            want is None or have == want for have, want in zip(x.shape, self.shape, strict=True)
+        )
+        if not fits:
+            raise ShapeError(
+                f"{self.name} has shape {tuple(x.shape)}, but the model was exported for "
+                f"{self.shape}; convert it again with example inputs of that shape"
+            )
+        return x
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, {self.shape}"
+
+
+def _without_guards(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The program's graph, with a check of every size that exporting has fixed."""
+    gm: fx.GraphModule = program.module(check_guards=False)  # type: ignore[assignment]
+    for node in list(gm.graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "placeholder" or not isinstance(value, Tensor) or not node.users:
+            continue
+        shape = tuple(n if isinstance(n, int) else None for n in value.shape)
+        name = f"{node.name}_shape"
+        gm.add_submodule(name, FixedShape(node.name, shape))
+        with gm.graph.inserting_after(node):
+            check = gm.graph.call_module(name, (node,))
+        check.meta["val"] = value
+        node.replace_all_uses_with(check, delete_user_cb=lambda user, own=check: user is not own)  # type: ignore[misc]
+    return gm
 
 
 def _first_line(error: Exception) -> str:
@@ -247,6 +291,8 @@ class _ShapeRecorder(fx.Interpreter):
         value = super().run_node(n)
         if isinstance(value, Tensor):
             note_shape(n, value)
+        elif isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
+            n.meta["container"] = True
         return value
 
 
@@ -283,6 +329,9 @@ def _find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
             if isinstance(node.meta.get("val"), Tensor):
                 note_shape(node, node.meta["val"])
         return
+    expected = sum(node.op == "placeholder" for node in gm.graph.nodes)
+    if len(inputs) > expected:
+        raise ShapeError(f"{len(inputs)} example inputs for a model of {expected}")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in inputs]
     try:

@@ -260,7 +260,8 @@ def test_the_carry_passes_bit_for_bit(
     x = (100 * torch.randn(4, sum(b.width for b in parts), 50)).to(dtype)
     y = module(x)
     assert y.dtype == dtype
-    for part, a, b in zip(parts, *(t.split([b.width for b in parts], 1) for t in (x, y)), strict=True):  # fmt: skip
+    before, after = (t.split([b.width for b in parts], 1) for t in (x, y))
+    for part, a, b in zip(parts, before, after, strict=True):
         if part.activation is None:
             assert torch.equal(a, b)
 

@@ -175,7 +175,7 @@ def test_growth_of_a_chain_is_a1_plus_s1_a2(pair: tuple[AffineConv, AffineConv])
 # ---- compose ------------------------------------------------------------------------------------
 
 
-@given(pairs(), st.integers(0, 3))
+@given(pairs(), st.integers(12, 15))  # more than a merged crop takes away
 def test_compose_is_exact_wherever_it_is_not_refused(
     pair: tuple[AffineConv, AffineConv], slack: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""Placements of a shortcut beside a chain: whatever is placed carries exactly the shortcut's value."""
+"""Placements of a shortcut beside a chain: each carries exactly the shortcut's value."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ def test_batch_norm_of_unknown_rank_stays() -> None:
 
 
 def test_the_layer_before_tells_the_rank() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Any:
         return F.batch_norm(2 * F.relu(F.max_pool2d(x, 2)), m.mean, m.variance)
 
     model = Holder(forward, dims=2).double().eval()

@@ -67,25 +67,25 @@ def check(forward: Forward) -> list[fx.GraphModule]:
 # ---- safe writes --------------------------------------------------------------------------------
 
 
-def add_to_branch(m: Any, x: Tensor) -> Tensor:
+def add_to_branch(m: Any, x: Tensor) -> Any:
     y = m.b(m.relu(m.a(x)))
     y += x
     return y
 
 
-def relu_on_fork(m: Any, x: Tensor) -> Tensor:
+def relu_on_fork(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     z = m.relu(y)
     return y + m.b(z)  # y has been written to: both operands see the ReLU
 
 
-def functional_relu_on_fork(m: Any, x: Tensor) -> Tensor:
+def functional_relu_on_fork(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     z = F.relu(y, True)
     return y + m.b(z)
 
 
-def write_twice(m: Any, x: Tensor) -> Tensor:
+def write_twice(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     y.mul_(2).add_(1)
     y -= x
@@ -93,7 +93,7 @@ def write_twice(m: Any, x: Tensor) -> Tensor:
     return m.relu(y) + y
 
 
-def methods_and_functions(m: Any, x: Tensor) -> Tensor:
+def methods_and_functions(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     torch.relu_(y)
     F.leaky_relu_(y, 0.2)
@@ -102,27 +102,27 @@ def methods_and_functions(m: Any, x: Tensor) -> Tensor:
     return x + m.b(y)
 
 
-def view_before_that_nobody_reads_again(m: Any, x: Tensor) -> Tensor:
+def view_before_that_nobody_reads_again(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     total = y.view(-1).sum()
     y.relu_()
     return m.b(y) + total
 
 
-def output_holds_both_names(m: Any, x: Tensor) -> Tensor:
+def output_holds_both_names(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     z = y.relu_()
     return torch.cat([y, z])
 
 
-def copy_before(m: Any, x: Tensor) -> Tensor:
+def copy_before(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     kept = y.clone()
     y.relu_()
     return kept + m.b(y)
 
 
-def dropped_out(m: Any, x: Tensor) -> Tensor:
+def dropped_out(m: Any, x: Tensor) -> Any:
     y = F.dropout(m.a(x), 0.5, False, True)
     return y + m.b(m.relu(y))
 
@@ -167,86 +167,86 @@ def test_a_shared_in_place_module_becomes_functional_at_every_call() -> None:
 # ---- unsafe writes ------------------------------------------------------------------------------
 
 
-def relu_on_the_input(m: Any, x: Tensor) -> Tensor:
+def relu_on_the_input(m: Any, x: Tensor) -> Any:
     y = m.relu(x)
     return y + m.a(y)
 
 
-def copy_of_the_input(m: Any, x: Tensor) -> Tensor:
+def copy_of_the_input(m: Any, x: Tensor) -> Any:
     kept = x.clone()
     x.relu_()
     return kept + m.a(x)
 
 
-def sum_of_the_input(m: Any, x: Tensor) -> Tensor:
+def sum_of_the_input(m: Any, x: Tensor) -> Any:
     kept = x + 0
     x.relu_()
     return kept + m.a(x)
 
 
-def view_of_the_input(m: Any, x: Tensor) -> Tensor:
+def view_of_the_input(m: Any, x: Tensor) -> Any:
     y = x.view(2, 4, -1)
     y.mul_(2)
     return x + m.a(x)
 
 
-def parameter(m: Any, x: Tensor) -> Tensor:
+def parameter(m: Any, x: Tensor) -> Any:
     m.p.add_(1)
     return x + m.b(torch.relu(m.a(x) * m.p))
 
 
-def weight_of_a_module(m: Any, x: Tensor) -> Tensor:
+def weight_of_a_module(m: Any, x: Tensor) -> Any:
     m.a.weight.mul_(2)
     return x + m.b(torch.relu(m.a(x)))
 
 
-def view_read_later(m: Any, x: Tensor) -> Tensor:
+def view_read_later(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     view = y.view(2, 4, -1)
     y.relu_()
     return y + m.b(view.view_as(x))
 
 
-def view_of_a_view_read_later(m: Any, x: Tensor) -> Tensor:
+def view_of_a_view_read_later(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     view = y.flatten(1)[:, :3]
     y += x
     return m.b(y) + view.sum()
 
 
-def written_through_a_view(m: Any, x: Tensor) -> Tensor:
+def written_through_a_view(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     y[:, :2].mul_(3)
     return y + m.b(y)
 
 
-def chunk_written(m: Any, x: Tensor) -> Tensor:
+def chunk_written(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     first, second = y.chunk(2, 1)
     first.relu_()
     return x + torch.cat([second, first], 1) + m.b(y)
 
 
-def item_set(m: Any, x: Tensor) -> Tensor:
+def item_set(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     y[:, 0] = 1
     return y + m.b(y)
 
 
-def other_alias_of_a_sum(m: Any, x: Tensor) -> Tensor:
+def other_alias_of_a_sum(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     alias = y.contiguous()
     y += m.b(x)
     return alias - m.c(y)
 
 
-def no_functional_form(m: Any, x: Tensor) -> Tensor:
+def no_functional_form(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     y.pow_(2)
     return y + m.b(y)
 
 
-def into_out(m: Any, x: Tensor) -> Tensor:
+def into_out(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     torch.add(x, 1, out=y)
     return y + m.b(y)
@@ -296,7 +296,7 @@ def test_a_parameter_that_forward_writes_is_never_baked(forward: Forward) -> Non
 
 @pytest.mark.parametrize("shapes", [True, False])
 def test_a_buffer_that_forward_counts_in_still_counts(shapes: bool) -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Any:
         m.n.add_(1)
         return x + m.a(x) * m.n
 
@@ -328,7 +328,7 @@ def test_in_place_arithmetic_keeps_the_left_type(forward: Forward, shapes: bool)
 
 
 def test_numbers_are_marked() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Any:
         n = x.shape[0] * x.size(1) + x.dim()
         n += 1
         return m.a(x) * n

@@ -110,7 +110,7 @@ def weight_read_elsewhere() -> nn.Module:
 
 
 def functional_with_one_weight() -> nn.Module:
-    def forward(m: Any, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Any:
         return x + F.conv2d(F.relu(F.conv2d(x, m.w, padding=1)), m.w, padding=1)
 
     return Apply(forward, w=nn.Parameter(torch.randn(4, 4, 3, 3)))
@@ -243,7 +243,7 @@ def test_overflow_names_the_node() -> None:
 
 
 def test_dead_code_goes_and_writes_stay() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Any:
         m.unused(x)
         m.n.add_(1)
         return F.relu(x)

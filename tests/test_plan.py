@@ -1,7 +1,8 @@
-"""Arrangements of a site: which columns there are, what they cost, and that the cheapest is taken."""
+"""Arrangements of a site: which columns there are, what they cost, which comes first."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_the_cheapest_plan_comes_first(name: str) -> None:
 def test_every_plan_fits_together(name: str) -> None:
     for plan in plans_of(**BLOCKS[name]):
         layers = built(plan)
-        for before, after in zip(layers, layers[1:], strict=False):
+        for before, after in itertools.pairwise(layers):
             assert before.out_channels == after.in_channels
         for column in plan.columns:
             if isinstance(column, Pointwise):
@@ -114,7 +115,7 @@ def test_a_narrow_shortcut_is_carried_behind_its_projection() -> None:
 
 
 def test_a_wide_shortcut_is_carried_before_its_projection() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Any:
         y = F.relu(m.stem(x))
         return m.s(y) + m.b(F.relu(m.a(y)))
 
@@ -162,7 +163,7 @@ def test_a_carried_value_that_no_node_holds_is_not_asked_about() -> None:
 
 
 def test_a_batch_norm_may_stay_between_layers_but_not_at_the_end() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Any:
         return x + m.n2(m.b(F.relu(m.n1(m.a(x)))))
 
     parts = {"a": conv(), "b": conv(), "n1": nn.BatchNorm2d(4), "n2": nn.BatchNorm2d(4)}

@@ -164,7 +164,7 @@ def test_mixed_weight_types_are_refused() -> None:
 
 
 def test_activations_of_inner_sites_can_be_crossed() -> None:
-    def inner(m: Any, x: Tensor) -> Tensor:
+    def inner(m: Any, x: Tensor) -> Any:
         return x + m.b(F.silu(m.a(x)))
 
     model = ready(Apply(lambda m, x: x + m.c(inner(m, x)), a=conv(), b=conv(), c=conv()))
