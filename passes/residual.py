@@ -3,8 +3,9 @@
     add(f(x), s(x)) = ∇ ∘ (f_k ⊕ s_k) ∘ … ∘ (f_1 ⊕ s_1) ∘ Δ
 
 where every s_i is an identity except one, which holds the shortcut's linear map, and every
-f_i ⊕ s_i is one ordinary layer. Δ is merged into the first layer ("reserving" in RMNet, arXiv 2111.00687,
-section 3) and ∇ into the last ("merging"). Two non-linear branches are the same with two chains.
+f_i ⊕ s_i is one ordinary layer. Δ is merged into the first layer ("reserving" in RMNet, arXiv
+2111.00687, section 3) and ∇ into the last ("merging"). Two non-linear branches are the same with
+two chains.
 
 Forms handled: `+`, `+=`, `-`, `torch.add(alpha=)`, `add_`, with constant factors on either side;
 branches of convolutions, Linear, batch norm, scales, zero padding, crops, average pools and

@@ -6,7 +6,8 @@ first that applies is used:
     per-channel  PReLU with slopes (a on main, 1 on carry) for max(x, 0) + a·min(x, 0), or a clamp
                  with per-channel bounds, infinite on the carry
     masked       `where(carry, x, act(x))`, for every other pointwise activation
-All three pass the carry bit for bit; only Hardswish, which computes 6·x/6 there, rounds. A new activation is one new row of `TABLE`.
+All three pass the carry bit for bit; only Hardswish, which computes 6·x/6 there, rounds. A new
+activation is one new row of `TABLE`.
 """
 
 from __future__ import annotations

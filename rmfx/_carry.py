@@ -53,17 +53,51 @@ def placements(
     return _anywhere_exact(layers, shortcut)
 
 
-def _unequal(layers: Sequence[AffineConv], shortcut: AffineConv) -> Refusal | None:
-    for i in range(shortcut.dims):
+def fitted(layers: Sequence[AffineConv], shortcut: AffineConv, size: Ints) -> AffineConv:
+    """The shortcut with the branch's output size, if the two sizes agree for inputs of `size`.
+
+    Where they differ for other sizes the sum itself is an error there (unless one of them is 1 and
+    broadcasts).
+    """
+    stride, growth = _chain_law(layers, shortcut.dims)
+    if stride != shortcut.stride:
+        return shortcut
+    agrees = all(
+        (n + a) // s == (n + b) // s
+        for n, a, b, s in zip(size, growth, shortcut.growth, stride, strict=True)
+    )
+    if not agrees:
+        return shortcut
+    padding = tuple(
+        (left, right + a - b)
+        for (left, right), a, b in zip(shortcut.padding, growth, shortcut.growth, strict=True)
+    )
+    return replace(shortcut, padding=padding)
+
+
+def _chain_law(layers: Sequence[AffineConv], dims: int) -> tuple[Ints, Ints]:
+    """Stride and growth of a chain, per dimension."""
+    strides, growths = [], []
+    for i in range(dims):
         stride, growth = 1, 0
         for f in layers:
             growth += stride * f.growth[i]
             stride *= f.stride[i]
-        if stride != shortcut.stride[i]:
-            return Refusal(f"the branch has stride {stride} and the shortcut {shortcut.stride[i]}")
-        if growth != shortcut.growth[i]:
-            return Refusal(UNEQUAL_SIZES)
-    return None
+        strides.append(stride)
+        growths.append(growth)
+    return tuple(strides), tuple(growths)
+
+
+def _unequal(layers: Sequence[AffineConv], shortcut: AffineConv) -> Refusal | None:
+    stride, growth = _chain_law(layers, shortcut.dims)
+    if stride != shortcut.stride:
+        ours, theirs = _shown(stride), _shown(shortcut.stride)
+        return Refusal(f"the branch has stride {ours} and the shortcut {theirs}")
+    return Refusal(UNEQUAL_SIZES) if growth != shortcut.growth else None
+
+
+def _shown(stride: Ints) -> str:
+    return str(stride[0] if len(set(stride)) == 1 else stride)
 
 
 def _pointwise(

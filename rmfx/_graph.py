@@ -68,7 +68,6 @@ class Net:
         self._inference = Inference(self)
         self.rank = self._inference.rank
         self.channels = self._inference.channels
-        self.fixed_channels = self._inference.fixed_channels
         self.dtype = self._inference.dtype
 
     def _count(self, node: fx.Node) -> None:

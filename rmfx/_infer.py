@@ -58,10 +58,6 @@ class Inference:
         if shape is not None and len(shape) > 1:
             found: int | None = shape[1] if dims else shape[-1]
             return found
-        return self.fixed_channels(node, dims)
-
-    def fixed_channels(self, node: fx.Node, dims: int) -> int | None:
-        """Channels that the layers before a value prescribe, whatever the example inputs."""
         facts = self._facts(node)
         same_axis = facts.last == (dims == 0) or facts.rank == 2
         return facts.channels if same_axis else None

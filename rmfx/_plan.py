@@ -30,7 +30,7 @@ from ._affine import (
 from ._affine import (
     chain as compose_chain,
 )
-from ._carry import area_after, placements
+from ._carry import area_after, fitted, placements
 from ._errors import Refusal
 from ._site import Chain, Norm, Site, Step
 
@@ -145,8 +145,11 @@ def _beside(site: Site, main: Chain, shortcut: Chain) -> list[Plan] | Refusal:
     if isinstance(single, Refusal):
         return single.at(*(n.name for step in shortcut for n in step.nodes))
     main = _framed(site, main)
-    linear = [step for step in main if isinstance(step.layer, AffineConv)]
-    places = placements([_affine(step) for step in linear], single)
+    linear = [step.layer for step in main if isinstance(step.layer, AffineConv)]
+    shape = site.fork.meta.get("shape")
+    if shape is not None and None not in shape:
+        single = fitted(linear, single, shape[2:] if site.dims else ())
+    places = placements(linear, single)
     if isinstance(places, Refusal):
         return places.at(site.join.name)
     value = shortcut[-1].value if shortcut else site.fork

@@ -149,15 +149,13 @@ def _frame(
             (fork.name,),
         )
     kinds = weight_types(net, [n for one in reads for n, _ in one])
-    # Where no layer has weights, the example inputs' channels are no law.
-    channels = net.channels(fork, dims) if kinds else net.fixed_channels(fork, dims)
+    channels = net.channels(fork, dims)
     for one in reads:
         first = next((e for _, e in one if not isinstance(e, (Activation, Blockwise))), None)
         if channels is None and isinstance(first, AffineConv):
             channels = first.in_channels
     if channels is None:
-        cause = "no layer prescribes the number of channels"
-        return Refusal(f"{cause}; pass example_inputs" if kinds else cause, (fork.name,))
+        return Refusal("the number of channels is unknown; pass example_inputs", (fork.name,))
     if len(kinds) > 1:
         return Refusal(f"the weights are of mixed types: {', '.join(sorted(map(str, kinds)))}")
     own = net.dtype(fork)

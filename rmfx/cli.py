@@ -23,9 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ._errors import RmfxError
-from .conversion import Conversion, convert
+from .conversion import Conversion, compare, convert
 from .loading import LoadedModel, load_model
-from .saving import SUFFIXES, as_function, check_output, save
+from .saving import SUFFIXES, SavedFile, as_function, check_output, save
+from .testing import Equivalence
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 _MODEL_HELP = """\
@@ -156,13 +157,15 @@ def _run_convert(options: argparse.Namespace) -> None:
     if not options.output.endswith(SUFFIXES):
         raise _UsageError(f"argument -o: {options.output} must end in {' or '.join(SUFFIXES)}")
     check_output(options.output)
-    with _quiet_stdout(), _progress(3) as step:
+    with _quiet_stdout(), _progress(4) as step:
         step("load")
         loaded, inputs = _load(options)
         if inputs is None:
             raise _UsageError("this model's inputs are not known: give --input-shape")
         step("convert")
         conversion = _convert(options, loaded, inputs)
+        step("compare")
+        found = compare(loaded.model, conversion.after, inputs, tolerance=options.tolerance)
         step("write and check")
         saved = save(
             conversion.after,
@@ -171,15 +174,31 @@ def _run_convert(options: argparse.Namespace) -> None:
             reference=loaded.model,
             tolerance=options.tolerance,
         )
-    batch = "batches of any size" if saved.free_batch else f"batches of {inputs[0].shape[0]}"
-    tail = (
-        f"Wrote {saved.path} ({saved.size / 1e6:.1f} MB, {batch}).\nChecked: loaded and run on"
-        f" {saved.runs} random inputs, it differs from the original by {saved.error:.1e} at most"
-        f" (relative; accepted up to {saved.tolerance:.0e})."
-    )
-    facts = dataclasses.asdict(saved) | {"path": str(saved.path)}
-    result = {"model": options.model, "output": facts, **conversion.to_dict()}
-    _show(options, f"{_describe(options, loaded, inputs)}\n{conversion}\n\n{tail}", result)
+    head = _describe(options, loaded, inputs)
+    result = {
+        "model": options.model,
+        "output": dataclasses.asdict(saved) | {"path": str(saved.path)},
+        "joins": [dataclasses.asdict(join) for join in found.joins],
+        **conversion.to_dict(),
+    }
+    _show(options, f"{head}\n{conversion}\n\n{_describe_checks(found, saved)}", result)
+
+
+def _describe_checks(found: Equivalence, saved: SavedFile) -> str:
+    lines = []
+    if found.joins:
+        worst = max(join.error for join in found.joins)
+        lines.append(
+            f"Compared at {len(found.joins)} joins: the values differ by {worst:.1e} at most"
+            f" (relative); a dropped skip would differ by {found.sensitivity:.1e} or more."
+        )
+    batch = "batches of any size" if saved.free_batch else "the batch size of the example"
+    lines += [
+        f"Wrote {saved.path} ({saved.size / 1e6:.1f} MB, for {batch}).",
+        f"Loaded it and ran it on {saved.runs} random inputs: it differs from the original by"
+        f" {saved.error:.1e} at most (accepted up to {saved.tolerance:.0e}).",
+    ]
+    return "\n".join(lines)
 
 
 def _load(options: argparse.Namespace) -> tuple[LoadedModel, tuple[Tensor, ...] | None]:

@@ -12,7 +12,14 @@ from torch.export import ExportedProgram
 
 import rmfx
 
+from ._errors import RmfxError
 from .cost import Cost, count
+from .saving import as_function, default_tolerance, random_like
+from .testing import Equivalence, assert_equivalent
+
+
+class DifferenceError(RmfxError):
+    """The converted network does not compute what the original computes."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +106,31 @@ def convert(
         cost_before=None if inputs is None else count(before, inputs),
         cost_after=None if inputs is None else count(after, inputs),
     )
+
+
+def compare(
+    model: nn.Module | ExportedProgram,
+    after: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    *,
+    tolerance: float | None = None,
+) -> Equivalence:
+    """Runs both forms on random inputs and compares their outputs and the values at every join.
+
+    Args:
+        model: the original, in eval mode.
+        after: what `rmfx.remove_residuals` made of it.
+        example_inputs: tensors of the shapes and types that the model takes.
+        tolerance: the largest relative error accepted, by default 1e-4 in float32.
+
+    Raises:
+        DifferenceError: an error is larger; the message names the first place.
+    """
+    limit = default_tolerance(example_inputs) if tolerance is None else tolerance
+    inputs = tuple(random_like(example_inputs))
+    before = as_function(model)
+    try:
+        return assert_equivalent(before, after, inputs, tolerance=limit)
+    except AssertionError as error:
+        found = "; ".join(str(error).splitlines()[:2])
+        raise DifferenceError(f"on random inputs {found}") from error

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections import OrderedDict
 from types import FrameType
 from typing import Any
 
@@ -60,7 +61,7 @@ def trace(model: Any, example_inputs: Any = None) -> fx.GraphModule:
     """
     inputs = as_inputs(example_inputs)
     if isinstance(model, torch.export.ExportedProgram):
-        gm = _without_guards(model)
+        gm: fx.GraphModule = model.module(check_guards=False)  # type: ignore[assignment]
     elif isinstance(model, nn.Module):
         check_mode(model)
         if has_hooks(model):
@@ -76,6 +77,7 @@ def trace(model: Any, example_inputs: Any = None) -> fx.GraphModule:
         )
     gm = _private_copy(gm)
     check_weights(gm)
+    _check_functional_mode(gm)
     mark_numbers(gm.graph)
     _find_shapes(gm, inputs)
     functionalise(gm)
@@ -122,6 +124,28 @@ def check_weights(gm: fx.GraphModule) -> None:
             )
 
 
+def _check_functional_mode(gm: fx.GraphModule) -> None:
+    """Raise ModeError where a graph calls batch norm so that it updates running statistics."""
+    calls = (
+        (F.batch_norm, 1, 5),
+        (torch.batch_norm, 3, 5),
+        (torch.ops.aten.batch_norm.default, 3, 5),
+    )
+    for node in gm.graph.nodes:
+        for target, mean, training in calls:
+            if node.target is not target:
+                continue
+            given = dict(enumerate(node.args))
+            is_training = node.kwargs.get("training", given.get(training, False))
+            if is_training is True and isinstance(
+                node.kwargs.get("running_mean", given.get(mean)), fx.Node
+            ):
+                raise ModeError(
+                    f"{node.name}: batch norm is called in training mode; call model.eval() before "
+                    "tracing or exporting"
+                )
+
+
 # ---- tracing ------------------------------------------------------------------------------------
 
 
@@ -157,6 +181,12 @@ class _Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         node.meta["source"] = _user_line()
         return node
+
+    def create_arg(self, a: Any) -> Any:
+        # fx would give back an ordinary dict.
+        if type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
+        return super().create_arg(a)
 
 
 def _user_line() -> str | None:
@@ -194,7 +224,7 @@ def _export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
             f"{type(model).__name__} can be traced neither by torch.fx nor by torch.export "
             f"({type(error).__name__}: {_first_line(error)}); pass a GraphModule of your own"
         ) from error
-    return _without_guards(program)
+    return _checking_sizes(program.module(check_guards=False))  # type: ignore[arg-type]
 
 
 class FixedShape(nn.Module):
@@ -224,9 +254,8 @@ class FixedShape(nn.Module):
         return f"{self.name}, {self.shape}"
 
 
-def _without_guards(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The program's graph, with a check of every size that exporting has fixed."""
-    gm: fx.GraphModule = program.module(check_guards=False)  # type: ignore[assignment]
+def _checking_sizes(gm: fx.GraphModule) -> fx.GraphModule:
+    """An exported graph, with a check of every input size that exporting has fixed."""
     for node in list(gm.graph.nodes):
         value = node.meta.get("val")
         if node.op != "placeholder" or not isinstance(value, Tensor) or not node.users:
@@ -331,7 +360,9 @@ def _find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
         return
     expected = sum(node.op == "placeholder" for node in gm.graph.nodes)
     if len(inputs) > expected:
-        raise ShapeError(f"{len(inputs)} example inputs for a model of {expected}")
+        raise ShapeError(
+            f"the model does not run on the example inputs: it takes {expected}, not {len(inputs)}"
+        )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in inputs]
     try:

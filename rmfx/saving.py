@@ -135,7 +135,7 @@ def save(
     # Three batches of other numbers than zeros: as given, and where batches are free one and five.
     sizes: list[int | None] = [None, 1, 5] if free_batch else [None] * 3
     trials = [random_like(inputs, batch, seed) for seed, batch in enumerate(sizes)]
-    limit = _default_tolerance(inputs) if tolerance is None else tolerance
+    limit = default_tolerance(inputs) if tolerance is None else tolerance
     with _whole_file(place) as temporary:
         _write(program, temporary)
         error = _verify(original, _load(temporary), trials, limit)
@@ -143,7 +143,7 @@ def save(
     return SavedFile(place, size, free_batch, len(trials), error, limit)
 
 
-def as_function(model: nn.Module | ExportedProgram) -> Function:
+def as_function(model: nn.Module | ExportedProgram) -> nn.Module:
     """What can be called with inputs: the model itself, or the module of an exported program."""
     return model.module() if isinstance(model, ExportedProgram) else model
 
@@ -193,7 +193,8 @@ def _tensors(output: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _default_tolerance(inputs: Sequence[Tensor]) -> float:
+def default_tolerance(inputs: Sequence[Tensor]) -> float:
+    """The relative error to accept, by the coarsest type of the inputs: 1e-4 in float32."""
     return max((_TOLERANCES.get(x.dtype, 0.0) for x in inputs), default=0.0) or 1e-4
 
 
@@ -251,7 +252,7 @@ def _takes_any_batch(gm: fx.GraphModule, original: Function, inputs: tuple[Tenso
     trial = random_like(inputs, batch=inputs[0].shape[0] + 1)
     try:
         with torch.no_grad():
-            return relative_error(original(*trial), gm(*trial)) <= _default_tolerance(inputs)
+            return relative_error(original(*trial), gm(*trial)) <= default_tolerance(inputs)
     except _EXPORT_ERRORS:
         return False
 

@@ -182,7 +182,7 @@ def test_blockwise_signatures_tell_widths_and_activations() -> None:
     def whole(*widths: int) -> Blockwise:
         acts = (Activation(nn.ReLU()), None)
         blocks = tuple(Block(w, a) for w, a in zip(widths, acts, strict=True))
-        return Blockwise(blocks, 2, channels_are_dim_1=True)
+        return Blockwise(blocks, 2)
 
     assert whole(2, 3).signature == whole(2, 3).signature
     assert whole(2, 3).signature != whole(3, 2).signature
@@ -230,7 +230,7 @@ def test_one_module_applies_every_block(
     strategy: str, kind: type[nn.Module], parts: tuple[Block, ...], dims: int
 ) -> None:
     assert strategy_of(parts) == strategy
-    module = Blockwise(parts, dims, channels_are_dim_1=True).to_module(torch.float64, CPU)
+    module = Blockwise(parts, dims).to_module(torch.float64, CPU)
     x = 4 * torch.randn(2, sum(b.width for b in parts), *[3] * dims, dtype=torch.float64)
     given = x.clone()
     assert type(module) is kind
@@ -244,7 +244,7 @@ def test_one_module_applies_every_block(
 def test_without_space_the_channels_come_last(
     strategy: str, kind: type[nn.Module], parts: tuple[Block, ...], shape: tuple[int, ...]
 ) -> None:
-    whole = Blockwise(parts, 0, channels_are_dim_1=len(shape) == 1)
+    whole = Blockwise(parts, 0)
     x = 4 * torch.randn(*shape, sum(b.width for b in parts), dtype=torch.float64)
     found = whole.to_module(torch.float64, CPU)(x.clone()).detach()
     expected = block_by_block(parts, x.reshape(-1, x.shape[-1])).reshape(x.shape)
@@ -256,7 +256,7 @@ def test_without_space_the_channels_come_last(
 def test_the_carry_passes_bit_for_bit(
     strategy: str, kind: type[nn.Module], parts: tuple[Block, ...], dtype: torch.dtype
 ) -> None:
-    module = Blockwise(parts, 1, channels_are_dim_1=True).to_module(dtype, CPU)
+    module = Blockwise(parts, 1).to_module(dtype, CPU)
     x = (100 * torch.randn(4, sum(b.width for b in parts), 50)).to(dtype)
     y = module(x)
     assert y.dtype == dtype
@@ -272,9 +272,7 @@ def test_strategies_are_ordered_from_simple_to_general() -> None:
 
 def test_copied_activations_do_not_share_weights() -> None:
     module = prelu(0.5)
-    copied = Blockwise(blocks((2, module)), 1, channels_are_dim_1=True).to_module(
-        torch.float32, CPU
-    )
+    copied = Blockwise(blocks((2, module)), 1).to_module(torch.float32, CPU)
     assert next(copied.parameters()) is not module.weight
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from torch import nn
 
-from rmfx.conversion import convert
+from rmfx.conversion import DifferenceError, compare, convert
 from rmfx.demo import load_digits, load_model
 
 
@@ -52,3 +53,13 @@ def test_dict_is_what_json_can_hold() -> None:
 def test_a_network_without_residuals_is_called_one() -> None:
     chain = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
     assert "no residual connections" in str(convert(chain, (torch.zeros(1, 1, 8, 8),)))
+
+
+def test_a_difference_at_one_join_is_named() -> None:
+    images, model = load_digits()[0][:1], load_model()
+    after = convert(model, images).after
+    assert compare(model, after, (images,)).error < 1e-5
+    with torch.no_grad():
+        next(after.parameters())[0] += 0.1
+    with pytest.raises(DifferenceError, match="join .* at layer1"):
+        compare(model, after, (images,))
