@@ -14,7 +14,7 @@ import rmfx
 
 from ._errors import RmfxError
 from .cost import Cost, count
-from .saving import as_function, default_tolerance, random_like
+from .saving import default_tolerance, random_like
 from .testing import Equivalence, assert_equivalent
 
 
@@ -128,7 +128,7 @@ def compare(
     """
     limit = default_tolerance(example_inputs) if tolerance is None else tolerance
     inputs = tuple(random_like(example_inputs))
-    before = as_function(model)
+    before = rmfx.trace(model) if isinstance(model, ExportedProgram) else model
     try:
         return assert_equivalent(before, after, inputs, tolerance=limit)
     except AssertionError as error:

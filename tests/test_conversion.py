@@ -61,5 +61,5 @@ def test_a_difference_at_one_join_is_named() -> None:
     assert compare(model, after, (images,)).error < 1e-5
     with torch.no_grad():
         next(after.parameters())[0] += 0.1
-    with pytest.raises(DifferenceError, match="join .* at layer1"):
+    with pytest.raises(DifferenceError, match="at layer1"):
         compare(model, after, (images,))

@@ -200,6 +200,7 @@ def test_released_names_are_used_again() -> None:
     assert torch.equal(result(image()), image())
 
 
+@pytest.mark.parametrize("order", [("conv", "bn"), ("bn", "conv")])
 def test_merge_keeps_the_name_of_the_conv(order: tuple[str, str]) -> None:
     parts = {"conv": nn.Conv2d(4, 4, 1), "bn": nn.BatchNorm2d(4)}
     net = net_of(Apply(lambda m, x: getattr(m, order[1])(getattr(m, order[0])(x)), **parts))

@@ -655,9 +655,14 @@ def test_operands_without_a_common_source_are_refused() -> None:
     assert_refused(ready(Sum()), image(), image(), reason="no common source")
 
 
-def test_branches_that_agree_for_some_sizes_only_are_refused() -> None:
-    model = Residual(conv(kernel=2, stride=2, padding=0), conv(kernel=1, stride=2))
-    assert_refused(ready(model), image(2, 4, 8, 6), reason="for some input sizes only")
+def test_branches_that_agree_for_some_sizes_only_need_example_inputs() -> None:
+    model = ready(Residual(conv(kernel=2, stride=2, padding=0), conv(kernel=1, stride=2)))
+    x = image(2, 4, 8, 6)
+    assert_refused(model, x, reason="for some input sizes only", example=False)
+    plain = rmfx.remove_residuals(model, x)
+    assert rmfx.report(plain).removed == 1
+    for inputs in (x, image(1, 4, 6, 10)):
+        assert_equivalent(model, plain, (inputs,))
 
 
 def test_unknown_channels_ask_for_example_inputs() -> None:
