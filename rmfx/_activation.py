@@ -74,7 +74,7 @@ def _threshold_identity(m: nn.Module) -> Interval:
 TABLE: dict[type[nn.Module], Row] = {
     nn.ReLU: Row(_slopes, lambda m: (0.0, INF), True, lambda m: 0.0, lambda m: (0.0, INF)),
     nn.LeakyReLU: Row(_slopes, slope=lambda m: float(m.negative_slope)),  # type: ignore[arg-type]
-    nn.PReLU: Row(_slopes, slope=lambda m: m.weight.detach()),
+    nn.PReLU: Row(_slopes, slope=lambda m: m.weight.detach()),  # type: ignore[operator]
     nn.RReLU: Row(_slopes, slope=_rrelu_slope),
     nn.ReLU6: Row(_bounds, _bounds, True, bounds=_bounds),
     nn.Hardtanh: Row(_bounds, _bounds, True, bounds=_bounds),

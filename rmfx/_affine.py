@@ -205,8 +205,10 @@ class AffineConv:
     @staticmethod
     def from_conv(module: nn.Module) -> AffineConv | Refusal:
         """An `nn.Linear` or `nn.Conv1d/2d/3d`."""
-        weight: Tensor = module.weight.detach()
-        given = module.bias
+        own, given = module.weight, module.bias
+        if not isinstance(own, Tensor):
+            return Refusal(f"{type(module).__name__} has no weight")
+        weight = own.detach()
         bias = given.detach() if isinstance(given, Tensor) else weight.new_zeros(weight.shape[0])
         if isinstance(module, nn.Linear):
             return AffineConv(weight, bias, (), (), ())
@@ -628,8 +630,7 @@ def _conv_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Pads:
 
 def _grouped(x: Tensor, dim: int, groups: int) -> Tensor:
     """A view with dimension `dim` split into (groups, rest)."""
-    view: Tensor = x.unflatten(dim, (groups, -1))  # type: ignore[no-untyped-call]
-    return view
+    return x.view(*x.shape[:dim], groups, -1, *x.shape[dim + 1 :])
 
 
 def is_finite(x: Tensor) -> bool:

@@ -246,12 +246,18 @@ def _trace_with_joins(
 ) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     """The traced original and its joins by name.
 
-    A pass that was run without example inputs names the nodes of the trace without them.
+    Shapes are not needed here, so the quick trace without example inputs comes first.
     """
+    from ._errors import TraceError
     from .frontend import trace
 
-    for arguments in ((before, inputs), (before,)):
-        traced = trace(*arguments)
+    for arguments in ((before,), (before, inputs)):
+        try:
+            traced = trace(*arguments)
+        except TraceError:
+            if len(arguments) == 2:
+                raise
+            continue
         nodes = {node.name: node for node in traced.graph.nodes if node.name in names}
         if len(nodes) == len(names):
             return traced, nodes
