@@ -98,7 +98,8 @@ def _convert_all(model: nn.Module) -> GraphModule:
     Raises:
         RefusedError: a residual connection cannot be removed.
     """
-    return rmfx.remove_residuals(model, strict=True)
+    converted: GraphModule = rmfx.remove_residuals(model, strict=True)
+    return converted
 
 
 def _interleave(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Spread]:

@@ -105,7 +105,7 @@ def identity_norm(module: nn.Module, carried: int, moments: Moments | None) -> n
     n = own_mean.numel()
     weight = module.weight if isinstance(module.weight, Tensor) else torch.ones_like(own_mean)
     bias = module.bias if isinstance(module.bias, Tensor) else torch.zeros_like(own_mean)
-    wide = type(module)(n + carried, eps=eps, momentum=module.momentum)  # type: ignore[call-arg]
+    wide = type(module)(n + carried, eps=eps, momentum=module.momentum)
     wide = wide.to(own_mean.device, own_mean.dtype)
     # γ follows from the variance as it is stored, so that rounding cancels.
     stored = variance.to(own_mean.dtype).to(torch.float64)
@@ -117,5 +117,5 @@ def identity_norm(module: nn.Module, carried: int, moments: Moments | None) -> n
             (wide.running_mean, own_mean, mean),
             (wide.running_var, module.running_var, stored),
         ):
-            target.copy_(torch.cat([own.detach(), carry.to(own_mean)]))  # type: ignore[union-attr]
+            target.copy_(torch.cat([own.detach(), carry.to(own_mean)]))  # type: ignore[operator]
     return wide.eval()

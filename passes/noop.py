@@ -20,7 +20,7 @@ from rmfx.frontend import trace
 
 NOOP_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
 NOOP_METHODS = ("clone", "detach")
-NEUTRAL = {torch.add: 0, torch.sub: 0, torch.mul: 1}
+NEUTRAL: dict[Any, int] = {torch.add: 0, torch.sub: 0, torch.mul: 1}
 
 
 class NoopRule:

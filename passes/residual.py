@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from rmfx._activation import STRATEGIES, Blockwise, Interval, strategy_of
 from rmfx._affine import CONVS, AffineConv
@@ -107,7 +107,8 @@ class ResidualRule:
                 new.append(net.put(made, new[-1] if new else site.fork, target, like))
         _note_shapes(site, columns, new)
         self._take_place(net, site, old, new, labels)
-        self.rows[row.join] = replace(row, **_cost_after(net, site, new))
+        work, size = _cost_of(net, new, site.dims)
+        self.rows[row.join] = replace(row, macs_after=work, params_after=size)
 
     def _make(
         self, net: Net, site: Site, column: Column, layer: AffineConv | Column
@@ -223,11 +224,6 @@ def _row_before(net: Net, match: Match, nodes: list[fx.Node]) -> SiteReport:
     )
 
 
-def _cost_after(net: Net, site: Site, nodes: list[fx.Node]) -> dict[str, int | None]:
-    work, size = _cost_of(net, nodes, site.dims)
-    return {"macs_after": work, "params_after": size}
-
-
 def _cost_of(net: Net, nodes: Iterable[fx.Node], dims: int) -> tuple[int | None, int]:
     """Multiply-adds (None if a shape is unknown) and parameters of some nodes."""
     work: int | None = 0
@@ -235,16 +231,17 @@ def _cost_of(net: Net, nodes: Iterable[fx.Node], dims: int) -> tuple[int | None,
     for node in nodes:
         made, module = net.replacement(node), net.module(node)
         taps = 0
-        if isinstance(made, Virtual) and isinstance(made.layer, Blockwise):
-            size += sum(b.width for b in made.layer.blocks)
-        elif isinstance(made, Virtual):
-            taps = made.layer.weight.numel()
-            size += taps + (made.layer.out_channels if made.layer.has_bias else 0)
+        layer = made.layer if isinstance(made, Virtual) else None
+        if isinstance(layer, Blockwise):
+            size += sum(b.width for b in layer.blocks)
+        elif layer is not None:
+            taps = layer.weight.numel()
+            size += taps + (layer.out_channels if layer.has_bias else 0)
         elif made is not None or module is not None:
-            own = made or module
+            own = made if isinstance(made, nn.Module) else module
             size += sum(p.numel() for p in own.parameters()) if own is not None else 0
             if isinstance(module, CONVS):
-                taps = module.weight.numel()  # type: ignore[union-attr,operator]
+                taps = cast("Tensor", module.weight).numel()
         if taps and work is not None:
             count = positions(node.meta.get("shape"), dims)
             work = None if count is None else work + taps * count

@@ -361,8 +361,8 @@ def _fold_number(gm: fx.GraphModule, node: fx.Node) -> None:
 
 def _replace_number(node: fx.Node, value: int | bool) -> None:
     for user in list(node.users):
-        user.args = fx.map_arg(user.args, lambda n: value if n is node else n)  # type: ignore[assignment]
-        user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)  # type: ignore[assignment]
+        user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
+        user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)
     node.graph.erase_node(node)
 
 
@@ -385,7 +385,7 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
         return
     if node.target in (aten.constant_pad_nd.default, aten.pad.default):
         names = ("input", "pad", *(("mode",) if "pad.def" in str(node.target) else ()), "value")
-        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
         x = given.pop("input")
         node.target, node.args, node.kwargs = F.pad, (x,), given
         return
@@ -406,7 +406,7 @@ def _module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     call = CALLS.get(node.target)
     if call is None or len(node.args) > len(call.names):
         return None
-    given = dict(zip(call.names, node.args, strict=False)) | node.kwargs
+    given: dict[str, Any] = dict(zip(call.names, node.args, strict=False)) | node.kwargs
     if "self" in given:
         given["input"] = given.pop("self")
     x = given.pop("input", None)
@@ -469,8 +469,6 @@ def _flatten_by_view(node: fx.Node) -> nn.Module | None:
     if len(sizes) != 2 or sizes[1] != -1 or not isinstance(sizes[0], fx.Node):
         return None
     x, size = node.args[0], sizes[0]
-    if not isinstance(size, fx.Node):
-        return None
     if size.target == "size" and size.args == (x, 0):
         return nn.Flatten(1)
     if size.target is not operator.getitem or size.args[1] != 0:
@@ -486,7 +484,7 @@ def _flatten_by_view(node: fx.Node) -> nn.Module | None:
 def _slice(node: fx.Node) -> None:
     """aten.slice(x, dim, start, end, step) as x[…, start:end:step]."""
     names = ("input", "dim", "start", "end", "step")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     dim = given.get("dim", 0)
     if not isinstance(dim, int) or dim < 0:
         return

@@ -15,6 +15,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,11 +135,11 @@ def _batch_norm(net: Net, node: fx.Node, module: nn.Module, dims: int) -> Affine
 
 
 def _average_pool(module: nn.Module, channels: int, dims: int) -> AffineConv | Refusal:
-    if AVERAGE_POOLS.index(type(module)) + 1 != dims:  # type: ignore[arg-type]
+    if AVERAGE_POOLS.index(type(module)) + 1 != dims:
         return Refusal(f"{type(module).__name__} among layers of {dims} spatial dimensions")
 
-    def each(value: object) -> Ints:
-        return (value,) * dims if isinstance(value, int) else tuple(value)  # type: ignore[call-overload,arg-type]
+    def each(value: Any) -> Ints:
+        return (value,) * dims if isinstance(value, int) else tuple(value)
 
     return AffineConv.average_pool(
         channels,
@@ -161,13 +162,13 @@ def _read_pad_module(module: nn.Module) -> Deferred | Refusal:
 def _read_pad(node: fx.Node) -> Deferred | Refusal:
     """`F.pad(x, pad, mode="constant", value=0)`: zeros around space, or around channels."""
     names = ("input", "pad", "mode", "value")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     flat = given.get("pad")
     if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0, 0.0):
         return Refusal("only zero padding is linear")
     if not isinstance(flat, (list, tuple)) or not all(isinstance(p, int) for p in flat):
         return Refusal("the padding is not constant")
-    return _spatial_pad(tuple(flat))  # type: ignore[arg-type]
+    return _spatial_pad(tuple(flat))
 
 
 def _spatial_pad(flat: Ints) -> Deferred:

@@ -153,7 +153,7 @@ def _beside(site: Site, main: Chain, shortcut: Chain) -> list[Plan] | Refusal:
     if isinstance(places, Refusal):
         return places.at(site.join.name)
     value = shortcut[-1].value if shortcut else site.fork
-    found = []
+    found: list[Plan] = []
     for j, beside in places:
         found += _widths(_columns(main, beside, j, (site.fork, value), shortcut))
     # Carrying the fork itself, as far as it goes, is best among equals: its sign may be known.
@@ -361,7 +361,7 @@ def _size(column: Linear, *, first: bool, last: bool) -> int | Refusal:
     if isinstance(window, Refusal):
         return window
     taps = math.prod(window[2])
-    ins, outs = ([getattr(f, n) for f in pair] for n in ("in_channels", "out_channels"))
+    ins, outs = [f.in_channels for f in pair], [f.out_channels for f in pair]
     if first and last:
         return outs[0] * ins[0] // math.gcd(*(f.groups for f in pair)) * taps
     if first:

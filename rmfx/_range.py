@@ -49,7 +49,8 @@ class Range:
 
     @staticmethod
     def of(low: float, high: float) -> Range:
-        return Range(*(torch.tensor([v], dtype=torch.float64) for v in (low, high)))
+        ends = torch.tensor([[low], [high]], dtype=torch.float64)
+        return Range(ends[0], ends[1])
 
     @property
     def unbounded(self) -> bool:

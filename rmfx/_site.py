@@ -215,7 +215,8 @@ def _resolve(one: Read, channels: int, dims: int, keep_norms: bool, net: Net) ->
             if layer.module.num_parameters != channels:
                 return Refusal(f"a PReLU for other than {channels} channels", (node.name,))
         module = net.module(node)
-        if keep_norms and isinstance(layer, AffineConv) and type(module) in BATCH_NORMS:
+        is_norm = keep_norms and isinstance(module, BATCH_NORMS)
+        if is_norm and module is not None and isinstance(layer, AffineConv):
             steps.append(Step(Norm(module, layer), (node,), node))
         else:
             steps.append(Step(layer, (node,), node))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ._affine import CONVS
 from ._dialect import ADDS, SUBS
@@ -59,7 +59,7 @@ def count(model: nn.Module | Any, example_inputs: Any) -> Cost:
             continue
         module = gm.get_submodule(str(node.target))
         if isinstance(module, CONVS):
-            dims = module.weight.dim() - 2  # type: ignore[operator,union-attr]
-            macs += module.weight.numel() * (positions(node.meta.get("shape"), dims) or 0)  # type: ignore[operator,union-attr]
+            weight = cast("Tensor", module.weight)
+            macs += weight.numel() * (positions(node.meta.get("shape"), weight.dim() - 2) or 0)
             layers += 1
     return Cost(macs, sum(p.numel() for p in gm.parameters()), layers, adds)

@@ -16,7 +16,7 @@ import operator
 import sys
 from collections import OrderedDict
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ def trace(model: Any, example_inputs: Any = None) -> fx.GraphModule:
     """
     inputs = as_inputs(example_inputs)
     if isinstance(model, torch.export.ExportedProgram):
-        gm: fx.GraphModule = model.module(check_guards=False)  # type: ignore[assignment]
+        gm: fx.GraphModule = model.module(check_guards=False)
     elif isinstance(model, nn.Module):
         check_mode(model)
         if has_hooks(model):
@@ -224,7 +224,7 @@ def _export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
             f"{type(model).__name__} can be traced neither by torch.fx nor by torch.export "
             f"({type(error).__name__}: {_first_line(error)}); pass a GraphModule of your own"
         ) from error
-    return _checking_sizes(program.module(check_guards=False))  # type: ignore[arg-type]
+    return _checking_sizes(program.module(check_guards=False))
 
 
 class FixedShape(nn.Module):
@@ -266,7 +266,7 @@ def _checking_sizes(gm: fx.GraphModule) -> fx.GraphModule:
         with gm.graph.inserting_after(node):
             check = gm.graph.call_module(name, (node,))
         check.meta["val"] = value
-        node.replace_all_uses_with(check, delete_user_cb=lambda user, own=check: user is not own)  # type: ignore[misc]
+        node.replace_all_uses_with(check, delete_user_cb=lambda user, own=check: user is not own)
     return gm
 
 
@@ -280,7 +280,7 @@ def _private_copy(gm: fx.GraphModule) -> fx.GraphModule:
     places: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(gm.graph, places, return_output_node=True)
     if output is not None:
-        value, node = output  # type: ignore[misc]
+        value, node = cast("tuple[Any, fx.Node]", output)
         graph.output(value).meta = dict(node.meta)
     graph.set_codegen(gm.graph._codegen)
     copied = fx.GraphModule(gm, graph, type(gm).__name__)
