@@ -7,9 +7,9 @@ channelwise operations hand both on. The answers are kept per node, so a graph i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import fx, nn
@@ -26,6 +26,28 @@ _SPATIAL = {
     2: (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm2d),
     3: (nn.Conv3d, nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.BatchNorm3d),
 }
+
+
+T = TypeVar("T")
+
+
+def on_demand(node: fx.Node, known: dict[fx.Node, T], compute: Callable[[fx.Node], T]) -> T:
+    """The value of a node, computed after those of its inputs, all kept in `known`.
+
+    A loop instead of a recursion: networks are deeper than Python's stack.
+    """
+    stack = [node]
+    while stack:
+        here = stack[-1]
+        missing = [n for n in here.all_input_nodes if n not in known]
+        if here in known:
+            stack.pop()
+        elif missing:
+            stack.extend(missing)
+        else:
+            known[here] = compute(here)
+            stack.pop()
+    return known[node]
 
 
 @dataclass(frozen=True)
@@ -63,18 +85,7 @@ class Inference:
         return facts.channels if same_axis else None
 
     def _facts(self, node: fx.Node) -> Facts:
-        stack = [node]
-        while stack:
-            here = stack[-1]
-            missing = [n for n in here.all_input_nodes if n not in self._known]
-            if here in self._known:
-                stack.pop()
-            elif missing:
-                stack.extend(missing)
-            else:
-                self._known[here] = self._deduce(here)
-                stack.pop()
-        return self._known[node]
+        return on_demand(node, self._known, self._deduce)
 
     def _deduce(self, node: fx.Node) -> Facts:
         inputs = [self._known[n] for n in node.all_input_nodes if n.op != "get_attr"]

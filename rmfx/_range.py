@@ -18,6 +18,7 @@ from ._activation import INF, Activation, Blockwise, Interval
 from ._affine import AffineConv
 from ._errors import Refusal
 from ._graph import Net
+from ._infer import on_demand
 from ._layers import Deferred, input_of, read, read_join
 
 HULL_OF_INPUT = (
@@ -149,18 +150,7 @@ class Ranges:
 
     def of(self, node: fx.Node) -> Range:
         """The range of a node's value."""
-        stack = [node]
-        while stack:
-            here = stack[-1]
-            missing = [n for n in here.all_input_nodes if n not in self._known]
-            if here in self._known:
-                stack.pop()
-            elif missing and here.op != "placeholder":
-                stack.extend(missing)
-            else:
-                self._known[here] = self._compute(here)
-                stack.pop()
-        return self._known[node]
+        return on_demand(node, self._known, self._compute)
 
     def set(self, node: fx.Node, value: Range) -> None:
         """Let a new node have the range of the value it stands for."""

@@ -67,7 +67,8 @@ def trace(model: Any, example_inputs: Any = None) -> fx.GraphModule:
         if has_hooks(model):
             raise TraceError(
                 f"{type(model).__name__} has hooks of its own, which a trace would lose; remove "
-                "them, or wrap the model in a module without hooks"
+                "them, wrap the model in a module without hooks, or, if torch.export made it, pass "
+                "the ExportedProgram itself"
             )
         gm = model if isinstance(model, fx.GraphModule) else _trace_module(model, inputs)
     else:
