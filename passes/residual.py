@@ -318,7 +318,9 @@ def remove_residuals(
     moments = measure(source, calibration) if calibration is not None else None
     net = Net(source)
     joins = [node.name for node in net.graph.nodes if read_join(net, node) is not None]
+    # No-ops first: a dropout at the end of a branch would be one more layer to pass.
     apply_rule(net, NoopRule())
+    # Batch norm next: what is folded needs no column, and no identity batch norm on the carry.
     if fold_batch_norm:
         apply_rule(net, BatchNormRule())
     rule = ResidualRule(
@@ -331,6 +333,7 @@ def remove_residuals(
     if strict and refusals:
         node, refusal = next(iter(refusals.items()))
         raise RefusedError(f"remove_residuals: the add {node.name} cannot be removed: {refusal}")
+    # Last, where it is cheaper: a Δ or ∇ that stands alone merges with the layer next to its site.
     apply_rule(net, LinearRule(keep_norms=not fold_batch_norm, concerns=rule.made.__contains__))
     refused = {node.name: _refused_row(node, refusal) for node, refusal in refusals.items()}
     where = {name: node.name for node, name in net.joins.items()}
