@@ -424,14 +424,20 @@ def _module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         return None
 
 
+def attribute(gm: fx.GraphModule, node: fx.Node) -> object:
+    """The value behind a get_attr node."""
+    value: object = gm
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value
+
+
 def _constant(gm: fx.GraphModule, value: Any) -> Any:
     """A node argument as a constant: numbers as they are, get_attr nodes as tensors."""
     if isinstance(value, fx.Node):
         if value.op != "get_attr" or value.meta.get("frozen"):
             return MISSING
-        found: Any = gm
-        for name in str(value.target).split("."):
-            found = getattr(found, name)
+        found = attribute(gm, value)
         return found if isinstance(found, Tensor) else MISSING
     if isinstance(value, (list, tuple)):
         items = [_constant(gm, v) for v in value]

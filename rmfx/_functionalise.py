@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from ._activation import TABLE
 from ._affine import CONVS
-from ._dialect import BATCH_NORMS, IN_PLACE_METHODS, has_functional_form
+from ._dialect import BATCH_NORMS, IN_PLACE_METHODS, attribute, has_functional_form
 
 NUMBER_METHODS = ("size", "dim", "numel", "ndimension", "stride", "item", "is_floating_point")
 CONTAINER_METHODS = (
@@ -143,7 +143,7 @@ def functionalise(gm: fx.GraphModule) -> None:
 def _freeze_owners(gm: fx.GraphModule) -> None:
     """Mark the calls of modules whose own tensors are written to."""
     written = {
-        id(_attribute(gm, n)): n.meta["frozen"]
+        id(attribute(gm, n)): n.meta["frozen"]
         for n in gm.graph.nodes
         if n.op == "get_attr" and n.meta.get("frozen")
     }
@@ -154,13 +154,6 @@ def _freeze_owners(gm: fx.GraphModule) -> None:
         for tensor in (*module.parameters(), *module.buffers()):
             if id(tensor) in written:
                 node.meta["frozen"] = written[id(tensor)]
-
-
-def _attribute(gm: fx.GraphModule, node: fx.Node) -> object:
-    value: object = gm
-    for name in str(node.target).split("."):
-        value = getattr(value, name)
-    return value
 
 
 class _Types:

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from ._activation import Blockwise
 from ._affine import AffineConv, is_finite
-from ._dialect import must_stay
+from ._dialect import attribute, must_stay
 from ._errors import Refusal, WeightError
 from ._infer import Inference
 
@@ -95,10 +95,7 @@ class Net:
 
     def attribute(self, node: fx.Node) -> object:
         """The value behind a get_attr node."""
-        value: object = self.source
-        for name in str(node.target).split("."):
-            value = getattr(value, name)
-        return value
+        return attribute(self.source, node)
 
     def guard(self, node: fx.Node) -> Refusal | None:
         """Why the module of a call_module node must stay as it is, if it must.
