@@ -26,7 +26,7 @@ class WeightError(RmfxError):
 
 
 class ShapeError(RmfxError):
-    """The example inputs do not fit the model."""
+    """Inputs do not fit the model, or the converted network was not made for their sizes."""
 
 
 class NotPlainError(RmfxError):
@@ -35,6 +35,10 @@ class NotPlainError(RmfxError):
 
 class RefusedError(RmfxError):
     """A site was refused while `strict=True` was asked for."""
+
+
+class OptionError(RmfxError):
+    """An option has a name or a value that is not known."""
 
 
 @dataclass(frozen=True)

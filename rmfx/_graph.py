@@ -25,6 +25,7 @@ from ._affine import AffineConv, is_finite
 from ._dialect import attribute, must_stay
 from ._errors import Refusal, WeightError
 from ._infer import Inference
+from ._input_guard import guard_of, set_guard, with_ranks
 
 Shape = tuple[int | None, ...]
 
@@ -227,6 +228,8 @@ class Net:
         # Copying keeps the metadata, pickling keeps the attributes: a report needs both.
         for name, value in (meta or {}).items():
             setattr(gm, name, value)
+        ranks = {n.name: self.rank(n) for n in gm.graph.nodes if n.op == "placeholder"}
+        set_guard(gm, with_ranks(guard_of(self.source), gm, ranks))
         return gm.eval()
 
     def _materialise(self, node: fx.Node, root: dict[str, object]) -> None:

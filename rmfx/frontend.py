@@ -12,24 +12,23 @@ The model itself is never changed; modules and parameters are shared with it.
 
 from __future__ import annotations
 
-import operator
-import sys
-from collections import OrderedDict
-from types import FrameType
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.proxy import Proxy
 
 from ._activation import is_activation
 from ._affine import CONVS, AffineConv
 from ._dialect import canonicalise
+from ._dynamo import check_in_graph, find_lifted, with_weights
 from ._errors import ModeError, Refusal, ShapeError, TraceError, WeightError
+from ._exporting import GUARD_KEY, export_model, unlifted
 from ._functionalise import functionalise, mark_numbers
 from ._graph import check_weight, has_hooks
+from ._input_guard import guard_of, set_guard, with_ranks
+from ._tracing import as_fakes, first_line, records_the_same, trace_symbolically
 
 Inputs = tuple[Any, ...]
 RANKS_OF_NORM: dict[type[nn.Module], tuple[int, ...]] = {
@@ -60,23 +59,8 @@ def trace(model: Any, example_inputs: Any = None) -> fx.GraphModule:
         ShapeError: the model does not run on the example inputs.
     """
     inputs = as_inputs(example_inputs)
-    if isinstance(model, torch.export.ExportedProgram):
-        gm: fx.GraphModule = model.module(check_guards=False)
-    elif isinstance(model, nn.Module):
-        check_mode(model)
-        if has_hooks(model):
-            raise TraceError(
-                f"{type(model).__name__} has hooks of its own, which a trace would lose; remove "
-                "them, wrap the model in a module without hooks, or, if torch.export made it, pass "
-                "the ExportedProgram itself"
-            )
-        gm = model if isinstance(model, fx.GraphModule) else _trace_module(model, inputs)
-    else:
-        raise TraceError(
-            f"cannot trace a {type(model).__name__}; pass an nn.Module, a GraphModule or an "
-            "ExportedProgram"
-        )
-    gm = _private_copy(gm)
+    source = _graph_of(model, inputs)
+    gm = _private_copy(source)
     check_weights(gm)
     _check_functional_mode(gm)
     mark_numbers(gm.graph)
@@ -85,6 +69,9 @@ def trace(model: Any, example_inputs: Any = None) -> fx.GraphModule:
     canonicalise(gm)
     gm.graph.lint()
     gm.recompile()
+    guard = gm.meta.pop(GUARD_KEY, None) or guard_of(source)
+    ranks = {n.name: len(n.meta["shape"]) for n in gm.graph.nodes if "shape" in n.meta}
+    set_guard(gm, with_ranks(guard, gm, ranks))
     return gm
 
 
@@ -147,132 +134,78 @@ def _check_functional_mode(gm: fx.GraphModule) -> None:
                 )
 
 
-# ---- tracing ------------------------------------------------------------------------------------
+# ---- four ways to hold a model ------------------------------------------------------------------
 
 
-class _InPlaceProxy(Proxy):
-    """Records `x += y` as an in-place operation, which `fx.Proxy` turns into a plain one."""
-
-    def _record(self, function: Any, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    def __iadd__(self, other: Any) -> Any:
-        return self._record(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self._record(operator.isub, other)
-
-    def __imul__(self, other: Any) -> Any:
-        return self._record(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self._record(operator.itruediv, other)
-
-
-class _Tracer(fx.Tracer):
-    """The symbolic tracer, with in-place operators and source lines."""
-
-    # A buffer that forward() changes must show in the graph instead of being changed by tracing.
-    proxy_buffer_attributes = True
-
-    def proxy(self, node: fx.Node) -> Proxy:
-        return _InPlaceProxy(node, self)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        node.meta["source"] = _user_line()
-        return node
-
-    def create_arg(self, a: Any) -> Any:
-        # fx would give back an ordinary dict.
-        if type(a) is OrderedDict:
-            return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
-        return super().create_arg(a)
-
-
-def _user_line() -> str | None:
-    """The place ("file.py:12") of the innermost frame that is neither PyTorch nor this file."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        path = frame.f_code.co_filename
-        if "/torch/" not in path.replace("\\", "/") and path != __file__:
-            return f"{path}:{frame.f_lineno}"
-        frame = frame.f_back
-    return None
-
-
-def _trace_module(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
-    try:
-        tracer = _Tracer()
-        return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
-    # Tracing runs the model's own code, which may raise anything.
-    except Exception as error:
-        if inputs is None:
-            raise TraceError(
-                f"{type(model).__name__} cannot be traced symbolically "
-                f"({type(error).__name__}: {_first_line(error)}); pass example_inputs, so that "
-                "torch.export can be used"
-            ) from error
-    return _export(model, inputs)
-
-
-def _export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
-    try:
-        program = torch.export.export(model, inputs, strict=False)
-    # Exporting runs the model's own code, which may raise anything.
-    except Exception as error:
+def _graph_of(model: Any, inputs: Inputs | None) -> fx.GraphModule:
+    """The model as a graph; what belongs to the caller is not to be written to."""
+    if isinstance(model, torch.export.ExportedProgram):
+        return unlifted(model)
+    if not isinstance(model, nn.Module):
         raise TraceError(
-            f"{type(model).__name__} can be traced neither by torch.fx nor by torch.export "
-            f"({type(error).__name__}: {_first_line(error)}); pass a GraphModule of your own"
-        ) from error
-    return _checking_sizes(program.module(check_guards=False))
-
-
-class FixedShape(nn.Module):
-    """Passes a tensor on if it has the sizes that a model was exported for.
-
-    Args:
-        name: of the input, for the message.
-        shape: the sizes, None where any size will do.
-    """
-
-    def __init__(self, name: str, shape: tuple[int | None, ...]) -> None:
-        super().__init__()
-        self.name, self.shape = name, shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        fits = len(x.shape) == len(self.shape) and all(
-            want is None or have == want for have, want in zip(x.shape, self.shape, strict=True)
+            f"cannot trace a {type(model).__name__}; pass an nn.Module, a GraphModule or an "
+            "ExportedProgram"
         )
-        if not fits:
-            raise ShapeError(
-                f"{self.name} has shape {tuple(x.shape)}, but the model was exported for "
-                f"{self.shape}; convert it again with example inputs of that shape"
-            )
-        return x
-
-    def extra_repr(self) -> str:
-        return f"{self.name}, {self.shape}"
-
-
-def _checking_sizes(gm: fx.GraphModule) -> fx.GraphModule:
-    """An exported graph, with a check of every input size that exporting has fixed."""
-    for node in list(gm.graph.nodes):
-        value = node.meta.get("val")
-        if node.op != "placeholder" or not isinstance(value, Tensor) or not node.users:
-            continue
-        shape = tuple(n if isinstance(n, int) else None for n in value.shape)
-        name = f"{node.name}_shape"
-        gm.add_submodule(name, FixedShape(node.name, shape))
-        with gm.graph.inserting_after(node):
-            check = gm.graph.call_module(name, (node,))
-        check.meta["val"] = value
-        node.replace_all_uses_with(check, delete_user_cb=lambda user, own=check: user is not own)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    check_mode(model)
+    if has_hooks(model) and not _has_only_a_guard(model):
+        raise TraceError(
+            f"{type(model).__name__} has hooks of its own, which a trace would lose; remove "
+            "them, wrap the model in a module without hooks, or, if torch.export made it, pass "
+            "the ExportedProgram itself"
+        )
+    if not isinstance(model, fx.GraphModule):
+        return _graph_of_module(model, inputs)
+    lifted = find_lifted(model.graph)
+    if not lifted:
+        return model
+    gm = with_weights(model, lifted, keep_inputs=True)
+    check_in_graph(gm.graph, lifted)
     return gm
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
+def _has_only_a_guard(model: nn.Module) -> bool:
+    return len(model._forward_pre_hooks) == 1 and guard_of(model) is not None
+
+
+def _graph_of_module(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
+    """By symbolic tracing, which leaves every size open; by torch.export where that fails."""
+    name = type(model).__name__
+    try:
+        gm = trace_symbolically(model)
+        if inputs is None or _is_faithful(model, gm, inputs):
+            return gm
+        reason = "its code does other things with proxies than with tensors"
+    except TraceError as error:
+        reason = str(error)
+    if inputs is None:
+        raise TraceError(
+            f"{name} cannot be traced symbolically ({reason}); pass example_inputs, so that "
+            "torch.export can be used"
+        )
+    try:
+        return export_model(model, inputs)
+    except TraceError as error:
+        raise TraceError(
+            f"{name} can be traced neither by torch.fx ({reason}) nor by torch.export ({error}); "
+            "pass a GraphModule of your own"
+        ) from error
+
+
+def _is_faithful(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> bool:
+    check_weights(gm)  # its message is better than that of a model which cannot run
+    try:
+        return records_the_same(model, gm, inputs)
+    # Both run the model's own code, which may raise anything.
+    except Exception as error:
+        raise _does_not_run(inputs, error) from error
+
+
+def _does_not_run(inputs: Inputs, error: Exception) -> ShapeError:
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs]
+    return ShapeError(
+        f"the model does not run on the example inputs {shapes}: {first_line(error)}"
+    )
 
 
 def _private_copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -353,11 +286,13 @@ def note_shape(node: fx.Node, value: Tensor) -> None:
 
 
 def _find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
-    """Note every tensor's shape: from a run on fake tensors, or as exported."""
-    if inputs is None:
+    """Note every tensor's shape: from a run on fake tensors, or as Dynamo or export noted it."""
+    noted = any("example_value" in n.meta for n in gm.graph.nodes if n.op == "placeholder")
+    if inputs is None or noted:
         for node in gm.graph.nodes:
-            if isinstance(node.meta.get("val"), Tensor):
-                note_shape(node, node.meta["val"])
+            value = node.meta.get("val", node.meta.get("example_value"))
+            if isinstance(value, Tensor):
+                note_shape(node, value)
         return
     expected = sum(node.op == "placeholder" for node in gm.graph.nodes)
     if len(inputs) > expected:
@@ -365,14 +300,9 @@ def _find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
             f"the model does not run on the example inputs: it takes {expected}, not {len(inputs)}"
         )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in inputs]
     try:
         with mode, torch.no_grad():
-            _ShapeRecorder(gm, mode).run(*fake)
+            _ShapeRecorder(gm, mode).run(*as_fakes(mode, inputs))
     # The graph runs the model's own operations, which may raise anything.
     except Exception as error:
-        raise ShapeError(
-            f"the model does not run on the example inputs "
-            f"{[tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs]}: "
-            f"{_first_line(error)}"
-        ) from error
+        raise _does_not_run(inputs, error) from error

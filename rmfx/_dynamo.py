@@ -1,0 +1,218 @@
+"""Graphs of TorchDynamo: which inputs are the model's own tensors, and whether they still are.
+
+Dynamo lifts parameters and buffers to placeholders, mixed with the user's inputs and told apart by
+where they come from: a user may pass an `nn.Parameter` too. It hands the current tensors over at
+every call, so weights that were baked into other weights can be compared with them. It does not
+compile again when a parameter is replaced or written to; whoever bakes must look.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """A tensor of the model that Dynamo made an input of the graph.
+
+    Attributes:
+        position: among the placeholders.
+        name: its path in the model, as in `state_dict`.
+        value: the tensor at compile time.
+    """
+
+    position: int
+    name: str
+    value: Tensor
+
+
+def find_lifted(graph: fx.Graph) -> tuple[Lifted, ...]:
+    """The placeholders of Dynamo's graph that hold tensors of the model.
+
+    Tensors without a version counter (made in inference mode) stay inputs: a change of theirs could
+    not be seen.
+    """
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    found = []
+    taken: set[str] = set()
+    for position, node in enumerate(nodes):
+        argument = node.meta.get("grapharg")
+        source = getattr(argument, "source", None)
+        if source is None or not _is_of_module(source):
+            continue
+        value = argument.example
+        if isinstance(value, (int, float)) and argument.pass_arg_as_tensor:
+            value = torch.as_tensor(value)
+        if type(value) in (Tensor, nn.Parameter) and not value.is_inference():
+            name = _unique(_path(source), taken)
+            found.append(Lifted(position, name, value))
+    return tuple(found)
+
+
+def _is_of_module(source: Any) -> bool:
+    guard = source.guard_source
+    guard = guard() if callable(guard) else guard
+    return bool(guard.is_specialized_nn_module() or guard.is_unspecialized_nn_module())
+
+
+def _path(source: Any) -> str:
+    """`L['self']._modules['layer1']._parameters['weight']` is layer1.weight."""
+    name = source.name
+    text = name() if callable(name) else name
+    inside = re.sub(r"^[LG]\['[^']*'\]", "", text)
+    parts = re.findall(r"\['([^']+)'\]|\.(\w+)|\[(\d+)\]", inside)
+    words = [a or b or c for a, b, c in parts]
+    kept = [w for w in words if w not in ("_modules", "_parameters", "_buffers")]
+    return ".".join(re.sub(r"\W", "_", w) for w in kept) or "weight"
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    """A name that neither is taken nor lies on the way to one that is."""
+    for i in count():
+        candidate = f"{name}_{i}" if i else name
+        if candidate not in taken:
+            taken.add(candidate)
+            return candidate
+    raise AssertionError("unreachable")
+
+
+def with_weights(
+    gm: fx.GraphModule, lifted: Sequence[Lifted], *, keep_inputs: bool
+) -> fx.GraphModule:
+    """A copy of Dynamo's graph that owns the lifted tensors.
+
+    Args:
+        gm: Dynamo's graph; not changed.
+        lifted: the placeholders to replace, with the tensors to hold.
+        keep_inputs: whether the placeholders stay, unread, so that the graph is called as before.
+    """
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, places := {}, return_output_node=True)
+    if isinstance(output, tuple):
+        graph.output(output[0]).meta = dict(output[1].meta)
+    graph.set_codegen(gm.graph._codegen)
+    root = nn.Module()
+    for name, tensor in _tensors_of(gm):
+        _attach(root, name, tensor)
+    for name, module in gm.named_children():
+        root.add_module(name, module)
+    nodes = [places[node] for node in gm.graph.nodes if node.op == "placeholder"]
+    for one in lifted:
+        node = nodes[one.position]
+        _attach(root, one.name, one.value)
+        with graph.inserting_after(nodes[-1]):
+            weight = graph.get_attr(one.name)
+        weight.meta = {k: v for k, v in node.meta.items() if k != "grapharg"}
+        node.replace_all_uses_with(weight)
+        if not keep_inputs:
+            graph.erase_node(node)
+        elif "grapharg" in node.meta:
+            node.meta = {k: v for k, v in node.meta.items() if k != "grapharg"}
+    return fx.GraphModule(root, graph, type(gm).__name__)
+
+
+def _tensors_of(gm: fx.GraphModule) -> Iterable[tuple[str, Tensor]]:
+    yield from gm.named_parameters(recurse=False)
+    yield from gm.named_buffers(recurse=False)
+
+
+def _attach(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor at a path, through modules made on the way."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root._modules[part]  # type: ignore[assignment]
+    if isinstance(tensor, nn.Parameter):
+        root.register_parameter(last, tensor)
+    else:
+        root.register_buffer(last, tensor)
+
+
+# ---- freshness ----------------------------------------------------------------------------------
+
+
+class Snapshot:
+    """What a tensor was like when it was baked: the object, its version and its memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._state = _state(tensor)
+        # A number that Dynamo wraps into a new tensor for every call is known by its value.
+        self._number = tensor.item() if _is_number(tensor) else None
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the one that was baked, with the values it had."""
+        if self._number is not None:
+            return tensor.dim() == 0 and bool(tensor.item() == self._number)
+        return self._tensor() is tensor and self.is_unwritten(tensor)
+
+    def is_unwritten(self, tensor: Tensor) -> bool:
+        """The same for another name of the tensor, which shares its memory and its version."""
+        return self._number is not None or _state(tensor) == self._state
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad
+
+
+def _state(tensor: Tensor) -> tuple[int, int, torch.dtype]:
+    return (tensor._version, tensor.data_ptr(), tensor.dtype)
+
+
+_BAKED: dict[int, tuple[Snapshot, ...]] = {}
+_KEYS = count()
+_MESSAGE = (
+    "rmfx: the model's weights have changed since its residual connections were removed; compile "
+    "the model again (torch._dynamo.reset()), or compile it with backend='rmfx', which notices"
+)
+
+
+@torch.library.custom_op("rmfx::weights_are_fresh", mutates_args=())
+def weights_are_fresh(weights: Sequence[Tensor], key: int) -> Tensor:
+    """Whether the weights are those that were baked under a key; a boolean without dimensions."""
+    known = _BAKED.get(key, ())
+    fresh = len(known) == len(weights) and all(
+        snapshot.is_unwritten(w) for snapshot, w in zip(known, weights, strict=True)
+    )
+    return torch.tensor(fresh)
+
+
+@weights_are_fresh.register_fake
+def _(weights: Sequence[Tensor], key: int) -> Tensor:
+    return torch.empty((), dtype=torch.bool)
+
+
+def check_in_graph(graph: fx.Graph, lifted: Sequence[Lifted]) -> None:
+    """Let a graph whose weights are baked raise if those it is given are others.
+
+    The check is two operators, so it outlives whatever compiles the graph further.
+    """
+    if not lifted:
+        return
+    key = next(_KEYS)
+    _BAKED[key] = tuple(Snapshot(one.value) for one in lifted)
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    given = [nodes[one.position] for one in lifted]
+    with graph.inserting_after(nodes[-1]):
+        fresh = graph.call_function(torch.ops.rmfx.weights_are_fresh.default, (given, key))
+    with graph.inserting_after(fresh):
+        graph.call_function(torch.ops.aten._assert_async.msg, (fresh, _MESSAGE))
+
+
+def still_fresh(
+    snapshots: Mapping[int, Snapshot], arguments: Sequence[Any]
+) -> bool:
+    """Whether the arguments at some positions are the tensors that were baked."""
+    return all(snapshot.holds(arguments[i]) for i, snapshot in snapshots.items())
+
+

@@ -1,0 +1,86 @@
+"""Graphs of `torch.export`, with the conditions under which they hold."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as symbolic_config
+
+from ._errors import TraceError
+from ._input_guard import Expected, InputGuard, Size, parameters_of
+from ._tracing import first_line
+
+GUARD_KEY = "rmfx_input_guard"
+
+
+def export_model(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
+    """The model's graph by `torch.export`, with a batch of any size where its code allows it.
+
+    Other sizes are fixed: code that only exporting can trace computes with them, and symbolic
+    sizes make such expressions grow with every layer (188 s for an EfficientNet-B0 whose padding
+    depends on the image, against 4 s).
+
+    Raises:
+        TraceError: the model cannot be exported.
+    """
+    tensors = all(isinstance(x, Tensor) for x in inputs)
+    shapes = tuple({0: Dim.AUTO} if x.dim() > 1 else None for x in inputs) if tensors else None
+    try:
+        program = _export(model, inputs, shapes)
+    except TraceError:
+        if shapes is None:
+            raise
+        program = _export(model, inputs, None)
+    return unlifted(program)
+
+
+def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedProgram:
+    try:
+        # Else a batch of one would be taken for a constant.
+        with symbolic_config.patch(backed_size_oblivious=True):
+            return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+    # Exporting runs the model's own code, which may raise anything.
+    except Exception as error:
+        raise TraceError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def unlifted(program: ExportedProgram) -> fx.GraphModule:
+    """The program as a graph that owns its weights; `meta[GUARD_KEY]` holds its `InputGuard`."""
+    gm: fx.GraphModule = program.module(check_guards=False)
+    gm._forward_pre_hooks.clear()  # torch's own check, which the guard replaces
+    gm._forward_pre_hooks_with_kwargs.clear()
+    nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    symbols = {str(symbol): _limits(limits) for symbol, limits in program.range_constraints.items()}
+    gm.meta[GUARD_KEY] = InputGuard(
+        tuple(_expected(node) for node in nodes),
+        parameters_of(gm),
+        flatten=True,
+        ranges={name: limits for name, limits in symbols.items() if limits != (0, math.inf)},
+        conditions=tuple(getattr(program, "_guards_code", None) or ()),
+    )
+    return gm
+
+
+def _limits(limits: Any) -> tuple[float, float]:
+    # torch notes 2 where it means any size: 0 and 1 are what it likes to treat apart.
+    low, high = float(limits.lower), float(limits.upper)
+    return (low if low > 2 else 0, high if high < 2**62 else math.inf)
+
+
+def _expected(node: fx.Node) -> Expected:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return Expected(node.name, tuple(_size(n) for n in value.shape))
+    if isinstance(value, (int, float, str, bool)):
+        return Expected(node.name, constant=(value,))
+    return Expected(node.name)
+
+
+def _size(n: int | torch.SymInt) -> Size:
+    if isinstance(n, int):
+        return n
+    return str(n) if str(n).isidentifier() else None

@@ -1,0 +1,176 @@
+"""The check of a converted network's inputs: what it was made for, and nothing else.
+
+A graph may hold for some inputs only: `torch.export` fixes sizes and numbers, and every rewrite
+relies on the number of dimensions. An `InputGuard` is a forward pre-hook that raises instead of
+letting other inputs give wrong numbers. It is no node, so a plain graph stays plain.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+from torch.utils import _pytree as pytree
+
+from ._errors import ShapeError
+
+Size = int | str | None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one input must be like.
+
+    Attributes:
+        name: of the input, for messages.
+        sizes: of a tensor: a number, the name of a size that may vary, or None for any; None if the
+            input need not be a tensor.
+        constant: the only value allowed, in a tuple; None if any will do.
+    """
+
+    name: str
+    sizes: tuple[Size, ...] | None = None
+    constant: tuple[object] | None = None
+
+
+@dataclass(frozen=True)
+class InputGuard:
+    """A forward pre-hook that raises ShapeError for inputs the graph does not hold for.
+
+    Attributes:
+        expected: one entry for each placeholder.
+        parameters: of the module's forward; one that starts with a star takes all that is left.
+        flatten: whether placeholders are the leaves of the arguments instead of the arguments.
+        ranges: lowest and highest value of each size that has a name.
+        conditions: expressions of `torch.export` over `L`, the arguments by parameter.
+    """
+
+    expected: tuple[Expected, ...]
+    parameters: tuple[str, ...]
+    flatten: bool = False
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    conditions: tuple[str, ...] = ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = self._bind(args, kwargs)
+        values = list(bound.values())
+        sizes: dict[str, int] = {}
+        for want, value in zip(
+            self.expected, pytree.tree_leaves(values) if self.flatten else values, strict=False
+        ):
+            self._check(want, value, sizes)
+        if self.conditions:
+            self._check_conditions(bound)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments by parameter, None for those not given."""
+        bound: dict[str, Any] = {}
+        for i, name in enumerate(self.parameters):
+            if name.startswith("**"):
+                bound[name[2:]] = {k: v for k, v in kwargs.items() if k not in bound}
+            elif name.startswith("*"):
+                bound[name[1:]] = args[i:]
+            else:
+                bound[name] = args[i] if i < len(args) else kwargs.get(name)
+        return bound
+
+    def _check(self, want: Expected, value: Any, sizes: dict[str, int]) -> None:
+        if want.constant is not None and not _same(value, want.constant[0]):
+            raise ShapeError(
+                f"{want.name} is {value!r}, but the network was exported for {want.constant[0]!r}; "
+                "convert it again with example inputs of that value"
+            )
+        # Proxies pass: whoever traces the network checks its inputs when it runs.
+        if want.sizes is None or not isinstance(value, Tensor):
+            return
+        if value.dim() != len(want.sizes):
+            raise ShapeError(
+                f"{want.name} has {value.dim()} dimensions {tuple(value.shape)}, but the network "
+                f"was converted for {len(want.sizes)}; add or remove a batch dimension, or convert "
+                "it with example inputs like these"
+            )
+        for have, size in zip(value.shape, want.sizes, strict=True):
+            if size is None:
+                continue
+            low, high = self.ranges.get(str(size), (0, math.inf))
+            known = size if isinstance(size, int) else sizes.setdefault(size, have)
+            if have != known or have < low or (high < math.inf and have > high):
+                raise ShapeError(
+                    f"{want.name} has shape {tuple(value.shape)}, but the network was exported for "
+                    f"{self._describe(want.sizes)}; convert it again with example inputs of that "
+                    "shape"
+                )
+
+    def _describe(self, sizes: Sequence[Size]) -> str:
+        text = ", ".join("any" if n is None else str(n) for n in sizes)
+        limits = [
+            f"{low} <= {name} <= {high}" if high < math.inf else f"{name} >= {low}"
+            for name, (low, high) in self.ranges.items()
+            if name in sizes and (low, high) != (0, math.inf)
+        ]
+        return f"({text})" + (f" with {', '.join(limits)}" if limits else "")
+
+    def _check_conditions(self, bound: Mapping[str, Any]) -> None:
+        scope = {**SYMPY_INTERP, "math": math, "torch": torch, "inf": math.inf, "L": bound}
+        for condition in self.conditions:
+            # The exported program's own code, which torch.export runs in the same way.
+            if not eval(condition, scope):  # noqa: S307
+                raise ShapeError(
+                    f"the inputs do not fulfil {condition}, for which the network was exported; "
+                    "export and convert it with example inputs like these"
+                )
+
+
+def _same(value: object, constant: object) -> bool:
+    if isinstance(value, fx.Proxy):
+        return True
+    both_nan = value != value and constant != constant
+    return type(value) is type(constant) and (value == constant or both_nan)
+
+
+def guard_of(module: nn.Module) -> InputGuard | None:
+    """The guard that a module carries, if any."""
+    hooks = module._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, InputGuard)), None)
+
+
+def set_guard(module: nn.Module, guard: InputGuard | None) -> None:
+    """Let a module carry a guard, in place of the one it has."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, InputGuard):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    if guard is not None and any(e != Expected(e.name) for e in guard.expected):
+        module.register_forward_pre_hook(guard, with_kwargs=True)
+
+
+def parameters_of(module: fx.GraphModule) -> tuple[str, ...]:
+    """The parameters of a graph's forward, with their stars."""
+    return tuple(
+        str(p.replace(annotation=p.empty, default=p.empty))
+        for p in inspect.signature(module.forward).parameters.values()
+    )
+
+
+def with_ranks(
+    guard: InputGuard | None, module: fx.GraphModule, ranks: Mapping[str, int | None]
+) -> InputGuard:
+    """A guard that also demands numbers of dimensions, by placeholder."""
+    names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+    if guard is None:
+        guard = InputGuard(tuple(map(Expected, names)), parameters_of(module))
+    expected = tuple(
+        e if e.sizes is not None or ranks.get(name) is None else _of_rank(e, ranks[name])
+        for e, name in zip(guard.expected, names, strict=True)
+    )
+    return replace(guard, expected=expected)
+
+
+def _of_rank(expected: Expected, rank: int | None) -> Expected:
+    return replace(expected, sizes=(None,) * (rank or 0))

@@ -1,0 +1,192 @@
+"""Symbolic tracing, and the check that it recorded what the model does.
+
+`torch.fx` runs a model's Python code with proxies instead of tensors. Where the code looks at them
+(`isinstance(x, Tensor)`, `str(x.device)`) it may take another way than with tensors, without an
+error. So where example inputs are known both the model and its trace run on fake tensors, and every
+operator they call, with the values it reads, must be the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.proxy import Proxy
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._errors import TraceError
+
+
+class _InPlaceProxy(Proxy):
+    """Records `x += y` as an in-place operation, which `fx.Proxy` turns into a plain one."""
+
+    def _record(self, function: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._record(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._record(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._record(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._record(operator.itruediv, other)
+
+
+class _Tracer(fx.Tracer):
+    """The symbolic tracer, with in-place operators and source lines."""
+
+    # A buffer that forward() changes must show in the graph instead of being changed by tracing.
+    proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        return _InPlaceProxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["source"] = _user_line()
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        # fx would give back an ordinary dict.
+        if type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
+        return super().create_arg(a)
+
+
+def _user_line() -> str | None:
+    """The place ("file.py:12") of the innermost frame that is neither PyTorch nor this file."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if is_user_file(path):
+            return f"{path}:{frame.f_lineno}"
+        frame = frame.f_back
+    return None
+
+
+def is_user_file(path: str) -> bool:
+    """Whether code of a file is neither PyTorch's nor the tracer's."""
+    return "/torch/" not in path.replace("\\", "/") and path != __file__
+
+
+def trace_symbolically(model: nn.Module) -> fx.GraphModule:
+    """The model's graph, with every size left open.
+
+    Raises:
+        TraceError: the model's code cannot run on proxies.
+    """
+    tracer = _Tracer()
+    try:
+        with unchanged(model):
+            return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
+    # Tracing runs the model's own code, which may raise anything.
+    except Exception as error:
+        raise TraceError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what a model's code assigns to its modules: a trace would leave proxies there."""
+    modules = list(model.modules())
+    before = [dict(vars(m)) for m in modules]
+    tables = ("_parameters", "_buffers", "_modules")
+    entries = [{name: dict(vars(m)[name]) for name in tables} for m in modules]
+    try:
+        yield
+    finally:
+        for module, attributes, entry in zip(modules, before, entries, strict=True):
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, values in entry.items():
+                table = vars(module)[name]
+                table.clear()
+                table.update(values)
+
+
+# ---- the check ----------------------------------------------------------------------------------
+
+Call = tuple[object, ...]
+
+
+class _Recording(TorchDispatchMode):
+    """Writes down every operator that runs, with its arguments; tensors get running numbers."""
+
+    def __init__(self, mode: FakeTensorMode, inputs: Any) -> None:
+        super().__init__()
+        self._mode = mode
+        self.calls: list[Call] = []
+        self._numbers: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # an id is a tensor's own for as long as it lives
+        self._note(inputs)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        leaves = [self._name(leaf) for leaf in pytree.tree_leaves((args, kwargs))]
+        # A model may write to a tensor of its own: let it write to a fake.
+        args, kwargs = as_fakes(self._mode, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        self.calls.append((func, *leaves))
+        self._note(result)
+        return result
+
+    def _note(self, values: Any) -> None:
+        for value in pytree.tree_leaves(values):
+            if isinstance(value, Tensor) and id(value) not in self._numbers:
+                self._numbers[id(value)] = len(self._numbers)
+                self._alive.append(value)
+
+    def _name(self, leaf: Any) -> object:
+        if isinstance(leaf, Tensor):  # a tensor of the model goes by its id, the same in both runs
+            return ("value", self._numbers.get(id(leaf), f"weight {id(leaf)}"))
+        return repr(leaf) if isinstance(leaf, float) else leaf
+
+
+def records_the_same(model: nn.Module, gm: fx.GraphModule, inputs: tuple[Any, ...]) -> bool:
+    """Whether a model and its trace call the same operators on the same values.
+
+    Args:
+        model, gm: the model and what was traced of it, sharing its tensors.
+        inputs: example inputs; only their shapes and types are used.
+
+    Raises:
+        Whatever the model's own code raises.
+    """
+    return _calls(model, inputs) == _calls(gm, inputs)
+
+
+def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> list[Call]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = as_fakes(mode, inputs)
+    recording = _Recording(mode, fake)
+    with unchanged(model), mode, recording, torch.no_grad():
+        result = model(*fake)
+    return [*recording.calls, tuple(recording._name(x) for x in pytree.tree_leaves(result))]
+
+
+def as_fakes(mode: FakeTensorMode, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs with tensors that have shape and type, but no values."""
+
+    def fake(x: Any) -> Any:
+        is_real = isinstance(x, Tensor) and not isinstance(x, FakeTensor)
+        return mode.from_tensor(x, static_shapes=True) if is_real else x
+
+    return pytree.tree_map(fake, inputs)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or ["no message"])[0]
