@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 
 from rmfx._activation import STRATEGIES, Blockwise, Interval, strategy_of
 from rmfx._affine import CONVS, AffineConv
+from rmfx._dialect import module_path
 from rmfx._errors import Refusal, RefusedError, RmfxError
 from rmfx._graph import Net, Shape, Virtual, positions
 from rmfx._layers import read_join
@@ -166,16 +167,9 @@ def _label(site: Site, column: Column, index: int) -> tuple[str, fx.Node]:
     nodes = [n for step in column.steps for n in step.nodes if n.op == "call_module"]
     if nodes:
         return str(nodes[0].target), nodes[0]
-    place = _place(site.join)
+    place = module_path(site.join)
     role = "duplicate" if index == 0 else "merge"
     return (f"{place}.{role}" if place else f"{site.join.name}_{role}"), site.join
-
-
-def _place(node: fx.Node) -> str:
-    """Path of the module whose code made a node."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [v[0] if isinstance(v, tuple) else k for k, v in stack.items()]
-    return str(paths[-1]).removeprefix("L['self'].").removeprefix("L['self']") if paths else ""
 
 
 # ---- the report ---------------------------------------------------------------------------------
@@ -211,7 +205,7 @@ def _row_before(net: Net, match: Match, nodes: list[fx.Node]) -> SiteReport:
     work, size = _cost_of(net, nodes, site.dims)
     carries = [c.carry.out_channels for c in match.plan.columns[:-1] if isinstance(c, Linear)]
     return SiteReport(
-        place=_place(site.join),
+        place=module_path(site.join),
         source=site.join.meta.get("source"),
         join=site.join.name,
         node=None,
@@ -250,7 +244,7 @@ def _cost_of(net: Net, nodes: Iterable[fx.Node], dims: int) -> tuple[int | None,
 
 def _refused_row(node: fx.Node, refusal: Refusal) -> SiteReport:
     return SiteReport(
-        place=_place(node),
+        place=module_path(node),
         source=node.meta.get("source"),
         join=node.name,
         node=node.name,

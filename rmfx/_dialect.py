@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +151,15 @@ def _conv(dims: int) -> Builder:
     return build
 
 
+def _convolution(given: Arguments) -> nn.Module | None:
+    weight = given["weight"]
+    if given.pop("transposed") or any(given.pop("output_padding")):
+        return None
+    if not isinstance(weight, Tensor) or not 3 <= weight.dim() <= 5:
+        return None
+    return _conv(weight.dim() - 2)(given)
+
+
 def _linear(given: Arguments) -> nn.Module | None:
     weight, bias = given["weight"], given.get("bias")
     if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None) or weight.dim() != 2:
@@ -261,6 +271,26 @@ def _table() -> dict[Any, Call]:
         "weight bias running_mean running_var training momentum eps cudnn_enabled",
         _batch_norm,
     )
+    row(
+        _overloads("_native_batch_norm_legit_no_training"),
+        "weight bias running_mean running_var momentum eps",
+        _batch_norm,
+    )
+    row(
+        _overloads("native_batch_norm", "_native_batch_norm_legit"),
+        "weight bias running_mean running_var training momentum eps",
+        _batch_norm,
+    )
+    row(
+        _overloads("max_pool2d_with_indices"),
+        "kernel_size stride padding dilation ceil_mode",
+        _pool(nn.MaxPool2d),
+    )
+    row(
+        _overloads("convolution"),
+        "weight bias stride padding dilation transposed output_padding groups",
+        _convolution,
+    )
     row([F.dropout, F.dropout2d, F.dropout3d], "p training inplace", _dropout)
     row(
         [torch.dropout, *_overloads("dropout", "dropout_", "feature_dropout")],
@@ -274,6 +304,10 @@ def _table() -> dict[Any, Call]:
 
 
 CALLS = _table()
+FIRST_OF_SEVERAL = _overloads(
+    *("_native_batch_norm_legit_no_training", "native_batch_norm", "_native_batch_norm_legit"),
+    "max_pool2d_with_indices",
+)
 
 ARITHMETIC: dict[Any, Any] = {
     **dict.fromkeys(
@@ -325,6 +359,9 @@ def has_functional_form(gm: fx.GraphModule, node: fx.Node) -> bool:
 def canonicalise(gm: fx.GraphModule) -> None:
     """Rewrite every call that has a form in the dialect, except frozen ones."""
     taken = {name for name, _ in gm.named_modules(remove_duplicate=False)}
+    for node in list(gm.graph.nodes):
+        if node.target is operator.getitem:
+            _take_first(node)
     frozen = {n.target for n in gm.graph.nodes if n.op == "call_module" and n.meta.get("frozen")}
     for node in list(gm.graph.nodes):
         if node.meta.get("frozen"):
@@ -338,6 +375,50 @@ def canonicalise(gm: fx.GraphModule) -> None:
         elif node.op in ("call_function", "call_method"):
             _canonicalise_call(gm, node, taken)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)
+    _name_nodes(gm.graph)
+
+
+def _name_nodes(graph: fx.Graph) -> None:
+    """Name nodes by their place in the model, whoever traced it."""
+    taken = {n.name for n in graph.nodes if _name_by_place(n) is None}
+    for node in graph.nodes:
+        base = _name_by_place(node)
+        if base is None:
+            continue
+        name, i = base, 1
+        while name in taken:
+            name, i = f"{base}_{i}", i + 1
+        taken.add(name)
+        node.name = name
+
+
+def _name_by_place(node: fx.Node) -> str | None:
+    if node.op == "call_module":
+        path = str(node.target)
+    elif node.op in ("call_function", "call_method") and not node.meta.get("number"):
+        role = str(getattr(node.target, "__name__", node.target)).partition(".")[0].strip("_")
+        path = ".".join(filter(None, (module_path(node), role)))
+    else:
+        return None
+    name = re.sub(r"\W", "_", path)
+    return f"_{name}" if name[:1].isdigit() else name
+
+
+def _take_first(node: fx.Node) -> None:
+    """Let an operator whose first result alone is read stand for that result."""
+    call, index = node.args
+    if not isinstance(call, fx.Node) or call.target not in FIRST_OF_SEVERAL or index != 0:
+        return
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in call.users):
+        return
+    for user in [user for user in call.users if user is not node]:
+        user.replace_all_uses_with(node)
+        node.graph.erase_node(user)
+    node.target, node.args, node.kwargs = call.target, call.args, dict(call.kwargs)
+    keep = {k: node.meta[k] for k in ("shape", "dtype", "val") if k in node.meta}
+    node.meta = {**call.meta, **keep}
+    node.meta.pop("container", None)
+    node.graph.erase_node(call)
 
 
 def _write_by_method(node: fx.Node) -> None:
@@ -383,6 +464,9 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
     if node.target is aten.slice.Tensor:
         _slice(node)
         return
+    if node.target in (aten.addmm.default, aten.mm.default):
+        _linear_by_product(gm, node, taken)
+        return
     if node.target in (aten.constant_pad_nd.default, aten.pad.default):
         names = ("input", "pad", *(("mode",) if "pad.def" in str(node.target) else ()), "value")
         given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
@@ -390,11 +474,33 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
         node.target, node.args, node.kwargs = F.pad, (x,), given
         return
     module = _flatten_by_view(node) or _module_for(gm, node)
-    if module is None:
-        return
+    if module is not None:
+        _call_module(gm, node, module, _input(node), taken)
+
+
+def _call_module(
+    gm: fx.GraphModule, node: fx.Node, module: nn.Module, source: Any, taken: set[str]
+) -> None:
+    """Let a node call a module that the graph gets for it."""
     name = _module_name(gm, node, taken)
     gm.add_submodule(name, module.eval())
-    node.op, node.target, node.args, node.kwargs = "call_module", name, (_input(node),), {}
+    node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
+
+
+def _linear_by_product(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> None:
+    """aten.addmm(b, x, wᵀ) and aten.mm(x, wᵀ), which exporting makes of a Linear layer."""
+    bias, x, transposed = node.args if len(node.args) == 3 else (None, *node.args)
+    is_transposed = isinstance(transposed, fx.Node) and (
+        transposed.target is aten.t.default
+        or (transposed.target is aten.permute.default and transposed.args[1] == [1, 0])
+    )
+    if node.kwargs or not is_transposed or not isinstance(x, fx.Node):
+        return
+    weight, bias = _constant(gm, transposed.args[0]), _constant(gm, bias)  # type: ignore[union-attr]
+    module = None if MISSING in (weight, bias) else _linear({"weight": weight, "bias": bias})
+    # A bias of another shape broadcasts over the batch.
+    if module is not None and (bias is None or bias.shape == weight.shape[:1]):
+        _call_module(gm, node, module, x, taken)
 
 
 def _input(node: fx.Node) -> Any:
@@ -521,11 +627,37 @@ def _detach_in_place(gm: fx.GraphModule, node: fx.Node, taken: set[str], *, keep
         setattr(gm.get_submodule(parent), name, module)
 
 
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module whose code made a node, "" for the root or where unknown."""
+    return _innermost(node)[0]
+
+
+def _innermost(node: fx.Node) -> tuple[str, str]:
+    """Path and type name of the innermost module whose code made a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return "", ""
+    key, entry = list(stack.items())[-1]
+    path, kind = entry if isinstance(entry, tuple) else (key, entry)
+    kind = f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
+    # Dynamo writes where the root comes from: L['self'].layer1.0
+    return re.sub(r"^[LG]\['[^']*'\]\.?", "", str(path)), kind
+
+
 def _module_name(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> str:
-    """A free module path for a call, inside the module that makes it."""
-    stack = node.meta.get("nn_module_stack")
-    path = _last_path(stack) if stack else ""
+    """A free module path for a call: the layer's own where a layer of torch.nn made the call."""
+    path, kind = _innermost(node)
+    if path and kind.startswith("torch.nn.modules."):
+        if path in taken and _is_holder(gm, path):
+            return path
+        return _free_name(gm, path, taken)
     return _free_name(gm, f"{path}.{node.name}" if path else node.name, taken)
+
+
+def _is_holder(gm: fx.GraphModule, path: str) -> bool:
+    """Whether a path leads to a module that only holds tensors, as exporting leaves them."""
+    module = gm.get_submodule(path)
+    return type(module) is nn.Module and not module._modules
 
 
 def _free_name(gm: fx.GraphModule, base: str, taken: set[str]) -> str:
@@ -534,9 +666,3 @@ def _free_name(gm: fx.GraphModule, base: str, taken: set[str]) -> str:
         name, i = f"{base}_{i}", i + 1
     taken.add(name)
     return name
-
-
-def _last_path(stack: dict[str, Any]) -> str:
-    value = list(stack.values())[-1]
-    path = value[0] if isinstance(value, tuple) else list(stack)[-1]
-    return str(path).removeprefix("L['self'].").removeprefix("L['self']")

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, fx, nn
 
 
-
 @dataclass(frozen=True)
 class Lifted:
     """A tensor of the model that Dynamo made an input of the graph.
@@ -28,11 +27,13 @@ class Lifted:
         position: among the placeholders.
         name: its path in the model, as in `state_dict`.
         value: the tensor at compile time.
+        is_number: whether Dynamo wraps a number of a module into a new tensor for every call.
     """
 
     position: int
     name: str
     value: Tensor
+    is_number: bool = False
 
 
 def find_lifted(graph: fx.Graph) -> tuple[Lifted, ...]:
@@ -50,11 +51,11 @@ def find_lifted(graph: fx.Graph) -> tuple[Lifted, ...]:
         if source is None or not _is_of_module(source):
             continue
         value = argument.example
-        if isinstance(value, (int, float)) and argument.pass_arg_as_tensor:
-            value = torch.as_tensor(value)
+        is_number = bool(argument.pass_arg_as_tensor)
+        value = torch.as_tensor(value) if is_number else value
         if type(value) in (Tensor, nn.Parameter) and not value.is_inference():
             name = _unique(_path(source), taken)
-            found.append(Lifted(position, name, value))
+            found.append(Lifted(position, name, value, is_number))
     return tuple(found)
 
 
@@ -108,6 +109,8 @@ def with_weights(
     nodes = [places[node] for node in gm.graph.nodes if node.op == "placeholder"]
     for one in lifted:
         node = nodes[one.position]
+        if one.is_number:
+            _fold(node, one.value.item())
         _attach(root, one.name, one.value)
         with graph.inserting_after(nodes[-1]):
             weight = graph.get_attr(one.name)
@@ -118,6 +121,15 @@ def with_weights(
         elif "grapharg" in node.meta:
             node.meta = {k: v for k, v in node.meta.items() if k != "grapharg"}
     return fx.GraphModule(root, graph, type(gm).__name__)
+
+
+def _fold(node: fx.Node, number: float) -> None:
+    """Put a number in the place of `node.item()`."""
+    for reader in [user for user in node.users if user.target == "item"]:
+        for user in list(reader.users):
+            user.args = fx.map_arg(user.args, lambda n, own=reader: number if n is own else n)
+            user.kwargs = fx.map_arg(user.kwargs, lambda n, own=reader: number if n is own else n)
+        node.graph.erase_node(reader)
 
 
 def _tensors_of(gm: fx.GraphModule) -> Iterable[tuple[str, Tensor]]:
@@ -144,25 +156,22 @@ def _attach(root: nn.Module, name: str, tensor: Tensor) -> None:
 class Snapshot:
     """What a tensor was like when it was baked: the object, its version and its memory."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, lifted: Lifted) -> None:
+        tensor = lifted.value
         self._tensor = weakref.ref(tensor)
         self._state = _state(tensor)
-        # A number that Dynamo wraps into a new tensor for every call is known by its value.
-        self._number = tensor.item() if _is_number(tensor) else None
+        self._number = tensor.item() if lifted.is_number else None
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is the one that was baked, with the values it had."""
-        if self._number is not None:
-            return tensor.dim() == 0 and bool(tensor.item() == self._number)
-        return self._tensor() is tensor and self.is_unwritten(tensor)
+        same = self._number is not None or self._tensor() is tensor
+        return same and self.is_unwritten(tensor)
 
     def is_unwritten(self, tensor: Tensor) -> bool:
         """The same for another name of the tensor, which shares its memory and its version."""
-        return self._number is not None or _state(tensor) == self._state
-
-
-def _is_number(tensor: Tensor) -> bool:
-    return tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad
+        if self._number is not None:
+            return bool(tensor.item() == self._number)
+        return _state(tensor) == self._state
 
 
 def _state(tensor: Tensor) -> tuple[int, int, torch.dtype]:
@@ -200,7 +209,7 @@ def check_in_graph(graph: fx.Graph, lifted: Sequence[Lifted]) -> None:
     if not lifted:
         return
     key = next(_KEYS)
-    _BAKED[key] = tuple(Snapshot(one.value) for one in lifted)
+    _BAKED[key] = tuple(map(Snapshot, lifted))
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     given = [nodes[one.position] for one in lifted]
     with graph.inserting_after(nodes[-1]):
@@ -209,10 +218,6 @@ def check_in_graph(graph: fx.Graph, lifted: Sequence[Lifted]) -> None:
         graph.call_function(torch.ops.aten._assert_async.msg, (fresh, _MESSAGE))
 
 
-def still_fresh(
-    snapshots: Mapping[int, Snapshot], arguments: Sequence[Any]
-) -> bool:
+def still_fresh(snapshots: Mapping[int, Snapshot], arguments: Sequence[Any]) -> bool:
     """Whether the arguments at some positions are the tensors that were baked."""
     return all(snapshot.holds(arguments[i]) for i, snapshot in snapshots.items())
-
-

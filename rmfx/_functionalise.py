@@ -95,6 +95,9 @@ def _is_container(node: fx.Node) -> bool:
 
 
 def _is_number(node: fx.Node) -> bool:
+    value = node.meta.get("val", node.meta.get("example_value"))
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)):
+        return True
     if node.op == "call_method":
         return node.target in NUMBER_METHODS
     if node.op != "call_function":
@@ -103,7 +106,7 @@ def _is_number(node: fx.Node) -> bool:
         return True
     if node.target in (builtins.getattr, getattr):
         return node.args[1] in NUMBER_ATTRIBUTES
-    if "sym_size" in str(node.target):
+    if getattr(node.target, "__name__", "").startswith("sym_"):
         return True
     module = getattr(node.target, "__module__", None)
     of_numbers = all(n.meta.get("number") for n in node.all_input_nodes)

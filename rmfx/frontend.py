@@ -12,6 +12,7 @@ The model itself is never changed; modules and parameters are shared with it.
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 import torch
@@ -28,7 +29,7 @@ from ._exporting import GUARD_KEY, export_model, unlifted
 from ._functionalise import functionalise, mark_numbers
 from ._graph import check_weight, has_hooks
 from ._input_guard import guard_of, set_guard, with_ranks
-from ._tracing import as_fakes, first_line, records_the_same, trace_symbolically
+from ._tracing import as_fakes, first_line, is_user_file, records_the_same, trace_symbolically
 
 Inputs = tuple[Any, ...]
 RANKS_OF_NORM: dict[type[nn.Module], tuple[int, ...]] = {
@@ -64,6 +65,7 @@ def trace(model: Any, example_inputs: Any = None) -> fx.GraphModule:
     check_weights(gm)
     _check_functional_mode(gm)
     mark_numbers(gm.graph)
+    _note_sources(gm.graph)
     _find_shapes(gm, inputs)
     functionalise(gm)
     canonicalise(gm)
@@ -73,6 +75,15 @@ def trace(model: Any, example_inputs: Any = None) -> fx.GraphModule:
     ranks = {n.name: len(n.meta["shape"]) for n in gm.graph.nodes if "shape" in n.meta}
     set_guard(gm, with_ranks(guard, gm, ranks))
     return gm
+
+
+def _note_sources(graph: fx.Graph) -> None:
+    """Read source lines off the stack that Dynamo and export note."""
+    for node in graph.nodes:
+        lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+        own = [f"{path}:{line}" for path, line in lines if is_user_file(path)]
+        if own and "source" not in node.meta:
+            node.meta["source"] = own[-1]
 
 
 def as_inputs(example_inputs: Any) -> Inputs | None:
@@ -146,7 +157,7 @@ def _graph_of(model: Any, inputs: Inputs | None) -> fx.GraphModule:
             f"cannot trace a {type(model).__name__}; pass an nn.Module, a GraphModule or an "
             "ExportedProgram"
         )
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = _unwrapped(model)
     check_mode(model)
     if has_hooks(model) and not _has_only_a_guard(model):
         raise TraceError(
@@ -162,6 +173,16 @@ def _graph_of(model: Any, inputs: Inputs | None) -> fx.GraphModule:
     gm = with_weights(model, lifted, keep_inputs=True)
     check_in_graph(gm.graph, lifted)
     return gm
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside what torch.compile and data parallelism put around it."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
+        model, "_orig_mod"
+    ):
+        inner = getattr(model, "_orig_mod", None)
+        model = model.module if inner is None else inner
+    return model
 
 
 def _has_only_a_guard(model: nn.Module) -> bool:
@@ -203,9 +224,7 @@ def _is_faithful(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> bool:
 
 def _does_not_run(inputs: Inputs, error: Exception) -> ShapeError:
     shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs]
-    return ShapeError(
-        f"the model does not run on the example inputs {shapes}: {first_line(error)}"
-    )
+    return ShapeError(f"the model does not run on the example inputs {shapes}: {first_line(error)}")
 
 
 def _private_copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -28,7 +28,7 @@ def test_rows_name_place_source_join_and_strategy_in_graph_order() -> None:
     gm = converted()
     first, second, third = rmfx.report(gm).rows
     assert [r.place for r in (first, second, third)] == ["2", "3", "4"]
-    assert [r.join for r in (first, second, third)] == ["add", "add_1", "add_2"]
+    assert [r.join for r in (first, second, third)] == ["_2_add", "_3_add", "_4_add"]
     assert [r.status for r in (first, second, third)] == ["removed", "refused", "removed"]
     assert [r.strategy for r in (first, second, third)] == ["identity", "", "masked"]
     assert [r.shape for r in (first, second, third)] == [(2, 6, 5, 4)] * 3
