@@ -24,6 +24,7 @@ from rmfx._graph import Net, Virtual
 from rmfx._layers import input_of, read, read_affine
 from rmfx._rewrite import apply_rule
 from rmfx._site import weight_types
+from rmfx._state import undisturbed
 from rmfx.frontend import trace
 
 
@@ -80,6 +81,7 @@ def merge_pair(net: Net, first: fx.Node, second: fx.Node) -> Pair | Refusal:
     return Pair(first, second, Virtual(merged, *kinds.pop()))
 
 
+@undisturbed
 def fold_batch_norm(model: nn.Module | Any, example_inputs: Any = None) -> fx.GraphModule:
     """Fold every batch norm that stands next to a linear layer into it.
 

@@ -26,6 +26,7 @@ from rmfx._graph import Net, Virtual
 from rmfx._layers import input_of, read_affine
 from rmfx._rewrite import apply_rule
 from rmfx._site import weight_types
+from rmfx._state import undisturbed
 from rmfx.frontend import trace
 
 Cost = tuple[float, ...]
@@ -127,6 +128,7 @@ def _affine(net: Net, node: fx.Node) -> AffineConv:
     return layer
 
 
+@undisturbed
 def merge_convs(
     model: nn.Module | Any, example_inputs: Any = None, *, force: bool = False
 ) -> fx.GraphModule:

@@ -16,6 +16,7 @@ from rmfx._errors import Refusal
 from rmfx._graph import Net
 from rmfx._layers import input_of
 from rmfx._rewrite import apply_rule
+from rmfx._state import undisturbed
 from rmfx.frontend import trace
 
 NOOP_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
@@ -65,6 +66,7 @@ def _is_neutral(node: fx.Node, source: fx.Node) -> bool:
     return type(constant) is int and constant == NEUTRAL[node.target]
 
 
+@undisturbed
 def remove_noops(model: nn.Module | Any, example_inputs: Any = None) -> fx.GraphModule:
     """Remove identities, eval-mode dropout and the like from a model.
 

@@ -36,6 +36,7 @@ from rmfx._plan import Column, Linear, Plan, Pointwise, build, plans, settle
 from rmfx._range import Ranges
 from rmfx._rewrite import apply_rule
 from rmfx._site import Site, find_site
+from rmfx._state import undisturbed
 from rmfx.frontend import trace
 from rmfx.report import META_KEY, Report, SiteReport
 
@@ -257,6 +258,7 @@ def _refused_row(node: fx.Node, refusal: Refusal) -> SiteReport:
 # ---- the verb -----------------------------------------------------------------------------------
 
 
+@undisturbed
 def remove_residuals(
     model: nn.Module | Any,
     example_inputs: Any = None,

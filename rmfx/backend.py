@@ -1,0 +1,207 @@
+"""The torch.compile backend: `torch.compile(model, backend="rmfx", options={...})`.
+
+Each of Dynamo's graphs has its residual connections removed and goes on to another backend. The
+weights that were baked are compared at every call with those that Dynamo hands over: after
+`load_state_dict`, an optimiser step or any other change the graph is converted again. A graph whose
+gradients are asked for is passed on as it is, with a warning, unless `differentiable` is set.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ._activation import Interval
+from ._dynamo import Lifted, Snapshot, find_lifted, with_weights
+from ._errors import OptionError, RmfxError
+from .passes.residual import remove_residuals
+from .report import Report, report
+
+Compiled = Callable[..., Any]
+MAX_RENEWALS = 8  # then the weights are being trained, and converting at each call does not pay
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `torch.compile(..., backend="rmfx", options={...})` understands.
+
+    Attributes:
+        backend: name of the backend that compiles the converted graph, or a function.
+        backend_options: its options; for inductor its configuration.
+        strict: raise where a residual connection is refused or a graph cannot be converted.
+        activation, input_range: as for `rmfx.remove_residuals`.
+        on_report: called with the `rmfx.Report` of every graph.
+    """
+
+    backend: str | Callable[..., Compiled] = "inductor"
+    backend_options: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+    activation: str | Collection[str] = "auto"
+    input_range: Interval | None = None
+    on_report: Callable[[Report], object] | None = None
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> Options:
+        """Options from a mapping.
+
+        Raises:
+            OptionError: there is no such option.
+        """
+        names = [f.name for f in fields(Options)]
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise OptionError(
+                f"backend='rmfx' has no option {unknown[0]!r}; it has {', '.join(names)}"
+            )
+        options = Options(**given)
+        if options.backend == "rmfx":
+            raise OptionError("backend='rmfx' cannot compile with itself; name another backend")
+        return options
+
+
+def rmfx(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """Compile one of Dynamo's graphs without its residual connections.
+
+    Args:
+        gm: Dynamo's graph; not changed.
+        example_inputs: its inputs, as Dynamo hands them to a backend.
+        options: see `Options`.
+        mode: of torch.compile; passed on to inductor.
+
+    Raises:
+        OptionError: an option is not known.
+        RmfxError: with `strict`, the graph cannot be converted.
+    """
+    chosen = Options.of(options or {})
+    if mode is not None:
+        chosen = replace(chosen, backend_options=_of_mode(mode) | dict(chosen.backend_options))
+    inner = _inner(chosen)
+    if torch.is_grad_enabled() and any(_requires_grad(x) for x in example_inputs):
+        _warn(
+            "gradients are asked for, so the graph keeps its residual connections; call the "
+            "compiled model under torch.no_grad() or freeze its parameters"
+        )
+        return inner(gm, list(example_inputs))
+    return _Converted(gm, example_inputs, chosen, inner)
+
+
+def _of_mode(mode: str) -> dict[str, Any]:
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"rmfx: {text}", stacklevel=2)
+
+
+def _inner(options: Options) -> Compiled:
+    """The backend behind this one, as a function of graph and inputs."""
+    given = dict(options.backend_options)
+    if options.backend == "inductor":
+        return lambda gm, inputs: _inductor(gm, inputs, given)
+    found: Any = options.backend
+    if isinstance(found, str):
+        found = torch._dynamo.lookup_backend(found)
+    return lambda gm, inputs: found(gm, inputs, **({"options": given} if given else {}))
+
+
+def _inductor(gm: fx.GraphModule, inputs: list[Any], config: dict[str, Any]) -> Compiled:
+    from torch._inductor.compile_fx import compile_fx
+
+    # The weights are constants of the graph by now, which freezing folds into the code.
+    compiled: Compiled = compile_fx(gm, inputs, config_patches={"freezing": True, **config})
+    return compiled
+
+
+class _Converted:
+    """A compiled graph without residual connections, which knows the weights it was made of."""
+
+    def __init__(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], options: Options, inner: Compiled
+    ) -> None:
+        self._gm = gm
+        self._lifted = find_lifted(gm.graph)
+        self._options = options
+        self._inner = inner
+        self._renewals = 0
+        self._is_dynamic = _has_open_sizes(gm.graph)
+        baked = {one.position for one in self._lifted}
+        self._kept = [i for i in range(len(inputs)) if i not in baked]
+        self._snapshots: dict[int, Snapshot] = {}
+        self._compiled = self._compile(inputs, self._lifted, inner)
+
+    def _compile(
+        self, inputs: Sequence[Any], lifted: Sequence[Lifted], inner: Compiled
+    ) -> Compiled:
+        options = self._options
+        try:
+            converted = remove_residuals(
+                with_weights(self._gm, lifted, keep_inputs=False),
+                strict=options.strict,
+                activation=options.activation,
+                input_range=options.input_range,
+            )
+        except RmfxError as error:
+            if options.strict:
+                raise
+            _warn(f"a graph keeps its residual connections: {error}")
+            self._snapshots = {}
+            return inner(self._gm, list(inputs))
+        if options.on_report is not None:
+            options.on_report(report(converted))
+        converted.requires_grad_(False)
+        with torch.no_grad():
+            compiled = inner(converted, [inputs[i] for i in self._kept])
+        self._snapshots = {one.position: Snapshot(one) for one in lifted}
+        return compiled
+
+    def __call__(self, *args: Any) -> Any:
+        if not self._snapshots:
+            return self._compiled(*args)
+        if not all(known.holds(args[i]) for i, known in self._snapshots.items()):
+            if self._renewals == MAX_RENEWALS:
+                return self._gm(*args)
+            self._renew(args)
+        return self._compiled(*[args[i] for i in self._kept])
+
+    def _renew(self, args: Sequence[Any]) -> None:
+        """Convert and compile again with the weights as they are now."""
+        self._renewals += 1
+        if self._renewals == MAX_RENEWALS:
+            _warn(
+                f"the weights have changed {MAX_RENEWALS} times since this graph was compiled; "
+                "after the next change it runs as it was written, with its residual connections. "
+                "Compile the model again (torch._dynamo.reset()) when its weights stay"
+            )
+        lifted = [replace(one, value=args[one.position]) for one in self._lifted]
+        if self._is_dynamic:
+            # Dynamo's knowledge of the sizes is gone; a compiler would take those of this call.
+            _warn("the weights have changed: this graph, of open sizes, now runs uncompiled")
+        self._compiled = self._compile(args, lifted, _eager if self._is_dynamic else self._inner)
+
+
+def _eager(gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
+    return gm.forward
+
+
+def _has_open_sizes(graph: fx.Graph) -> bool:
+    values = [n.meta.get("example_value") for n in graph.nodes if n.op == "placeholder"]
+    return any(
+        isinstance(size, torch.SymInt)
+        for value in values
+        for size in (value.shape if isinstance(value, Tensor) else (value,))
+    )
