@@ -1,4 +1,4 @@
-"""The command `rmfx`: `demo`, `convert` and `report`.
+"""The command `rmfx`: `demo`, `convert`, `report` and `bench`.
 
 Exit codes: 0 done, 1 it could not be done (one line on stderr says why), 2 wrong usage,
 130 interrupted. With `--json`, stdout holds one JSON object and nothing else.
@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,8 +25,19 @@ from tqdm import tqdm
 
 from ._errors import RmfxError
 from .conversion import Conversion, compare, convert
+from .latency import (
+    PLOT_SUFFIXES,
+    RUNTIMES,
+    LatencyError,
+    LatencyReport,
+    Network,
+    Settings,
+    check_plotting,
+    measure_latency,
+    plot,
+)
 from .loading import LoadedModel, load_model
-from .saving import SUFFIXES, SavedFile, as_function, check_output, save
+from .saving import SUFFIXES, SavedFile, as_function, check_output, check_place, save, whole_file
 from .testing import Equivalence
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -81,9 +93,25 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     demo = commands.add_parser("demo", help="convert a small trained network and show the result")
     demo.set_defaults(run=_run_demo)
-    for name, run, text in (
-        ("convert", _run_convert, "convert a network, write it to a file and check the file"),
-        ("report", _run_report, "say what a conversion would do, and write nothing"),
+    for name, run, text, add_options in (
+        (
+            "convert",
+            _run_convert,
+            "convert a network, write it to a file and check the file",
+            (_add_model_options, _add_conversion_options, _add_output_options),
+        ),
+        (
+            "report",
+            _run_report,
+            "say what a conversion would do, and write nothing",
+            (_add_model_options, _add_conversion_options),
+        ),
+        (
+            "bench",
+            _run_bench,
+            "time networks before and after the conversion, in several runtimes",
+            (_add_bench_options,),
+        ),
     ):
         command = commands.add_parser(
             name,
@@ -93,19 +121,17 @@ def _make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
-        _add_model_options(command)
-        if name == "convert":
-            _add_output_options(command)
+        _add_input_options(command)
+        for add in add_options:
+            add(command)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.add_argument("--traceback", action="store_true", help="show where an error arose")
     return parser
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def _add_input_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="what to convert, see below")
-    add("--weights", metavar="FILE", help="safetensors, or a PyTorch checkpoint of tensors only")
     add(
         "--input-shape",
         metavar="N,C,H,W",
@@ -113,8 +139,18 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         type=_parse_shape,
         help="shape of an input, batch first, e.g. 1,3,224,224; repeat it for several inputs",
     )
-    add("--dtype", choices=_DTYPES, help="compute in this type (default: the model's own)")
     add("--activation", default="auto", metavar="WAY", help="how carries pass activations (auto)")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="what to convert, see below")
+    add("--weights", metavar="FILE", help="safetensors, or a PyTorch checkpoint of tensors only")
+    add("--dtype", choices=_DTYPES, help="compute in this type (default: the model's own)")
+
+
+def _add_conversion_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--no-fold-batch-norm", action="store_true", help="keep batch norm layers")
     add("--strict", action="store_true", help="fail if one residual connection cannot be removed")
 
@@ -125,14 +161,54 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     add("--tolerance", type=float, help="largest relative error accepted in the written file")
 
 
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("models", metavar="MODEL", nargs="+", help="what to measure, see below")
+    # How long a network takes does not depend on its weights; the runtimes share float32 only.
+    parser.set_defaults(weights=None, dtype=None)
+    names = ",".join(RUNTIMES)
+    add("--runtimes", type=_parse_runtimes, default=tuple(RUNTIMES), help=f"some of {names} (all)")
+    add("--batch", metavar="N,...", type=_parse_batches, default=(1, 8), help="sizes (1,8)")
+    add("--threads", type=_parse_count, default=torch.get_num_threads(), help="for one inference")
+    add("--rounds", type=_parse_count, default=20, help="measurements of each form (20)")
+    add("--tolerance", type=float, help="largest relative error accepted of a runtime")
+    add("-o", "--output", metavar="FILE.json", help="file to write the measurements to")
+    add("--plot", metavar="FILE", help="file to draw the ratios to: .svg or .png")
+
+
 def _parse_shape(text: str) -> tuple[int, ...]:
+    return _parse_sizes(text, "1,3,224,224")
+
+
+def _parse_batches(text: str) -> tuple[int, ...]:
+    return _parse_sizes(text, "1,8")
+
+
+def _parse_count(text: str) -> int:
+    sizes = _parse_sizes(text, "2")
+    if len(sizes) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one number")
+    return sizes[0]
+
+
+def _parse_sizes(text: str, example: str) -> tuple[int, ...]:
     try:
-        shape = tuple(int(size) for size in text.split(","))
+        sizes = tuple(int(size) for size in text.split(","))
     except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes like 1,3,224,224")
-    return shape
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes like {example}")
+    return sizes
+
+
+def _parse_runtimes(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name not in RUNTIMES]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"unknown: {', '.join(map(repr, unknown))}; choose from {', '.join(RUNTIMES)}"
+        )
+    return names
 
 
 def _run_demo(options: argparse.Namespace) -> None:
@@ -146,7 +222,7 @@ def _run_demo(options: argparse.Namespace) -> None:
 def _run_report(options: argparse.Namespace) -> None:
     with _quiet_stdout(), _progress(2) as step:
         step("load")
-        loaded, inputs = _load(options)
+        loaded, inputs = _load(options, options.model)
         step("convert")
         conversion = _convert(options, loaded, inputs)
     head = _describe(options, loaded, inputs)
@@ -159,9 +235,8 @@ def _run_convert(options: argparse.Namespace) -> None:
     check_output(options.output)
     with _quiet_stdout(), _progress(4) as step:
         step("load")
-        loaded, inputs = _load(options)
-        if inputs is None:
-            raise _UsageError("this model's inputs are not known: give --input-shape")
+        loaded, inputs = _load(options, options.model)
+        inputs = _require(inputs)
         step("convert")
         conversion = _convert(options, loaded, inputs)
         step("compare")
@@ -201,18 +276,73 @@ def _describe_checks(found: Equivalence, saved: SavedFile) -> str:
     return "\n".join(lines)
 
 
-def _load(options: argparse.Namespace) -> tuple[LoadedModel, tuple[Tensor, ...] | None]:
+def _run_bench(options: argparse.Namespace) -> None:
+    _check_bench_files(options)
+    settings = Settings(
+        runtimes=options.runtimes,
+        batches=options.batch,
+        threads=options.threads,
+        rounds=options.rounds,
+        tolerance=options.tolerance,
+        activation=options.activation,
+    )
+    steps = len(options.models) * (1 + len(settings.runtimes) * len(settings.batches))
+    with _quiet_stdout(), _progress(steps, width=50) as step:
+        networks = [_load_network(options, name, step) for name in options.models]
+        report = measure_latency(networks, settings, step)
+    _write_bench_files(options, report)
+    _show(options, str(report), report.to_dict())
+    if report.failures:
+        count = f"{len(report.failures)} of {len(report.rows)}"
+        raise LatencyError(f"{count} measurements failed: {report.failures[0].failure}")
+
+
+def _load_network(options: argparse.Namespace, name: str, step: Callable[[str], object]) -> Network:
+    step(f"load {name}")
+    loaded, inputs = _load(options, name)
+    return Network(name, loaded.model, _require(inputs))
+
+
+def _check_bench_files(options: argparse.Namespace) -> None:
+    """Finds out before minutes of measuring whether the results can be written."""
+    for option, suffixes in (("output", (".json",)), ("plot", PLOT_SUFFIXES)):
+        path = getattr(options, option)
+        if path is None:
+            continue
+        if not path.endswith(suffixes):
+            raise _UsageError(f"argument --{option}: {path} must end in {' or '.join(suffixes)}")
+        check_place(path, suffixes)
+    if options.plot is not None:
+        check_plotting()
+
+
+def _write_bench_files(options: argparse.Namespace, report: LatencyReport) -> None:
+    if options.output is not None:
+        with whole_file(Path(options.output)) as path:
+            path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if options.plot is not None:
+        with whole_file(Path(options.plot)) as path:
+            plot(report, path)
+
+
+def _load(options: argparse.Namespace, name: str) -> tuple[LoadedModel, tuple[Tensor, ...] | None]:
     """The model and its example inputs, after one run of the one on the other."""
     # Random weights, where no file is given, are the same in every run.
     torch.manual_seed(0)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    loaded = load_model(options.model, weights=options.weights, dtype=dtype)
+    loaded = load_model(name, weights=options.weights, dtype=dtype)
     inputs = loaded.inputs
     if options.input_shape:
         inputs = tuple(torch.zeros(shape, dtype=loaded.dtype) for shape in options.input_shape)
     if inputs is not None:
         _try(loaded, inputs)
     return loaded, inputs
+
+
+def _require(inputs: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    if inputs is None:
+        raise _UsageError("this model's inputs are not known: give --input-shape")
+    return inputs
 
 
 def _try(loaded: LoadedModel, inputs: tuple[Tensor, ...]) -> None:
@@ -258,9 +388,9 @@ def _complain(message: str) -> None:
 
 
 @contextlib.contextmanager
-def _progress(steps: int) -> Iterator[Callable[[str], None]]:
+def _progress(steps: int, width: int = 20) -> Iterator[Callable[[str], None]]:
     """A function to call with the name of each step as it begins; shown on a terminal only."""
-    form = "{desc:20} {bar:20} {n}/{total} {elapsed}"
+    form = f"{{desc:{width}}} {{bar:20}} {{n}}/{{total}} {{elapsed}}"
     with tqdm(total=steps, file=sys.stderr, disable=None, leave=False, bar_format=form) as bar:
         started = 0
 

@@ -80,18 +80,29 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         SaveError: another suffix than .pt2 and .onnx, no such folder, no permission, a place that
             holds something else than a file, or packages that the format needs are missing.
     """
-    place = Path(path)
-    if place.suffix not in SUFFIXES:
-        raise SaveError(f"{place}: the name must end in {' or '.join(SUFFIXES)}")
-    if place.exists() and not place.is_file():
-        raise SaveError(f"{place} exists and is not a file")
-    if place.exists() and not os.access(place, os.W_OK):
-        raise SaveError(f"{place} exists and is read-only")
+    place = check_place(path, SUFFIXES)
     if place.suffix == ".onnx":
         absent = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
         if absent:
             raise SaveError(f".onnx files need more packages: pip install {' '.join(absent)}")
-    with _whole_file(place):
+    return place
+
+
+def check_place(path: str | os.PathLike[str], suffixes: Sequence[str]) -> Path:
+    """Finds out whether a file could be written to `path`.
+
+    Raises:
+        SaveError: another suffix than those given, no such folder, no permission, or a place that
+            holds something else than a file.
+    """
+    place = Path(path)
+    if place.suffix not in suffixes:
+        raise SaveError(f"{place}: the name must end in {' or '.join(suffixes)}")
+    if place.exists() and not place.is_file():
+        raise SaveError(f"{place} exists and is not a file")
+    if place.exists() and not os.access(place, os.W_OK):
+        raise SaveError(f"{place} exists and is read-only")
+    with whole_file(place):
         return place
 
 
@@ -136,7 +147,7 @@ def save(
     sizes: list[int | None] = [None, 1, 5] if free_batch else [None] * 3
     trials = [random_like(inputs, batch, seed) for seed, batch in enumerate(sizes)]
     limit = default_tolerance(inputs) if tolerance is None else tolerance
-    with _whole_file(place) as temporary:
+    with whole_file(place) as temporary:
         _write(program, temporary)
         error = _verify(original, _load(temporary), trials, limit)
         size = temporary.stat().st_size
@@ -199,7 +210,7 @@ def default_tolerance(inputs: Sequence[Tensor]) -> float:
 
 
 @contextlib.contextmanager
-def _whole_file(place: Path) -> Iterator[Path]:
+def whole_file(place: Path) -> Iterator[Path]:
     """A temporary path on the same disk, which becomes `place` if the block ends without error.
 
     It has the final name, since torch writes the name into the file. If the block writes no file,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import rmfx
 import rmfx.demo
-from rmfx import cli
+from rmfx import cli, latency
 from rmfx.models import DigitsNet
 
 DIGITS = "rmfx.models:DigitsNet"
@@ -240,6 +240,50 @@ def test_strict_fails_on_a_refused_site(tmp_path: Path, capsys: pytest.CaptureFi
     assert os.listdir(tmp_path) == []
 
 
+# ---- bench --------------------------------------------------------------------------------------
+
+BENCH = ("bench", DIGITS, SHAPE, "--runtimes=eager", "--batch=1", "--threads=1", "--rounds=2")
+
+
+def test_bench_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(BENCH) == 0
+    text = capsys.readouterr().out
+    assert "converted/original (quartiles)" in text
+    assert "threads 1; rounds 2; precision float32" in text
+    assert os.listdir(tmp_path) == []
+
+
+def test_bench_of_several_networks_as_json_and_as_a_file(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ("bench", "nets:Chain", *BENCH[1:], "-o", "latency.json")
+    found = run_json(capsys, *command)
+    assert [row["network"] for row in found["rows"]] == ["nets:Chain", DIGITS]
+    assert all(row["ratio"]["median"] > 0 for row in found["rows"])
+    assert json.loads(Path("latency.json").read_text()) == found
+    assert os.listdir() == ["latency.json"]
+
+
+def test_bench_draws(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert cli.main([*BENCH, "--plot", "latency.svg"]) == 0
+    assert "<svg" in Path("latency.svg").read_text()
+
+
+def test_bench_shows_what_failed_and_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(form: object, threads: int) -> latency.Run:
+        raise ValueError("no such kernel")
+
+    monkeypatch.setitem(latency.RUNTIMES, "inductor", latency.Runtime(fail))
+    assert cli.main([*BENCH, "--runtimes=inductor,eager", "--json"]) == 1
+    output = capsys.readouterr()
+    rows = json.loads(output.out)["rows"]
+    assert [bool(row["failure"]) for row in rows] == [True, False]
+    assert "rmfx: 1 of 2 measurements failed: ValueError: no such kernel" in output.err
+
+
 # ---- demo ---------------------------------------------------------------------------------------
 
 
@@ -285,6 +329,13 @@ def test_bad_input_shapes_are_wrong_usage(capsys: pytest.CaptureFixture[str]) ->
         (["convert", DIGITS, "-o", "net.pt2"], "give --input-shape"),
         (["report", DIGITS, "--dtype", "int8"], "invalid choice: 'int8'"),
         (["explode"], "invalid choice: 'explode'"),
+        (["bench"], "required: MODEL"),
+        (["bench", DIGITS, "--runtimes", "eager,abacus"], "unknown: 'abacus'"),
+        (["bench", DIGITS, "--batch", "1,0"], "is not a list of sizes like 1,8"),
+        (["bench", DIGITS, "--threads", "1,2"], "is not one number"),
+        (["bench", DIGITS, "-o", "times.csv"], "must end in .json"),
+        (["bench", DIGITS, "--plot", "times.gif"], "must end in .svg or .png"),
+        (["bench", DIGITS], "give --input-shape"),
     ],
 )
 def test_wrong_usage_exits_with_2(
@@ -304,6 +355,8 @@ def test_wrong_usage_exits_with_2(
         (["report", "nets:TwoInputs", "--input-shape", "2,3"], "fails on inputs of shape (2, 3)"),
         (["report", "nets:not_finite", SHAPE], "conv"),
         (["report", DIGITS, SHAPE, "--activation", "magic"], "magic"),
+        (["bench", "nothing:net", SHAPE], "no module 'nothing'"),
+        (["bench", DIGITS, SHAPE, "-o", "no/folder/out.json"], "cannot be written: No such file"),
         (["convert", DIGITS, SHAPE, "-o", "no/folder/out.pt2"], "cannot be written: No such file"),
         (["convert", DIGITS, SHAPE, "-o", "/proc/out.pt2"], "/proc/out.pt2 cannot be written"),
         (["convert", DIGITS, SHAPE, "-o", "o.pt2", "--tolerance", "1e-30"], "the networks differ"),

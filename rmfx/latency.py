@@ -1,0 +1,566 @@
+"""How long a network takes before and after the conversion, in several runtimes.
+
+The form before is the original with its batch norm folded, as any deployment would fold it, so that
+what is compared is the removal alone. Each runtime first has to give the original's numbers with
+both forms; then both are timed in turn, in one process: every round measures each form once with
+`torch.utils.benchmark`, in the opposite order of the round before. A slower spell of the machine
+meets both forms of a round, so the ratio of each round is taken first, and the median of those.
+
+All of it in float32, which OpenVINO has to be told: where the CPU knows bfloat16 it would use that.
+
+Several threads on a machine that has other work to do: torch's threads spin while they wait for
+each other, and one of them that is not running stops all. `OMP_WAIT_POLICY=passive` in the
+environment lets them sleep instead; it must be there before torch is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ._errors import RmfxError
+from .conversion import Conversion, convert
+from .saving import as_function, default_tolerance, random_like, relative_error
+
+INSTALL_COMMAND = "pip install 'rmfx[bench]'"
+PLOT_SUFFIXES = (".svg", ".png")
+
+# How long idle threads of torch spin before they sleep, and how many there are: both move times.
+_THREAD_VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
+
+Run = Callable[[], object]
+
+
+class LatencyError(RmfxError):
+    """Nothing can be measured as asked."""
+
+
+class _RuntimeFailure(Exception):  # noqa: N818  (not an error of rmfx: it becomes a row)
+    """What one runtime raised, or why its numbers are wrong."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What to measure.
+
+    Attributes:
+        name: how tables call it.
+        model: in eval mode, float32.
+        inputs: example inputs, batch first; the size of the batch is replaced.
+    """
+
+    name: str
+    model: nn.Module | ExportedProgram
+    inputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        runtimes: some of `RUNTIMES`.
+        batches: sizes of batches.
+        threads: for one inference.
+        rounds: how often each form is measured.
+        seconds: how long each measurement takes at least; what it gives is the median of its calls.
+        tolerance: the largest relative error a runtime may make, by default 1e-4.
+        activation: as in `rmfx.remove_residuals`.
+
+    Raises:
+        LatencyError: a value is out of range, or a runtime is not known.
+    """
+
+    runtimes: tuple[str, ...] = ("eager", "inductor", "onnxruntime", "openvino")
+    batches: tuple[int, ...] = (1, 8)
+    threads: int = field(default_factory=torch.get_num_threads)
+    rounds: int = 20
+    seconds: float = 0.1
+    tolerance: float | None = None
+    activation: str = "auto"
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.runtimes if name not in RUNTIMES]
+        if unknown or not self.runtimes:
+            raise LatencyError(
+                f"no runtime {', '.join(unknown) or 'is named'}; known are {', '.join(RUNTIMES)}"
+            )
+        if not self.batches or min(*self.batches, self.threads, self.rounds) < 1:
+            raise LatencyError("batches, threads and rounds must be at least 1")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One network in one runtime at one batch size.
+
+    Attributes:
+        network, runtime, batch: what was measured.
+        macs: multiply-adds of the converted form over those of the original, None if unknown.
+        error: the larger relative error of both forms in this runtime, against the original in
+            eager mode; None where the runtime gave no output.
+        original, converted: seconds of a call, one number for each round; empty after a failure.
+        failure: why there are no times, "" if there are.
+    """
+
+    network: str
+    runtime: str
+    batch: int
+    macs: float | None = None
+    error: float | None = None
+    original: tuple[float, ...] = ()
+    converted: tuple[float, ...] = ()
+    failure: str = ""
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Time of the converted form over that of the original, for each round."""
+        return tuple(b / a for a, b in zip(self.original, self.converted, strict=True))
+
+    @property
+    def ratio(self) -> tuple[float, float, float]:
+        """The median of the ratios, and their lower and upper quartile."""
+        if len(self.ratios) == 1:
+            return self.ratios * 3
+        low, median, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
+        return median, low, high
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes, and where there are times their summary under "ratio"."""
+        made = asdict(self)
+        if not self.failure:
+            made["ratio"] = dict(zip(("median", "low", "high"), self.ratio, strict=True))
+        return made
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Latency:
+        """Reads what `to_dict` gives, also after a detour through JSON."""
+        known = {k: v for k, v in values.items() if k != "ratio"}
+        times = {name: tuple(known[name]) for name in ("original", "converted")}
+        return Latency(**(known | times))
+
+
+@dataclass(frozen=True)
+class LatencyReport:
+    """All measurements. `str()` is a table with what must be known to read it, `to_dict` for JSON.
+
+    Attributes:
+        rows: in the order of networks, batches, runtimes.
+        notes: what was left out, and residual connections that are still there.
+        machine: threads, rounds, CPU, precision and versions, as text by name.
+    """
+
+    rows: tuple[Latency, ...]
+    notes: tuple[str, ...]
+    machine: Mapping[str, str]
+
+    @property
+    def failures(self) -> tuple[Latency, ...]:
+        return tuple(row for row in self.rows if row.failure)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists; times in seconds."""
+        rows = [row.to_dict() for row in self.rows]
+        return {"rows": rows, "notes": list(self.notes), "machine": dict(self.machine)}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> LatencyReport:
+        """Reads what `to_dict` gives, also after a detour through JSON."""
+        rows = tuple(Latency.from_dict(row) for row in values["rows"])
+        return LatencyReport(rows, tuple(values["notes"]), dict(values["machine"]))
+
+    def __str__(self) -> str:
+        headers = (
+            *("network", "batch", "runtime", "original, ms", "converted, ms"),
+            *("converted/original (quartiles)", "multiply-adds", "error"),
+        )
+        align = ("left", "right", "left", "right", "right", "left", "right", "left")
+        cells = [_cells(row) for row in self.rows]
+        table = tabulate(cells, headers, disable_numparse=True, colalign=align)
+        machine = "; ".join(f"{name} {value}" for name, value in self.machine.items())
+        return "\n".join([table, "", *self.notes, f"{_EXPLANATION}\n{machine}."])
+
+
+_EXPLANATION = """\
+Times are medians over all rounds; the ratio is the median of the ratios of single rounds.
+Multiply-adds are converted/original. The error is the larger one of both forms, relative, against
+the original in eager mode."""
+
+
+def _cells(row: Latency) -> tuple[str, ...]:
+    name = (row.network, str(row.batch), row.runtime)
+    macs = "" if row.macs is None else f"{row.macs:.2f}"
+    error = "" if row.error is None else f"{row.error:.0e}"
+    if row.failure:
+        return (*name, "", "", f"failed: {row.failure}", macs, error)
+    times = (f"{statistics.median(side) * 1e3:.2f}" for side in (row.original, row.converted))
+    ratio, low, high = row.ratio
+    return (*name, *times, f"{ratio:.2f} ({low:.2f} to {high:.2f})", macs, error)
+
+
+@dataclass(eq=False)
+class _Form:
+    """One form of a network, and the inputs it is run on."""
+
+    gm: fx.GraphModule
+    inputs: tuple[Tensor, ...]
+
+    @cached_property
+    def onnx(self) -> bytes:
+        """The network as an ONNX model of this batch size; two runtimes read it."""
+        program = torch.onnx.export(self.gm, self.inputs, dynamo=True, verbose=False)
+        if program is None:
+            raise _RuntimeFailure("torch.onnx.export gave no program")
+        made: bytes = program.model_proto.SerializeToString()
+        return made
+
+    @cached_property
+    def arrays(self) -> list[Any]:
+        return [x.numpy() for x in self.inputs]
+
+
+def _eager(form: _Form, threads: int) -> Run:
+    return lambda: form.gm(*form.inputs)
+
+
+def _inductor(form: _Form, threads: int) -> Run:
+    compiled = torch.compile(form.gm, dynamic=False)
+    return lambda: compiled(*form.inputs)
+
+
+def _onnxruntime(form: _Form, threads: int) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = onnxruntime.InferenceSession(form.onnx, options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    feeds = dict(zip(names, form.arrays, strict=True))
+    return lambda: session.run(None, feeds)
+
+
+def _openvino(form: _Form, threads: int) -> Run:
+    import openvino
+
+    core = openvino.Core()
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    compiled = core.compile_model(core.read_model(form.onnx), "CPU", options)
+    request = compiled.create_infer_request()
+    return lambda: request.infer(form.arrays, share_inputs=True, share_outputs=True).to_tuple()
+
+
+@contextlib.contextmanager
+def _freezing() -> Iterator[None]:
+    """Inductor with weights as constants; nothing that was compiled outlives the block."""
+    import torch._inductor.config
+
+    try:
+        with torch._inductor.config.patch(freezing=True):
+            yield
+    finally:
+        torch._dynamo.reset()
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One way of running a network.
+
+    Attributes:
+        prepare: makes a function that runs one form on its inputs.
+        packages: those it needs besides torch.
+        scope: a context in which it is prepared and run.
+    """
+
+    prepare: Callable[[_Form, int], Run]
+    packages: tuple[str, ...] = ()
+    scope: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages that are not installed."""
+        return [name for name in self.packages if importlib.util.find_spec(name) is None]
+
+
+RUNTIMES = {
+    "eager": Runtime(_eager),
+    "inductor": Runtime(_inductor, scope=_freezing),
+    "onnxruntime": Runtime(_onnxruntime, ("onnx", "onnxscript", "onnxruntime")),
+    "openvino": Runtime(_openvino, ("onnx", "onnxscript", "openvino")),
+}
+
+
+def measure_latency(
+    networks: Iterable[Network],
+    settings: Settings | None = None,
+    step: Callable[[str], object] = lambda _: None,
+) -> LatencyReport:
+    """Measures every network in every runtime at every batch size.
+
+    A runtime that is not installed is left out with a note. One that fails, or whose output is not
+    the original's, gets a row that says so, and the others go on.
+
+    Args:
+        networks: what to measure.
+        settings: how, by default on torch's number of threads.
+        step: called with a few words before each measurement.
+
+    Raises:
+        LatencyError: none of the runtimes is installed, or a network is not in float32.
+
+    Example:
+        >>> from rmfx.demo import load_digits, load_model
+        >>> settings = Settings(runtimes=("eager",), batches=(1,), rounds=2, seconds=0.001)
+        >>> network = Network("digits", load_model(), (load_digits()[0][:1],))
+        >>> (row,) = measure_latency([network], settings).rows
+        >>> row.ratio[0] > 0, row.error < 1e-4
+        (True, True)
+    """
+    settings = settings or Settings()
+    missing = {name: RUNTIMES[name].missing for name in settings.runtimes}
+    notes = [f"{name} left out: {_advice(absent)}" for name, absent in missing.items() if absent]
+    present = [name for name, absent in missing.items() if not absent]
+    if not present:
+        raise LatencyError("; ".join(notes))
+    rows: list[Latency] = []
+    with _torch_threads(settings.threads):
+        for network in networks:
+            _check(network)
+            for batch in settings.batches:
+                pair = _Pair(network, batch, settings)
+                for runtime in present:
+                    step(f"{network.name}, batch {batch}, {runtime}")
+                    rows.append(pair.measure(runtime))
+                notes += pair.notes
+    unique = tuple(dict.fromkeys(notes))  # the same note comes with every batch
+    return LatencyReport(tuple(rows), unique, _describe_machine(settings, present))
+
+
+class _Pair:
+    """A network and its converted form at one batch size."""
+
+    def __init__(self, network: Network, batch: int, settings: Settings) -> None:
+        self.network, self.batch, self.settings = network, batch, settings
+        self.inputs = tuple(random_like(network.inputs, batch))
+        tolerance = settings.tolerance
+        self.tolerance = default_tolerance(self.inputs) if tolerance is None else tolerance
+
+    @cached_property
+    def conversion(self) -> Conversion:
+        # For each batch size anew: what only torch.export can trace runs at one size only.
+        return convert(self.network.model, self.inputs, activation=self.settings.activation)
+
+    @cached_property
+    def forms(self) -> tuple[_Form, _Form]:
+        conversion = self.conversion
+        return _Form(conversion.before, self.inputs), _Form(conversion.after, self.inputs)
+
+    @cached_property
+    def expected(self) -> object:
+        """What the network as given computes."""
+        return as_function(self.network.model)(*self.inputs)
+
+    @property
+    def notes(self) -> list[str]:
+        if "conversion" not in vars(self) or not self.conversion.report.refused:
+            return []
+        report = self.conversion.report
+        return [
+            f"{self.network.name}: {report.refused} of {len(report.rows)} residual connections"
+            " are still there, `rmfx report` says why"
+        ]
+
+    @property
+    def macs(self) -> float | None:
+        before, after = self.conversion.cost_before, self.conversion.cost_after
+        return after.macs / before.macs if before and after and before.macs else None
+
+    @torch.no_grad()
+    def measure(self, runtime: str) -> Latency:
+        """The row of one runtime, which holds the reason where it does not work."""
+        row: dict[str, Any] = {
+            "network": self.network.name,
+            "runtime": runtime,
+            "batch": self.batch,
+        }
+        try:
+            with _as_failure(), RUNTIMES[runtime].scope():
+                row["macs"] = self.macs
+                runs = [RUNTIMES[runtime].prepare(x, self.settings.threads) for x in self.forms]
+                errors = [relative_error(self.expected, _tensors(run())) for run in runs]
+                row["error"] = max(errors)
+                self._verify(*errors)
+                times = _time(runs, self.settings)
+        except _RuntimeFailure as failure:
+            return Latency(**row, failure=str(failure))
+        return Latency(**row, original=times[0], converted=times[1])
+
+    def _verify(self, before: float, after: float) -> None:
+        for form, error in (("original", before), ("converted", after)):
+            if not error <= self.tolerance:
+                raise _RuntimeFailure(
+                    f"the {form} network gives wrong numbers here: relative error {error:.1e},"
+                    f" at most {self.tolerance:.0e} is accepted"
+                )
+
+
+@contextlib.contextmanager
+def _as_failure() -> Iterator[None]:
+    """Turns whatever a runtime raises into a failure with a reason of one line."""
+    try:
+        yield
+    except _RuntimeFailure:
+        raise
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+        raise _RuntimeFailure(f"{type(error).__name__}: {lines[0].strip()[:200]}") from error
+
+
+def _time(runs: Sequence[Run], settings: Settings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Seconds of a call of the first and of the second function, one number for each round."""
+    # Importing this takes a second and warns about CUDA toolkits, which others need not see.
+    from torch.utils.benchmark import Timer
+
+    timers = [Timer("run()", globals={"run": r}, num_threads=settings.threads) for r in runs]
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(settings.rounds):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            # Begins with untimed calls, in which the threads of the other form fall asleep.
+            found = timers[side].blocked_autorange(min_run_time=settings.seconds)
+            times[side].append(found.median)
+    return tuple(times[0]), tuple(times[1])
+
+
+def _tensors(output: object) -> list[Tensor]:
+    """All tensors and arrays of an output, in order, as tensors of their own."""
+    return [
+        leaf if isinstance(leaf, Tensor) else torch.tensor(leaf)
+        for leaf in pytree.tree_leaves(output)
+    ]
+
+
+def _check(network: Network) -> None:
+    kinds = {x.dtype for x in network.inputs if x.is_floating_point()} - {torch.float32}
+    if kinds:
+        found = ", ".join(str(kind) for kind in kinds)
+        raise LatencyError(
+            f"{network.name} takes {found}; the runtimes can be compared in float32 only"
+        )
+
+
+def _advice(absent: Sequence[str]) -> str:
+    return f"{', '.join(absent)} not installed ({INSTALL_COMMAND})"
+
+
+@contextlib.contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    """Also for what is compiled in the block: inductor writes the number into its code."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former)
+
+
+def _describe_machine(settings: Settings, runtimes: Iterable[str]) -> dict[str, str]:
+    packages = ["torch", *(name for name in ("onnxruntime", "openvino") if name in runtimes)]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {
+        "threads": str(settings.threads),
+        "rounds": str(settings.rounds),
+        "precision": "float32",
+        "CPU": f"{_cpu_name()} ({capability})",
+        **{name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ},
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):  # there on Linux only
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def check_plotting() -> None:
+    """Finds out, before minutes of measuring, whether `plot` can draw.
+
+    Raises:
+        LatencyError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise LatencyError(f"a plot needs matplotlib: {INSTALL_COMMAND}")
+
+
+def plot(report: LatencyReport, path: Path) -> None:
+    """Draws the ratios: bars with their quartiles, a group for each runtime, a line at 1.
+
+    Args:
+        report: measurements; failed ones leave a gap.
+        path: a file to write; its suffix, one of `PLOT_SUFFIXES`, is the format.
+
+    Raises:
+        LatencyError: matplotlib is not installed.
+    """
+    check_plotting()
+    # Without pyplot, which would look for a display and keep the figure alive.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    runtimes = list(dict.fromkeys(row.runtime for row in report.rows))
+    series = list(dict.fromkeys((row.network, row.batch) for row in report.rows))
+    found = {(row.network, row.batch, row.runtime): row for row in report.rows if not row.failure}
+    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / max(len(series), 1)
+    for i, (network, batch) in enumerate(series):
+        places = [g for g, runtime in enumerate(runtimes) if (network, batch, runtime) in found]
+        ratios = [found[network, batch, runtimes[g]].ratio for g in places]
+        offset = (i - (len(series) - 1) / 2) * width
+        bars = axes.bar(
+            [g + offset for g in places],
+            [median for median, _, _ in ratios],
+            0.9 * width,
+            yerr=[[m - low for m, low, _ in ratios], [high - m for m, _, high in ratios]],
+            capsize=3,
+            label=f"{network}, batch {batch}",
+        )
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.set_xticks(range(len(runtimes)), runtimes)
+    axes.set_ylabel("time, converted / original")
+    axes.set_xlabel(_caption(report), fontsize=8)
+    axes.set_title("Latency without residual connections (median and quartiles)")
+    axes.margins(y=0.12)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=min(len(series), 4) or 1)
+    # Without date and random names equal measurements make equal files; text stays text.
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    with rc_context({"svg.hashsalt": "rmfx", "svg.fonttype": "none"}):
+        figure.savefig(path, dpi=150, metadata=metadata)
+
+
+def _caption(report: LatencyReport) -> str:
+    machine = dict(report.machine)
+    versions = [f"{name} {machine[name]}" for name in ("torch", *RUNTIMES) if name in machine]
+    first = f"{machine.get('threads', '?')} threads, {machine.get('CPU', 'unknown CPU')}"
+    return f"{first}\n{', '.join(versions)}"
