@@ -140,7 +140,8 @@ class ResidualRule:
         known = self._ranges.known(site.join)
         if known is not None:
             self._ranges.set(new[-1], known)
-        site.join.replace_all_uses_with(new[-1])
+        last = _in_type_of(site.join, new[-1])
+        site.join.replace_all_uses_with(last)
         for node in reversed(old):
             net.joins.pop(node, None)
             self.made.discard(node)
@@ -148,8 +149,19 @@ class ResidualRule:
         for node, (_, like) in zip(new, labels, strict=True):
             if like is not site.join:
                 node.name = like.name
-        net.joins[new[-1]] = site.join.name
+        net.joins[last] = site.join.name
         self.made.update(new)
+
+
+def _in_type_of(join: fx.Node, value: fx.Node) -> fx.Node:
+    """The value in the type of the join, where autocast lets it add values of two types."""
+    types = {n.meta["dtype"][0] for n in join.all_input_nodes if "dtype" in n.meta}
+    if len(types) < 2:
+        return value
+    with join.graph.inserting_before(join):
+        cast = join.graph.call_method("to", (value, join.meta["dtype"][0]))
+    cast.meta = dict(join.meta)
+    return cast
 
 
 def _strategy(plan: Plan) -> str:

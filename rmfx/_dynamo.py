@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from ._functionalise import written_inputs
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,22 @@ class Lifted:
     is_number: bool = False
 
 
-def find_lifted(graph: fx.Graph) -> tuple[Lifted, ...]:
+def find_lifted(gm: fx.GraphModule) -> tuple[Lifted, ...]:
     """The placeholders of Dynamo's graph that hold tensors of the model.
 
-    Tensors without a version counter (made in inference mode) stay inputs: a change of theirs could
-    not be seen.
+    Tensors without a version counter (made in inference mode) stay inputs, since a change of theirs
+    could not be seen; so do those that the graph itself writes to.
     """
-    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    if not any("grapharg" in node.meta for node in nodes):
+        return ()
     found = []
     taken: set[str] = set()
+    written = written_inputs(gm)
     for position, node in enumerate(nodes):
         argument = node.meta.get("grapharg")
         source = getattr(argument, "source", None)
-        if source is None or not _is_of_module(source):
+        if source is None or node in written or not _is_of_module(source):
             continue
         value = argument.example
         is_number = bool(argument.pass_arg_as_tensor)
@@ -77,13 +82,10 @@ def _path(source: Any) -> str:
 
 
 def _unique(name: str, taken: set[str]) -> str:
-    """A name that neither is taken nor lies on the way to one that is."""
-    for i in count():
-        candidate = f"{name}_{i}" if i else name
-        if candidate not in taken:
-            taken.add(candidate)
-            return candidate
-    raise AssertionError("unreachable")
+    candidates = (f"{name}_{i}" if i else name for i in count())
+    free = next(c for c in candidates if c not in taken)
+    taken.add(free)
+    return free
 
 
 def with_weights(
@@ -154,13 +156,17 @@ def _attach(root: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 class Snapshot:
-    """What a tensor was like when it was baked: the object, its version and its memory."""
+    """What a tensor was like when it was baked: the object, its version and its memory.
 
-    def __init__(self, lifted: Lifted) -> None:
-        tensor = lifted.value
+    Args:
+        tensor: not made in inference mode, where tensors have no version.
+        is_number: whether it is made anew for every call, so that its value tells.
+    """
+
+    def __init__(self, tensor: Tensor, *, is_number: bool = False) -> None:
         self._tensor = weakref.ref(tensor)
         self._state = _state(tensor)
-        self._number = tensor.item() if lifted.is_number else None
+        self._number = tensor.item() if is_number else None
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is the one that was baked, with the values it had."""
@@ -172,6 +178,11 @@ class Snapshot:
         if self._number is not None:
             return bool(tensor.item() == self._number)
         return _state(tensor) == self._state
+
+
+def snapshot(lifted: Lifted) -> Snapshot:
+    """What a lifted tensor is like now."""
+    return Snapshot(lifted.value, is_number=lifted.is_number)
 
 
 def _state(tensor: Tensor) -> tuple[int, int, torch.dtype]:
@@ -209,15 +220,10 @@ def check_in_graph(graph: fx.Graph, lifted: Sequence[Lifted]) -> None:
     if not lifted:
         return
     key = next(_KEYS)
-    _BAKED[key] = tuple(map(Snapshot, lifted))
+    _BAKED[key] = tuple(map(snapshot, lifted))
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     given = [nodes[one.position] for one in lifted]
     with graph.inserting_after(nodes[-1]):
         fresh = graph.call_function(torch.ops.rmfx.weights_are_fresh.default, (given, key))
     with graph.inserting_after(fresh):
         graph.call_function(torch.ops.aten._assert_async.msg, (fresh, _MESSAGE))
-
-
-def still_fresh(snapshots: Mapping[int, Snapshot], arguments: Sequence[Any]) -> bool:
-    """Whether the arguments at some positions are the tensors that were baked."""
-    return all(snapshot.holds(arguments[i]) for i, snapshot in snapshots.items())

@@ -143,6 +143,18 @@ def functionalise(gm: fx.GraphModule) -> None:
     _freeze_owners(gm)
 
 
+def written_inputs(gm: fx.GraphModule) -> set[fx.Node]:
+    """Placeholders whose memory a graph may write to."""
+    aliases, found = _Aliases(), set()
+    for node in gm.graph.nodes:
+        written = _written(gm, node)
+        aliases.visit(gm, node)
+        if written is not None:
+            aliases.join(node, written)
+            found |= {member for member in aliases.of(written) if member.op == "placeholder"}
+    return found
+
+
 def _freeze_owners(gm: fx.GraphModule) -> None:
     """Mark the calls of modules whose own tensors are written to."""
     written = {
@@ -206,6 +218,9 @@ class _Aliases:
             self._class[member] = theirs
         if id(mine) in self._reasons:
             self._reasons.setdefault(id(theirs), self._reasons[id(mine)])
+
+    def of(self, node: fx.Node) -> list[fx.Node]:
+        return self._class[node]
 
     def freeze(self, node: fx.Node, reason: str) -> None:
         self._reasons.setdefault(id(self._class[node]), reason)

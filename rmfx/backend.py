@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from ._activation import Interval
-from ._dynamo import Lifted, Snapshot, find_lifted, with_weights
-from ._errors import OptionError, RmfxError
+from ._dynamo import Lifted, Snapshot, find_lifted, snapshot, with_weights
+from ._errors import OptionError, RmfxError, WeightError
 from .passes.residual import remove_residuals
 from .report import Report, report
 
@@ -122,8 +122,10 @@ def _inner(options: Options) -> Compiled:
 def _inductor(gm: fx.GraphModule, inputs: list[Any], config: dict[str, Any]) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
-    # The weights are constants of the graph by now, which freezing folds into the code.
-    compiled: Compiled = compile_fx(gm, inputs, config_patches={"freezing": True, **config})
+    # The weights are constants of the graph by now, which freezing folds into the code. Inductor
+    # cannot freeze float64: its CPU kernels with packed weights do not know the type.
+    freezing = all(p.dtype != torch.float64 for p in gm.parameters())
+    compiled: Compiled = compile_fx(gm, inputs, config_patches={"freezing": freezing, **config})
     return compiled
 
 
@@ -134,21 +136,26 @@ class _Converted:
         self, gm: fx.GraphModule, inputs: Sequence[Any], options: Options, inner: Compiled
     ) -> None:
         self._gm = gm
-        self._lifted = find_lifted(gm.graph)
+        self._lifted = find_lifted(gm)
         self._options = options
         self._inner = inner
         self._renewals = 0
         self._is_dynamic = _has_open_sizes(gm.graph)
         baked = {one.position for one in self._lifted}
         self._kept = [i for i in range(len(inputs)) if i not in baked]
+        # With inductor's freezing switched on Dynamo leaves the weights in the graph.
+        self._held = [*gm.parameters(), *gm.buffers()]
         self._snapshots: dict[int, Snapshot] = {}
+        self._held_snapshots: list[Snapshot] = []
         self._compiled = self._compile(inputs, self._lifted, inner)
 
     def _compile(
         self, inputs: Sequence[Any], lifted: Sequence[Lifted], inner: Compiled
     ) -> Compiled:
         options = self._options
+        self._snapshots, self._held_snapshots = {}, []
         try:
+            _check_versions(self._held)
             converted = remove_residuals(
                 with_weights(self._gm, lifted, keep_inputs=False),
                 strict=options.strict,
@@ -159,24 +166,32 @@ class _Converted:
             if options.strict:
                 raise
             _warn(f"a graph keeps its residual connections: {error}")
-            self._snapshots = {}
+            self._is_converted = False
             return inner(self._gm, list(inputs))
+        self._is_converted = True
         if options.on_report is not None:
             options.on_report(report(converted))
         converted.requires_grad_(False)
         with torch.no_grad():
             compiled = inner(converted, [inputs[i] for i in self._kept])
-        self._snapshots = {one.position: Snapshot(one) for one in lifted}
+        self._snapshots = {one.position: snapshot(one) for one in lifted}
+        self._held_snapshots = list(map(Snapshot, self._held))
         return compiled
 
     def __call__(self, *args: Any) -> Any:
-        if not self._snapshots:
+        if not self._is_converted:
             return self._compiled(*args)
-        if not all(known.holds(args[i]) for i, known in self._snapshots.items()):
+        if not self._is_fresh(args):
             if self._renewals == MAX_RENEWALS:
                 return self._gm(*args)
             self._renew(args)
         return self._compiled(*[args[i] for i in self._kept])
+
+    def _is_fresh(self, args: Sequence[Any]) -> bool:
+        """Whether the weights are those that were baked."""
+        return all(known.holds(args[i]) for i, known in self._snapshots.items()) and all(
+            known.holds(w) for known, w in zip(self._held_snapshots, self._held, strict=True)
+        )
 
     def _renew(self, args: Sequence[Any]) -> None:
         """Convert and compile again with the weights as they are now."""
@@ -192,6 +207,14 @@ class _Converted:
             # Dynamo's knowledge of the sizes is gone; a compiler would take those of this call.
             _warn("the weights have changed: this graph, of open sizes, now runs uncompiled")
         self._compiled = self._compile(args, lifted, _eager if self._is_dynamic else self._inner)
+
+
+def _check_versions(weights: Sequence[Tensor]) -> None:
+    if any(w.is_inference() for w in weights):
+        raise WeightError(
+            "the weights were made in inference mode, so their changes cannot be seen; make the "
+            "model outside torch.inference_mode()"
+        )
 
 
 def _eager(gm: fx.GraphModule, inputs: list[Any]) -> Compiled:

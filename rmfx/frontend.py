@@ -167,7 +167,7 @@ def _graph_of(model: Any, inputs: Inputs | None) -> fx.GraphModule:
         )
     if not isinstance(model, fx.GraphModule):
         return _graph_of_module(model, inputs)
-    lifted = find_lifted(model.graph)
+    lifted = find_lifted(model)
     if not lifted:
         return model
     gm = with_weights(model, lifted, keep_inputs=True)

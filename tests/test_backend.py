@@ -1,0 +1,494 @@
+"""torch.compile(model, backend="rmfx"): the same answers, and never those of old weights."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from builders import Residual, adds, basic_branch, chain, conv_branch, image, ready
+from torch import Tensor, fx, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import rmfx
+from rmfx import _dynamo, backend
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Net(nn.Module):
+    """Two residual blocks, the first of which needs PReLU for its carry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Residual(basic_branch())
+        self.relu = nn.ReLU()
+        self.body = Residual(basic_branch())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.relu(self.stem(x)))
+
+
+def net(dtype: torch.dtype = torch.float64) -> nn.Module:
+    return ready(Net()).requires_grad_(False).to(dtype)
+
+
+def compiled(
+    model: Any, inner: Any = "eager", *, reports: list[rmfx.Report] | None = None, **keywords: Any
+) -> Any:
+    options = {"backend": inner, **keywords.pop("options", {})}
+    if reports is not None:
+        options["on_report"] = reports.append
+    return torch.compile(model, backend="rmfx", options=options, **keywords)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+# ---- what it does -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_the_graph_that_goes_on_has_no_residual_connections(inner: str) -> None:
+    seen: list[fx.GraphModule] = []
+
+    def look(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append(gm)
+        return torch._dynamo.lookup_backend(inner)(gm, inputs)
+
+    model, reports = net(), []
+    with torch.no_grad():
+        expected = model(image())
+        assert close(compiled(model, look, reports=reports)(image()), expected)
+    assert [r.removed for r in reports] == [2]
+    assert adds(seen[0]) == 0
+    assert [n.op for n in seen[0].graph.nodes].count("placeholder") == 1
+
+
+def test_it_is_found_by_name_without_an_import() -> None:
+    assert "rmfx" in torch._dynamo.list_backends()
+
+
+def test_rows_are_those_of_the_module() -> None:
+    model, reports = net(), []
+    with torch.no_grad():
+        compiled(model, reports=reports)(image())
+    direct = rmfx.report(rmfx.remove_residuals(model, image()))
+    assert reports[0].to_dict() == direct.to_dict()
+    assert [row.place for row in direct.rows] == ["stem", "body"]
+
+
+def test_options_are_checked_by_name() -> None:
+    for options, text in (
+        ({"bakend": "eager"}, "no option 'bakend'"),
+        ({"backend": "rmfx"}, "itself"),
+    ):
+        with pytest.raises(Exception, match=text), torch.no_grad():
+            torch.compile(net(), backend="rmfx", options=options)(image())
+        torch._dynamo.reset()
+
+
+def test_pass_options_and_strict_reach_the_pass() -> None:
+    model = net()
+    with torch.no_grad():
+        reports: list[rmfx.Report] = []
+        options = {"activation": "identity"}
+        compiled(model, reports=reports, options=options)(image())
+        assert [row.status for row in reports[0].rows] == ["refused", "removed"]
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="cannot be removed"):
+            compiled(model, options={**options, "strict": True})(image())
+
+
+# ---- every kind of graph ------------------------------------------------------------------------
+
+
+class Breaks(nn.Module):
+    """A graph break between two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Residual(conv_branch()), Residual(conv_branch())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        torch._dynamo.graph_break()
+        return self.b(y)
+
+
+class Several(nn.Module):
+    """Two inputs, one of them optional, and a dictionary of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Residual(conv_branch())
+
+    def forward(self, x: Tensor, y: Tensor | None = None, scale: float = 2.0) -> dict[str, Any]:
+        z = self.a(x if y is None else x + y)
+        return {"z": z * scale, "both": [z, x]}
+
+
+def test_each_part_of_a_broken_graph_is_converted() -> None:
+    model, reports = ready(Breaks()).requires_grad_(False), []
+    with torch.no_grad():
+        assert close(compiled(model, reports=reports)(image()), model(image()))
+    assert [r.removed for r in reports] == [1, 1]
+
+
+def test_several_inputs_and_a_dictionary_of_outputs() -> None:
+    model, reports = ready(Several()).requires_grad_(False), []
+    run = compiled(model, reports=reports)
+    with torch.no_grad():
+        for arguments in ((image(),), (image(), image() * 2), (image(), image(), 0.5)):
+            expected, actual = model(*arguments), run(*arguments)
+            assert close(actual["z"], expected["z"])
+            assert close(actual["both"][0], expected["both"][0])
+    assert min(r.removed for r in reports) == 1
+
+
+def test_a_function_around_the_model_is_compiled_too() -> None:
+    model, reports = net(), []
+    with torch.no_grad():
+        run = compiled(lambda x: model(x).mean(1), reports=reports)
+        assert close(run(image()), model(image()).mean(1))
+    assert [(r.removed, r.rows[0].place) for r in reports] == [(2, "stem")]
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("how", ["mark_dynamic", "dynamic=True"])
+def test_open_sizes_stay_open(how: str, inner: str) -> None:
+    model, reports = net(), []
+    run = compiled(model, inner, reports=reports, dynamic=True if how == "dynamic=True" else None)
+    compilations = 0
+    with torch.no_grad():
+        for shape in ((3, 4, 9, 7), (5, 4, 12, 8), (2, 4, 7, 31)):
+            x = image(*shape)
+            if how == "mark_dynamic":
+                for dimension in (0, 2, 3):
+                    torch._dynamo.mark_dynamic(x, dimension)
+            assert close(run(x), model(x))
+    assert [r.removed for r in reports] == [2]  # one compilation for all sizes
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_grad_modes(mode: Callable[[], Any]) -> None:
+    model, reports = ready(Net()), []
+    with mode():
+        assert close(compiled(model, reports=reports)(image()), model(image()))
+    assert [r.removed for r in reports] == [2]
+
+
+def test_weights_made_in_inference_mode_are_left_alone() -> None:
+    with torch.inference_mode():
+        model, reports = ready(Net()), []
+        run = compiled(model, reports=reports)
+        assert close(run(image()), model(image()))
+        model.body.branch[0][0].weight.mul_(2)  # type: ignore[index, union-attr]
+        assert close(run(image()), model(image()))
+    assert [r.removed for r in reports] == [0]
+
+
+def test_autocast_rounds_the_network_but_not_the_algebra() -> None:
+    model, reports = net(torch.float32), []
+    x = image().float()
+    with torch.no_grad():
+        exact = model(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected = model(x)
+            actual = compiled(model, reports=reports)(x)
+    assert [r.removed for r in reports] == [2]
+    assert actual.dtype == expected.dtype
+    assert close(expected, exact, 2**-7)  # bfloat16 has 8 bits
+    assert close(actual, exact, 2**-7)
+    assert not close(actual, exact, 2**-12)
+    converted = rmfx.remove_residuals(model, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = rmfx.remove_residuals(model, x)
+    for a, b in zip(converted.parameters(), within.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(dtype: torch.dtype) -> None:
+    model, reports = net(dtype), []
+    x = image().to(dtype)
+    with torch.no_grad():
+        expected = model.to(torch.float64)(x.double())
+        model.to(dtype)
+        actual = compiled(model, reports=reports)(x)
+    assert [r.removed for r in reports] == [2]
+    assert actual.dtype == dtype
+    assert close(actual.double(), expected, 0.05)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_channels_last(inner: str) -> None:
+    model, reports = net(torch.float32).to(memory_format=torch.channels_last), []
+    x = image().float().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        actual = compiled(model, inner, reports=reports)(x)
+        assert close(actual, model(x), 1e-5)
+    assert [r.removed for r in reports] == [2]
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_user_input_that_is_a_parameter_is_no_weight() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = Residual(conv_branch())
+
+        def forward(self, x: Tensor, kernel: Tensor) -> Tensor:
+            return torch.conv2d(self.a(x), kernel)
+
+    model, reports = ready(Scaled()).requires_grad_(False), []
+    run = compiled(model, reports=reports)
+    with torch.no_grad():
+        for factor in (1.0, 2.0):
+            kernel = nn.Parameter(torch.full((4, 4, 1, 1), factor, dtype=torch.float64), False)
+            assert close(run(image(), kernel), model(image(), kernel))
+    assert [r.removed for r in reports] == [1]
+
+
+def test_a_buffer_that_forward_writes_is_still_written() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = Residual(conv_branch())
+            self.register_buffer("n", torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.n.add_(1)
+            return self.a(x) * self.n
+
+    model, twin = ready(Counts()).requires_grad_(False), ready(Counts()).requires_grad_(False)
+    twin.load_state_dict(model.state_dict())
+    run = compiled(model)
+    with torch.no_grad():
+        for _ in range(3):
+            assert close(run(image()), twin(image()))
+    assert torch.equal(model.n, twin.n)
+
+
+# ---- never stale --------------------------------------------------------------------------------
+
+
+def _load(model: nn.Module) -> None:
+    state = model.state_dict()
+    model.load_state_dict({k: v * 1.5 if v.is_floating_point() else v for k, v in state.items()})
+
+
+def _optimise(model: nn.Module) -> None:
+    model.requires_grad_(True)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
+    with torch.enable_grad():
+        model(image().to(next(model.parameters()).dtype)).square().mean().backward()
+    optimiser.step()
+    model.requires_grad_(False)
+
+
+def _convert(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.body.branch[0][0].weight.mul_(3)  # type: ignore[index, union-attr]
+    model.to(torch.float32)
+
+
+def _write(model: nn.Module) -> None:
+    model.stem.branch[0][1].running_mean.add_(1)  # type: ignore[index, union-attr]
+
+
+def _replace(model: nn.Module) -> None:
+    layer: Any = model.body.branch[0][0]  # type: ignore[index, union-attr]
+    layer.weight = nn.Parameter(layer.weight * 2, False)
+
+
+CHANGES = {
+    "load_state_dict": _load,
+    "an optimiser step": _optimise,
+    "to another type": _convert,
+    "written in place": _write,
+    "a parameter replaced": _replace,
+}
+
+
+def _own_backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+    return rmfx.remove_residuals(gm, inputs).forward
+
+
+def _own_aot_backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+    return torch._dynamo.lookup_backend("aot_eager")(rmfx.remove_residuals(gm, inputs), inputs)
+
+
+def _own_inductor(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+    return torch._dynamo.lookup_backend("inductor")(rmfx.remove_residuals(gm, inputs), inputs)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "backend": {"backend": "rmfx", "options": {"backend": "aot_eager"}},
+    "backend with inductor": {"backend": "rmfx"},
+    "backend with open sizes": {
+        "backend": "rmfx",
+        "options": {"backend": "eager"},
+        "dynamic": True,
+    },
+    "own backend": {"backend": _own_backend},
+    "own backend with AOT": {"backend": _own_aot_backend},
+    "own backend with inductor": {"backend": _own_inductor},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:rmfx. the weights have changed")
+def test_weights_are_never_stale(change: str, way: str) -> None:
+    model = net()
+    run = torch.compile(model, **WAYS[way])
+    with torch.no_grad():
+        before = run(image())
+        assert close(before, model(image()))
+        CHANGES[change](model)
+        x = image().to(next(model.parameters()).dtype)
+        expected = model(x)
+        assert not close(before.to(expected), expected, 1e-3)  # a stale answer would show
+        if way.startswith("own") and x.dtype == image().dtype:  # another type compiles anew
+            with pytest.raises(RuntimeError, match="weights have changed"):
+                run(x)
+        else:
+            assert close(run(x), expected, 1e-10 if x.dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("change", [c for c in CHANGES if c != "to another type"])
+def test_weights_are_never_stale_with_inductors_freezing(change: str) -> None:
+    with torch._inductor.config.patch(freezing=True):  # Dynamo then leaves weights in the graph
+        test_weights_are_never_stale(change, "backend")
+
+
+def test_a_broken_guard_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dynamo.Snapshot, "holds", lambda self, tensor: True)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        test_weights_are_never_stale("load_state_dict", "backend")
+    torch._dynamo.reset()
+    monkeypatch.setattr(_dynamo.Snapshot, "is_unwritten", lambda self, tensor: True)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        test_weights_are_never_stale("load_state_dict", "own backend")
+
+
+def test_weights_that_keep_changing_run_the_graph_as_it_was() -> None:
+    model = net()
+    run = compiled(model)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(backend.MAX_RENEWALS + 3):
+            assert close(run(image()), model(image()))
+            _write(model)
+    texts = [str(w.message) for w in caught]
+    assert sum("have changed 8 times" in text for text in texts) == 1
+
+
+def test_nothing_is_converted_again_while_the_weights_stay() -> None:
+    model, reports = net(), []
+    counter = CompileCounterWithBackend("eager")
+    run = compiled(model, counter, reports=reports)
+    with torch.no_grad():
+        for _ in range(3):
+            run(image())
+    assert (counter.frame_count, len(reports)) == (1, 1)
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+def test_a_graph_whose_gradients_are_asked_for_stays_as_it_is() -> None:
+    model, reports = ready(Net()), []
+    run = compiled(model, "aot_eager", reports=reports)
+    with pytest.warns(UserWarning, match="gradients are asked for"):
+        actual = run(image())
+    expected = model(image())
+    assert torch.equal(actual, expected)
+    weights = tuple(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad(actual.sum(), weights),
+        torch.autograd.grad(expected.sum(), weights),
+        strict=True,
+    ):
+        assert torch.allclose(a, b)
+    assert not reports
+    with torch.no_grad():  # another graph, converted
+        assert close(run(image()), expected)
+    assert [r.removed for r in reports] == [2]
+
+
+def test_gradients_for_the_input_alone_count() -> None:
+    model = net()
+    x = image().requires_grad_()
+    with pytest.warns(UserWarning, match="gradients are asked for"):
+        actual = compiled(model)(x)
+    (gradient,) = torch.autograd.grad(actual.sum(), x)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    assert torch.allclose(gradient, expected)
+
+
+# ---- what cannot be converted -------------------------------------------------------------------
+
+
+def test_a_graph_that_cannot_be_converted_runs_as_it_is() -> None:
+    model = net()
+    model.body.branch[0][0].weight.view(-1)[0] = float("nan")  # type: ignore[index, union-attr]
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="body.branch.0.0.weight: the weight holds NaN"):
+            actual = compiled(model)(image())
+        assert torch.equal(actual.isnan(), model(image()).isnan())
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="holds NaN"):
+            compiled(model, options={"strict": True})(image())
+
+
+def test_batch_norm_in_training_is_not_converted() -> None:
+    model = net()
+    model.body.train()
+    expected = copy.deepcopy(model)(image())  # which writes to the statistics
+    with torch.no_grad(), pytest.warns(UserWarning, match="in training mode"):
+        actual = compiled(model)(image())
+    assert close(actual, expected)
+
+
+# ---- inside one's own backend -------------------------------------------------------------------
+
+
+def test_the_calling_convention_of_dynamo_is_kept() -> None:
+    graphs: list[tuple[fx.GraphModule, fx.GraphModule]] = []
+
+    def own(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append((gm, rmfx.remove_residuals(gm, inputs)))
+        return graphs[-1][1].forward
+
+    model = net()
+    with torch.no_grad():
+        assert close(torch.compile(model, backend=own)(image()), model(image()))
+    before, after = graphs[0]
+    names = [[n.name for n in gm.graph.nodes if n.op == "placeholder"] for gm in (before, after)]
+    assert names[0] == names[1]
+    assert adds(before) == 2
+    assert adds(after) == 0
+    assert rmfx.report(after).removed == 2
+    assert rmfx.report(rmfx.remove_residuals(after)).removed == 0
+
+
+@pytest.mark.parametrize("verb", [rmfx.fold_batch_norm, rmfx.merge_convs, rmfx.remove_noops])
+def test_other_passes_read_dynamos_graph_too(verb: Any) -> None:
+    model = ready(chain(Residual(basic_branch()), nn.Dropout())).requires_grad_(False)
+    with torch.no_grad():
+        run = torch.compile(model, backend=lambda gm, inputs: verb(gm, inputs).forward)
+        assert close(run(image()), model(image()))
+        _load(model)
+        with pytest.raises(RuntimeError, match="weights have changed"):
+            run(image())
