@@ -415,7 +415,7 @@ def _take_first(node: fx.Node) -> None:
         user.replace_all_uses_with(node)
         node.graph.erase_node(user)
     node.target, node.args, node.kwargs = call.target, call.args, dict(call.kwargs)
-    keep = {k: node.meta[k] for k in ("shape", "dtype", "val") if k in node.meta}
+    keep: dict[str, Any] = {k: node.meta[k] for k in ("shape", "dtype", "val") if k in node.meta}
     node.meta = {**call.meta, **keep}
     node.meta.pop("container", None)
     node.graph.erase_node(call)
@@ -433,14 +433,15 @@ def _fold_number(gm: fx.GraphModule, node: fx.Node) -> None:
     if is_rank or (node.target is getattr and node.args[1:] == ("ndim",)):
         rank = _rank(gm, node.args[0] if isinstance(node.args[0], fx.Node) else None)
         if rank is not None:
-            _replace_number(node, rank)
+            replace_by_number(node, rank)
     elif node.target in (operator.eq, operator.ne) and not node.all_input_nodes:
-        _replace_number(node, node.target(*node.args))
+        replace_by_number(node, node.target(*node.args))
     elif node.target is torch._assert and node.args and node.args[0] is True:
         node.graph.erase_node(node)
 
 
-def _replace_number(node: fx.Node, value: int | bool) -> None:
+def replace_by_number(node: fx.Node, value: float | bool) -> None:
+    """Put a number in the place of a node's value."""
     for user in list(node.users):
         user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
         user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ._dialect import replace_by_number
 from ._functionalise import written_inputs
 
 
@@ -99,7 +100,8 @@ def with_weights(
         keep_inputs: whether the placeholders stay, unread, so that the graph is called as before.
     """
     graph = fx.Graph()
-    output = graph.graph_copy(gm.graph, places := {}, return_output_node=True)
+    places: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, places, return_output_node=True)
     if isinstance(output, tuple):
         graph.output(output[0]).meta = dict(output[1].meta)
     graph.set_codegen(gm.graph._codegen)
@@ -125,13 +127,10 @@ def with_weights(
     return fx.GraphModule(root, graph, type(gm).__name__)
 
 
-def _fold(node: fx.Node, number: float) -> None:
+def _fold(node: fx.Node, number: float | bool) -> None:
     """Put a number in the place of `node.item()`."""
     for reader in [user for user in node.users if user.target == "item"]:
-        for user in list(reader.users):
-            user.args = fx.map_arg(user.args, lambda n, own=reader: number if n is own else n)
-            user.kwargs = fx.map_arg(user.kwargs, lambda n, own=reader: number if n is own else n)
-        node.graph.erase_node(reader)
+        replace_by_number(reader, number)
 
 
 def _tensors_of(gm: fx.GraphModule) -> Iterable[tuple[str, Tensor]]:

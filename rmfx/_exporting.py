@@ -41,7 +41,7 @@ def export_model(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
 def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedProgram:
     try:
         # Else a batch of one would be taken for a constant.
-        with symbolic_config.patch(backed_size_oblivious=True):
+        with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
     # Exporting runs the model's own code, which may raise anything.
     except Exception as error:

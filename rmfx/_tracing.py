@@ -125,7 +125,7 @@ class _Recording(TorchDispatchMode):
     """Writes down every operator that runs, with its arguments; tensors get running numbers."""
 
     def __init__(self, mode: FakeTensorMode, inputs: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._mode = mode
         self.calls: list[Call] = []
         self._numbers: dict[int, int] = {}
@@ -184,7 +184,8 @@ def as_fakes(mode: FakeTensorMode, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         is_real = isinstance(x, Tensor) and not isinstance(x, FakeTensor)
         return mode.from_tensor(x, static_shapes=True) if is_real else x
 
-    return pytree.tree_map(fake, inputs)
+    fakes: tuple[Any, ...] = pytree.tree_map(fake, inputs)
+    return fakes
 
 
 def first_line(error: BaseException) -> str:

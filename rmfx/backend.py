@@ -92,7 +92,8 @@ def rmfx(
             "gradients are asked for, so the graph keeps its residual connections; call the "
             "compiled model under torch.no_grad() or freeze its parameters"
         )
-        return inner(gm, list(example_inputs))
+        untouched: Compiled = inner(gm, list(example_inputs))
+        return untouched
     return _Converted(gm, example_inputs, chosen, inner)
 
 
@@ -113,9 +114,8 @@ def _inner(options: Options) -> Compiled:
     given = dict(options.backend_options)
     if options.backend == "inductor":
         return lambda gm, inputs: _inductor(gm, inputs, given)
-    found: Any = options.backend
-    if isinstance(found, str):
-        found = torch._dynamo.lookup_backend(found)
+    by_name = isinstance(options.backend, str)
+    found: Any = torch._dynamo.lookup_backend(options.backend) if by_name else options.backend
     return lambda gm, inputs: found(gm, inputs, **({"options": given} if given else {}))
 
 
@@ -167,13 +167,14 @@ class _Converted:
                 raise
             _warn(f"a graph keeps its residual connections: {error}")
             self._is_converted = False
-            return inner(self._gm, list(inputs))
+            untouched: Compiled = inner(self._gm, list(inputs))
+            return untouched
         self._is_converted = True
         if options.on_report is not None:
             options.on_report(report(converted))
         converted.requires_grad_(False)
         with torch.no_grad():
-            compiled = inner(converted, [inputs[i] for i in self._kept])
+            compiled: Compiled = inner(converted, [inputs[i] for i in self._kept])
         self._snapshots = {one.position: snapshot(one) for one in lifted}
         self._held_snapshots = list(map(Snapshot, self._held))
         return compiled

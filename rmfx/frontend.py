@@ -180,8 +180,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
         model, "_orig_mod"
     ):
-        inner = getattr(model, "_orig_mod", None)
-        model = model.module if inner is None else inner
+        inner: nn.Module | None = getattr(model, "_orig_mod", None)
+        model = model.get_submodule("module") if inner is None else inner
     return model
 
 

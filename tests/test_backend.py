@@ -176,7 +176,9 @@ def test_open_sizes_stay_open(how: str, inner: str) -> None:
                 for dimension in (0, 2, 3):
                     torch._dynamo.mark_dynamic(x, dimension)
             assert close(run(x), model(x))
-    assert [r.removed for r in reports] == [2]  # one compilation for all sizes
+            compilations = compilations or len(reports)  # inductor asks for two at first
+    assert {r.removed for r in reports} == {2}
+    assert len(reports) == compilations
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
