@@ -156,6 +156,10 @@ class MaskedActivation(nn.Module):
         return y
 
 
+# Modules that passes make; they are layers to whoever traces the result.
+OWN_ACTIVATIONS = (ChannelClamp, ChannelPReLU, MaskedActivation)
+
+
 @dataclass(frozen=True, eq=False)
 class Activation:
     """One pointwise activation of a graph, as a value."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import _side_effectful_functions
 
-from ._activation import ChannelClamp, ChannelPReLU, MaskedActivation, is_activation
+from ._activation import OWN_ACTIVATIONS, is_activation
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -34,7 +34,7 @@ CHANNELWISE = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity),
-    *(ChannelClamp, ChannelPReLU, MaskedActivation),
+    *OWN_ACTIVATIONS,
 )
 ADDS = (operator.add, operator.iadd, torch.add)
 SUBS = (operator.sub, operator.isub, torch.sub)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,7 +25,7 @@ from ._affine import AffineConv, is_finite
 from ._dialect import attribute, must_stay
 from ._errors import Refusal, WeightError
 from ._infer import Inference
-from ._input_guard import guard_of, set_guard, with_ranks
+from ._input_guard import InputGuard, guard_of, set_guard, with_ranks
 
 Shape = tuple[int | None, ...]
 
@@ -37,6 +37,37 @@ class Virtual:
     layer: AffineConv | Blockwise
     dtype: torch.dtype
     device: torch.device
+
+
+class ConvertedModule(fx.GraphModule):
+    """What passes make: a GraphModule whose copies keep its metadata and the check of its inputs.
+
+    torch's own keeps the metadata when it is copied, but not when it is pickled, and loses hooks.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ConvertedModule:
+        new = super().__deepcopy__(memo)
+        set_guard(new, guard_of(self))
+        return cast("ConvertedModule", new)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make, arguments = super().__reduce__()
+        meta = {key: value for key, value in self.meta.items() if key.startswith("rmfx_")}
+        return _restore, (make, arguments, meta, guard_of(self))
+
+
+def _restore(
+    make: Callable[..., fx.GraphModule],
+    arguments: tuple[Any, ...],
+    meta: dict[str, Any],
+    guard: InputGuard | None,
+) -> ConvertedModule:
+    plain = make(*arguments)
+    gm = ConvertedModule(plain, plain.graph, type(plain).__name__)
+    gm.training = plain.training
+    gm.meta.update(meta)
+    set_guard(gm, guard)
+    return gm
 
 
 class Net:
@@ -222,12 +253,11 @@ class Net:
                 module = self._modules[target]
                 memo.update(_computed_tensors(module))
                 root[target] = copy.deepcopy(module, memo)
-        gm = fx.GraphModule(root, self.graph, type(self.source).__name__)
+        gm = ConvertedModule(root, self.graph, type(self.source).__name__)
         gm.graph.lint()
         gm.meta = {**copy.copy(self.source.meta), **(meta or {})}
-        # Copying keeps the metadata, pickling keeps the attributes: a report needs both.
-        for name, value in (meta or {}).items():
-            setattr(gm, name, value)
+        if not any(p.requires_grad for p in self.source.parameters()):
+            gm.requires_grad_(False)
         ranks = {n.name: self.rank(n) for n in gm.graph.nodes if n.op == "placeholder"}
         set_guard(gm, with_ranks(guard_of(self.source), gm, ranks))
         return gm.eval()

@@ -108,7 +108,9 @@ class InputGuard:
                 )
 
     def _describe(self, sizes: Sequence[Size]) -> str:
-        text = ", ".join("any" if n is None else str(n) for n in sizes)
+        often = [n for n in sizes if sizes.count(n) > 1]
+        fixed = [n for n in sizes if isinstance(n, int) or n in self.ranges or n in often]
+        text = ", ".join(str(n) if n is not None and n in fixed else "any" for n in sizes)
         limits = [
             f"{low} <= {name} <= {high}" if high < math.inf else f"{name} >= {low}"
             for name, (low, high) in self.ranges.items()

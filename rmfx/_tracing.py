@@ -23,6 +23,7 @@ from torch.fx.proxy import Proxy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ._activation import OWN_ACTIVATIONS
 from ._errors import TraceError
 
 
@@ -50,6 +51,9 @@ class _Tracer(fx.Tracer):
 
     # A buffer that forward() changes must show in the graph instead of being changed by tracing.
     proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in OWN_ACTIVATIONS or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> Proxy:
         return _InPlaceProxy(node, self)

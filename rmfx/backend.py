@@ -114,8 +114,9 @@ def _inner(options: Options) -> Compiled:
     given = dict(options.backend_options)
     if options.backend == "inductor":
         return lambda gm, inputs: _inductor(gm, inputs, given)
-    by_name = isinstance(options.backend, str)
-    found: Any = torch._dynamo.lookup_backend(options.backend) if by_name else options.backend
+    found: Any = options.backend
+    if isinstance(options.backend, str):
+        found = torch._dynamo.lookup_backend(options.backend)
     return lambda gm, inputs: found(gm, inputs, **({"options": given} if given else {}))
 
 

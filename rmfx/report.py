@@ -117,7 +117,7 @@ def report(gm: fx.GraphModule) -> Report:
     Raises:
         RmfxError: `gm` was not made by `rmfx.remove_residuals`.
     """
-    found = getattr(gm, "meta", {}).get(META_KEY) or getattr(gm, META_KEY, None)
+    found = getattr(gm, "meta", {}).get(META_KEY)
     if not isinstance(found, Report):
         raise RmfxError(
             f"{type(gm).__name__} carries no report; pass the result of rmfx.remove_residuals"

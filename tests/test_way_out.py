@@ -304,7 +304,6 @@ def test_copies_keep_the_report(name: str, way: str) -> None:
     assert_keeps_its_report(COPIES[way](removed(name)), removed(name))
 
 
-@pytest.mark.xfail(reason="torch's deepcopy drops attributes and its pickle drops gm.meta")
 @pytest.mark.parametrize(("first", "second"), [("deepcopy", "pickle"), ("pickle", "deepcopy")])
 def test_copies_of_copies_keep_the_report(first: str, second: str) -> None:
     plain = removed("basic")
@@ -357,7 +356,6 @@ def test_a_chain_is_converted_no_further() -> None:
     assert_converted_no_further("bottleneck", converted("bottleneck", "sequential"))
 
 
-@pytest.mark.xfail(reason="the tracer takes rmfx's own activations apart")
 @pytest.mark.parametrize("name", ["inverted_residual", "silu"])
 def test_a_chain_with_activations_of_our_own_is_converted_no_further(name: str) -> None:
     assert_converted_no_further(name, converted(name, "sequential"))
