@@ -25,10 +25,19 @@ NEUTRAL: dict[Any, int] = {torch.add: 0, torch.sub: 0, torch.mul: 1}
 
 
 class NoopRule:
-    """Let the readers of a no-op read its input."""
+    """Let the readers of a no-op read its input.
+
+    Args:
+        keep_detach: leave `detach`, which stops gradients.
+    """
+
+    def __init__(self, *, keep_detach: bool = False) -> None:
+        self._keep_detach = keep_detach
 
     def match(self, net: Net, node: fx.Node) -> fx.Node | Refusal | None:
         source = input_of(node)
+        if self._keep_detach and "detach" in str(node.target):
+            return None
         if source is None or not _does_nothing(net, node, source):
             return None
         # A copy of a value that is written to later is not a no-op.

@@ -29,9 +29,11 @@ from torch import Tensor, fx, nn
 from rmfx._activation import STRATEGIES, Blockwise, Interval, strategy_of
 from rmfx._affine import CONVS, AffineConv
 from rmfx._dialect import module_path
-from rmfx._errors import Refusal, RefusedError, RmfxError
+from rmfx._dynamo import find_lifted
+from rmfx._errors import OptionError, Refusal, RefusedError, RmfxError
 from rmfx._graph import Net, Shape, Virtual, positions
 from rmfx._layers import read_join
+from rmfx._linked import linked
 from rmfx._plan import Column, Linear, Plan, Pointwise, build, plans, settle
 from rmfx._range import Ranges
 from rmfx._rewrite import apply_rule
@@ -280,6 +282,7 @@ def remove_residuals(
     activation: str | Collection[str] = "auto",
     input_range: Interval | None = None,
     calibration: Iterable[Any] | None = None,
+    differentiable: bool = False,
 ) -> fx.GraphModule:
     """Rewrite every residual connection that can be removed exactly.
 
@@ -299,6 +302,9 @@ def remove_residuals(
             an activation unchanged. Values outside it may give wrong results.
         calibration: batches (a tensor or a tuple of arguments each) on which the statistics of the
             identity batch norms are measured; used with `fold_batch_norm=False`.
+        differentiable: compute the new weights inside the graph, from the model's own parameters,
+            which the result shares: gradients reach them, and every change of theirs counts. Each
+            call then pays for that computation. Excludes `fold_batch_norm=False`.
 
     Returns:
         A new module with the same inputs and outputs; `rmfx.report` tells what was done.
@@ -323,16 +329,43 @@ def remove_residuals(
     allowed = _allowed(activation)
     _check_range(input_range)
     source = trace(model, example_inputs)
+    if differentiable:
+        if not fold_batch_norm:
+            raise OptionError("differentiable=True needs fold_batch_norm=True")
+        check = {"strict": strict, "allowed": allowed, "input_range": input_range}
+        lifted = find_lifted(model) if isinstance(model, fx.GraphModule) else ()
+        return linked(source, lambda gm: _convert(gm, weights_vary=True, **check), lifted)
+    return _convert(
+        source,
+        strict=strict,
+        allowed=allowed,
+        input_range=input_range,
+        fold_batch_norm=fold_batch_norm,
+        calibration=calibration,
+    )
+
+
+def _convert(
+    source: fx.GraphModule,
+    *,
+    strict: bool,
+    allowed: Collection[str],
+    input_range: Interval | None,
+    fold_batch_norm: bool = True,
+    calibration: Iterable[Any] | None = None,
+    weights_vary: bool = False,
+) -> fx.GraphModule:
+    """The passes in their order, on a graph in the dialect."""
     moments = measure(source, calibration) if calibration is not None else None
     net = Net(source)
     joins = [node.name for node in net.graph.nodes if read_join(net, node) is not None]
     # No-ops first: a dropout at the end of a branch would be one more layer to pass.
-    apply_rule(net, NoopRule())
+    apply_rule(net, NoopRule(keep_detach=weights_vary))
     # Batch norm next: what is folded needs no column, and no identity batch norm on the carry.
     if fold_batch_norm:
         apply_rule(net, BatchNormRule())
     rule = ResidualRule(
-        Ranges(net, input_range),
+        Ranges(net, input_range, weights_vary=weights_vary),
         allowed=allowed,
         fold_batch_norm=fold_batch_norm,
         moments=moments,

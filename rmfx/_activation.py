@@ -129,7 +129,12 @@ class ChannelPReLU(nn.Module):
         self.weight = nn.Parameter(slope.reshape(-1, *[1] * dims))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.where(x >= 0, x, self.weight * x)
+        return channel_prelu(x, self.weight)
+
+
+def channel_prelu(x: Tensor, weight: Tensor) -> Tensor:
+    """x where it is not negative, else weight·x; weight: the trailing shape of x, or broadcast."""
+    return torch.where(x >= 0, x, weight * x)
 
 
 class MaskedActivation(nn.Module):

@@ -141,10 +141,19 @@ def _sloped(activation: Activation, x: Tensor) -> Tensor:
 
 
 class Ranges:
-    """Ranges of the values of one net, computed on demand and kept."""
+    """Ranges of the values of one net, computed on demand and kept.
 
-    def __init__(self, net: Net, input_range: Interval | None = None) -> None:
+    Args:
+        net: the net.
+        input_range: of the inputs, if known.
+        weights_vary: whether weights may change, so that they prove nothing.
+    """
+
+    def __init__(
+        self, net: Net, input_range: Interval | None = None, *, weights_vary: bool = False
+    ) -> None:
         self._net = net
+        self._weights_vary = weights_vary
         self._input = Range.of(*input_range) if input_range else ANYTHING
         self._known: dict[fx.Node, Range] = {}
 
@@ -203,6 +212,8 @@ class Ranges:
 
     def _through(self, node: fx.Node, x: Range) -> Range:
         element = read(self._net, node) if node.op != "output" else Refusal("")
+        if self._weights_vary and _has_parameters(element):
+            return ANYTHING
         if isinstance(element, Activation):
             # Slopes per channel belong to dimension 1.
             return activation_range(element, x.on_axis(last=False) if element.is_per_channel else x)
@@ -215,7 +226,7 @@ class Ranges:
                 return ANYTHING
             channels = self._net.channels(source, rank - 2)
             element = element.build(channels, rank - 2) if channels else Refusal("")
-        if not isinstance(element, AffineConv):
+        if not isinstance(element, AffineConv) or self._weights_vary:
             return ANYTHING
         x = x.on_axis(last=not element.dims)
         return affine_range(element, x) if x.low.numel() in (1, element.in_channels) else ANYTHING
@@ -232,6 +243,13 @@ class Ranges:
                 continue
             low, high = low + factor * ends[0], high + factor * ends[1]
         return Range(low, high, last)
+
+
+def _has_parameters(element: object) -> bool:
+    """Whether an activation has parameters of its own, as PReLU has."""
+    blocks = element.blocks if isinstance(element, Blockwise) else ()
+    parts = (element, *(b.activation for b in blocks))
+    return any(isinstance(a, Activation) and list(a.module.parameters()) for a in parts)
 
 
 def _hull(x: Range) -> Range:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -35,6 +35,8 @@ class Options:
         backend_options: its options; for inductor its configuration.
         strict: raise where a residual connection is refused or a graph cannot be converted.
         activation, input_range: as for `rmfx.remove_residuals`.
+        differentiable: convert graphs whose gradients are asked for too; their weights are computed
+            in the graph, at every call.
         on_report: called with the `rmfx.Report` of every graph.
     """
 
@@ -43,6 +45,7 @@ class Options:
     strict: bool = False
     activation: str | Collection[str] = "auto"
     input_range: Interval | None = None
+    differentiable: bool = False
     on_report: Callable[[Report], object] | None = None
 
     @staticmethod
@@ -88,13 +91,48 @@ def rmfx(
         chosen = replace(chosen, backend_options=_of_mode(mode) | dict(chosen.backend_options))
     inner = _inner(chosen)
     if torch.is_grad_enabled() and any(_requires_grad(x) for x in example_inputs):
+        differentiable: Compiled = inner(_differentiable(gm, chosen), list(example_inputs))
+        return differentiable
+    return _Converted(gm, example_inputs, chosen, inner)
+
+
+def _differentiable(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
+    """The graph through which gradients may flow: converted if that is asked for."""
+    if not options.differentiable:
         _warn(
             "gradients are asked for, so the graph keeps its residual connections; call the "
-            "compiled model under torch.no_grad() or freeze its parameters"
+            "compiled model under torch.no_grad(), freeze its parameters, or set the option "
+            "differentiable"
         )
-        untouched: Compiled = inner(gm, list(example_inputs))
-        return untouched
-    return _Converted(gm, example_inputs, chosen, inner)
+        return gm
+    return _converted(gm, options, differentiable=True) or gm
+
+
+def _converted(
+    gm: fx.GraphModule, options: Options, *, differentiable: bool = False
+) -> fx.GraphModule | None:
+    """The graph without residual connections; None, with a warning, where that cannot be.
+
+    Raises:
+        RmfxError: the same with `strict`.
+    """
+    try:
+        _check_versions([*gm.parameters(), *gm.buffers()])
+        converted = remove_residuals(
+            gm,
+            strict=options.strict,
+            activation=options.activation,
+            input_range=options.input_range,
+            differentiable=differentiable,
+        )
+    except RmfxError as error:
+        if options.strict:
+            raise
+        _warn(f"a graph keeps its residual connections: {error}")
+        return None
+    if options.on_report is not None:
+        options.on_report(report(converted))
+    return converted
 
 
 def _of_mode(mode: str) -> dict[str, Any]:
@@ -126,8 +164,7 @@ def _inductor(gm: fx.GraphModule, inputs: list[Any], config: dict[str, Any]) -> 
     # The weights are constants of the graph by now, which freezing folds into the code. Inductor
     # cannot freeze float64: its CPU kernels with packed weights do not know the type.
     freezing = all(p.dtype != torch.float64 for p in gm.parameters())
-    compiled: Compiled = compile_fx(gm, inputs, config_patches={"freezing": freezing, **config})
-    return compiled
+    return cast("Compiled", compile_fx(gm, inputs, config_patches={"freezing": freezing, **config}))
 
 
 class _Converted:
@@ -153,26 +190,12 @@ class _Converted:
     def _compile(
         self, inputs: Sequence[Any], lifted: Sequence[Lifted], inner: Compiled
     ) -> Compiled:
-        options = self._options
         self._snapshots, self._held_snapshots = {}, []
-        try:
-            _check_versions(self._held)
-            converted = remove_residuals(
-                with_weights(self._gm, lifted, keep_inputs=False),
-                strict=options.strict,
-                activation=options.activation,
-                input_range=options.input_range,
-            )
-        except RmfxError as error:
-            if options.strict:
-                raise
-            _warn(f"a graph keeps its residual connections: {error}")
-            self._is_converted = False
+        converted = _converted(with_weights(self._gm, lifted, keep_inputs=False), self._options)
+        self._is_converted = converted is not None
+        if converted is None:
             untouched: Compiled = inner(self._gm, list(inputs))
             return untouched
-        self._is_converted = True
-        if options.on_report is not None:
-            options.on_report(report(converted))
         converted.requires_grad_(False)
         with torch.no_grad():
             compiled: Compiled = inner(converted, [inputs[i] for i in self._kept])

@@ -494,3 +494,41 @@ def test_other_passes_read_dynamos_graph_too(verb: Any) -> None:
         _load(model)
         with pytest.raises(RuntimeError, match="weights have changed"):
             run(image())
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("freezing", [False, True])
+@pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")  # inductor's own
+def test_differentiable_graphs_are_converted_and_never_stale(inner: str, freezing: bool) -> None:
+    model, reports = ready(Net()), []
+    with torch._inductor.config.patch(freezing=freezing):
+        run = compiled(model, inner, reports=reports, options={"differentiable": True})
+        for change in (lambda m: None, _load, _optimise, _write, _replace):
+            change(model)
+            model.requires_grad_(True)
+            weights = tuple(model.parameters())
+            actual, expected = run(image()), model(image())
+            assert close(actual, expected)
+            pairs = zip(
+                torch.autograd.grad(actual.square().sum(), weights),
+                torch.autograd.grad(expected.square().sum(), weights),
+                strict=True,
+            )
+            assert all(torch.allclose(a, b) for a, b in pairs)
+    assert {r.removed for r in reports} == {2}
+
+
+def test_differentiable_in_ones_own_backend() -> None:
+    graphs: list[fx.GraphModule] = []
+
+    def own(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(rmfx.remove_residuals(gm, inputs, differentiable=True))
+        return graphs[-1].forward
+
+    model = net()
+    run = torch.compile(model, backend=own)
+    assert close(run(image()), model(image()))
+    _load(model)
+    assert close(run(image()), model(image()))
+    assert adds(graphs[0]) == 0
+    assert not any(p.requires_grad for p in graphs[0].parameters())  # those are constants
