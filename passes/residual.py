@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
@@ -332,9 +333,11 @@ def remove_residuals(
     if differentiable:
         if not fold_batch_norm:
             raise OptionError("differentiable=True needs fold_batch_norm=True")
-        check = {"strict": strict, "allowed": allowed, "input_range": input_range}
+        convert = partial(
+            _convert, strict=strict, allowed=allowed, input_range=input_range, weights_vary=True
+        )
         lifted = find_lifted(model) if isinstance(model, fx.GraphModule) else ()
-        return linked(source, lambda gm: _convert(gm, weights_vary=True, **check), lifted)
+        return linked(source, convert, lifted)
     return _convert(
         source,
         strict=strict,

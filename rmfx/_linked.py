@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._activation import ChannelPReLU, channel_prelu
+from ._activation import ChannelPReLU, MaskedActivation, channel_prelu
 from ._affine import CONV_FUNCTIONS, CONVS
 from ._dialect import BATCH_NORMS, attribute
 from ._dynamo import Lifted
@@ -30,6 +30,7 @@ from ._graph import ConvertedModule
 from ._input_guard import guard_of, set_guard
 
 aten = torch.ops.aten
+PRELUS = (nn.PReLU, ChannelPReLU)
 # Operators whose result is their input, as far as values and gradients go.
 TRANSPARENT = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 
@@ -142,7 +143,7 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
@@ -281,7 +282,7 @@ class _Linker:
             return None
         if self._is_untouched(module, str(node.target)):
             return None
-        if type(module) not in (*CONVS, *BATCH_NORMS, nn.PReLU, ChannelPReLU):
+        if type(module) not in (*CONVS, *BATCH_NORMS, *PRELUS, MaskedActivation):
             raise RmfxError(
                 f"{node.name}: a {type(module).__name__} cannot take its weights from the graph; "
                 "convert without differentiable=True"
@@ -299,12 +300,31 @@ class _Linker:
         sources = self._recorder.sources
         return all(sources.get(name) is _origin(self._weights[name]) for name in names)
 
+    def _copy_masked(self, node: fx.Node, module: MaskedActivation) -> None:
+        """A masked activation, one of whose activations has slopes that vary, in single steps."""
+        x = y = self._places[node.all_input_nodes[0]]
+        for i, activation in enumerate(module.activations):
+            mask, target = f"{node.target}.mask{i}", f"{node.target}.activations.{i}"
+            self._root[mask] = getattr(module, f"mask{i}")
+            if isinstance(activation, PRELUS):
+                weight = self._places[self._weights[f"{target}.weight"]]
+                value = self._graph.call_function(_function(activation), (x, weight))
+            else:
+                self._root[target] = activation
+                value = self._graph.call_module(target, (x,))
+            y = self._graph.call_function(torch.where, (self._graph.get_attr(mask), value, y))
+        y.name, y.meta = node.name, dict(node.meta)
+        self._places[node] = y
+
     def _copy(self, node: fx.Node, names: tuple[str, ...] | None) -> None:
+        module = self._converted.get_submodule(str(node.target)) if names else None
+        if isinstance(module, MaskedActivation):
+            self._copy_masked(node, module)
+            return
         copied = self._graph.node_copy(node, lambda n: self._places[n])
         self._places[node] = copied
         target = str(node.target)
-        if names is not None:
-            module = self._converted.get_submodule(target)
+        if names is not None and module is not None:
             given = {name.rpartition(".")[2]: self._places[self._weights[name]] for name in names}
             copied.op, copied.target = "call_function", _function(module)
             x = copied.args[0] if copied.args else next(iter(copied.kwargs.values()))
@@ -343,7 +363,7 @@ def _function(module: nn.Module) -> Callable[..., Tensor]:
 
 
 def _arguments(module: Any, x: Any, weights: Mapping[str, fx.Node]) -> tuple[Any, ...]:
-    if isinstance(module, (nn.PReLU, ChannelPReLU)):
+    if isinstance(module, PRELUS):
         return (x, weights["weight"])
     if isinstance(module, nn.Linear):
         return (x, weights["weight"], weights.get("bias"))

@@ -118,7 +118,7 @@ def _converted(
     """
     try:
         _check_versions([*gm.parameters(), *gm.buffers()])
-        converted = remove_residuals(
+        converted: fx.GraphModule = remove_residuals(
             gm,
             strict=options.strict,
             activation=options.activation,
