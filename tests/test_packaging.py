@@ -86,5 +86,6 @@ def test_readme_examples_run_as_written(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
     assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+    names: dict[str, object] = {}
+    for block in blocks:  # one goes on where the one before ends
+        exec(compile(block, "README.md", "exec"), names)
