@@ -566,7 +566,7 @@ def _rank(gm: fx.GraphModule, node: fx.Node | None) -> int | None:
                     return dims + 2
             if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
                 return 4 if isinstance(module, nn.BatchNorm2d) else 5
-            if not is_activation(module):
+            if not is_activation(module) and not isinstance(module, (*CHANNELWISE, nn.Linear)):
                 return None
         elif node.target not in (torch.add, torch.sub, torch.mul, torch.div, torch.neg):
             return None

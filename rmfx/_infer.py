@@ -7,16 +7,18 @@ channelwise operations hand both on. The answers are kept per node, so a graph i
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import fx, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from ._activation import Blockwise, is_activation
 from ._affine import CONVS, AffineConv
-from ._dialect import ADDS, BATCH_NORMS, CHANNELWISE, SUBS
+from ._dialect import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS
 
 if TYPE_CHECKING:
     from ._graph import Net
@@ -92,6 +94,8 @@ class Inference:
         if node.op == "call_function" and node.target in (*ADDS, *SUBS):
             return _sum(inputs)
         layer = self._layer(node)
+        if len(inputs) == 1 and node.op == "call_function":
+            return self._arithmetic(node, inputs[0])
         if isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
             return Facts(rank=2)
         before = inputs[0] if len(inputs) == 1 else Facts()
@@ -110,6 +114,18 @@ class Inference:
         if out is not None:
             channels, last = out, _on_last([layer]) or (last and type(layer) in BATCH_NORMS)
         return Facts(dims + 2 if dims else rank, channels, last)
+
+    def _arithmetic(self, node: fx.Node, before: Facts) -> Facts:
+        """Facts behind a scale, a shift, a padding or a slice, which keep the dimensions."""
+        if node.target is F.pad or (node.target is operator.getitem and _slices(node)):
+            return Facts(before.rank)
+        if node.target not in (*ADDS, *SUBS, *SCALES) or before.rank is None:
+            return Facts()
+        constants = [self._net.attribute(n) for n in node.all_input_nodes if n.op == "get_attr"]
+        sizes = [_channel_size(c, before) for c in constants]
+        if None in sizes:
+            return Facts()
+        return before if set(sizes) <= {1, before.channels} else Facts(before.rank)
 
     def _keeps(self, layer: nn.Module | AffineConv | Blockwise | None) -> bool:
         """Whether a layer keeps the dimensions and channels of its input."""
@@ -146,6 +162,20 @@ class Inference:
         if made is not None:
             return made if isinstance(made, nn.Module) else made.layer
         return self._net.module(node)
+
+
+def _channel_size(constant: object, x: Facts) -> int | None:
+    """Channels of a constant that broadcasts against x; None if it may add dimensions."""
+    if not isinstance(constant, Tensor) or x.rank is None or constant.dim() > x.rank:
+        return None
+    axis = 1 if x.last else x.rank - 1  # counted from the end
+    return int(constant.shape[-axis]) if constant.dim() >= axis else 1
+
+
+def _slices(node: fx.Node) -> bool:
+    """Whether an index is made of slices, which keep every dimension."""
+    index = node.args[1]
+    return isinstance(index, tuple) and all(isinstance(i, slice) or i is ... for i in index)
 
 
 def _sum(inputs: list[Facts]) -> Facts:

@@ -39,7 +39,8 @@ from ._networks import (
 )
 
 _INPUT = 0  # the storage of everything that shares memory with the network's inputs
-_CONSTANTS = (0.5, -0.5, 2.0, -1.0, 0.1)
+# 2 instead of 1.75 would let whole networks cancel to nothing but rounding.
+_CONSTANTS = (0.5, -0.5, 1.75, -1.0, 0.1)
 _MASKED = tuple(k for k in FUNCTIONS if k not in ("relu", "leaky_relu", "rrelu", "relu6"))
 # (kernel, stride, padding, dilation), the simplest first
 _GEOMETRY: dict[str, tuple[tuple[int, int, int | str, int], ...]] = {
@@ -417,7 +418,10 @@ class Sampler:
         self.put(path, Arithmetic(form, self.pick(_CONSTANTS), shape), alias="=" in form)
 
     def opaque(self, path: Path) -> None:
-        kinds = tuple(OPAQUE) if path.value.is_map else OPAQUE_ANYWHERE
+        value = path.value
+        kinds = tuple(OPAQUE) if value.is_map else OPAQUE_ANYWHERE
+        if value.channels * math.prod(value.size) == 1:  # nothing to normalise
+            kinds = tuple(kind for kind in kinds if "norm" not in kind)
         kind = self.pick(kinds)
         self.put(path, Opaque(kind, path.value.dims), alias=kind == "view")
 
