@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_config
 
 from ._errors import TraceError
+from ._graph import copy_graph
 from ._input_guard import Expected, InputGuard, Size, parameters_of
-from ._tracing import first_line
+from ._tracing import first_line, unchanged
 
 GUARD_KEY = "rmfx_input_guard"
 
@@ -41,7 +44,12 @@ def export_model(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
 def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedProgram:
     try:
         # Else a batch of one would be taken for a constant.
-        with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        with (
+            symbolic_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+            unchanged(model),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # about what `unchanged` takes care of
             return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
     # Exporting runs the model's own code, which may raise anything.
     except Exception as error:
@@ -53,16 +61,39 @@ def unlifted(program: ExportedProgram) -> fx.GraphModule:
     gm: fx.GraphModule = program.module(check_guards=False)
     gm._forward_pre_hooks.clear()  # torch's own check, which the guard replaces
     gm._forward_pre_hooks_with_kwargs.clear()
-    nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    symbols = {str(symbol): _limits(limits) for symbol, limits in program.range_constraints.items()}
-    gm.meta[GUARD_KEY] = InputGuard(
+    conditions = tuple(getattr(program, "_guards_code", None) or ())
+    gm.meta[GUARD_KEY] = _guard(gm, program.range_constraints, conditions=conditions)
+    return gm
+
+
+def is_exported(gm: nn.Module) -> bool:
+    """Whether a graph is the `.module()` of an exported program, with torch's check of inputs."""
+    names = [getattr(hook, "__name__", "") for hook in gm._forward_pre_hooks.values()]
+    return isinstance(gm, fx.GraphModule) and "_check_input_constraints_pre_hook" in names
+
+
+def without_checks(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of an exported program's `.module()` with an `InputGuard` in place of its checks."""
+    gm = fx.GraphModule(module, copy_graph(module), type(module).__name__)
+    guards = None
+    for node in gm.graph.find_nodes(op="call_module", target="_guards_fn"):
+        guards = module.get_submodule("_guards_fn")
+        gm.graph.erase_node(node)
+    gm.meta = dict(module.meta)
+    gm.meta[GUARD_KEY] = _guard(gm, getattr(module, "range_constraints", None) or {}, guards=guards)
+    return gm
+
+
+def _guard(gm: fx.GraphModule, constraints: Mapping[Any, Any], **conditions: Any) -> InputGuard:
+    nodes = gm.graph.find_nodes(op="placeholder")
+    symbols = {str(symbol): _limits(limits) for symbol, limits in constraints.items()}
+    return InputGuard(
         tuple(_expected(node) for node in nodes),
         parameters_of(gm),
         flatten=True,
         ranges={name: limits for name, limits in symbols.items() if limits != (0, math.inf)},
-        conditions=tuple(getattr(program, "_guards_code", None) or ()),
+        **conditions,
     )
-    return gm
 
 
 def _limits(limits: Any) -> tuple[float, float]:

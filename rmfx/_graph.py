@@ -70,6 +70,18 @@ def _restore(
     return gm
 
 
+def copy_graph(gm: fx.GraphModule) -> fx.Graph:
+    """A graph of its own for the same module; nodes keep their names and metadata."""
+    graph = fx.Graph()
+    places: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, places, return_output_node=True)
+    if isinstance(output, tuple):
+        value, node = output
+        graph.output(value, getattr(node, "type", None)).meta = copy.copy(node.meta)
+    graph.set_codegen(gm.graph._codegen)
+    return graph
+
+
 class Net:
     """A graph under rewriting.
 
@@ -81,13 +93,7 @@ class Net:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.source = gm
-        self.graph = fx.Graph()
-        places: dict[fx.Node, fx.Node] = {}
-        output = self.graph.graph_copy(gm.graph, places, return_output_node=True)
-        if isinstance(output, tuple):
-            value, node = output
-            self.graph.output(value, getattr(node, "type", None)).meta = copy.copy(node.meta)
-        self.graph.set_codegen(gm.graph._codegen)
+        self.graph = copy_graph(gm)
         self.virtual: dict[str, Virtual | nn.Module] = {}
         self.joins: dict[fx.Node, str] = {}
         self._modules = dict(gm.named_modules(remove_duplicate=False))

@@ -49,6 +49,7 @@ class InputGuard:
         flatten: whether placeholders are the leaves of the arguments instead of the arguments.
         ranges: lowest and highest value of each size that has a name.
         conditions: expressions of `torch.export` over `L`, the arguments by parameter.
+        guards: torch's own check of the placeholders' values, which is lost when pickled.
     """
 
     expected: tuple[Expected, ...]
@@ -56,15 +57,25 @@ class InputGuard:
     flatten: bool = False
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     conditions: tuple[str, ...] = ()
+    guards: nn.Module | None = field(default=None, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch makes `guards` of code that cannot be pickled.
+        own = (self.expected, self.parameters, self.flatten, self.ranges, self.conditions)
+        return InputGuard, own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InputGuard:
+        return self  # it does not change
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = self._bind(args, kwargs)
         values = list(bound.values())
+        values = pytree.tree_leaves(values) if self.flatten else values
         sizes: dict[str, int] = {}
-        for want, value in zip(
-            self.expected, pytree.tree_leaves(values) if self.flatten else values, strict=False
-        ):
+        for want, value in zip(self.expected, values, strict=False):
             self._check(want, value, sizes)
+        if self.guards is not None:
+            self._run_guards(values)
         if self.conditions:
             self._check_conditions(bound)
 
@@ -117,6 +128,14 @@ class InputGuard:
             if name in sizes and (low, high) != (0, math.inf)
         ]
         return f"({text})" + (f" with {', '.join(limits)}" if limits else "")
+
+    def _run_guards(self, values: list[Any]) -> None:
+        try:
+            self.guards(*values)  # type: ignore[misc]
+        except AssertionError as error:
+            raise ShapeError(
+                f"the inputs are not those the network was exported for: {error}"
+            ) from error
 
     def _check_conditions(self, bound: Mapping[str, Any]) -> None:
         scope = {**SYMPY_INTERP, "math": math, "torch": torch, "inf": math.inf, "L": bound}

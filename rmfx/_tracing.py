@@ -95,7 +95,12 @@ def trace_symbolically(model: nn.Module) -> fx.GraphModule:
     tracer = _Tracer()
     try:
         with unchanged(model):
-            return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
+            graph = tracer.trace(model)
+        with unchanged(model):  # constants, which the tracer has hung on to the model
+            for tensor, name in tracer.tensor_attrs.items():
+                if "." not in name and isinstance(tensor, Tensor):
+                    setattr(model, name, tensor)
+            return fx.GraphModule(model, graph, type(model).__name__)
     # Tracing runs the model's own code, which may raise anything.
     except Exception as error:
         raise TraceError(f"{type(error).__name__}: {first_line(error)}") from error

@@ -13,7 +13,7 @@ The model itself is never changed; modules and parameters are shared with it.
 from __future__ import annotations
 
 import re
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,9 @@ from ._affine import CONVS, AffineConv
 from ._dialect import canonicalise
 from ._dynamo import check_in_graph, find_lifted, with_weights
 from ._errors import ModeError, Refusal, ShapeError, TraceError, WeightError
-from ._exporting import GUARD_KEY, export_model, unlifted
+from ._exporting import GUARD_KEY, export_model, is_exported, unlifted, without_checks
 from ._functionalise import functionalise, mark_numbers
-from ._graph import check_weight, has_hooks
+from ._graph import check_weight, copy_graph, has_hooks
 from ._input_guard import guard_of, set_guard, with_ranks
 from ._tracing import as_fakes, first_line, is_user_file, records_the_same, trace_symbolically
 
@@ -167,6 +167,8 @@ def _graph_of(model: Any, inputs: Inputs | None) -> fx.GraphModule:
         )
     if not isinstance(model, fx.GraphModule):
         return _graph_of_module(model, inputs)
+    if is_exported(model):
+        return without_checks(model)
     lifted = find_lifted(model)
     if not lifted:
         return model
@@ -186,7 +188,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _has_only_a_guard(model: nn.Module) -> bool:
-    return len(model._forward_pre_hooks) == 1 and guard_of(model) is not None
+    return is_exported(model) or (
+        guard_of(model) is not None and len(model._forward_pre_hooks) == 1
+    )
 
 
 def _graph_of_module(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
@@ -229,14 +233,7 @@ def _does_not_run(inputs: Inputs, error: Exception) -> ShapeError:
 
 def _private_copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A GraphModule with its own graph and its own module tree, sharing the leaves."""
-    graph = fx.Graph()
-    places: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, places, return_output_node=True)
-    if output is not None:
-        value, node = cast("tuple[Any, fx.Node]", output)
-        graph.output(value).meta = dict(node.meta)
-    graph.set_codegen(gm.graph._codegen)
-    copied = fx.GraphModule(gm, graph, type(gm).__name__)
+    copied = fx.GraphModule(gm, copy_graph(gm), type(gm).__name__)
     copied.meta = dict(gm.meta)
     return copied
 

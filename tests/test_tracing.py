@@ -1,0 +1,186 @@
+"""A trace is believed only if it calls what the model calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from builders import Apply, Residual, basic_branch, conv, conv_branch, image, ready
+from torch import Tensor, fx, nn
+
+import rmfx
+from rmfx._tracing import records_the_same, trace_symbolically
+from rmfx.testing import assert_equivalent
+
+# Each takes another way with a proxy than with a tensor, and neither raises.
+TRAPS: dict[str, Callable[[Any, Any], Any]] = {
+    "isinstance": lambda m, x: m.a(x) if isinstance(x, Tensor) else m.b(x),
+    "str of an attribute": lambda m, x: m.a(x) if str(x.device) == "cpu" else m.b(x),
+    "a random constant": lambda m, x: m.a(x) + torch.randn(4, 1, 1, dtype=torch.float64) * 0,
+    "hasattr": lambda m, x: m.b(x.new_zeros(1) + x) if hasattr(x, "boxes") else m.a(x),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_code_that_tells_proxies_from_tensors_is_exported_instead(name: str) -> None:
+    parts = {"a": Residual(conv_branch()), "b": Residual(conv_branch())}
+    model = ready(Apply(TRAPS[name], **parts))
+    assert not records_the_same(model, trace_symbolically(model), (image(),))
+    converted = rmfx.remove_residuals(model, image())
+    assert rmfx.report(converted).removed == 1
+    assert_equivalent(model, converted, image())
+
+
+def test_a_faithful_trace_is_kept_and_leaves_sizes_open() -> None:
+    model = ready(Residual(basic_branch()))
+    assert records_the_same(model, trace_symbolically(model), (image(),))
+    converted = rmfx.remove_residuals(model, image())
+    assert_equivalent(model, converted, image(1, 4, 12, 17))
+
+
+def test_operators_on_other_values_are_not_the_same() -> None:
+    model = ready(Apply(lambda m, x: m.c(x) - m.d(x), c=conv(), d=conv()))
+    gm = trace_symbolically(model)
+    assert records_the_same(model, gm, (image(),))
+    sub = next(n for n in gm.graph.nodes if n.op == "call_function")
+    sub.args = sub.args[::-1]
+    gm.recompile()
+    assert not records_the_same(model, gm, (image(),))
+
+
+def test_neither_tracing_nor_the_check_leaves_anything_in_the_model() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Residual(conv_branch())
+            self.register_buffer("calls", torch.zeros(1))
+            self.last: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = x
+            self.mean = x.mean()
+            self.calls += 1
+            return self.block(x)
+
+    model = ready(Remembers())
+    for inputs in (None, image()):
+        rmfx.remove_residuals(model, inputs)
+        assert model.last is None
+        assert not hasattr(model, "mean")
+        assert model.calls == 0
+        assert type(model.calls) is Tensor
+
+
+# ---- the same rows, whoever traced --------------------------------------------------------------
+
+
+class Sum(nn.Module):
+    """x + branch(x), written in forward itself: other frames are not noted by every front-end."""
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.branch, self.shortcut = branch, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.branch(x)
+        y += x if self.shortcut is None else self.shortcut(x)
+        return y
+
+
+class Net(nn.Module):
+    """Sites of several kinds, products, pooling and a Linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU6())
+        self.layers = nn.Sequential(
+            Sum(basic_branch(act=nn.ReLU6())),
+            nn.ReLU(inplace=True),
+            Sum(basic_branch(stride=2), nn.Sequential(conv(kernel=1, stride=2))),
+            Sum(conv_branch(nn.SiLU())),
+        )
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(kernel=1), nn.Sigmoid())
+        self.gated = Sum(conv_branch())
+        self.pool = nn.MaxPool2d(2)
+        self.head = nn.Linear(16, 5)
+        self.mixed = Sum(nn.Sequential(nn.Linear(5, 5), nn.Hardtanh(), nn.Linear(5, 5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(self.stem(x))
+        x = x + self.gated(x) * self.gate(x)
+        return self.mixed(self.head(torch.flatten(self.pool(x), 1)))
+
+
+def through_dynamo(model: nn.Module, x: Tensor) -> fx.GraphModule:
+    graphs: list[fx.GraphModule] = []
+
+    def own(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(rmfx.remove_residuals(gm, inputs))
+        return graphs[-1].forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=own)(x)
+    return graphs[0]
+
+
+FRONT_ENDS: dict[str, Callable[[nn.Module, Tensor], fx.GraphModule]] = {
+    "GraphModule": lambda m, x: rmfx.remove_residuals(fx.symbolic_trace(m), x),
+    "ExportedProgram": lambda m, x: rmfx.remove_residuals(torch.export.export(m, (x,))),
+    "its module": lambda m, x: rmfx.remove_residuals(
+        torch.export.export(m, (x,)).module(check_guards=False), x
+    ),
+    "Dynamo": through_dynamo,
+}
+
+
+def rows(gm: fx.GraphModule) -> list[dict[str, Any]]:
+    return rmfx.report(gm).to_dict()["sites"]
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_rows_are_the_same_whoever_traced(name: str) -> None:
+    model, x = ready(Net()), image(2, 3, 9, 9)
+    direct = rmfx.remove_residuals(model, x)
+    assert [r["status"] for r in rows(direct)] == ["removed"] * 4 + ["refused", "removed"]
+    converted = FRONT_ENDS[name](model, x)
+    expected, found = rows(direct), rows(converted)
+    if name == "GraphModule":  # fx notes no source lines
+        expected = [row | {"source": None} for row in expected]
+        expected = [
+            row | {"reason": row["reason"].partition(" [")[0]} if row["reason"] else row
+            for row in expected
+        ]
+    assert found == expected
+
+
+def test_an_exported_program_after_decomposition() -> None:
+    model, x = ready(Net()), image(2, 3, 9, 9)
+    program = torch.export.export(model, (x,)).run_decompositions()
+    converted = rmfx.remove_residuals(program)
+    assert_equivalent(model, converted, x)
+    before, after = rmfx.report(rmfx.remove_residuals(model, x)), rmfx.report(converted)
+    # SiLU has become a product, which is another matter; everything else is read as before.
+    gone = [a.place for a, b in zip(before.rows, after.rows, strict=True) if a.status != b.status]
+    assert gone == ["layers.3"]
+
+
+# ---- what the caller has switched on ------------------------------------------------------------
+
+
+def test_weights_made_in_inference_mode_can_be_trained_and_loaded() -> None:
+    model = ready(Residual(basic_branch()))
+    with torch.inference_mode():
+        converted = rmfx.remove_residuals(model, image())
+    assert not any(p.is_inference() for p in converted.parameters())
+    converted(image()).sum().backward()
+    converted.load_state_dict(converted.state_dict())
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_weights_ask_for_gradients_if_the_models_do(trainable: bool) -> None:
+    model = ready(Residual(basic_branch())).requires_grad_(trainable)
+    converted = rmfx.remove_residuals(model, image())
+    assert {p.requires_grad for p in converted.parameters()} == {trainable}
