@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
     problems: list[str] = []
-    reasons: dict[str, None] = {}
+    reasons: list[str] = []
     progress = tqdm(names)
     for name in progress:
         progress.set_description(name)
@@ -161,20 +161,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = evaluate(name)
         rows.append(_table_row(name, results, time.perf_counter() - start))
         problems += [f"{name}: {what}" for what in failures(results)]
-        reasons |= {f"{name}, {reason}": None for reason in _reasons(results)}
+        reasons += [f"{name}, {reason}" for reason in _reasons(results)]
     limits = [Limit("failed demands", len(problems), 0)]
     notes = "\n".join([*problems, *(reasons if options.reasons else ())])
     return show(rows, limits, as_json=options.json, notes=notes)
 
 
 def _reasons(results: dict[str, Result | str]) -> list[str]:
-    """Every reason once for each way, with its first join."""
-    first: dict[tuple[str, str], str] = {}
+    """Every reason once, with the first way and the first node it was given for."""
+    first: dict[str, str] = {}
     for way, result in results.items():
         for row in result.rows if isinstance(result, Result) else ():
             if row["reason"]:
-                first.setdefault((way, row["reason"].split(": ")[-1]), row["reason"])
-    return [f"{way}: {reason}" for (way, _), reason in first.items()]
+                text = row["reason"].split(": ")[-1].split(", by ")[0]
+                first.setdefault(text, f"{way}: {row['reason']}")
+    return list(first.values())
 
 
 if __name__ == "__main__":
