@@ -21,6 +21,10 @@ from rmfx.frontend import trace
 
 NOOP_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
 NOOP_METHODS = ("clone", "detach")
+NOOP_FUNCTIONS = (
+    *(torch.clone, torch.detach),
+    *(torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default),
+)
 NEUTRAL: dict[Any, int] = {torch.add: 0, torch.sub: 0, torch.mul: 1}
 
 
@@ -59,6 +63,8 @@ def _does_nothing(net: Net, node: fx.Node, source: fx.Node) -> bool:
         return node.target in NOOP_METHODS
     if node.op != "call_function":
         return False
+    if node.target in NOOP_FUNCTIONS:
+        return True
     if node.target in NEUTRAL:
         return _is_neutral(node, source)
     name = getattr(node.target, "__name__", "")

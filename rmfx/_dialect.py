@@ -240,6 +240,13 @@ def _table() -> dict[Any, Call]:
         "min max",
         _clamp,
     )
+    row(
+        [torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_"]
+        + _overloads("clamp_min", "clamp_min_"),
+        "min",
+        _clamp,
+    )
+    row(_overloads("log_sigmoid"), "", _activation(nn.LogSigmoid, ""))
     row([F.prelu, torch.prelu, *_overloads("prelu")], "weight", _prelu)
     for dims in (1, 2, 3):
         names = "weight bias stride padding dilation groups"
@@ -293,7 +300,7 @@ def _table() -> dict[Any, Call]:
     )
     row([F.dropout, F.dropout2d, F.dropout3d], "p training inplace", _dropout)
     row(
-        [torch.dropout, *_overloads("dropout", "dropout_", "feature_dropout")],
+        [torch.dropout, *_overloads("dropout", "dropout_", "feature_dropout", "feature_dropout_")],
         "p training",
         _dropout,
     )
@@ -396,8 +403,7 @@ def _name_by_place(node: fx.Node) -> str | None:
     if node.op == "call_module":
         path = str(node.target)
     elif node.op in ("call_function", "call_method") and not node.meta.get("number"):
-        role = str(getattr(node.target, "__name__", node.target)).partition(".")[0].strip("_")
-        path = ".".join(filter(None, (module_path(node), role)))
+        path = ".".join(filter(None, (module_path(node), _role(node))))
     else:
         return None
     name = re.sub(r"\W", "_", path)
@@ -464,6 +470,12 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
         return
     if node.target is aten.slice.Tensor:
         _slice(node)
+        return
+    if node.target is torch._C._nn.pad:  # what F.pad calls, which Dynamo looks through
+        node.target = F.pad
+        return
+    if node.target in (torch.rsub, aten.rsub.Scalar, aten.rsub.Tensor) and len(node.args) == 2:
+        node.target, node.args = torch.sub, node.args[::-1]
         return
     if node.target in (aten.addmm.default, aten.mm.default):
         _linear_by_product(gm, node, taken)
@@ -652,7 +664,13 @@ def _module_name(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> str:
         if path in taken and _is_holder(gm, path):
             return path
         return _free_name(gm, path, taken)
-    return _free_name(gm, f"{path}.{node.name}" if path else node.name, taken)
+    # The operator's name, not the node's, which differs from one tracer to the next.
+    return _free_name(gm, ".".join(filter(None, (path, _role(node)))), taken)
+
+
+def _role(node: fx.Node) -> str:
+    """What a call does, by the name of what it calls."""
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0].strip("_")
 
 
 def _is_holder(gm: fx.GraphModule, path: str) -> bool:
