@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch.fx import GraphModule, Node
 
@@ -66,6 +67,31 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description.split("\n\n")[0])
     made.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return made
+
+
+def choose_models(
+    made: argparse.ArgumentParser, known: Iterable[str], arguments: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses the arguments, with the options `--models` and `--threads`, and sets torch's threads.
+
+    Args:
+        made: the parser.
+        known: names of the models there are; all of them are the default.
+        arguments: of the command; by default those of the process.
+
+    Returns:
+        All options, and the names chosen.
+    """
+    names = list(known)
+    made.add_argument("--models", default=",".join(names), help="names, comma-separated")
+    made.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    options = made.parse_args(arguments)
+    chosen = options.models.split(",")
+    unknown = [name for name in chosen if name not in names]
+    if unknown:
+        made.error(f"unknown: {', '.join(unknown)}; known: {', '.join(names)}")
+    torch.set_num_threads(options.threads)
+    return options, chosen
 
 
 def show(

@@ -21,7 +21,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from _common import Limit, parser, show
+from _common import Limit, choose_models, parser, show
 from _zoo import random_input, randomise_batch_norms
 from frontends import FAILURES, MESSAGE_LENGTH, WAYS, Result, attempt
 from torch import Tensor, nn
@@ -142,15 +142,8 @@ def _removed(result: Result) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns 1 if a limit is exceeded."""
     options_parser = parser(__doc__)
-    options_parser.add_argument("--models", default=",".join(CANDIDATES), help="names")
     options_parser.add_argument("--reasons", action="store_true", help="list reasons of refusals")
-    options_parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
-    options = options_parser.parse_args(arguments)
-    names = options.models.split(",")
-    unknown = [name for name in names if name not in CANDIDATES]
-    if unknown:
-        options_parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(CANDIDATES)}")
-    torch.set_num_threads(options.threads)
+    options, names = choose_models(options_parser, CANDIDATES, arguments)
     rows: list[Row] = []
     problems: list[str] = []
     reasons: list[str] = []

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from _common import Limit, count_additions, parser, show
+from _common import Limit, choose_models, count_additions, parser, show
 from _zoo import ZooNet, prepared, random_input, zoo
 from torch import Tensor
 from torch.fx import GraphModule
@@ -120,15 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns 1 if a limit is exceeded."""
     nets = zoo()
     options_parser = parser(__doc__)
-    options_parser.add_argument("--models", default=",".join(nets), help="names, comma-separated")
     options_parser.add_argument("--small", action="store_true", help="small inputs, much faster")
-    options_parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
-    options = options_parser.parse_args(arguments)
-    names = options.models.split(",")
-    unknown = [name for name in names if name not in nets]
-    if unknown:
-        options_parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(nets)}")
-    torch.set_num_threads(options.threads)
+    options, names = choose_models(options_parser, nets, arguments)
     outcomes: list[Outcome] = []
     problems: list[str] = []
     progress = tqdm(names)

@@ -495,7 +495,7 @@ def _call_module(
     gm: fx.GraphModule, node: fx.Node, module: nn.Module, source: Any, taken: set[str]
 ) -> None:
     """Let a node call a module that the graph gets for it."""
-    name = _module_name(gm, node, taken)
+    name = _module_name(gm, node, taken, module)
     gm.add_submodule(name, module.eval())
     node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
 
@@ -657,11 +657,11 @@ def _innermost(node: fx.Node) -> tuple[str, str]:
     return re.sub(r"^[LG]\['[^']*'\]\.?", "", str(path)), kind
 
 
-def _module_name(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> str:
+def _module_name(gm: fx.GraphModule, node: fx.Node, taken: set[str], module: nn.Module) -> str:
     """A free module path for a call: the layer's own where a layer of torch.nn made the call."""
     path, kind = _innermost(node)
     if path and kind.startswith("torch.nn.modules."):
-        if path in taken and _is_holder(gm, path):
+        if path in taken and _only_holds(gm, path, module):
             return path
         return _free_name(gm, path, taken)
     # The operator's name, not the node's, which differs from one tracer to the next.
@@ -673,10 +673,13 @@ def _role(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0].strip("_")
 
 
-def _is_holder(gm: fx.GraphModule, path: str) -> bool:
-    """Whether a path leads to a module that only holds tensors, as exporting leaves them."""
-    module = gm.get_submodule(path)
-    return type(module) is nn.Module and not module._modules
+def _only_holds(gm: fx.GraphModule, path: str, module: nn.Module) -> bool:
+    """Whether a path leads to a mere holder of a module's tensors, as exporting leaves them."""
+    holder = gm.get_submodule(path)
+    own = {id(t) for t in (*module.parameters(), *module.buffers())}
+    held = dict((*holder.named_parameters(), *holder.named_buffers()))
+    held.pop("num_batches_tracked", None)
+    return type(holder) is nn.Module and own >= {id(t) for t in held.values()}
 
 
 def _free_name(gm: fx.GraphModule, base: str, taken: set[str]) -> str:

@@ -532,3 +532,11 @@ def test_differentiable_in_ones_own_backend() -> None:
     assert close(run(image()), model(image()))
     assert adds(graphs[0]) == 0
     assert not any(p.requires_grad for p in graphs[0].parameters())  # those are constants
+
+
+def test_two_models_in_one_function_with_layers_of_the_same_names() -> None:
+    first, second, reports = net(), net(), []
+    with torch.no_grad():
+        run = compiled(lambda x: second(first(x)), reports=reports)
+        assert close(run(image()), second(first(image())))
+    assert [r.removed for r in reports] == [4]

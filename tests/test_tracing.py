@@ -184,3 +184,25 @@ def test_weights_ask_for_gradients_if_the_models_do(trainable: bool) -> None:
     model = ready(Residual(basic_branch())).requires_grad_(trainable)
     converted = rmfx.remove_residuals(model, image())
     assert {p.requires_grad for p in converted.parameters()} == {trainable}
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")  # torch.export's, about GRU
+def test_a_layer_of_torch_with_several_weights_is_not_taken_for_one_of_them() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.GRU(4, 4, batch_first=True)
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.block = Sum(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, _ = self.cell(x)
+            z, _ = self.attention(y, y, y, need_weights=False)
+            return self.block(z)
+
+    model, x = ready(Recurrent()), image(2, 3, 4)
+    program = torch.export.export(model, (x,))
+    for held in (model, program, program.run_decompositions()):
+        converted = rmfx.remove_residuals(held, x)
+        assert rmfx.report(converted).removed == 1
+        assert_equivalent(model, converted, x)
