@@ -60,11 +60,11 @@ def _does_nothing(net: Net, node: fx.Node, source: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(net.module(node), NOOP_MODULES)
     if node.op == "call_method":
-        return node.target in NOOP_METHODS
+        return node.target in NOOP_METHODS and not node.kwargs
     if node.op != "call_function":
         return False
     if node.target in NOOP_FUNCTIONS:
-        return True
+        return not node.kwargs  # memory_format=… puts values where a view expects them
     if node.target in NEUTRAL:
         return _is_neutral(node, source)
     name = getattr(node.target, "__name__", "")

@@ -129,3 +129,15 @@ def test_write_into_a_clone_leaves_the_original_alone() -> None:
 
     model = Apply(forward).eval()
     assert_equivalent(model, rmfx.remove_noops(model), image())
+
+
+@pytest.mark.parametrize("copy", ["method", "function"])
+def test_a_clone_that_rearranges_memory_stays(copy: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = x.transpose(1, 2)
+        options = {"memory_format": torch.contiguous_format}
+        z = y.clone(**options) if copy == "method" else torch.clone(y, **options)
+        return z.view(x.shape[0], -1)
+
+    model = Apply(forward).eval()
+    assert_equivalent(model, rmfx.remove_noops(model, image()), image())

@@ -204,5 +204,5 @@ def test_a_layer_of_torch_with_several_weights_is_not_taken_for_one_of_them() ->
     program = torch.export.export(model, (x,))
     for held in (model, program, program.run_decompositions()):
         converted = rmfx.remove_residuals(held, x)
-        assert_equivalent(model, converted, x)
+        assert torch.allclose(converted(x), model(x), rtol=1e-12)
         assert rmfx.report(converted).rows[-1].place == "block"
