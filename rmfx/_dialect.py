@@ -265,7 +265,9 @@ def _table() -> dict[Any, Call]:
             ("adaptive_max_pool", "AdaptiveMaxPool", "output_size return_indices"),
         ):
             name = f"{prefix}{dims}d"
-            functions = [getattr(m, name, None) for m in (F, torch)]
+            # torch.adaptive_max_pool1d gives the places, too.
+            owners = (F,) if prefix == "adaptive_max_pool" else (F, torch)
+            functions = [getattr(m, name, None) for m in owners]
             row([*functions, *_overloads(name)], options, _pool(getattr(nn, f"{module}{dims}d")))
     row([F.linear, *_overloads("linear")], "weight bias", _linear)
     row(
@@ -294,6 +296,11 @@ def _table() -> dict[Any, Call]:
         _pool(nn.MaxPool2d),
     )
     row(
+        _overloads("max_pool3d_with_indices"),
+        "kernel_size stride padding dilation ceil_mode",
+        _pool(nn.MaxPool3d),
+    )
+    row(
         _overloads("convolution"),
         "weight bias stride padding dilation transposed output_padding groups",
         _convolution,
@@ -311,10 +318,13 @@ def _table() -> dict[Any, Call]:
 
 
 CALLS = _table()
-FIRST_OF_SEVERAL = _overloads(
-    *("_native_batch_norm_legit_no_training", "native_batch_norm", "_native_batch_norm_legit"),
-    "max_pool2d_with_indices",
-)
+
+
+def gives_several(target: Any) -> bool:
+    """Whether an operator gives several results, of which the layer it amounts to gives one."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and len(schema.returns) > 1
+
 
 ARITHMETIC: dict[Any, Any] = {
     **dict.fromkeys(
@@ -413,7 +423,9 @@ def _name_by_place(node: fx.Node) -> str | None:
 def _take_first(node: fx.Node) -> None:
     """Let an operator whose first result alone is read stand for that result."""
     call, index = node.args
-    if not isinstance(call, fx.Node) or call.target not in FIRST_OF_SEVERAL or index != 0:
+    if not isinstance(call, fx.Node) or index != 0:
+        return
+    if call.target not in CALLS or not gives_several(call.target):
         return
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in call.users):
         return
@@ -422,7 +434,7 @@ def _take_first(node: fx.Node) -> None:
         node.graph.erase_node(user)
     node.target, node.args, node.kwargs = call.target, call.args, dict(call.kwargs)
     keep: dict[str, Any] = {k: node.meta[k] for k in ("shape", "dtype", "val") if k in node.meta}
-    node.meta = {**call.meta, **keep}
+    node.meta = {**call.meta, **keep, "first": True}
     node.meta.pop("container", None)
     node.graph.erase_node(call)
 
@@ -523,6 +535,8 @@ def _input(node: fx.Node) -> Any:
 def _module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that a call amounts to, None if it has no fixed one."""
     call = CALLS.get(node.target)
+    if gives_several(node.target) and not node.meta.get("first"):
+        return None
     if call is None or len(node.args) > len(call.names):
         return None
     given: dict[str, Any] = dict(zip(call.names, node.args, strict=False)) | node.kwargs

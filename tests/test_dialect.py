@@ -328,4 +328,4 @@ def test_modules_made_from_calls_stand_where_the_call_was() -> None:
         Apply(lambda m, x: m.inner(x) + F.relu(x), inner=inner), seed=0
     ).eval()
     targets = [str(n.target) for n in rmfx.trace(model).graph.nodes if n.op == "call_module"]
-    assert targets == ["inner.relu", "inner.relu_1", "relu_2"]
+    assert targets == ["inner.relu", "inner.relu_1", "relu"]

@@ -206,3 +206,24 @@ def test_a_layer_of_torch_with_several_weights_is_not_taken_for_one_of_them() ->
         converted = rmfx.remove_residuals(held, x)
         assert torch.allclose(converted(x), model(x), rtol=1e-12)
         assert rmfx.report(converted).rows[-1].place == "block"
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_pools_that_give_their_places_too(dims: int, decomposed: bool) -> None:
+    kinds = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+    pools = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+    block = Sum(nn.Sequential(conv(dims=dims), nn.ReLU(), conv(dims=dims)))
+    model = ready(nn.Sequential(block, pools[dims - 1](2), kinds[dims - 1](1), nn.Flatten()))
+    x = image(4, 4, *[6] * dims)  # as many images as channels: an index of one fits the other
+    program = torch.export.export(model, (x,))
+    converted = rmfx.remove_residuals(program.run_decompositions() if decomposed else program)
+    assert rmfx.report(converted).removed == 1
+    assert_equivalent(model, converted, x)
+
+
+def test_a_pool_called_for_its_places_is_left_alone() -> None:
+    model = ready(Apply(lambda m, x: torch.adaptive_max_pool1d(m.c(x), 1)[0], c=conv(dims=1)))
+    for x in (image(4, 4, 9), None):
+        converted = rmfx.remove_residuals(model, x)
+        assert_equivalent(model, converted, image(4, 4, 9))
