@@ -78,6 +78,9 @@ def copy_graph(gm: fx.GraphModule) -> fx.Graph:
     if isinstance(output, tuple):
         value, node = output
         graph.output(value, getattr(node, "type", None)).meta = copy.copy(node.meta)
+    for node in graph.nodes:
+        if isinstance(node.type, str):  # torch 2.13 cannot pickle them
+            node.type = None
     graph.set_codegen(gm.graph._codegen)
     return graph
 
