@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from ._dialect import replace_by_number
 from ._functionalise import written_inputs
+from ._graph import copy_graph
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,13 @@ def with_weights(
         lifted: the placeholders to replace, with the tensors to hold.
         keep_inputs: whether the placeholders stay, unread, so that the graph is called as before.
     """
-    graph = fx.Graph()
-    places: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, places, return_output_node=True)
-    if isinstance(output, tuple):
-        graph.output(output[0]).meta = dict(output[1].meta)
-    graph.set_codegen(gm.graph._codegen)
+    graph = copy_graph(gm)
     root = nn.Module()
     for name, tensor in _tensors_of(gm):
         _attach(root, name, tensor)
     for name, module in gm.named_children():
         root.add_module(name, module)
-    nodes = [places[node] for node in gm.graph.nodes if node.op == "placeholder"]
+    nodes = graph.find_nodes(op="placeholder")
     for one in lifted:
         node = nodes[one.position]
         if one.is_number:
@@ -118,12 +114,11 @@ def with_weights(
         _attach(root, one.name, one.value)
         with graph.inserting_after(nodes[-1]):
             weight = graph.get_attr(one.name)
-        weight.meta = {k: v for k, v in node.meta.items() if k != "grapharg"}
+        node.meta = {k: v for k, v in node.meta.items() if k != "grapharg"}
+        weight.meta = dict(node.meta)
         node.replace_all_uses_with(weight)
         if not keep_inputs:
             graph.erase_node(node)
-        elif "grapharg" in node.meta:
-            node.meta = {k: v for k, v in node.meta.items() if k != "grapharg"}
     return fx.GraphModule(root, graph, type(gm).__name__)
 
 
@@ -216,8 +211,6 @@ def check_in_graph(graph: fx.Graph, lifted: Sequence[Lifted]) -> None:
 
     The check is two operators, so it outlives whatever compiles the graph further.
     """
-    if not lifted:
-        return
     key = next(_KEYS)
     _BAKED[key] = tuple(map(snapshot, lifted))
     nodes = [node for node in graph.nodes if node.op == "placeholder"]

@@ -125,7 +125,7 @@ class InputGuard:
         limits = [
             f"{low} <= {name} <= {high}" if high < math.inf else f"{name} >= {low}"
             for name, (low, high) in self.ranges.items()
-            if name in sizes and (low, high) != (0, math.inf)
+            if name in sizes
         ]
         return f"({text})" + (f" with {', '.join(limits)}" if limits else "")
 

@@ -239,6 +239,10 @@ class _Linker:
         self._source, self._converted, self._recorder = source, converted, recorder
         self._weights = weights
         self._varying = recorder.varying()
+        # Looked up for every node.
+        self._modules = dict(source.named_modules())
+        self._tensors = _tensors(source)
+        self._source_nodes = set(recorder.sources.values())
         self._graph = fx.Graph()
         self._root: dict[str, Any] = {}
         self._places: dict[fx.Node, fx.Node] = {}
@@ -268,9 +272,8 @@ class _Linker:
         self._places[node] = copied
         if node.op == "get_attr":
             name = str(node.target)
-            of_source = node in self._recorder.sources.values()
-            tensors = _tensors(self._source) if of_source else self._recorder.constants
-            self._root[name] = tensors[name]
+            of_source = node in self._source_nodes
+            self._root[name] = (self._tensors if of_source else self._recorder.constants)[name]
 
     def _weights_of(self, node: fx.Node) -> tuple[str, ...] | None:
         """Names of the weights that a node's module gets from the graph; None to call it as is."""
@@ -291,10 +294,10 @@ class _Linker:
 
     def _is_untouched(self, module: nn.Module, target: str) -> bool:
         """Whether a module is a mere copy of the source's."""
-        modules = dict(self._source.named_modules())
-        if type(modules.get(target)) is not type(module):
+        own = self._modules.get(target)
+        if own is None or type(own) is not type(module):
             return False
-        if any(_place(tensor) in self._handed for tensor in _tensors(modules[target]).values()):
+        if any(_place(tensor) in self._handed for tensor in _tensors(own).values()):
             return False
         names = [f"{target}.{name}" for name in _tensors(module)]
         sources = self._recorder.sources
@@ -336,13 +339,12 @@ class _Linker:
                 constant = self._converted.get_submodule(target)
                 self._root[target] = constant.requires_grad_(False)
         elif node.op == "get_attr":
-            self._root[target] = _tensors(self._source).get(target)
-            if self._root[target] is None:
-                self._root[target] = _tensors(self._converted)[target]
+            own = self._tensors.get(target)
+            self._root[target] = attribute(self._converted, node) if own is None else own
 
     def _is_known(self, target: str) -> bool:
         module = self._converted.get_submodule(target)
-        return self._is_untouched(module, target) and any(True for _ in _tensors(module))
+        return self._is_untouched(module, target) and bool(_tensors(module))
 
 
 def _origin(node: fx.Node) -> fx.Node:
