@@ -1,5 +1,8 @@
 """How long MobileNetV2 and EfficientNet-Lite0 take before and after, in four runtimes.
 
+Three times, as the carry passes ReLU6 in three ways: by bounds per channel ("auto"), as an odd pair
+and by a shift.
+
 Eager mode, torch.compile with frozen weights, ONNX Runtime and OpenVINO, in float32; how it is done
 stands in rmfx/latency.py. Writes benchmarks/results/latency.json and .svg. There is one limit: no
 runtime fails or gives other numbers than the original. Exit code 1 if one does, 2 if the weights of
@@ -11,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import _weights
@@ -25,6 +29,12 @@ from rmfx.latency import RUNTIMES, LatencyReport, Network, Settings, measure_lat
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPE = (1, 3, 224, 224)
+# How the carry passes, and the largest error: a shift rounds.
+WAYS: dict[str, tuple[str | tuple[str, ...], float]] = {
+    "per-channel": ("auto", 1e-4),
+    "odd-pair": ("odd-pair", 1e-4),
+    "shift": (("shift", "per-channel"), 1e-3),
+}
 
 
 def networks() -> list[Network]:
@@ -48,17 +58,25 @@ def _mobilenet_v2() -> nn.Module:
     return model
 
 
-def measure(settings: Settings) -> LatencyReport:
-    """Measures both networks, with a progress bar on stderr."""
+def measure(settings: Settings, ways: Sequence[str]) -> LatencyReport:
+    """Measures both networks in each way, with a progress bar on stderr."""
     nets = networks()
-    total = len(nets) * len(settings.batches) * len(settings.runtimes)
+    total = len(ways) * len(nets) * len(settings.batches) * len(settings.runtimes)
+    reports = []
     with tqdm(total=total, file=sys.stderr) as bar:
 
         def step(name: str) -> None:
             bar.set_description_str(name)
             bar.update()
 
-        return measure_latency(nets, settings, step)
+        for way in ways:
+            activation, tolerance = WAYS[way]
+            own = replace(settings, activation=activation, tolerance=tolerance)
+            named = [replace(net, name=f"{net.name}, {way}") for net in nets]
+            reports.append(measure_latency(named, own, step))
+    rows = tuple(row for report in reports for row in report.rows)
+    notes = tuple(dict.fromkeys(note for report in reports for note in report.notes))
+    return LatencyReport(rows, notes, reports[0].machine)
 
 
 def write(report: LatencyReport, folder: Path) -> None:
@@ -74,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options_parser = parser(__doc__)
     add = options_parser.add_argument
     add("--runtimes", default=",".join(RUNTIMES), help="some of the four, with commas between")
+    add("--ways", default=",".join(WAYS), help="some of the three, with commas between")
     add("--rounds", type=int, default=20, help="measurements of each form (default 20)")
     add("--threads", type=int, default=2, help="for one inference (default 2)")
     add("--results", type=Path, default=RESULTS, help="folder for latency.json and latency.svg")
@@ -82,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runtimes=tuple(options.runtimes.split(",")), threads=options.threads, rounds=options.rounds
     )
     try:
-        report = measure(settings)
+        report = measure(settings, options.ways.split(","))
     except _weights.MissingWeightsError as error:
         print(error, file=sys.stderr)
         return 2

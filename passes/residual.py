@@ -27,7 +27,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from rmfx._activation import STRATEGIES, Blockwise, Interval, strategy_of
+from rmfx._activation import Blockwise, Interval, way_of
 from rmfx._affine import CONVS, AffineConv
 from rmfx._dialect import module_path
 from rmfx._dynamo import find_lifted
@@ -35,11 +35,12 @@ from rmfx._errors import OptionError, Refusal, RefusedError, RmfxError
 from rmfx._graph import Net, Shape, Virtual, positions
 from rmfx._layers import read_join
 from rmfx._linked import linked
-from rmfx._plan import Column, Linear, Plan, Pointwise, build, plans, settle
+from rmfx._plan import Column, Linear, Pointwise, build, plans
 from rmfx._range import Ranges
 from rmfx._rewrite import apply_rule
 from rmfx._site import Site, find_site
 from rmfx._state import undisturbed
+from rmfx._strategy import AUTO, SAME_ACTIVATION, STRATEGIES, Settled, settle
 from rmfx.frontend import trace
 from rmfx.report import META_KEY, Report, SiteReport
 
@@ -54,8 +55,7 @@ class Match:
     """A site and its chosen arrangement."""
 
     site: Site
-    plan: Plan
-    strategy: str
+    settled: Settled
 
 
 class ResidualRule:
@@ -70,12 +70,12 @@ class ResidualRule:
         self,
         ranges: Ranges,
         *,
-        allowed: Collection[str] = STRATEGIES,
+        allowed: Collection[str] = AUTO,
         fold_batch_norm: bool = True,
         moments: dict[str, Moments] | None = None,
     ) -> None:
         self._ranges = ranges
-        self._allowed = {*allowed, "linear"}
+        self._allowed = allowed
         self._fold = fold_batch_norm
         self._moments = moments or {}
         self.rows: dict[str, SiteReport] = {}
@@ -88,16 +88,14 @@ class ResidualRule:
         found = plans(site)
         if isinstance(found, Refusal):
             return found
-        strategy = ""
-        for plan in found:
-            settled = settle(plan, self._ranges.fixed_by)
-            strategy = _strategy(settled)
-            if strategy in self._allowed:
-                return Match(site, settled, strategy)
-        return Refusal(f"it needs the strategy {strategy!r}, which the option activation excludes")
+        options = [settle(plan, self._ranges, self._allowed) for plan in found]
+        settled = [one for one in options if isinstance(one, Settled)]
+        if settled:
+            return Match(site, min(settled, key=lambda one: one.plan.work))
+        return next(one for one in options if isinstance(one, Refusal))
 
     def rewrite(self, net: Net, node: fx.Node, match: Match) -> None:
-        site, columns = match.site, match.plan.columns
+        site, columns = match.site, match.settled.plan.columns
         layers = build(columns)
         if isinstance(layers, Refusal):  # the plan was made with the same laws
             raise RmfxError(f"{node.name}: a planned layer cannot be built: {layers.reason}")
@@ -123,7 +121,7 @@ class ResidualRule:
             return Virtual(layer, site.dtype, site.device)
         if isinstance(column, Pointwise):
             whole = Blockwise(column.blocks, site.dims)
-            if strategy_of(whole.blocks) == "identity":
+            if way_of(whole.blocks) == "identity":
                 return whole.to_module(site.dtype, site.device)
             return Virtual(whole, site.dtype, site.device)
         if isinstance(column, Linear):
@@ -165,12 +163,6 @@ def _in_type_of(join: fx.Node, value: fx.Node) -> fx.Node:
         cast = join.graph.call_method("to", (value, join.meta["dtype"][0]))
     cast.meta = dict(join.meta)
     return cast
-
-
-def _strategy(plan: Plan) -> str:
-    """The least simple way in which the plan passes an activation."""
-    used = [strategy_of(c.blocks) for c in plan.columns if isinstance(c, Pointwise)]
-    return max(used, key=STRATEGIES.index, default="linear")
 
 
 def _in_order(site: Site) -> list[fx.Node]:
@@ -219,19 +211,26 @@ def _shape_after(layer: AffineConv, shape: Shape, width: int) -> Shape:
 def _row_before(net: Net, match: Match, nodes: list[fx.Node]) -> SiteReport:
     site = match.site
     work, size = _cost_of(net, nodes, site.dims)
-    carries = [c.carry.out_channels for c in match.plan.columns[:-1] if isinstance(c, Linear)]
+    carries = [
+        c.carry.out_channels for c in match.settled.plan.columns[:-1] if isinstance(c, Linear)
+    ]
     return SiteReport(
         place=module_path(site.join),
         source=site.join.meta.get("source"),
         join=site.join.name,
         node=None,
         status="removed",
-        strategy=match.strategy,
+        strategy=match.settled.strategy,
+        exactness=_exactness(match.settled),
         shape=site.join.meta.get("shape"),
         carry=max(carries, default=0),
         macs_before=work,
         params_before=size,
     )
+
+
+def _exactness(settled: Settled) -> str:
+    return "rounding" if settled.rounds else "bit-exact"
 
 
 def _cost_of(net: Net, nodes: Iterable[fx.Node], dims: int) -> tuple[int | None, int]:
@@ -297,8 +296,12 @@ def remove_residuals(
         fold_batch_norm: fold batch norm into the convs around it. With False batch norms inside a
             branch stay, with an identity batch norm on the carry, so that the result can be trained
             further (the form of RMNet, arXiv 2111.00687); the branch's last one is always folded.
-        activation: how a carry may pass an activation: "auto" for any of "identity",
-            "per-channel" and "masked", or the ones allowed.
+        activation: how a carry may pass an activation: the strategies allowed, of which the first
+            that works is used, in the order "identity", "scale", "shift", "per-channel",
+            "odd-pair", "masked". "auto" is all but "shift", which costs rounding, and "odd-pair",
+            which costs channels. "relu" is those that keep the network's own activation: no PReLU,
+            no clamp with bounds per channel and no mask is added ("identity", "scale", "shift",
+            "odd-pair").
         input_range: (low, high) of every input value, if known: it can prove that a carry passes
             an activation unchanged. Values outside it may give wrong results.
         calibration: batches (a tensor or a tuple of arguments each) on which the statistics of the
@@ -397,11 +400,11 @@ def _check_range(input_range: Interval | None) -> None:
 
 def _allowed(activation: str | Collection[str]) -> Collection[str]:
     if activation == "auto":
-        return STRATEGIES
+        return AUTO
     chosen = {activation} if isinstance(activation, str) else set(activation)
-    unknown = chosen - set(STRATEGIES)
+    unknown = chosen - {*STRATEGIES, "relu"}
     if unknown or not chosen:
         raise RmfxError(
-            f"activation={activation!r}: choose 'auto' or some of {', '.join(STRATEGIES)}"
+            f"activation={activation!r}: choose 'auto', 'relu' or some of {', '.join(STRATEGIES)}"
         )
-    return chosen
+    return chosen | {*SAME_ACTIVATION} if "relu" in chosen else chosen

@@ -1,13 +1,11 @@
 """The table of pointwise activations, and activations that differ from channel to channel.
 
-An activation is f ⊕ id on [main; carry] when the carry's channels pass unchanged. Three ways, the
-first that applies is used:
-    identity     the carry's proven range lies where the activation is the identity: nothing changes
-    per-channel  PReLU with slopes (a on main, 1 on carry) for max(x, 0) + a·min(x, 0), or a clamp
-                 with per-channel bounds, infinite on the carry
-    masked       `where(carry, x, act(x))`, for every other pointwise activation
-All three pass the carry bit for bit; only Hardswish, which computes 6·x/6 there, rounds. A new
-activation is one new row of `TABLE`.
+An activation is f ⊕ id on [main; carry] when the carry's channels pass unchanged. Here are the
+modules for that: the activation as it is where it leaves the carry alone, PReLU with slopes (a on
+main, 1 on carry) for max(x, 0) + a·min(x, 0), a clamp with per-channel bounds, infinite on the
+carry, and `where(carry, x, act(x))` for every other one. `_strategy.py` chooses among them, and
+knows two ways to write a carry so that the activation leaves it alone. A new activation is one new
+row of `TABLE`.
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ from torch import Tensor, nn
 Interval = tuple[float, float]
 INF = math.inf
 EVERYWHERE: Interval = (-INF, INF)
-STRATEGIES = ("identity", "per-channel", "masked")
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,9 @@ class Row:
         monotone: whether it never decreases, so that the ends of a range map to the ends.
         slope: slope (float or per channel) below zero, for max(x, 0) + slope·min(x, 0).
         bounds: (low, high), for clamp(x, low, high).
+        odd: κ in act(x) − act(−x) = κ·x, which holds for |x| up to the end of `identity`, or for
+            every x if there is no such interval; nan if the module's options spoil it.
+        rounds: whether it computes a rounded value even where it is the identity.
     """
 
     identity: Callable[[nn.Module], Interval] = lambda m: (INF, -INF)
@@ -43,6 +43,8 @@ class Row:
     monotone: bool = False
     slope: Callable[[nn.Module], Tensor | float] | None = None
     bounds: Callable[[nn.Module], Interval] | None = None
+    odd: Callable[[nn.Module], float] | None = None
+    rounds: bool = False
 
 
 def _slopes(m: nn.Module) -> Interval:
@@ -52,6 +54,15 @@ def _slopes(m: nn.Module) -> Interval:
 
 def _bounds(m: nn.Module) -> Interval:
     return (float(m.min_val), float(m.max_val))  # type: ignore[arg-type]
+
+
+def _leaky_slope(m: nn.Module) -> float:
+    return float(m.negative_slope)  # type: ignore[arg-type]
+
+
+def _odd_clamp(m: nn.Module) -> float:
+    """Nan, which is no factor, unless the clamp starts at 0."""
+    return 1.0 if float(m.min_val) == 0 else math.nan  # type: ignore[arg-type]
 
 
 def _rrelu_slope(m: nn.Module) -> float:
@@ -72,26 +83,32 @@ def _threshold_identity(m: nn.Module) -> Interval:
 
 
 TABLE: dict[type[nn.Module], Row] = {
-    nn.ReLU: Row(_slopes, lambda m: (0.0, INF), True, lambda m: 0.0, lambda m: (0.0, INF)),
-    nn.LeakyReLU: Row(_slopes, slope=lambda m: float(m.negative_slope)),  # type: ignore[arg-type]
-    nn.PReLU: Row(_slopes, slope=lambda m: m.weight.detach()),  # type: ignore[operator]
-    nn.RReLU: Row(_slopes, slope=_rrelu_slope),
-    nn.ReLU6: Row(_bounds, _bounds, True, bounds=_bounds),
-    nn.Hardtanh: Row(_bounds, _bounds, True, bounds=_bounds),
-    # Everything below passes a carry only by the mask (or where its range is proven).
+    nn.ReLU: Row(
+        _slopes, lambda m: (0.0, INF), True, lambda m: 0.0, lambda m: (0.0, INF), lambda m: 1.0
+    ),
+    nn.LeakyReLU: Row(_slopes, slope=_leaky_slope, odd=lambda m: 1 + _leaky_slope(m)),
+    nn.PReLU: Row(
+        _slopes,
+        slope=lambda m: m.weight.detach(),  # type: ignore[operator]
+        odd=lambda m: 1 + float(m.weight.detach()),  # type: ignore[operator]
+    ),
+    nn.RReLU: Row(_slopes, slope=_rrelu_slope, odd=lambda m: 1 + _rrelu_slope(m)),
+    nn.ReLU6: Row(_bounds, _bounds, True, bounds=_bounds, odd=_odd_clamp),
+    nn.Hardtanh: Row(_bounds, _bounds, True, bounds=_bounds, odd=_odd_clamp),
+    # Everything below passes an arbitrary carry by the mask or as an odd pair only.
     nn.ELU: Row(_slopes),
     nn.CELU: Row(_slopes),
     nn.SELU: Row(),
-    nn.GELU: Row(image=lambda m: (-0.2, INF)),
-    nn.SiLU: Row(image=lambda m: (-0.3, INF)),
+    nn.GELU: Row(image=lambda m: (-0.2, INF), odd=lambda m: 1.0),
+    nn.SiLU: Row(image=lambda m: (-0.3, INF), odd=lambda m: 1.0),
     nn.Mish: Row(image=lambda m: (-0.4, INF)),
     nn.Softplus: Row(image=_softplus_image),
     nn.Softsign: Row(image=lambda m: (-1.0, 1.0), monotone=True),
     nn.Tanh: Row(image=lambda m: (-1.0, 1.0), monotone=True),
     nn.Sigmoid: Row(image=lambda m: (0.0, 1.0), monotone=True),
-    nn.LogSigmoid: Row(image=lambda m: (-INF, 0.0)),
+    nn.LogSigmoid: Row(image=lambda m: (-INF, 0.0), odd=lambda m: 1.0),
     nn.Hardsigmoid: Row(image=lambda m: (0.0, 1.0), monotone=True),
-    nn.Hardswish: Row(lambda m: (3.0, INF), lambda m: (-0.4, INF)),
+    nn.Hardswish: Row(lambda m: (3.0, INF), lambda m: (-0.4, INF), odd=lambda m: 1.0, rounds=True),
     nn.Hardshrink: Row(),
     nn.Softshrink: Row(),
     nn.Tanhshrink: Row(),
@@ -180,6 +197,26 @@ class Activation:
         return self.row.identity(self.module)
 
     @property
+    def odd(self) -> float:
+        """κ in act(x) − act(−x) = κ·x for |x| up to `reach`; 0 if there is none."""
+        if self.row.odd is None or self.is_per_channel:
+            return 0.0
+        factor = self.row.odd(self.module)
+        return factor if math.isfinite(factor) else 0.0
+
+    @property
+    def reach(self) -> float:
+        """Up to which |x| the law of `odd` holds."""
+        begin, end = self.identity
+        return end if begin < end else INF
+
+    @property
+    def splits(self) -> bool:
+        """Whether it takes x and −x, up to `reach`, to the positive and the negative part of x."""
+        begin, _ = self.identity
+        return bool(self.odd) and begin == 0 and self.row.image(self.module)[0] >= 0
+
+    @property
     def is_per_channel(self) -> bool:
         """Whether its own parameters already differ from channel to channel."""
         return isinstance(self.module, nn.PReLU) and self.module.num_parameters > 1
@@ -202,6 +239,11 @@ class Activation:
         with torch.no_grad():
             value = _plain_copy(module)(x.unsqueeze(0)).squeeze(0)
         return value
+
+    def fixes_all_of(self, low: float, high: float) -> bool:
+        """Whether it returns every value between two numbers unchanged."""
+        begin, end = self.identity
+        return begin <= low and high <= end
 
     def fixes(self, low: Tensor, high: Tensor) -> bool:
         """Whether it returns every value between `low` and `high` unchanged."""
@@ -240,11 +282,11 @@ class Blockwise:
 
     def to_module(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """One module that applies each block's activation to its channels."""
-        strategy = strategy_of(self.blocks)
+        way = way_of(self.blocks)
         active = [b.activation for b in self.blocks if b.activation and b.width]
-        if strategy == "identity":
+        if way == "identity":
             return _plain_copy(active[0].module)
-        if strategy == "masked":
+        if way == "masked":
             return _masked(self, dtype, device)
         if all(a.row.slope for a in active):
             slopes = torch.cat([_slope_of(b) for b in self.blocks]).to(device, dtype)
@@ -258,8 +300,8 @@ class Blockwise:
         return ChannelClamp(low, high, self.dims).eval()
 
 
-def strategy_of(blocks: Sequence[Block]) -> str:
-    """How one module can apply each block's activation: one of `STRATEGIES`."""
+def way_of(blocks: Sequence[Block]) -> str:
+    """How one module applies each block's activation: "identity", "per-channel" or "masked"."""
     active = [b.activation for b in blocks if b.activation and b.width]
     full = len(active) == sum(b.width > 0 for b in blocks)
     if full and len({a.signature for a in active}) == 1 and not active[0].is_per_channel:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -35,7 +35,6 @@ from ._errors import Refusal
 from ._site import Chain, Norm, Site, Step
 
 POINTWISE = (Activation, Blockwise)
-IsFixed = Callable[[fx.Node, Activation], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,24 +86,6 @@ class Plan:
 
     columns: tuple[Column, ...]
     work: float
-
-
-def settle(plan: Plan, is_fixed: IsFixed) -> Plan:
-    """Let an activation act on the whole column where it leaves the carry as it is.
-
-    Args:
-        is_fixed: whether an activation provably leaves the value of a node unchanged.
-    """
-
-    def settled(column: Column) -> Column:
-        if not isinstance(column, Pointwise) or column.carried is None:
-            return column
-        act = column.main
-        if not isinstance(act, Activation) or act.is_per_channel:
-            return column
-        return replace(column, carry=act) if is_fixed(column.carried, act) else column
-
-    return replace(plan, columns=tuple(map(settled, plan.columns)))
 
 
 def plans(site: Site) -> list[Plan] | Refusal:
@@ -258,7 +239,7 @@ def _aligned(site: Site, f: Chain, g: Chain) -> Plan | Refusal:
     if not isinstance(columns[-1], Linear):
         ends = [AffineConv.identity(width, site.dims) for width in widths]
         columns.append(Linear(ends[0], ends[1]))
-    work = _work(columns)
+    work = work_of(columns)
     return work if isinstance(work, Refusal) else Plan(tuple(columns), work)
 
 
@@ -312,7 +293,7 @@ def _widths(columns: list[Column]) -> Iterator[Plan]:
     groups = {1} | {c.main.block[0] for c in linear[1:-1] if c.main.block[0] == c.main.block[1]}
     for width in sorted(groups):
         padded = _padded(columns, width)
-        work = _work(padded)
+        work = work_of(padded)
         if not isinstance(work, Refusal):
             yield Plan(tuple(padded), work)
 
@@ -340,7 +321,7 @@ def _up(n: int, width: int) -> int:
     return -(-n // width) * width
 
 
-def _work(columns: Sequence[Column]) -> float | Refusal:
+def work_of(columns: Sequence[Column]) -> float | Refusal:
     """Multiply-adds per position of the fork, without building any weight."""
     linear = [c for c in columns if isinstance(c, Linear)]
     total = 0.0

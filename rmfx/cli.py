@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ._errors import RmfxError
+from ._strategy import STRATEGIES
 from .conversion import Conversion, compare, convert
 from .latency import (
     PLOT_SUFFIXES,
@@ -139,7 +140,13 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         type=_parse_shape,
         help="shape of an input, batch first, e.g. 1,3,224,224; repeat it for several inputs",
     )
-    add("--activation", default="auto", metavar="WAY", help="how carries pass activations (auto)")
+    add(
+        "--activation",
+        default="auto",
+        metavar="WAYS",
+        type=_parse_ways,
+        help=f"how carries pass activations: auto, relu, or some of {','.join(STRATEGIES)} (auto)",
+    )
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -199,6 +206,11 @@ def _parse_sizes(text: str, example: str) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes like {example}")
     return sizes
+
+
+def _parse_ways(text: str) -> str | tuple[str, ...]:
+    names = tuple(text.split(","))
+    return names[0] if len(names) == 1 else names
 
 
 def _parse_runtimes(text: str) -> tuple[str, ...]:

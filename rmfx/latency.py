@@ -21,7 +21,7 @@ import importlib.util
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -92,7 +92,7 @@ class Settings:
     rounds: int = 20
     seconds: float = 0.1
     tolerance: float | None = None
-    activation: str = "auto"
+    activation: str | Collection[str] = "auto"
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.runtimes if name not in RUNTIMES]

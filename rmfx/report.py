@@ -15,7 +15,10 @@ from torch import fx
 from ._errors import RmfxError
 
 META_KEY = "rmfx_report"
-HEADERS = ("site", "done", "strategy", "shape", "carry", "multiply-adds", "parameters", "reason")
+HEADERS = (
+    *("site", "done", "strategy", "exactness", "shape"),
+    *("carry", "multiply-adds", "parameters", "reason"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class SiteReport:
         node: name of the node of the result that holds the join's value, None if none does.
         status: "removed" or "refused".
         reason: why it was refused, "" otherwise.
-        strategy: how the carry passes the activations: "identity", "per-channel" or "masked";
-            "linear" where there is none to pass.
+        strategy: how the carry passes the activations: the least simple of "identity", "scale",
+            "shift", "per-channel", "odd-pair" and "masked" in use; "linear" where there is none.
+        exactness: "bit-exact" where the carried values arrive bit for bit, else "rounding".
         shape: of the join's value, where known.
         carry: carried channels.
         macs_before, macs_after: multiply-adds of the site, where shapes are known.
@@ -44,6 +48,7 @@ class SiteReport:
     status: str
     reason: str = ""
     strategy: str = ""
+    exactness: str = ""
     shape: tuple[int | None, ...] | None = None
     carry: int = 0
     macs_before: int | None = None
@@ -86,6 +91,7 @@ class Report:
                 row.place or row.join,
                 row.status,
                 row.strategy,
+                row.exactness,
                 "x".join("?" if n is None else str(n) for n in row.shape or ()),
                 row.carry or "",
                 _change(row.macs_before, row.macs_after),

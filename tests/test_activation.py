@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmfx._activation import (
-    STRATEGIES,
     TABLE,
     Activation,
     Block,
@@ -20,7 +19,7 @@ from rmfx._activation import (
     ChannelPReLU,
     MaskedActivation,
     is_activation,
-    strategy_of,
+    way_of,
 )
 
 CPU = torch.device("cpu")
@@ -229,7 +228,7 @@ def block_by_block(parts: tuple[Block, ...], x: Tensor) -> Tensor:
 def test_one_module_applies_every_block(
     strategy: str, kind: type[nn.Module], parts: tuple[Block, ...], dims: int
 ) -> None:
-    assert strategy_of(parts) == strategy
+    assert way_of(parts) == strategy
     module = Blockwise(parts, dims).to_module(torch.float64, CPU)
     x = 4 * torch.randn(2, sum(b.width for b in parts), *[3] * dims, dtype=torch.float64)
     given = x.clone()
@@ -266,8 +265,39 @@ def test_the_carry_passes_bit_for_bit(
             assert torch.equal(a, b)
 
 
-def test_strategies_are_ordered_from_simple_to_general() -> None:
-    assert STRATEGIES == ("identity", "per-channel", "masked")
+ODD = [
+    (nn.ReLU(), 1.0),
+    (nn.LeakyReLU(0.3), 1.3),
+    (prelu(0.25), 1.25),
+    (nn.RReLU(0.2, 0.4), 1.3),
+    (nn.ReLU6(), 1.0),
+    (nn.Hardtanh(0.0, 2.0), 1.0),
+    (nn.GELU(), 1.0),
+    (nn.GELU("tanh"), 1.0),
+    (nn.SiLU(), 1.0),
+    (nn.LogSigmoid(), 1.0),
+    (nn.Hardswish(), 1.0),
+]
+
+
+@pytest.mark.parametrize(("module", "factor"), ODD, ids=lambda v: str(v))
+def test_the_odd_part_is_a_multiple_of_x(module: nn.Module, factor: float) -> None:
+    act = Activation(module.eval())
+    assert act.odd == pytest.approx(factor)
+    x = torch.linspace(-1, 1, 2001, dtype=torch.float64) * min(act.reach, 20.0)
+    torch.testing.assert_close(act.apply(x) - act.apply(-x), act.odd * x)
+    if act.splits:
+        assert torch.equal(act.apply(x), x.clamp(min=0))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TABLE if kind is not nn.Threshold])
+def test_every_other_activation_has_no_odd_factor(kind: type[nn.Module]) -> None:
+    act = Activation(kind().eval())
+    x = torch.linspace(-1, 1, 2001, dtype=torch.float64) * min(act.reach, 30.0)
+    part = act.apply(x) - act.apply(-x)
+    is_multiple = torch.allclose(part, part[-1] / x[-1] * x, rtol=0, atol=1e-12)
+    # Clamps around 0 are odd themselves: a scale suffices.
+    assert bool(act.odd) == is_multiple or isinstance(act.module, nn.Hardtanh)
 
 
 def test_copied_activations_do_not_share_weights() -> None:

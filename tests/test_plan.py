@@ -16,7 +16,7 @@ import rmfx
 from rmfx._affine import AffineConv
 from rmfx._errors import Refusal
 from rmfx._graph import Net
-from rmfx._plan import Linear, Normalised, Plan, Pointwise, build, plans, settle
+from rmfx._plan import Linear, Normalised, Plan, Pointwise, build, plans
 from rmfx._site import Site, find_site
 
 Forward = Callable[[Any, Tensor], Any]
@@ -130,36 +130,6 @@ def test_the_carry_is_padded_to_the_width_of_the_groups_where_that_is_cheaper() 
     layers = built(best)
     # 4 carried channels become 6, two more groups of 3 beside the three of the branch.
     assert (layers[1].groups, layers[1].in_channels) == (5, 15)
-
-
-def test_an_activation_that_fixes_the_carry_acts_on_everything() -> None:
-    plan = plans_of(**block())[0]
-    (before,) = (c for c in plan.columns if isinstance(c, Pointwise))
-    assert before.carry is None
-    assert before.carried is not None
-    assert before.carried.name == "x"
-    settled = settle(plan, lambda node, activation: True)
-    (after,) = (c for c in settled.columns if isinstance(c, Pointwise))
-    assert after.carry is after.main
-    (same,) = (c for c in settle(plan, lambda n, a: False).columns if isinstance(c, Pointwise))
-    assert same.carry is None
-
-
-def test_slopes_per_channel_never_act_on_the_carry() -> None:
-    parts = {"a": conv(), "b": conv(), "p": nn.PReLU(4)}
-    plan = plans_of(lambda m, x: x + m.b(m.p(m.a(x))), **parts)[0]
-    (column,) = (c for c in settle(plan, lambda n, a: True).columns if isinstance(c, Pointwise))
-    assert column.carry is None
-
-
-def test_a_carried_value_that_no_node_holds_is_not_asked_about() -> None:
-    plan = next(
-        p for p in plans_of(lambda m, x: m.b(F.relu(m.a(x))) - m.s(x),
-                            a=conv(), b=conv(), s=conv(4, 4, 1))
-        if any(isinstance(c, Pointwise) and c.carried is None for c in p.columns)
-    )  # fmt: skip
-    settled = settle(plan, lambda n, a: True)
-    assert all(c.carry is None for c in settled.columns if isinstance(c, Pointwise))
 
 
 def test_a_batch_norm_may_stay_between_layers_but_not_at_the_end() -> None:

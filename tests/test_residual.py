@@ -456,7 +456,8 @@ def test_carry_of_a_sum_is_not_taken_for_nonnegative() -> None:
         (nn.ReLU(), (0.0, 9.0), "identity"),
         (nn.ReLU(), (-0.1, 1.0), "per-channel"),
         (nn.ReLU6(), (0.0, 1.0), "identity"),
-        (nn.ReLU6(), (0.0, 6.1), "per-channel"),
+        (nn.ReLU6(), (0.0, 6.1), "scale"),
+        (nn.ReLU6(), (-0.1, 6.0), "per-channel"),
         (nn.Hardtanh(), (-1.0, 1.0), "identity"),
         (nn.Hardswish(), (3.0, 4.0), "identity"),
         (nn.Hardswish(), (2.9, 4.0), "masked"),
@@ -476,7 +477,7 @@ def test_input_range_decides_whether_an_activation_is_the_identity(
 def test_unbounded_softsign_does_not_spoil_the_range_analysis() -> None:
     scale = Apply(lambda m, x: 100 * x)
     model = chain(nn.Softsign(), conv(), nn.ReLU(), scale, Residual(conv_branch(nn.ReLU6())))
-    assert_removed(ready(model), image(), strategy="per-channel")
+    assert_removed(ready(model), image(), strategy="scale")
 
 
 def test_shared_activation_module_is_no_hindrance() -> None:
@@ -503,9 +504,11 @@ def test_excluding_the_mask_refuses_a_silu() -> None:
     assert_refused(model, image(), reason="masked", activation={"identity", "per-channel"})
 
 
-@pytest.mark.parametrize("activation", ["relu", {"identity", "mask"}, set()])
+@pytest.mark.parametrize("activation", ["auto mask", {"identity", "mask"}, set()])
 def test_unknown_strategy_names_the_known_ones(activation: Any) -> None:
-    with pytest.raises(rmfx.RmfxError, match="identity, per-channel, masked"):
+    with pytest.raises(
+        rmfx.RmfxError, match="identity, scale, shift, per-channel, odd-pair, masked"
+    ):
         rmfx.remove_residuals(ready(Residual(conv_branch())), activation=activation)
 
 

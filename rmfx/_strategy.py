@@ -1,0 +1,364 @@
+"""How a carry passes the activations of a branch.
+
+    identity     its proven range lies where the activation is the identity
+    scale        multiplied by a power of two, its proven range lies there: bit for bit
+    shift        scaled and shifted, its proven range lies there: costs the rounding of a sum
+    per-channel  PReLU with slope 1 on the carry, or a clamp with infinite bounds there: bit for bit
+    odd-pair     x travels as [x; −x], because act(x) − act(−x) = κ·x: twice the channels
+    masked       `where(carry, x, act(x))`: bit for bit
+
+A *code* is what the carry is written as between two linear layers: the layer before encodes it, the
+layer behind decodes it, and no layer is added. Behind a Dirac tap a code goes on unchanged, so a
+carry is decoded only where it is merged or where its shortcut's own layer stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ._activation import Activation, way_of
+from ._affine import AffineConv, chain, compose, direct_sum, join, stack
+from ._errors import Refusal
+from ._plan import Column, Linear, Normalised, Plan, Pointwise, work_of
+from ._range import Range, Ranges
+
+# The simplest first; of those allowed, the first that works is used.
+STRATEGIES = ("identity", "scale", "shift", "per-channel", "odd-pair", "masked")
+# Those that pass every carry bit for bit at its own width.
+AUTO = ("identity", "scale", "per-channel", "masked")
+# Those that leave the activation as it is.
+SAME_ACTIVATION = ("identity", "scale", "shift", "odd-pair")
+SMALLEST_SCALE = 2.0**-40
+BITS_OF_SHIFT = 6  # a shift with few bits is exact itself
+
+
+@dataclass(frozen=True, eq=False)
+class Code:
+    """How a carry is written while it passes activations.
+
+    Attributes:
+        encode: the carry's channels to those of the code, without a spatial window.
+        decode: back again, behind the activations.
+        name: the strategy it serves.
+        rounds: whether a value comes back rounded.
+    """
+
+    encode: AffineConv
+    decode: AffineConv
+    name: str
+    rounds: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """A plan in which every activation is known to leave the carry intact.
+
+    Attributes:
+        strategy: the least simple one in use, "linear" where there is no activation.
+        rounds: whether the carry arrives rounded.
+    """
+
+    plan: Plan
+    strategy: str
+    rounds: bool
+
+
+def settle(plan: Plan, ranges: Ranges, allowed: Collection[str]) -> Settled | Refusal:
+    """Choose how the carry passes each activation, by the simplest strategy that is allowed."""
+    columns, used, rounds = list(plan.columns), [], False
+    for stretch in _stretches(columns):
+        options = list(_options(columns, stretch, ranges, allowed))
+        fits = [one for one in options if one.names <= {*allowed}]
+        if not fits:
+            needed = max(options[0].names - {*allowed}, key=STRATEGIES.index)
+            return Refusal(
+                f"it needs the strategy {needed!r}, which the option activation excludes"
+            )
+        best = min(fits, key=lambda one: STRATEGIES.index(one.name))
+        for i, column in best.columns.items():
+            columns[i] = column
+        used.append(best.name)
+        rounds = rounds or best.rounds
+    strategy = max(used, key=STRATEGIES.index, default="linear")
+    if tuple(columns) == plan.columns:
+        return Settled(plan, strategy, rounds)
+    work = work_of(columns)
+    return (
+        work if isinstance(work, Refusal) else Settled(Plan(tuple(columns), work), strategy, rounds)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Option:
+    """New columns for a stretch, by index, and the strategies in use."""
+
+    columns: dict[int, Column]
+    names: frozenset[str]
+    rounds: bool
+
+    @property
+    def name(self) -> str:
+        return max(self.names, key=STRATEGIES.index)
+
+
+# A stretch: indices of the linear column that starts it, of its activations, of the linear column
+# that ends it. The carry's value is the same all along.
+Stretch = tuple[int, list[int], int]
+
+
+def _stretches(columns: Sequence[Column]) -> Iterator[Stretch]:
+    start, inside = 0, list[int]()
+    for i, column in enumerate(columns):
+        if isinstance(column, Pointwise):
+            inside.append(i)
+        if i == 0 or not isinstance(column, Linear) or _is_dirac(column.carry):
+            continue
+        if inside:
+            yield start, inside, i
+        start, inside = i, []
+    if inside:
+        yield start, inside, len(columns) - 1
+
+
+def _is_dirac(layer: AffineConv) -> bool:
+    """Whether a layer of the carry only picks values."""
+    unit = layer.is_depthwise and layer.is_pointwise and not layer.has_bias
+    return unit and bool((layer.weight == 1).all())
+
+
+def _options(
+    columns: Sequence[Column], stretch: Stretch, ranges: Ranges, allowed: Collection[str]
+) -> Iterator[_Option]:
+    """Ways to pass all activations of a stretch, the one without a code first."""
+    start, inside, end = stretch
+    layers = {i: columns[i] for i in inside}
+    acts: dict[int, Pointwise] = {i: c for i, c in layers.items() if isinstance(c, Pointwise)}
+    yield _uncoded(acts, ranges)
+    carried = next(iter(acts.values())).carried
+    one_value = all(c.carried is carried for c in acts.values())
+    has_norm = any(isinstance(c, Normalised) for c in columns[start:end])
+    if carried is None or not one_value or has_norm:
+        return
+    if not {"scale", "shift", "odd-pair"} & {*allowed}:
+        return
+    like = _linear(columns[start]).carry
+    low, high = _bounds(ranges.of(carried).on_axis(last=not like.dims), like.out_channels)
+    fixing = [c.main for c in acts.values() if isinstance(c.main, Activation) and _may_fix(c)]
+    for code in _affine_codes(fixing, low, high, like):
+        if code.name in allowed:
+            yield from _coded(columns, stretch, acts, code)
+    if "odd-pair" in allowed:
+        yield from _as_pair(columns, stretch, acts, low, high)
+
+
+def _linear(column: Column) -> Linear:
+    if not isinstance(column, Linear):
+        raise TypeError("a stretch begins and ends with a linear column")
+    return column
+
+
+def _uncoded(acts: dict[int, Pointwise], ranges: Ranges) -> _Option:
+    """Every activation acts on the whole column where it leaves the carry as it is."""
+    chosen: dict[int, Column] = {}
+    names, rounds = set(), False
+    for i, column in acts.items():
+        act, node = column.main, column.carried
+        uniform = isinstance(act, Activation) and not act.is_per_channel
+        whole = act if isinstance(act, Activation) and uniform and column.carry is None else None
+        if whole is not None and node is not None and ranges.fixed_by(node, whole):
+            column = replace(column, carry=whole)
+            rounds = rounds or whole.row.rounds
+        chosen[i] = column
+        names.add(way_of(column.blocks))
+    return _Option(chosen, frozenset(names), rounds)
+
+
+def _may_fix(column: Pointwise) -> bool:
+    """Whether an activation is the identity somewhere, for all channels alike."""
+    act = column.main
+    if not isinstance(act, Activation) or act.is_per_channel or column.carry is not None:
+        return False
+    low, high = act.identity
+    return low < high
+
+
+# ---- scale and shift ----------------------------------------------------------------------------
+
+
+def _bounds(x: Range, width: int) -> tuple[Tensor, Tensor]:
+    """The range of a carry of `width` channels; those beyond the value's own are zero."""
+    own = x.low.numel()
+    if own == 1:
+        return x.low.expand(width), x.high.expand(width)
+    zero = x.low.new_zeros(width - own)
+    return torch.cat([x.low, zero]), torch.cat([x.high, zero])
+
+
+def _affine_codes(
+    acts: Sequence[Activation], low: Tensor, high: Tensor, like: AffineConv
+) -> Iterator[Code]:
+    """x ↦ s·x + t into the interval that all of some activations leave alone."""
+    begin = max((a.identity[0] for a in acts), default=math.inf)
+    end = min((a.identity[1] for a in acts), default=-math.inf)
+    if not begin < end:
+        return
+    rounds = any(a.row.rounds for a in acts)
+    scale = _scale_into(low, high, begin, end)
+    if scale is not None:
+        yield _affine_code(scale, torch.zeros_like(scale), "scale", rounds, like)
+    found = _shift_into(low, high, begin, end)
+    if found is not None:
+        yield _affine_code(*found, "shift", True, like)
+
+
+def _affine_code(scale: Tensor, shift: Tensor, name: str, rounds: bool, like: AffineConv) -> Code:
+    scale, shift = scale.to(like.weight.device), shift.to(like.weight.device)
+    encode = AffineConv.scale(scale, shift, dims=like.dims)
+    decode = AffineConv.scale(1 / scale, -shift / scale, dims=like.dims)
+    return Code(encode, decode, name, rounds)
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """The largest power of two that is at most x and at most 1."""
+    return torch.exp2(torch.floor(torch.log2(x.clamp(max=1.0))))
+
+
+def _scale_into(low: Tensor, high: Tensor, begin: float, end: float) -> Tensor | None:
+    """The largest powers of two, at most 1, with begin ≤ s·low and s·high ≤ end; None if none."""
+    if not begin <= 0 <= end:
+        return None
+    one = torch.ones_like(low)
+    room = torch.minimum(
+        torch.where(high > end, end / high, one), torch.where(low < begin, begin / low, one)
+    )
+    scale = _power_of_two(room)
+    return scale if bool((scale >= SMALLEST_SCALE).all()) else None
+
+
+def _shift_into(
+    low: Tensor, high: Tensor, begin: float, end: float
+) -> tuple[Tensor, Tensor] | None:
+    """(s, t) with begin ≤ s·low + t and s·high + t ≤ end; t has few bits, so it is exact itself."""
+    if not math.isfinite(begin) or not bool(torch.isfinite(low).all()):
+        return None
+    if math.isinf(end):
+        scale = torch.ones_like(low)
+        shift = (begin - low).clamp(min=0)
+        return scale, _up_to_few_bits(shift)
+    if not bool(torch.isfinite(high).all()):
+        return None
+    grid = 2.0 ** (math.floor(math.log2(end - begin)) - BITS_OF_SHIFT)
+    scale = _power_of_two((end - begin - grid) / (high - low).clamp(min=1e-300))
+    shift = torch.ceil((begin - scale * low) / grid) * grid
+    fits = (scale * high + shift <= end) & (scale >= SMALLEST_SCALE)
+    return (scale, shift) if bool(fits.all()) else None
+
+
+def _up_to_few_bits(x: Tensor) -> Tensor:
+    grid = torch.exp2(torch.floor(torch.log2(x.clamp(min=1e-300))) - BITS_OF_SHIFT)
+    return torch.ceil(x / grid) * grid
+
+
+def _coded(
+    columns: Sequence[Column], stretch: Stretch, acts: dict[int, Pointwise], code: Code
+) -> Iterator[_Option]:
+    """The stretch with its carry in one code all along, where the layers can take it."""
+    start, _, end = stretch
+    ends = _between(columns, start, end, code.encode, code.decode)
+    if ends is None:
+        return
+    chosen: dict[int, Column] = dict(ends)
+    names = {code.name}
+    for i, column in acts.items():
+        if _may_fix(column):
+            chosen[i] = replace(column, carry=column.main)
+        else:
+            chosen[i] = column
+            names.add(way_of(column.blocks))
+    yield _Option(chosen, frozenset(names), code.rounds)
+
+
+def _between(
+    columns: Sequence[Column], start: int, end: int, encode: AffineConv, decode: AffineConv
+) -> dict[int, Column] | None:
+    """The linear columns at both ends of a stretch, the first encoding, the second decoding."""
+    first, last = _linear(columns[start]), _linear(columns[end])
+    encoding, decoding = compose(encode, first.carry), compose(last.carry, decode)
+    if isinstance(encoding, Refusal) or isinstance(decoding, Refusal):
+        return None
+    return {start: replace(first, carry=encoding), end: replace(last, carry=decoding)}
+
+
+# ---- odd pairs ----------------------------------------------------------------------------------
+
+
+def _as_pair(
+    columns: Sequence[Column],
+    stretch: Stretch,
+    acts: dict[int, Pointwise],
+    low: Tensor,
+    high: Tensor,
+) -> Iterator[_Option]:
+    """The stretch with its carry as [s·x; −s·x], decoded and written anew between activations.
+
+    Behind ReLU the pair is [x⁺; x⁻], which the next ReLU leaves alone: there it goes on as it is.
+    """
+    start, _, end = stretch
+    odd = {i: c.main for i, c in acts.items() if isinstance(c.main, Activation) and c.main.odd}
+    if len(odd) < len(acts) or any(c.carry is not None for c in acts.values()):
+        return
+    reach = min(a.reach for a in odd.values())
+    size = torch.maximum(-low, high)
+    scale = _scale_into(-size, size, -reach, reach)
+    if scale is None:
+        return
+    chosen: dict[int, Column] = {}
+    before: Activation | None = None  # whose odd part the pair holds
+    for i in range(start, end + 1):
+        if i in odd:
+            if i - 1 in odd and not _passes_pair(before, odd[i], reach):
+                return
+            continue
+        column, after = _linear(columns[i]), odd.get(i + 1)
+        carry: AffineConv | Refusal
+        if after and _passes_pair(before, after, reach):
+            carry = direct_sum(column.carry, column.carry)
+        else:
+            carry = _pair_layer(column.carry, scale, before, after)
+            before = after
+        if isinstance(carry, Refusal):
+            return
+        chosen[i] = replace(column, carry=carry)
+    for i, act in acts.items():
+        chosen[i] = replace(act, carry=act.main, widths=(act.widths[0], 2 * act.widths[1]))
+    yield _Option(chosen, frozenset({"odd-pair"}), not all(a.splits for a in odd.values()))
+
+
+def _passes_pair(before: Activation | None, after: Activation, reach: float) -> bool:
+    """Whether a pair split by one activation passes another one unchanged."""
+    return before is not None and before.splits and after.fixes_all_of(0.0, reach)
+
+
+def _pair_layer(
+    carry: AffineConv, scale: Tensor, before: Activation | None, after: Activation | None
+) -> AffineConv | Refusal:
+    """A layer of the carry with pairs on the sides where there is an activation."""
+    scale = scale.to(carry.weight.device)
+    layers = [carry]
+    if before:
+        layers.insert(0, _both_signs(join, 1 / (before.odd * scale), carry.dims))
+    if after:
+        layers.append(_both_signs(stack, scale, carry.dims))
+    return chain(layers)
+
+
+def _both_signs(law: Callable[..., AffineConv | Refusal], scale: Tensor, dims: int) -> AffineConv:
+    layer = law(AffineConv.scale(scale, dims=dims), AffineConv.scale(-scale, dims=dims))
+    if isinstance(layer, Refusal):
+        raise TypeError(f"two scales always fit together: {layer}")
+    return layer

@@ -1,0 +1,262 @@
+"""How a carry passes activations: every strategy by its law, and which of them is chosen."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import Apply, Residual, assert_removed, basic_branch, chain, conv, image, ready, types
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import rmfx
+from rmfx._activation import Activation
+from rmfx._errors import Refusal, RmfxError
+from rmfx._graph import Net
+from rmfx._plan import Plan, Pointwise, plans
+from rmfx._range import Ranges
+from rmfx._site import Site, find_site
+from rmfx._strategy import (
+    AUTO,
+    STRATEGIES,
+    Settled,
+    _scale_into,
+    _shift_into,
+    settle,
+)
+
+ENDS = st.floats(-1e4, 1e4, width=32)
+
+
+class Stub(Ranges):
+    """Ranges that prove everything, or nothing."""
+
+    def __init__(self, *, proven: bool) -> None:
+        self.proven = proven
+
+    def fixed_by(self, node: Any, activation: Activation) -> bool:
+        return self.proven
+
+
+def plan_of(forward: Any, **parts: Any) -> Plan:
+    net = Net(rmfx.trace(ready(Apply(forward, **parts)), image()))
+    join = [n for n in net.graph.nodes if n.target in (torch.add, torch.sub)][-1]
+    site = find_site(net, join, keep_norms=False)
+    assert isinstance(site, Site), site
+    found = plans(site)
+    assert not isinstance(found, Refusal), found
+    return found[0]
+
+
+def settled(plan: Plan, *, proven: bool) -> list[Pointwise]:
+    done = settle(plan, Stub(proven=proven), ("identity", "per-channel", "masked"))
+    assert isinstance(done, Settled), done
+    return [c for c in done.plan.columns if isinstance(c, Pointwise)]
+
+
+def clamped(act: nn.Module, *, stem: nn.Module | None = None) -> nn.Module:
+    """A stem whose output is bounded, and a block with this activation on it."""
+    body = chain(conv(4, 8, 1), act, conv(8, 8, groups=8), act, conv(8, 4, 1))
+    stem = chain(conv(), nn.ReLU6(), conv(4, 4, 1)) if stem is None else stem
+    return ready(chain(stem, Residual(body), conv(4, 4, 1)))
+
+
+# ---- the laws -----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(ENDS, ENDS), min_size=1, max_size=4), st.tuples(ENDS, ENDS))
+def test_a_scale_maps_into_the_interval_by_powers_of_two(
+    ranges: list[tuple[float, float]], interval: tuple[float, float]
+) -> None:
+    low, high = (
+        torch.tensor(e, dtype=torch.float64) for e in zip(*map(sorted, ranges), strict=True)
+    )
+    begin, end = sorted(interval)
+    scale = _scale_into(low, high, begin, end)
+    if scale is None:
+        return
+    assert bool((scale * low >= begin).all() and (scale * high <= end).all())
+    assert bool((torch.frexp(scale).mantissa == 0.5).all() and (scale <= 1).all())
+
+
+@pytest.mark.parametrize("interval", [(-1.0, 1.0), (0.0, 6.0), (-2.0, math.inf)])
+def test_a_scale_is_found_wherever_there_is_one(interval: tuple[float, float]) -> None:
+    low = torch.tensor([0.0 if interval[0] == 0 else -100.0])
+    assert _scale_into(low, torch.tensor([1e6]), *interval) is not None
+    assert _scale_into(low, torch.tensor([math.inf]), 0.0, 6.0) is None
+
+
+@given(
+    st.lists(st.tuples(ENDS, ENDS), min_size=1, max_size=4), st.sampled_from([6.0, 1.0, math.inf])
+)
+def test_a_shift_maps_into_the_interval_and_is_exact_itself(
+    ranges: list[tuple[float, float]], end: float
+) -> None:
+    low, high = (
+        torch.tensor(e, dtype=torch.float64) for e in zip(*map(sorted, ranges), strict=True)
+    )
+    found = _shift_into(low, high, 0.0, end)
+    assert found is not None
+    scale, shift = found
+    assert bool((scale * low + shift >= 0).all() and (scale * high + shift <= end).all())
+    assert torch.equal(shift.to(torch.float32).double(), shift)
+
+
+def test_a_range_without_end_cannot_be_shifted() -> None:
+    low, endless = torch.tensor([-1.0]), torch.tensor([math.inf])
+    assert _shift_into(low, endless, 0.0, 6.0) is None
+    assert _shift_into(-endless, low, 0.0, math.inf) is None
+    assert _shift_into(low, endless, 0.0, math.inf) is not None
+
+
+# ---- each strategy in a network -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6(), nn.Hardtanh(-1, 1), nn.Hardtanh(0.5, 2)], ids=str)
+def test_a_proven_range_is_shifted_into_a_clamp(act: nn.Module) -> None:
+    gm = assert_removed(clamped(act), image(), activation="relu", without_inputs=False)
+    assert {"ChannelClamp", "PReLU", "MaskedActivation"}.isdisjoint(types(gm))
+    (row,) = rmfx.report(gm).rows
+    expected = ("scale", "bit-exact") if act.min_val == -1 else ("shift", "rounding")
+    assert (row.strategy, row.exactness) == expected
+
+
+def test_auto_scales_what_is_positive_and_bounded() -> None:
+    stem = chain(conv(), nn.Hardtanh(0, 50))
+    gm = assert_removed(clamped(nn.ReLU6(), stem=stem), image(), strategy="scale")
+    assert types(gm).count("ReLU6") == 2
+
+
+def test_auto_never_pays_with_rounding_or_channels() -> None:
+    assert_removed(clamped(nn.ReLU6()), image(), strategy="per-channel")
+    assert {*AUTO} == {*STRATEGIES} - {"shift", "odd-pair"}
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize(
+    "act",
+    [
+        nn.ReLU(),
+        nn.LeakyReLU(0.2),
+        nn.PReLU(),
+        nn.GELU(),
+        nn.GELU("tanh"),
+        nn.SiLU(),
+        nn.Hardswish(),
+    ],
+    ids=str,
+)
+def test_an_odd_pair_passes_any_carry(act: nn.Module, depthwise: bool) -> None:
+    middle = conv(8, 8, groups=8 if depthwise else 1)
+    body = chain(conv(4, 8, 1), act, middle, act, conv(8, 4, 1))
+    gm = assert_removed(ready(Residual(body)), image(), strategy="odd-pair", activation="odd-pair")
+    assert {type(act).__name__} == {*types(gm)} - {"Conv2d"}
+    exact = rmfx.report(gm).rows[0].exactness == "bit-exact"
+    assert exact == isinstance(act, nn.ReLU)
+    middle = next(m for m in gm.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3))
+    # ReLU's pair passes a depthwise layer as it is; the others have to be put together there.
+    assert (middle.groups == 16) == (depthwise and isinstance(act, nn.ReLU))
+
+
+def test_a_pair_passes_a_clamp_bit_for_bit() -> None:
+    gm = assert_removed(
+        clamped(nn.ReLU6()),
+        image(),
+        strategy="odd-pair",
+        activation="odd-pair",
+        without_inputs=False,
+    )
+    assert rmfx.report(gm).rows[0].exactness == "bit-exact"
+    assert rmfx.report(gm).rows[0].carry == 8
+
+
+def test_a_pair_split_by_relu_passes_what_leaves_positive_values_alone() -> None:
+    body = chain(conv(), nn.ReLU(), conv(), nn.LeakyReLU(0.3), conv(), nn.SiLU(), conv())
+    assert_removed(ready(Residual(body)), image(), strategy="odd-pair", activation="odd-pair")
+
+
+def test_a_pair_does_not_pass_two_activations_in_a_row() -> None:
+    twice = chain(conv(), conv(), nn.SiLU(), nn.SiLU(), conv())
+    gm = rmfx.remove_residuals(ready(Residual(twice)), image(), activation="odd-pair")
+    assert "'masked'" in rmfx.report(gm).rows[0].reason
+    split = chain(conv(), conv(), nn.ReLU(), nn.LeakyReLU(0.1), conv())
+    assert_removed(ready(Residual(split)), image(), strategy="odd-pair", activation="odd-pair")
+
+
+def test_a_shortcut_with_a_layer_of_its_own_is_coded_before_and_behind_it() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.hardtanh(m.stem(x), -2, 3)
+        return m.s(y) + m.c(F.relu6(m.b(F.relu6(m.a(y)))))
+
+    parts = {"stem": conv(), "a": conv(4, 6), "b": conv(6, 6, stride=2), "c": conv(6, 3)}
+    for s in (conv(4, 3, 1, stride=2), conv(4, 3, 3, stride=2)):
+        model = ready(Apply(forward, s=s, **parts))
+        for way in ("relu", ("scale", "shift"), "odd-pair"):
+            gm = assert_removed(model, image(), activation=way, without_inputs=False)
+            assert "ChannelClamp" not in types(gm)
+
+
+def test_an_input_range_lets_a_carry_through_relu() -> None:
+    model = ready(Residual(basic_branch()))
+    x = image().clamp(-3, 3)
+    gm = assert_removed(
+        model, x, activation=("identity", "shift"), input_range=(-3, 3), strategy="shift"
+    )
+    assert "PReLU" not in types(gm)
+
+
+def test_relu_stands_for_what_adds_no_other_activation() -> None:
+    model = ready(chain(Residual(basic_branch()), Residual(basic_branch(act=nn.SiLU()))))
+    gm = assert_removed(model, image(), sites=2, activation="relu")
+    assert {*types(gm)} == {"Conv2d", "ReLU", "SiLU"}
+    gm = rmfx.remove_residuals(ready(Residual(basic_branch(act=nn.Tanh()))), activation="relu")
+    assert "'masked'" in rmfx.report(gm).rows[0].reason
+
+
+def test_an_unknown_strategy_is_named() -> None:
+    with pytest.raises(RmfxError, match=r"'mask'.*odd-pair"):
+        rmfx.remove_residuals(ready(Residual(basic_branch())), activation="mask")
+
+
+def test_a_batch_norm_that_stays_meets_no_code() -> None:
+    model = ready(Residual(basic_branch()))
+    kept = rmfx.remove_residuals(model, image(), fold_batch_norm=False, activation="odd-pair")
+    assert "'per-channel'" in rmfx.report(kept).rows[0].reason
+
+
+def test_hardswish_rounds_where_it_is_the_identity() -> None:
+    stem = chain(conv(), nn.Hardtanh(4, 9))
+    gm = assert_removed(clamped(nn.Hardswish(), stem=stem), image(), strategy="identity")
+    assert rmfx.report(gm).rows[0].exactness == "rounding"
+
+
+# ---- which columns an activation acts on --------------------------------------------------------
+
+
+def test_an_activation_that_fixes_the_carry_acts_on_everything() -> None:
+    plan = plan_of(lambda m, x: x + m.b(F.relu(m.a(x))), a=conv(), b=conv())
+    (before,) = (c for c in plan.columns if isinstance(c, Pointwise))
+    assert before.carry is None
+    assert before.carried is not None
+    assert before.carried.name == "x"
+    (after,) = settled(plan, proven=True)
+    assert after.carry is after.main
+    (same,) = settled(plan, proven=False)
+    assert same.carry is None
+
+
+def test_slopes_per_channel_never_act_on_the_carry() -> None:
+    plan = plan_of(lambda m, x: x + m.b(m.p(m.a(x))), a=conv(), b=conv(), p=nn.PReLU(4))
+    (column,) = settled(plan, proven=True)
+    assert column.carry is None
+
+
+def test_a_carried_value_that_no_node_holds_is_not_asked_about() -> None:
+    parts = {"a": conv(4, 9), "b": conv(9, 2), "s": conv(4, 2, 1)}
+    plan = plan_of(lambda m, x: m.b(F.relu(m.a(x))) - m.s(x), **parts)
+    assert [c.carried for c in plan.columns if isinstance(c, Pointwise)] == [None]
+    assert all(c.carry is None for c in settled(plan, proven=True))
