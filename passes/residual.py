@@ -20,7 +20,7 @@ layers that are shared, tied, hooked or parametrized.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -35,10 +35,11 @@ from rmfx._errors import OptionError, Refusal, RefusedError, RmfxError
 from rmfx._graph import Net, Shape, Virtual, positions
 from rmfx._layers import read_join
 from rmfx._linked import linked
-from rmfx._plan import Column, Linear, Pointwise, build, plans
+from rmfx._plan import Column, Layer, Linear, Normalised, Pointwise, Sided, build, plans
 from rmfx._range import Ranges
 from rmfx._rewrite import apply_rule
-from rmfx._site import Site, find_site
+from rmfx._sides import combine, tap
+from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed
 from rmfx._strategy import AUTO, SAME_ACTIVATION, STRATEGIES, Settled, settle
 from rmfx.frontend import trace
@@ -64,6 +65,7 @@ class ResidualRule:
     Attributes:
         rows: what was done, by the name of the join.
         made: the nodes that rewrites have put into the graph.
+        widened: the nodes whose place a combination with other tensors took, carry included.
     """
 
     def __init__(
@@ -80,38 +82,92 @@ class ResidualRule:
         self._moments = moments or {}
         self.rows: dict[str, SiteReport] = {}
         self.made: set[fx.Node] = set()
+        self.widened: set[str] = set()
 
     def match(self, net: Net, node: fx.Node) -> Match | Refusal | None:
-        site = find_site(net, node, keep_norms=not self._fold)
-        if site is None or isinstance(site, Refusal):
-            return site
+        sites = find_sites(net, node, keep_norms=not self._fold)
+        if sites is None or isinstance(sites, Refusal):
+            return sites
+        found = [option for site in sites for option in self._options(site)]
+        matches = [option for option in found if isinstance(option, Match)]
+        if matches:
+            return min(matches, key=lambda one: one.settled.plan.work)
+        return next(option for option in found if isinstance(option, Refusal))
+
+    def _options(self, site: Site) -> Iterator[Match | Refusal]:
+        """Every way to rewrite a site."""
         found = plans(site)
         if isinstance(found, Refusal):
-            return found
-        options = [settle(plan, self._ranges, self._allowed) for plan in found]
-        settled = [one for one in options if isinstance(one, Settled)]
-        if settled:
-            return Match(site, min(settled, key=lambda one: one.plan.work))
-        return next(one for one in options if isinstance(one, Refusal))
+            yield found
+            return
+        for plan in found:
+            settled = settle(plan, self._ranges, self._allowed)
+            yield settled if isinstance(settled, Refusal) else Match(site, settled)
 
     def rewrite(self, net: Net, node: fx.Node, match: Match) -> None:
         site, columns = match.site, match.settled.plan.columns
         layers = build(columns)
         if isinstance(layers, Refusal):  # the plan was made with the same laws
             raise RmfxError(f"{node.name}: a planned layer cannot be built: {layers.reason}")
-        old = _in_order(site)
+        old = [n for n in _in_order(site) if n not in match.settled.plan.kept]
         row = _row_before(net, match, old)
         labels = [_label(site, column, i) for i, column in enumerate(columns)]
         net.release(old)
-        new: list[fx.Node] = []
-        for column, layer, (target, like) in zip(columns, layers, labels, strict=True):
-            made = self._make(net, site, column, layer)
-            with net.graph.inserting_before(node):
-                new.append(net.put(made, new[-1] if new else site.fork, target, like))
-        _note_shapes(site, columns, new)
+        new = self._put_columns(net, match, layers, labels, set(old))
         self._take_place(net, site, old, new, labels)
         work, size = _cost_of(net, new, site.dims)
         self.rows[row.join] = replace(row, macs_after=work, params_after=size)
+
+    def _put_columns(
+        self,
+        net: Net,
+        match: Match,
+        layers: Sequence[Layer],
+        labels: Sequence[tuple[str, fx.Node]],
+        old: set[fx.Node],
+    ) -> list[fx.Node]:
+        """The nodes of the chain, as early as they can stand."""
+        site, columns = match.site, match.settled.plan.columns
+        new: list[fx.Node] = []
+        widths = (site.channels, 0)
+        slices: dict[fx.Node, fx.Node] = {}
+        for column, layer, (target, like) in zip(columns, layers, labels, strict=True):
+            source = new[-1] if new else site.fork
+            is_last = column is columns[-1]
+            last_read = column.lateral.node if isinstance(column, Sided) else source
+            behind = site.join.prev if is_last else max(source, last_read)
+            with net.graph.inserting_before(behind.next):
+                if isinstance(column, Sided):
+                    lateral = column.lateral.reading(slices)
+                    made = combine(net, lateral, source, column.block, widths, site.dims)
+                    self.widened.add(like.name)
+                else:
+                    made = net.put(self._make(net, site, column, layer), source, target, like)
+            widths = _widths_behind(net, column, widths, site.dims)
+            _note_shape(site, column, source, made, sum(widths) if not is_last else widths[0])
+            for value, block in column.taps:
+                slices[value] = self._tap(net, site, made, value, (block, widths), old)
+            new.append(made)
+        return new
+
+    def _tap(
+        self,
+        net: Net,
+        site: Site,
+        wide: fx.Node,
+        value: fx.Node,
+        place: tuple[int, tuple[int, int]],
+        old: set[fx.Node],
+    ) -> fx.Node:
+        """Let others read an old value's block of a wide one; returns the slice that holds it."""
+        block, widths = place
+        channels = (0, widths[0]) if block == 0 else (widths[0], sum(widths))
+        readers = [user for user in value.users if user not in old]
+        part, *merged = tap(net, wide, value, channels, sum(widths), readers, site.dims)
+        self.made.update((part, *merged))
+        if value in net.joins:
+            net.joins[part] = net.joins[value]
+        return part
 
     def _make(
         self, net: Net, site: Site, column: Column, layer: AffineConv | Column
@@ -124,8 +180,8 @@ class ResidualRule:
             if way_of(whole.blocks) == "identity":
                 return whole.to_module(site.dtype, site.device)
             return Virtual(whole, site.dtype, site.device)
-        if isinstance(column, Linear):
-            raise TypeError("a linear column is built by the algebra")
+        if not isinstance(column, Normalised):
+            raise TypeError(f"a {type(column).__name__} column is no module")
         fork = net.joins.get(site.fork, site.fork.name)
         return identity_norm(column.main.module, column.carried, self._moments.get(fork))
 
@@ -173,6 +229,8 @@ def _in_order(site: Site) -> list[fx.Node]:
 def _label(site: Site, column: Column, index: int) -> tuple[str, fx.Node]:
     """Module path for a column's layer, and the node whose name and place it takes."""
     nodes = [n for step in column.steps for n in step.nodes if n.op == "call_module"]
+    if isinstance(column, Sided):
+        return "", column.lateral.node
     if nodes:
         return str(nodes[0].target), nodes[0]
     place = module_path(site.join)
@@ -183,19 +241,25 @@ def _label(site: Site, column: Column, index: int) -> tuple[str, fx.Node]:
 # ---- the report ---------------------------------------------------------------------------------
 
 
-def _note_shapes(site: Site, columns: Iterable[Column], nodes: list[fx.Node]) -> None:
-    """Shapes of the new nodes, where the fork's is known."""
-    shape: Shape | None = site.fork.meta.get("shape")
-    for column, node in zip(columns, nodes, strict=True):
-        if shape is None:
-            return
-        if isinstance(column, Linear):
-            width = column.main.out_channels
-            if node is not nodes[-1]:
-                width += column.carry.out_channels
-            shape = _shape_after(column.main, shape, width)
-        node.meta["shape"] = shape
-        node.meta["dtype"] = (site.dtype, site.device)
+def _widths_behind(net: Net, column: Column, widths: tuple[int, int], dims: int) -> tuple[int, int]:
+    """Channels of both blocks behind a column."""
+    if isinstance(column, Linear):
+        return column.main.out_channels, column.carry.out_channels
+    if not isinstance(column, Sided) or not column.lateral.is_concatenation:
+        return widths
+    added = sum(net.channels(other, dims) or 0 for other in column.lateral.others)
+    main, carry = widths
+    return (main + added, carry) if column.block == 0 else (main, carry + added)
+
+
+def _note_shape(site: Site, column: Column, source: fx.Node, made: fx.Node, width: int) -> None:
+    """The shape of a column's node, where that of its input is known."""
+    shape: Shape | None = source.meta.get("shape")
+    if shape is not None and not isinstance(column, Sided):
+        layer = column.main if isinstance(column, Linear) else None
+        own = layer or AffineConv.identity(width, site.dims)
+        made.meta["shape"] = _shape_after(own, shape, width)
+    made.meta["dtype"] = (site.dtype, site.device)
 
 
 def _shape_after(layer: AffineConv, shape: Shape, width: int) -> Shape:
@@ -257,12 +321,12 @@ def _cost_of(net: Net, nodes: Iterable[fx.Node], dims: int) -> tuple[int | None,
     return work, size
 
 
-def _refused_row(node: fx.Node, refusal: Refusal) -> SiteReport:
+def _refused_row(node: fx.Node, refusal: Refusal, *, whole: bool) -> SiteReport:
     return SiteReport(
         place=module_path(node),
         source=node.meta.get("source"),
         join=node.name,
-        node=node.name,
+        node=node.name if whole else None,
         status="refused",
         reason=str(refusal),
         shape=node.meta.get("shape"),
@@ -382,7 +446,10 @@ def _convert(
         raise RefusedError(f"remove_residuals: the add {node.name} cannot be removed: {refusal}")
     # Last, where it is cheaper: a Δ or ∇ that stands alone merges with the layer next to its site.
     apply_rule(net, LinearRule(keep_norms=not fold_batch_norm, concerns=rule.made.__contains__))
-    refused = {node.name: _refused_row(node, refusal) for node, refusal in refusals.items()}
+    refused = {
+        node.name: _refused_row(node, refusal, whole=node.name not in rule.widened)
+        for node, refusal in refusals.items()
+    }
     where = {name: node.name for node, name in net.joins.items()}
     rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}
     report = Report(tuple(rows[name] for name in joins if name in rows))

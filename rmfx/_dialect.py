@@ -354,6 +354,7 @@ ARITHMETIC: dict[Any, Any] = {
     torch.div: torch.div,
     torch.neg: torch.neg,
 }
+CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate, *_overloads("cat", "concat"))
 IN_PLACE_BY_METHOD: dict[Any, str] = {
     operator.iadd: "add_",
     operator.isub: "sub_",
@@ -486,6 +487,9 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
     if node.target is torch._C._nn.pad:  # what F.pad calls, which Dynamo looks through
         node.target = F.pad
         return
+    if node.target in CONCATENATIONS:
+        _concatenation(node)
+        return
     if node.target in (torch.rsub, aten.rsub.Scalar, aten.rsub.Tensor) and len(node.args) == 2:
         node.target, node.args = torch.sub, node.args[::-1]
         return
@@ -501,6 +505,15 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
     module = _flatten_by_view(node) or _module_for(gm, node)
     if module is not None:
         _call_module(gm, node, module, _input(node), taken)
+
+
+def _concatenation(node: fx.Node) -> None:
+    """torch.cat(tensors, dim), both by place."""
+    names = ("tensors", "dim")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    dim = given.pop("dim", given.pop("axis", 0))
+    if set(given) == {"tensors"}:
+        node.target, node.args, node.kwargs = torch.cat, (given["tensors"], dim), {}
 
 
 def _call_module(

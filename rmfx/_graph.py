@@ -184,12 +184,17 @@ class Net:
             name: module path to use, made unique if taken.
             like: node whose place in the source code the new node inherits.
         """
-        target = self._unique(name)
-        self.virtual[target] = layer
+        target = self.claim(name, layer)
         node = self.graph.create_node("call_module", target, (source,))
         keep = ("nn_module_stack", "source", "stack_trace")
         node.meta = {k: like.meta[k] for k in keep if k in like.meta}
         return node
+
+    def claim(self, name: str, layer: Virtual | nn.Module) -> str:
+        """Give a layer a target: the name, made unique if taken."""
+        target = self._unique(name)
+        self.virtual[target] = layer
+        return target
 
     def release(self, nodes: Iterable[fx.Node]) -> None:
         """Free the targets of call_module nodes that are about to be erased."""

@@ -7,14 +7,15 @@
     Activation   a pointwise activation
     Blockwise    an activation that differs from channel to channel, left by an inner site
     Refusal      anything else, with the reason
+`laterals` reads a node that combines a value with other tensors: a product, a sum, a concatenation.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -330,6 +331,79 @@ def _per_channel(value: Tensor, channels: int, dims: int) -> Tensor | Refusal:
     if full[0] not in (1, channels) or math.prod(full[1:]) != 1:
         return Refusal(f"a constant of shape {shape} that is not one number per channel")
     return value.reshape(-1).expand(channels).clone()
+
+
+# ---- operations with other tensors --------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Lateral:
+    """A value combined with other tensors, channel by channel.
+
+    Attributes:
+        node: the product, sum or concatenation.
+        value: its operand on the path that is followed.
+        before, after: the other operands, in their places.
+    """
+
+    node: fx.Node
+    value: fx.Node
+    before: tuple[fx.Node, ...]
+    after: tuple[fx.Node, ...]
+
+    @property
+    def others(self) -> tuple[fx.Node, ...]:
+        return (*self.before, *self.after)
+
+    def reading(self, places: Mapping[fx.Node, fx.Node]) -> Lateral:
+        """The same with some of the other tensors read elsewhere."""
+        before, after = (
+            tuple(places.get(n, n) for n in nodes) for nodes in (self.before, self.after)
+        )
+        return replace(self, before=before, after=after)
+
+    @property
+    def is_concatenation(self) -> bool:
+        return self.node.target is torch.cat
+
+
+def laterals(net: Net, node: fx.Node) -> list[Lateral]:
+    """A node as a combination of each of its operands with the others, the likeliest path first.
+
+    A gate is seldom the path: it has another size than the product, or comes out of a sigmoid.
+    """
+    if node.meta.get("frozen") or node.op != "call_function":
+        return []
+    operands = _combined(net, node)
+    found = [
+        Lateral(node, value, tuple(operands[:i]), tuple(operands[i + 1 :]))
+        for i, value in enumerate(operands)
+    ]
+
+    def is_gate(one: Lateral) -> bool:
+        shapes = [n.meta.get("shape") for n in (one.value, node)]
+        resized = None not in shapes and shapes[0] != shapes[1] and not one.is_concatenation
+        return resized or isinstance(net.module(one.value), (nn.Sigmoid, nn.Hardsigmoid))
+
+    return sorted(found, key=is_gate)
+
+
+def _combined(net: Net, node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node multiplies, adds or concatenates; none if it does something else."""
+    if node.target is torch.cat:
+        return _concatenated(net, node)
+    if node.target not in (torch.mul, torch.add, operator.mul, operator.add) or node.kwargs:
+        return []
+    given = [x for x in node.args if isinstance(x, fx.Node) and is_tensor_node(net, x)]
+    return given if len(given) == 2 == len(node.args) else []
+
+
+def _concatenated(net: Net, node: fx.Node) -> list[fx.Node]:
+    tensors = node.args[0] if len(node.args) == 2 and not node.kwargs else ()
+    if not isinstance(tensors, (list, tuple)) or not isinstance(node.args[1], int):
+        return []
+    parts = [x for x in tensors if isinstance(x, fx.Node) and is_tensor_node(net, x)]
+    return parts if len(parts) == len(tensors) else []
 
 
 # ---- joins --------------------------------------------------------------------------------------

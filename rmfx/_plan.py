@@ -6,6 +6,8 @@ Both branches are written side by side, one *column* per layer of the plain chai
                 those between are direct sums, a single column is a `plus`
     activation  acts on one block of channels, or on both
     norm        a batch norm on the main block, an identity batch norm on the carry
+    lateral     a product, a sum or a concatenation with other tensors, on one block: the other
+                block meets ones, zeros or nothing
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
@@ -32,22 +35,39 @@ from ._affine import (
 )
 from ._carry import area_after, fitted, placements
 from ._errors import Refusal
+from ._layers import Lateral
 from ._site import Chain, Norm, Site, Step
 
 POINTWISE = (Activation, Blockwise)
+NON_LINEAR = (*POINTWISE, Lateral)
+
+
+Tap = tuple[fx.Node, int]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Column:
+    """What all columns have.
+
+    Attributes:
+        steps: the layers of the site that it stands for.
+        taps: nodes whose value it holds and others read, each with its block (0 or 1).
+    """
+
+    steps: tuple[Step, ...] = ()
+    taps: tuple[Tap, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
-class Linear:
-    """A linear column; `steps` are the layers of the site that it stands for."""
+class Linear(_Column):
+    """A linear column."""
 
     main: AffineConv
     carry: AffineConv
-    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
-class Pointwise:
+class Pointwise(_Column):
     """An activation column; None leaves a block unchanged.
 
     `carried` is the node whose value the carry holds here, None if it is not a node's value.
@@ -56,7 +76,6 @@ class Pointwise:
     main: Activation | Blockwise | None
     carry: Activation | Blockwise | None
     widths: tuple[int, int]
-    steps: tuple[Step, ...] = ()
     carried: fx.Node | None = None
 
     @property
@@ -69,23 +88,38 @@ def _blocks(width: int, layer: Activation | Blockwise | None) -> tuple[Block, ..
 
 
 @dataclass(frozen=True, eq=False)
-class Normalised:
+class Normalised(_Column):
     """A batch norm on the main block, the identity on the carry."""
 
     main: Norm
     carried: int
-    steps: tuple[Step, ...] = ()
 
 
-Column = Linear | Pointwise | Normalised
+@dataclass(frozen=True, eq=False)
+class Sided(_Column):
+    """A combination with other tensors, of the main block (0) or of the carry (1)."""
+
+    lateral: Lateral
+    block: int
+
+
+Column = Linear | Pointwise | Normalised | Sided
+Layer = AffineConv | Pointwise | Normalised | Sided
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """An arrangement of a site, with its cost in multiply-adds per position of the fork."""
+    """An arrangement of a site.
+
+    Attributes:
+        columns: the layers of the plain chain.
+        work: its multiply-adds per position of the fork.
+        kept: nodes of the shortcut that stay, because others read what they give.
+    """
 
     columns: tuple[Column, ...]
     work: float
+    kept: frozenset[fx.Node] = frozenset()
 
 
 def plans(site: Site) -> list[Plan] | Refusal:
@@ -113,7 +147,7 @@ def plans(site: Site) -> list[Plan] | Refusal:
 
 
 def _is_linear(chain: Chain) -> bool:
-    return not any(isinstance(step.layer, POINTWISE) for step in chain)
+    return not any(isinstance(step.layer, NON_LINEAR) for step in chain)
 
 
 # ---- a linear shortcut beside a chain -----------------------------------------------------------
@@ -134,9 +168,12 @@ def _beside(site: Site, main: Chain, shortcut: Chain) -> list[Plan] | Refusal:
     if isinstance(places, Refusal):
         return places.at(site.join.name)
     value = shortcut[-1].value if shortcut else site.fork
+    last = max((i for i, step in enumerate(shortcut) if step.tapped), default=-1)
+    kept = frozenset(n for step in shortcut[: last + 1] for n in step.nodes)
     found: list[Plan] = []
     for j, beside in places:
-        found += _widths(_columns(main, beside, j, (site.fork, value), shortcut))
+        columns = _columns(main, beside, j, (site.fork, value), shortcut)
+        found += [replace(plan, kept=kept) for plan in _widths(columns)]
     # Carrying the fork itself, as far as it goes, is best among equals: its sign may be known.
     found.reverse()
     return found or Refusal("the shortcut fits beside no layer of the branch", (site.join.name,))
@@ -151,26 +188,34 @@ def _columns(
 ) -> list[Column]:
     columns: list[Column] = []
     position = 0
+    carry = 0
     for step in main:
         layer = step.layer
+        origin: dict[str, Any] = {"steps": (step,), "taps": _taps(step, 0)}
         if isinstance(layer, AffineConv):
-            steps = (step, *shortcut) if position == j else (step,)
-            columns.append(Linear(layer, beside[position], steps))
+            if position == j:
+                origin["steps"] += shortcut
+            columns.append(Linear(layer, beside[position], **origin))
+            carry = beside[position].out_channels
             position += 1
         elif isinstance(layer, POINTWISE):
             # What is carried: the fork before the shortcut's map, its value behind it.
             carried = values[0] if position <= j else values[1]
-            widths = (_width(columns, "main"), _width(columns, "carry"))
-            columns.append(Pointwise(layer, None, widths, (step,), carried))
+            columns.append(Pointwise(layer, None, (step.channels, carry), carried, **origin))
+        elif isinstance(layer, Lateral):
+            columns.append(Sided(layer, 0, **origin))
         else:
-            columns.append(Normalised(layer, _width(columns, "carry"), (step,)))
+            columns.append(Normalised(layer, carry, **origin))
     return columns
 
 
-def _width(columns: Sequence[Column], block: str) -> int:
-    """Channels of a block behind the last linear column."""
-    last = next(c for c in reversed(columns) if isinstance(c, Linear))
-    return int(getattr(last, block).out_channels)
+def _taps(step: Step, block: int) -> tuple[Tap, ...]:
+    return ((step.value, block),) if step.tapped and step.value is not None else ()
+
+
+def _width(columns: Sequence[Column]) -> int:
+    """Channels of the carry behind the last linear column."""
+    return next(c.carry.out_channels for c in reversed(columns) if isinstance(c, Linear))
 
 
 def _framed(site: Site, chain: Chain) -> Chain:
@@ -178,29 +223,28 @@ def _framed(site: Site, chain: Chain) -> Chain:
     steps = list(chain)
     if steps and isinstance(steps[-1].layer, Norm):
         steps[-1] = replace(steps[-1], layer=steps[-1].layer.affine)
-        if len(steps) > 1 and isinstance(steps[-2].layer, AffineConv):
-            merged = compose_chain([steps[-2].layer, _affine(steps[-1])])
+        before = steps[-2] if len(steps) > 1 else None
+        if before and isinstance(before.layer, AffineConv) and not before.tapped:
+            merged = compose_chain([before.layer, _affine(steps[-1])])
             if isinstance(merged, AffineConv):
-                nodes = steps[-2].nodes + steps[-1].nodes
-                steps[-2:] = [Step(merged, nodes, steps[-1].value)]
+                nodes = before.nodes + steps[-1].nodes
+                steps[-2:] = [replace(steps[-1], layer=merged, nodes=nodes)]
     if not steps or not isinstance(steps[0].layer, AffineConv):
         steps.insert(0, _identity_step(site.channels, site.dims))
-    if not isinstance(steps[-1].layer, AffineConv):
-        channels = next(
-            _affine(s).out_channels for s in reversed(steps) if not isinstance(s.layer, POINTWISE)
-        )
-        steps.append(_identity_step(channels, site.dims))
+    # A value that is read elsewhere must be there before ∇ adds to it.
+    if not isinstance(steps[-1].layer, AffineConv) or steps[-1].tapped:
+        steps.append(_identity_step(steps[-1].channels, site.dims))
     return tuple(steps)
 
 
 def _identity_step(channels: int, dims: int) -> Step:
-    return Step(AffineConv.identity(channels, dims), (), None)
+    return Step(AffineConv.identity(channels, dims), (), None, channels)
 
 
 def _affine(step: Step) -> AffineConv:
     layer = step.layer.affine if isinstance(step.layer, Norm) else step.layer
-    if isinstance(layer, POINTWISE):
-        raise TypeError("an activation is not linear")
+    if not isinstance(layer, AffineConv):
+        raise TypeError("only linear layers have a linear form")
     return layer
 
 
@@ -212,6 +256,12 @@ Pair = tuple[Step | None, Step | None]
 def _aligned(site: Site, f: Chain, g: Chain) -> Plan | Refusal:
     """Two chains side by side: a shortest alignment of their layers."""
     f, g = (tuple(replace(s, layer=_without_norm(s)) for s in chain) for chain in (f, g))
+    if _may_wait_for_itself(f + g):
+        return Refusal(
+            "both branches have activations, and what one of them computes on the way is read "
+            "elsewhere and combined with it again",
+            (site.join.name,),
+        )
     pairs = _align(f, g)
     if pairs is None:
         return Refusal(
@@ -220,31 +270,46 @@ def _aligned(site: Site, f: Chain, g: Chain) -> Plan | Refusal:
         )
     columns: list[Column] = []
     widths = [site.channels, site.channels]
-    for a, b in pairs:
-        steps = tuple(s for s in (a, b) if s is not None)
-        layers = [s.layer if s is not None else None for s in (a, b)]
-        if any(isinstance(layer, AffineConv) for layer in layers):
-            own = [
-                layer if isinstance(layer, AffineConv) else AffineConv.identity(width, site.dims)
-                for layer, width in zip(layers, widths, strict=True)
-            ]
-            widths = [layer.out_channels for layer in own]
-            columns.append(Linear(own[0], own[1], steps))
-        else:
-            acts = [layer if isinstance(layer, POINTWISE) else None for layer in layers]
-            columns.append(Pointwise(acts[0], acts[1], (widths[0], widths[1]), steps))
+    for pair in pairs:
+        columns.append(_paired(pair, widths, site.dims))
+        widths = [step.channels if step else n for step, n in zip(pair, widths, strict=True)]
     if not isinstance(columns[0], Linear):
         start = AffineConv.identity(site.channels, site.dims)
         columns.insert(0, Linear(start, start))
-    if not isinstance(columns[-1], Linear):
+    if not isinstance(columns[-1], Linear) or columns[-1].taps:
         ends = [AffineConv.identity(width, site.dims) for width in widths]
         columns.append(Linear(ends[0], ends[1]))
     work = work_of(columns)
     return work if isinstance(work, Refusal) else Plan(tuple(columns), work)
 
 
-def _without_norm(step: Step) -> AffineConv | Activation | Blockwise:
-    return step.layer if isinstance(step.layer, POINTWISE) else _affine(step)
+def _may_wait_for_itself(steps: Chain) -> bool:
+    """Whether a column might need what is computed from a later one."""
+    return any(isinstance(s.layer, Lateral) for s in steps) and any(s.tapped for s in steps)
+
+
+def _paired(pair: Pair, widths: Sequence[int], dims: int) -> Column:
+    """The column of two layers that stand side by side; None leaves its block as it is."""
+    origin: dict[str, Any] = {
+        "steps": tuple(step for step in pair if step is not None),
+        "taps": tuple(tap for i, step in enumerate(pair) if step for tap in _taps(step, i)),
+    }
+    layers = [step.layer if step is not None else None for step in pair]
+    for block, layer in enumerate(layers):
+        if isinstance(layer, Lateral):
+            return Sided(layer, block, **origin)
+    if not any(isinstance(layer, AffineConv) for layer in layers):
+        acts = [layer if isinstance(layer, POINTWISE) else None for layer in layers]
+        return Pointwise(acts[0], acts[1], (widths[0], widths[1]), **origin)
+    main, carry = (
+        layer if isinstance(layer, AffineConv) else AffineConv.identity(width, dims)
+        for layer, width in zip(layers, widths, strict=True)
+    )
+    return Linear(main, carry, **origin)
+
+
+def _without_norm(step: Step) -> AffineConv | Activation | Blockwise | Lateral:
+    return _affine(step) if isinstance(step.layer, Norm) else step.layer
 
 
 def _align(f: Chain, g: Chain) -> list[Pair] | None:
@@ -271,7 +336,7 @@ def _price(a: Step | None, b: Step | None) -> float | None:
     layers = [s.layer for s in (a, b) if s is not None]
     if len(layers) == 1:
         alone = layers[0]
-        if isinstance(alone, POINTWISE):
+        if isinstance(alone, NON_LINEAR):
             return 1.2
         return 1.0 if isinstance(alone, AffineConv) and alone.preserves_size else None
     if len(layers) != 2:
@@ -311,9 +376,11 @@ def _padded(columns: list[Column], width: int) -> list[Column]:
             n_out = carry.out_channels if i == linear[-1] else _up(carry.out_channels, width)
             result.append(replace(column, carry=carry.pad_channels(n_in, n_out)))
         elif isinstance(column, Pointwise):
-            result.append(replace(column, widths=(column.widths[0], _width(result, "carry"))))
+            result.append(replace(column, widths=(column.widths[0], _width(result))))
+        elif isinstance(column, Normalised):
+            result.append(replace(column, carried=_width(result)))
         else:
-            result.append(replace(column, carried=_width(result, "carry")))
+            result.append(column)
     return result
 
 
@@ -354,10 +421,10 @@ def _size(column: Linear, *, first: bool, last: bool) -> int | Refusal:
     return sum(outs) * (block[0] if block and grouped else sum(ins)) * taps
 
 
-def build(columns: Sequence[Column]) -> list[AffineConv | Pointwise | Normalised] | Refusal:
+def build(columns: Sequence[Column]) -> list[Layer] | Refusal:
     """The layers of the plain chain."""
     last = max(i for i, c in enumerate(columns) if isinstance(c, Linear))
-    layers: list[AffineConv | Pointwise | Normalised] = []
+    layers: list[Layer] = []
     for i, column in enumerate(columns):
         if not isinstance(column, Linear):
             layers.append(column)

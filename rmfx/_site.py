@@ -13,7 +13,8 @@ from ._affine import AffineConv, compose
 from ._dialect import BATCH_NORMS
 from ._errors import Refusal
 from ._graph import Net, Virtual
-from ._layers import Deferred, Element, input_of, is_tensor_node, read, read_join
+from ._layers import Deferred, Lateral, is_tensor_node, read_join
+from ._paths import Path, walks
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +33,15 @@ class Step:
         layer: what it does.
         nodes: the graph nodes it stands for, in order; none for a layer that was made up.
         value: the node that holds its output, None if no node does.
+        channels: of its output.
+        tapped: whether that value is read off the branch, too.
     """
 
-    layer: AffineConv | Activation | Blockwise | Norm
+    layer: AffineConv | Activation | Blockwise | Norm | Lateral
     nodes: tuple[fx.Node, ...]
     value: fx.Node | None
+    channels: int
+    tapped: bool = False
 
 
 Chain = tuple[Step, ...]
@@ -69,11 +74,8 @@ class Site:
         return [n for chain in self.branches for step in chain for n in step.nodes] + [self.join]
 
 
-Read = list[tuple[fx.Node, Element]]
-
-
-def find_site(net: Net, join: fx.Node, *, keep_norms: bool) -> Site | Refusal | None:
-    """The site of a join, None if the node joins nothing.
+def find_sites(net: Net, join: fx.Node, *, keep_norms: bool) -> list[Site] | Refusal | None:
+    """The sites of a join, one for each way back to a fork; None if the node joins nothing.
 
     Args:
         keep_norms: whether batch norms are to stay layers of their own.
@@ -84,25 +86,37 @@ def find_site(net: Net, join: fx.Node, *, keep_norms: bool) -> Site | Refusal | 
     if join.meta.get("frozen"):
         return Refusal(join.meta["frozen"], (join.name,))
     (a, factor_a), (b, factor_b) = terms
-    found = _walk_to_fork(net, a, b)
-    if isinstance(found, Refusal):
-        return found
-    fork, reads = found
+    found = [
+        way if isinstance(way, Refusal) else _site(net, join, way, (factor_a, factor_b), keep_norms)
+        for way in walks(net, join, a, b)
+    ]
+    sites = [one for one in found if isinstance(one, Site)]
+    return sites or next(one for one in found if isinstance(one, Refusal))
+
+
+def _site(
+    net: Net,
+    join: fx.Node,
+    way: tuple[fx.Node, tuple[Path, Path]],
+    factors: tuple[float, float],
+    keep_norms: bool,
+) -> Site | Refusal:
+    fork, paths = way
     if fork.meta.get("frozen"):
         return Refusal(fork.meta["frozen"], (fork.name,))
-    frame = _frame(net, fork, reads)
+    frame = _frame(net, fork, paths)
     if isinstance(frame, Refusal):
         return frame
     channels, dims, dtype, device = frame
     chains = []
-    for one, factor in zip(reads, (factor_a, factor_b), strict=True):
-        chain = _resolve(one, channels, dims, keep_norms, net)
+    for path, factor in zip(paths, factors, strict=True):
+        chain = _resolve(path, channels, dims, keep_norms, net)
         if isinstance(chain, Refusal):
             return chain
         chain = _simplify(chain)
-        out = _out_channels(chain, channels)
+        out = chain[-1].channels if chain else channels
         chains.append(chain if factor == 1 else _scaled(chain, factor, out, dims))
-    outs = [_out_channels(chain, channels) for chain in chains]
+    outs = [chain[-1].channels if chain else channels for chain in chains]
     if outs[0] != outs[1]:
         return Refusal(
             f"the operands have {outs[0]} and {outs[1]} channels: the add broadcasts", (join.name,)
@@ -110,33 +124,11 @@ def find_site(net: Net, join: fx.Node, *, keep_norms: bool) -> Site | Refusal | 
     return Site(join, fork, (chains[0], chains[1]), channels, dims, dtype, device)
 
 
-def _walk_to_fork(net: Net, a: fx.Node, b: fx.Node) -> tuple[fx.Node, tuple[Read, Read]] | Refusal:
-    """Step back from both operands, the later one first, until they meet."""
-    heads, paths = [a, b], ([], [])  # type: ignore[var-annotated]
-    while heads[0] is not heads[1]:
-        side = 0 if heads[1] < heads[0] else 1
-        node = heads[side]
-        if node.op == "placeholder":
-            return Refusal("the operands have no common source", (heads[0].name, heads[1].name))
-        element = read(net, node)
-        if isinstance(element, Refusal):
-            return element
-        if len(node.users) > 1:
-            names = ", ".join(sorted(u.name for u in node.users))
-            return Refusal(f"its value is used outside the branch too, by {names}", (node.name,))
-        before = input_of(node)
-        if before is None:
-            return Refusal("it reads several tensors", (node.name,))
-        paths[side].append((node, element))
-        heads[side] = before
-    return heads[0], (paths[0][::-1], paths[1][::-1])
-
-
 def _frame(
-    net: Net, fork: fx.Node, reads: tuple[Read, Read]
+    net: Net, fork: fx.Node, paths: tuple[Path, Path]
 ) -> tuple[int, int, torch.dtype, torch.device] | Refusal:
     """Channels, spatial dimensions, type and device of a site."""
-    elements = [e for one in reads for _, e in one]
+    elements = [place.element for path in paths for place in path]
     rank = net.rank(fork)
     dims = next((e.dims for e in elements if isinstance(e, AffineConv)), None)
     if dims is None:
@@ -148,20 +140,21 @@ def _frame(
             f"layers of {dims} spatial dimensions on a {rank}-D tensor; use batched inputs",
             (fork.name,),
         )
-    kinds = weight_types(net, [n for one in reads for n, _ in one])
+    kinds = weight_types(net, [place.node for path in paths for place in path])
     channels = net.channels(fork, dims)
-    for one in reads:
-        first = next((e for _, e in one if not isinstance(e, (Activation, Blockwise))), None)
+    for path in paths:
+        own = (place.element for place in path)
+        first = next((e for e in own if not isinstance(e, (Activation, Blockwise))), None)
         if channels is None and isinstance(first, AffineConv):
             channels = first.in_channels
     if channels is None:
         return Refusal("the number of channels is unknown; pass example_inputs", (fork.name,))
     if len(kinds) > 1:
         return Refusal(f"the weights are of mixed types: {', '.join(sorted(map(str, kinds)))}")
-    own = net.dtype(fork)
-    if own is not None and kinds and own not in kinds:
-        return Refusal(f"the values are {own[0]}, the weights {min(kinds, key=str)[0]}")
-    kind = kinds.pop() if kinds else own
+    given = net.dtype(fork)
+    if given is not None and kinds and given not in kinds:
+        return Refusal(f"the values are {given[0]}, the weights {min(kinds, key=str)[0]}")
+    kind = kinds.pop() if kinds else given
     if kind is None:
         return Refusal("the type of the values is unknown; pass example_inputs", (fork.name,))
     if not kind[0].is_floating_point:
@@ -187,40 +180,83 @@ def weight_types(net: Net, nodes: Iterable[fx.Node]) -> set[tuple[torch.dtype, t
     return kinds
 
 
-def _resolve(one: Read, channels: int, dims: int, keep_norms: bool, net: Net) -> Chain | Refusal:
+def _resolve(path: Path, channels: int, dims: int, keep_norms: bool, net: Net) -> Chain | Refusal:
     """The steps of a branch, with everything known."""
     steps = []
-    for node, element in one:
-        layer: AffineConv | Activation | Blockwise | Refusal
+    for place in path:
+        node, element = place.node, place.element
         layer = element.build(channels, dims) if isinstance(element, Deferred) else element
         if isinstance(layer, Refusal):
             return layer.at(node.name)
-        if isinstance(layer, AffineConv):
-            if layer.dims != dims:
-                return Refusal(
-                    f"a layer of {layer.dims} spatial dimensions among layers of {dims}",
-                    (node.name,),
-                )
-            if layer.in_channels != channels:
-                return Refusal(
-                    f"a layer for {layer.in_channels} channels on {channels}", (node.name,)
-                )
-            channels = layer.out_channels
-        if isinstance(layer, Activation) and layer.is_per_channel:
-            if not dims and net.rank(node) != 2:
-                return Refusal(
-                    "PReLU with a slope per channel acts on dimension 1, not on the features",
-                    (node.name,),
-                )
-            if layer.module.num_parameters != channels:
-                return Refusal(f"a PReLU for other than {channels} channels", (node.name,))
+        refusal = _unfit(net, node, layer, channels, dims)
+        if refusal:
+            return refusal.at(node.name)
+        channels = _channels_behind(net, layer, channels, dims)
         module = net.module(node)
         is_norm = keep_norms and isinstance(module, BATCH_NORMS)
+        whole: AffineConv | Activation | Blockwise | Norm | Lateral = layer
         if is_norm and module is not None and isinstance(layer, AffineConv):
-            steps.append(Step(Norm(module, layer), (node,), node))
-        else:
-            steps.append(Step(layer, (node,), node))
+            whole = Norm(module, layer)
+        steps.append(Step(whole, (node,), node, channels, place.tapped))
     return tuple(steps)
+
+
+def _unfit(
+    net: Net,
+    node: fx.Node,
+    layer: AffineConv | Activation | Blockwise | Lateral,
+    channels: int,
+    dims: int,
+) -> Refusal | None:
+    """Why a layer cannot stand where it stands, if it cannot."""
+    if isinstance(layer, AffineConv):
+        if layer.dims != dims:
+            return Refusal(f"a layer of {layer.dims} spatial dimensions among layers of {dims}")
+        if layer.in_channels != channels:
+            return Refusal(f"a layer for {layer.in_channels} channels on {channels}")
+    if isinstance(layer, Activation) and layer.is_per_channel:
+        if not dims and net.rank(node) != 2:
+            return Refusal(
+                "PReLU with a slope per channel acts on dimension 1, not on the features"
+            )
+        if layer.module.num_parameters != channels:
+            return Refusal(f"a PReLU for other than {channels} channels")
+    return _unfit_lateral(net, layer, channels, dims) if isinstance(layer, Lateral) else None
+
+
+def _unfit_lateral(net: Net, layer: Lateral, channels: int, dims: int) -> Refusal | None:
+    """Why the channels of the other tensors are not known to meet those of the carry."""
+    for other in layer.others:
+        rank, own = net.rank(other), net.channels(other, dims)
+        if rank is None or own is None:
+            return Refusal(
+                "it reads a second tensor whose shape is unknown; pass example_inputs",
+                (other.name,),
+            )
+        if dims and rank != dims + 2:
+            return Refusal(f"a {rank}-D tensor among layers of {dims} dimensions", (other.name,))
+        if not layer.is_concatenation and own != channels:
+            return Refusal(
+                f"a tensor of {own} channels meets one of {channels}: it broadcasts", (other.name,)
+            )
+    if layer.is_concatenation:
+        axis = layer.node.args[1]
+        rank = dims + 2 if dims else net.rank(layer.value)
+        along = axis - rank if isinstance(axis, int) and rank and axis >= 0 else axis
+        if along != (-dims - 1 if dims else -1):
+            return Refusal("a concatenation along another dimension than the channels")
+    return None
+
+
+def _channels_behind(
+    net: Net, layer: AffineConv | Activation | Blockwise | Norm | Lateral, channels: int, dims: int
+) -> int:
+    """Channels behind a layer that fits."""
+    if isinstance(layer, AffineConv):
+        return layer.out_channels
+    if isinstance(layer, Lateral) and layer.is_concatenation:
+        return channels + sum(net.channels(other, dims) or 0 for other in layer.others)
+    return channels
 
 
 def _simplify(chain: Chain) -> Chain:
@@ -238,29 +274,23 @@ def _simplify(chain: Chain) -> Chain:
 def _merge(first: Step, second: Step) -> Step | None:
     if not (isinstance(first.layer, AffineConv) and isinstance(second.layer, AffineConv)):
         return None
+    if first.tapped:
+        return None
     # A scale, a crop or a stride is absorbed without a new weight; other merges cost work.
     if not any(f.is_depthwise and f.is_pointwise for f in (first.layer, second.layer)):
         return None
     layer = compose(second.layer, first.layer)
     if isinstance(layer, Refusal):
         return None
-    return Step(layer, first.nodes + second.nodes, second.value)
+    return replace(second, layer=layer, nodes=first.nodes + second.nodes)
 
 
 def _scaled(chain: Chain, factor: float, channels: int, dims: int) -> Chain:
     """The chain times a constant, merged into its last layer if that is linear."""
     scale = AffineConv.scale(torch.full((channels,), factor, dtype=torch.float64), dims=dims)
     last = chain[-1] if chain else None
-    if last is not None and isinstance(last.layer, AffineConv):
+    if last is not None and isinstance(last.layer, AffineConv) and not last.tapped:
         merged = compose(scale, last.layer)
         if isinstance(merged, AffineConv):
             return (*chain[:-1], replace(last, layer=merged, value=None))
-    return (*chain, Step(scale, (), None))
-
-
-def _out_channels(chain: Chain, channels: int) -> int:
-    """Channels behind a chain; activations keep them."""
-    for step in reversed(chain):
-        if isinstance(step.layer, AffineConv):
-            return step.layer.out_channels
-    return channels
+    return (*chain, Step(scale, (), None, channels))

@@ -319,19 +319,16 @@ def _as_pair(
         return
     chosen: dict[int, Column] = {}
     before: Activation | None = None  # whose odd part the pair holds
-    for i in range(start, end + 1):
-        if i in odd:
-            if i - 1 in odd and not _passes_pair(before, odd[i], reach):
-                return
-            continue
-        column, after = _linear(columns[i]), odd.get(i + 1)
+    linear = [i for i in range(start, end + 1) if isinstance(columns[i], Linear)]
+    for i, following in zip(linear, [*linear[1:], end], strict=True):
+        column, gap = _linear(columns[i]), [odd[k] for k in range(i, following) if k in odd]
         carry: AffineConv | Refusal
-        if after and _passes_pair(before, after, reach):
+        if gap and _passes_pair(before, gap[0], reach):
             carry = direct_sum(column.carry, column.carry)
         else:
-            carry = _pair_layer(column.carry, scale, before, after)
-            before = after
-        if isinstance(carry, Refusal):
+            carry = _pair_layer(column.carry, scale, before, gap[0] if gap else None)
+            before = gap.pop(0) if gap else None
+        if isinstance(carry, Refusal) or not all(_passes_pair(before, a, reach) for a in gap):
             return
         chosen[i] = replace(column, carry=carry)
     for i, act in acts.items():

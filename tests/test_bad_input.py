@@ -305,18 +305,6 @@ def test_conv_whose_forward_was_replaced_is_not_read_as_a_conv() -> None:
 # ---- sites that are none ------------------------------------------------------------------------
 
 
-def test_intermediate_that_is_used_outside_is_refused_by_name() -> None:
-    def forward(m: Any, x: Tensor) -> Any:
-        y = m.a(x)
-        return x + m.b(torch.relu(y)), y.mean((2, 3))
-
-    report = assert_refused(
-        ready(Apply(forward, a=conv(), b=conv())), image(), reason="used outside the branch too"
-    )
-    assert "a:" in report.rows[0].reason
-    assert "mean" in report.rows[0].reason
-
-
 @pytest.mark.parametrize("example", [True, False])
 def test_add_that_broadcasts_over_channels_is_refused(example: bool) -> None:
     model = ready(Residual(conv(4, 1)))

@@ -17,7 +17,7 @@ from rmfx._affine import AffineConv
 from rmfx._errors import Refusal
 from rmfx._graph import Net
 from rmfx._plan import Linear, Normalised, Plan, Pointwise, build, plans
-from rmfx._site import Site, find_site
+from rmfx._site import Site, find_sites
 
 Forward = Callable[[Any, Tensor], Any]
 
@@ -25,9 +25,9 @@ Forward = Callable[[Any, Tensor], Any]
 def site_of(forward: Forward, *, keep_norms: bool = False, **parts: nn.Module) -> Site:
     net = Net(rmfx.trace(ready(Apply(forward, **parts)), image()))
     join = [n for n in net.graph.nodes if n.target in (torch.add, torch.sub)][-1]
-    site = find_site(net, join, keep_norms=keep_norms)
-    assert isinstance(site, Site), site
-    return site
+    sites = find_sites(net, join, keep_norms=keep_norms)
+    assert isinstance(sites, list), sites
+    return sites[0]
 
 
 def plans_of(forward: Forward, **parts: Any) -> list[Plan]:
@@ -166,9 +166,9 @@ def test_branches_of_other_sizes_are_refused(
 ) -> None:
     net = Net(rmfx.trace(ready(Apply(forward, **parts))))
     join = next(n for n in net.graph.nodes if n.target is torch.add)
-    site = find_site(net, join, keep_norms=False)
-    assert isinstance(site, Site), site
-    found = plans(site)
+    sites = find_sites(net, join, keep_norms=False)
+    assert isinstance(sites, list), sites
+    found = plans(sites[0])
     assert isinstance(found, Refusal)
     assert reason in found.reason
     assert found.nodes == (join.name,)

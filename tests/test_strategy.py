@@ -19,7 +19,7 @@ from rmfx._errors import Refusal, RmfxError
 from rmfx._graph import Net
 from rmfx._plan import Plan, Pointwise, plans
 from rmfx._range import Ranges
-from rmfx._site import Site, find_site
+from rmfx._site import find_sites
 from rmfx._strategy import (
     AUTO,
     STRATEGIES,
@@ -45,9 +45,9 @@ class Stub(Ranges):
 def plan_of(forward: Any, **parts: Any) -> Plan:
     net = Net(rmfx.trace(ready(Apply(forward, **parts)), image()))
     join = [n for n in net.graph.nodes if n.target in (torch.add, torch.sub)][-1]
-    site = find_site(net, join, keep_norms=False)
-    assert isinstance(site, Site), site
-    found = plans(site)
+    sites = find_sites(net, join, keep_norms=False)
+    assert isinstance(sites, list), sites
+    found = plans(sites[0])
     assert not isinstance(found, Refusal), found
     return found[0]
 
