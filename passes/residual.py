@@ -204,7 +204,7 @@ class ResidualRule:
             self.made.discard(node)
             net.graph.erase_node(node)
         for node, (_, like) in zip(new, labels, strict=True):
-            if like is not site.join:
+            if like in old and like is not site.join:
                 node.name = like.name
         net.joins[last] = site.join.name
         self.made.update(new)

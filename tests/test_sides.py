@@ -136,6 +136,7 @@ TAPS: dict[str, Forward] = {
     "by a site of its own": lambda m, x: (
         lambda y: (x + m.b(F.relu(y)), y + m.c(F.relu(m.s(y))))
     )(m.a(x)),
+    "of a linear branch": lambda m, x: (m.b(y := m.a(x)) + x, y),
     "of two branches": lambda m, x: (F.relu(y := m.a(x)) + F.silu(z := m.b(x)), y, z),
 }  # fmt: skip
 
