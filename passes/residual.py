@@ -42,7 +42,7 @@ from rmfx._sides import combine, tap
 from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed
 from rmfx._strategy import AUTO, SAME_ACTIVATION, STRATEGIES, Settled, settle
-from rmfx.frontend import trace
+from rmfx.frontend import trace, with_constants
 from rmfx.report import META_KEY, Report, SiteReport
 
 from .batch_norm import BatchNormRule
@@ -396,13 +396,17 @@ def remove_residuals(
     """
     allowed = _allowed(activation)
     _check_range(input_range)
-    source = trace(model, example_inputs)
+    source = trace(model, example_inputs, fold=not differentiable)
     if differentiable:
         if not fold_batch_norm:
             raise OptionError("differentiable=True needs fold_batch_norm=True")
-        convert = partial(
+        rewrite = partial(
             _convert, strict=strict, allowed=allowed, input_range=input_range, weights_vary=True
         )
+
+        def convert(generic: fx.GraphModule) -> fx.GraphModule:
+            return rewrite(with_constants(generic))
+
         lifted = find_lifted(model) if isinstance(model, fx.GraphModule) else ()
         return linked(source, convert, lifted)
     return _convert(

@@ -354,6 +354,7 @@ ARITHMETIC: dict[Any, Any] = {
     torch.div: torch.div,
     torch.neg: torch.neg,
 }
+ADDCMULS = (torch.addcmul, "addcmul", *_overloads("addcmul"))
 CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate, *_overloads("cat", "concat"))
 IN_PLACE_BY_METHOD: dict[Any, str] = {
     operator.iadd: "add_",
@@ -493,6 +494,9 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
     if node.target in (torch.rsub, aten.rsub.Scalar, aten.rsub.Tensor) and len(node.args) == 2:
         node.target, node.args = torch.sub, node.args[::-1]
         return
+    if node.target in ADDCMULS:
+        _add_product(node)
+        return
     if node.target in (aten.addmm.default, aten.mm.default):
         _linear_by_product(gm, node, taken)
         return
@@ -505,6 +509,26 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
     module = _flatten_by_view(node) or _module_for(gm, node)
     if module is not None:
         _call_module(gm, node, module, _input(node), taken)
+
+
+def _add_product(node: fx.Node) -> None:
+    """addcmul(x, a, b, value=v) as x + v·(a·b)."""
+    names = ("input", "tensor1", "tensor2")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    value = given.pop("value", 1)
+    given["input"] = given.pop("self", given.get("input"))
+    if set(given) != set(names):
+        return
+    with node.graph.inserting_before(node):
+        product = node.graph.call_function(torch.mul, (given["tensor1"], given["tensor2"]))
+    product.meta = {k: v for k, v in node.meta.items() if k != "val"}
+    sources = [n for n in product.all_input_nodes if "shape" in n.meta]
+    product.meta.pop("shape", None)
+    if len(sources) == 2:
+        shapes = [[1 if n is None else n for n in s.meta["shape"]] for s in sources]
+        product.meta["shape"] = tuple(torch.broadcast_shapes(*shapes))
+    node.target, node.args = torch.add, (given["input"], product)
+    node.kwargs = {} if value == 1 else {"alpha": value}
 
 
 def _concatenation(node: fx.Node) -> None:

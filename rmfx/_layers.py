@@ -262,9 +262,10 @@ def _read_scale(net: Net, node: fx.Node) -> Deferred | Refusal:
     value = _value(net, constant)
     if isinstance(value, Refusal):
         return value
+    rank = net.rank(x) if isinstance(x, fx.Node) else None
 
     def factor(channels: int, dims: int) -> Tensor | Refusal:
-        c = _per_channel(value, channels, dims)
+        c = _per_channel(value, channels, dims, rank)
         return 1 / c if divide and isinstance(c, Tensor) else c
 
     return _constant(factor, None)
@@ -280,12 +281,14 @@ def _read_shift(net: Net, node: fx.Node) -> Deferred | Refusal:
         return Refusal("it adds two tensors and was itself refused")
     first_is_tensor = is_tensor_node(net, a)
     constant, scale, sign = (b, factor_b, factor_a) if first_is_tensor else (a, factor_a, factor_b)
+    x = a if first_is_tensor else b
     value = _value(net, constant)
     if isinstance(value, Refusal):
         return value
+    rank = net.rank(x) if isinstance(x, fx.Node) else None
 
     def shift(channels: int, dims: int) -> Tensor | Refusal:
-        c = _per_channel(value, channels, dims)
+        c = _per_channel(value, channels, dims, rank)
         return c * scale if isinstance(c, Tensor) else c
 
     return _constant(lambda c, dims: torch.full((c,), sign, dtype=torch.float64), shift)
@@ -321,12 +324,16 @@ def _value(net: Net, constant: object) -> Tensor | Refusal:
     return Refusal("a constant that is neither a number nor a real tensor of the model")
 
 
-def _per_channel(value: Tensor, channels: int, dims: int) -> Tensor | Refusal:
-    """(channels,) from a tensor that broadcasts over batch and space."""
+def _per_channel(value: Tensor, channels: int, dims: int, rank: int | None) -> Tensor | Refusal:
+    """(channels,) from a tensor that broadcasts over batch and space.
+
+    Args:
+        rank: dimensions of the value it meets; None counts as the fewest possible.
+    """
     shape = tuple(value.shape)
-    if len(shape) > dims + 2 or (len(shape) == dims + 2 and shape[0] != 1):
+    before, own = shape[: -dims - 1], shape[-dims - 1 :]
+    if len(shape) > (dims + 2 if dims or rank is None else rank) or math.prod(before) != 1:
         return Refusal(f"a constant of shape {shape} that differs from sample to sample")
-    own = shape[-(dims + 1) :]
     full = (1,) * (dims + 1 - len(own)) + own
     if full[0] not in (1, channels) or math.prod(full[1:]) != 1:
         return Refusal(f"a constant of shape {shape} that is not one number per channel")
