@@ -112,6 +112,7 @@ class ResidualRule:
         old = [n for n in _in_order(site) if n not in match.settled.plan.kept]
         row = _row_before(net, match, old)
         labels = [_label(site, column, i) for i, column in enumerate(columns)]
+        net.bake(_in_order(site))
         net.release(old)
         new = self._put_columns(net, match, layers, labels, set(old))
         self._take_place(net, site, old, new, labels)

@@ -27,6 +27,7 @@ from ._affine import CONVS, AffineConv, Ints, Pads
 from ._dialect import ADDS, ARITHMETIC, AVERAGE_POOLS, BATCH_NORMS, PADS, SCALES, SUBS
 from ._errors import Refusal
 from ._graph import Net, Virtual
+from ._sizes import conditions_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +93,9 @@ def _read_module(net: Net, node: fx.Node) -> Element | Refusal:
     if type(module) in BATCH_NORMS:
         return Deferred(lambda channels, dims: _batch_norm(net, node, module, dims))
     if type(module) in AVERAGE_POOLS:
+        unfit = conditions_of(net, node)
+        if isinstance(unfit, Refusal):
+            return unfit
         return Deferred(lambda channels, dims: _average_pool(module, channels, dims))
     if type(module) in PADS:
         return _read_pad_module(module)
@@ -147,7 +151,6 @@ def _average_pool(module: nn.Module, channels: int, dims: int) -> AffineConv | R
         each(module.kernel_size),
         each(module.stride),
         each(module.padding),
-        ceil_mode=bool(module.ceil_mode),
         count_include_pad=bool(module.count_include_pad),
         divisor=getattr(module, "divisor_override", None),
     )
