@@ -27,6 +27,11 @@ PADS = (
     *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
     *(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
 )
+BORDERS = (
+    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+)
 # Modules that keep both the number of dimensions and the channels of their input.
 CHANNELWISE = (
     *BATCH_NORMS,
@@ -391,6 +396,8 @@ def canonicalise(gm: fx.GraphModule) -> None:
             continue
         if node.op == "call_module" and node.meta.get("functional"):
             _detach_in_place(gm, node, taken, keep=node.target in frozen)
+        elif node.op == "call_module":
+            _pad_apart(gm, node)
         elif node.op in ("call_function", "call_method"):
             _canonicalise_call(gm, node, taken)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)
@@ -671,6 +678,33 @@ def _slice(node: fx.Node) -> None:
     )
     node.target, node.kwargs = operator.getitem, {}
     node.args = (given["input"], (*[slice(None)] * dim, part))
+
+
+def _pad_apart(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Let a convolution that pads with other values than zeros be a padding and a convolution."""
+    conv: Any = gm.get_submodule(str(node.target))
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if type(conv) not in kinds or conv.padding_mode == "zeros" or len(node.args) != 1:
+        return
+    calls = sum(n.target == node.target for n in gm.graph.nodes if n.op == "call_module")
+    hooked = conv._forward_hooks or conv._forward_pre_hooks or "forward" in vars(conv)
+    if calls > 1 or hooked or not any(conv._reversed_padding_repeated_twice):
+        return
+    flat, x = list(conv._reversed_padding_repeated_twice), node.args[0]
+    with gm.graph.inserting_before(node):
+        padded = gm.graph.call_function(F.pad, (x, flat), {"mode": conv.padding_mode})
+    padded.meta = {k: v for k, v in node.meta.items() if k not in ("shape", "val")}
+    shape = x.meta.get("shape") if isinstance(x, fx.Node) else None
+    if shape is not None:
+        pairs = list(zip(flat[::2], flat[1::2], strict=True))[::-1]
+        size = (n if n is None else n + sum(p) for n, p in zip(shape[2:], pairs, strict=True))
+        padded.meta["shape"] = (*shape[:2], *size)
+    bare = copy.copy(conv)
+    bare.padding, bare.padding_mode = (0,) * len(conv.kernel_size), "zeros"
+    bare._reversed_padding_repeated_twice = [0] * len(flat)
+    parent, _, name = str(node.target).rpartition(".")
+    setattr(gm.get_submodule(parent), name, bare)
+    node.args = (padded,)
 
 
 def _detach_in_place(gm: fx.GraphModule, node: fx.Node, taken: set[str], *, keep: bool) -> None:

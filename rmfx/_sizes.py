@@ -84,7 +84,7 @@ class Sizes:
         return None
 
     def _behind(self, node: fx.Node, before: SizeLaw) -> SizeLaw | None:
-        from ._layers import Deferred, read
+        from ._layers import Border, Deferred, read
 
         module = self._net.module(node)
         if isinstance(module, MAX_POOLS) and not module.ceil_mode:
@@ -94,6 +94,8 @@ class Sizes:
             dims = len(before.stride)
             channels = self._net.channels(node.all_input_nodes[0], dims)
             element = element.build(channels, dims) if channels else Refusal("")
+        if isinstance(element, Border):
+            element = element.affine(1)
         if isinstance(element, Refusal):
             return None
         if not isinstance(element, AffineConv):
