@@ -8,6 +8,7 @@ it is, and is opaque to every rule.
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterable
@@ -27,6 +28,11 @@ PADS = (
     *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
     *(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
 )
+SPLITS = ("split", "split_with_sizes", "chunk")
+SPLIT_ARGUMENTS = {
+    **dict.fromkeys(("tensor", "self"), "input"),
+    **dict.fromkeys(("split_size_or_sections", "split_size", "split_sizes", "chunks"), "amount"),
+}
 BORDERS = (
     *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
     *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
@@ -386,6 +392,7 @@ def canonicalise(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.target is operator.getitem:
             _take_first(node)
+            _slice_of_split(node)
     frozen = {n.target for n in gm.graph.nodes if n.op == "call_module" and n.meta.get("frozen")}
     for node in list(gm.graph.nodes):
         if node.meta.get("frozen"):
@@ -446,6 +453,44 @@ def _take_first(node: fx.Node) -> None:
     node.meta = {**call.meta, **keep, "first": True}
     node.meta.pop("container", None)
     node.graph.erase_node(call)
+
+
+def _slice_of_split(node: fx.Node) -> None:
+    """Let a part of a split be a slice: split(x, 4, dim=1)[1] is x[:, 4:8]."""
+    if node.target is not operator.getitem or node.meta.get("frozen"):
+        return
+    parts, index = node.args
+    if not isinstance(parts, fx.Node) or not isinstance(index, int) or parts.meta.get("frozen"):
+        return
+    name = getattr(parts.target, "__name__", str(parts.target)).partition(".")[0]
+    given: dict[str, Any] = {**dict(zip(("input", "amount", "dim"), parts.args, strict=False))}
+    given |= {SPLIT_ARGUMENTS.get(k, k): v for k, v in parts.kwargs.items()}
+    x, amount, dim = given.get("input"), given.get("amount"), given.get("dim", 0)
+    if name.removeprefix("unsafe_") not in SPLITS or not isinstance(x, fx.Node):
+        return
+    if not isinstance(dim, int):
+        return
+    shape = x.meta.get("shape", getattr(x.meta.get("val"), "shape", None))
+    dim = dim + len(shape) if dim < 0 and shape is not None else dim
+    size = shape[dim] if shape is not None and 0 <= dim < len(shape) else None
+    ends = _ends_of_parts("chunk" in name, amount, size if isinstance(size, int) else None)
+    if dim < 0 or ends is None or not -len(ends) <= index < len(ends):
+        return
+    start, stop = ends[index]
+    node.args = (x, (*[slice(None)] * dim, slice(start or None, stop)))
+
+
+def _ends_of_parts(chunks: bool, amount: Any, size: int | None) -> list[tuple[int, int]] | None:
+    """Where the parts of a split begin and end; None where that is not known."""
+    if isinstance(amount, (list, tuple)) and all(isinstance(n, int) for n in amount):
+        sizes = list(amount)
+    elif isinstance(amount, int) and size is not None and amount > 0:
+        step = -(-size // amount) if chunks else amount
+        sizes = [min(step, size - start) for start in range(0, size, step)]
+    else:
+        return None
+    stops = list(itertools.accumulate(sizes))
+    return list(zip([0, *stops], stops, strict=False))
 
 
 def _write_by_method(node: fx.Node) -> None:
