@@ -69,7 +69,8 @@ Nodes = tuple[Node, ...]
 class Conv(Node):
     """A convolution; the length of `kernel` says over how many dimensions.
 
-    `form` is "module", "functional", or either with " keyword" (arguments passed by name).
+    `form` is "module", "functional", or either with " keyword" (arguments passed by name), or
+    "standardised": the weight has its mean and variance normalised at every call.
     `shared` is "" or a key: "module:KEY" is one module called at every place that names it,
     "weight:KEY" are several modules that own the same weight.
     """
@@ -241,14 +242,18 @@ class PadChannels(Node):
 
 @dataclass(frozen=True, repr=False)
 class Pad(Node):
-    """Spatial padding by a layer of its own: one (before, after) pair for every axis."""
+    """Spatial padding by a layer of its own: one (before, after) pair for every axis.
+
+    `mode` is that of `F.pad`; `value` is for "constant".
+    """
 
     amounts: tuple[tuple[int, int], ...]
     value: float = 0.0
+    mode: str = "constant"
 
     def apply(self, x: Tensor) -> Tensor:
         flat = [amount for pair in reversed(self.amounts) for amount in pair]
-        return F.pad(x, flat, "constant", self.value)
+        return F.pad(x, flat, self.mode, self.value if self.mode == "constant" else None)
 
 
 @dataclass(frozen=True, repr=False)

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from ._network_features import FEATURES
 from ._network_modules import Network, random_statistics
+from ._network_nodes import Blur, ChannelsLast, Deconv, Shuffle, Split, Transpose
 from ._network_sampler import Sampler
 from ._networks import (
     Act,
@@ -56,8 +57,11 @@ __all__ = [
     "FEATURES",
     "Act",
     "Arithmetic",
+    "Blur",
     "Channels",
+    "ChannelsLast",
     "Conv",
+    "Deconv",
     "Drop",
     "Equivalence",
     "Flatten",
@@ -74,7 +78,10 @@ __all__ = [
     "Pool",
     "Recall",
     "Save",
+    "Shuffle",
     "Slice",
+    "Split",
+    "Transpose",
     "assert_equivalent",
     "random_block",
     "random_network",

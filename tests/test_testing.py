@@ -61,6 +61,7 @@ def test_drawn_networks_run_give_finite_values_and_leave_their_inputs_alone() ->
         inputs = spec.inputs(seed)
         output = spec.build(seed)(*inputs)
         assert all(leaf.isfinite().all() for leaf in leaves(output)), spec
+        assert all(leaf.abs().max() < 1e6 for leaf in leaves(output)), spec
         assert all(torch.equal(x, y) for x, y in zip(inputs, spec.inputs(seed), strict=True)), spec
 
 
