@@ -225,7 +225,10 @@ def put_blur(sampler: Sampler, path: Path, stride: int) -> None:
 
 
 def small_pool(sampler: Sampler, path: Path) -> None:
-    """A pool of stride 1 that keeps the size."""
+    """A pool of stride 1 that keeps the size; in three dimensions torch asks for as much to see."""
+    if min(path.value.size) < 3:
+        sampler.affine(path, style="preserve")
+        return
     form = sampler.pick(("module", "functional"))
     kind, counts = sampler.pick((("avg", True), ("max", True), ("avg", False)))
     ceil_mode = sampler.one_in(3)

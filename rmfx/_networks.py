@@ -38,19 +38,25 @@ from ._network_modules import (
 )
 
 
+def arguments(node: Node | NetworkSpec) -> list[tuple[str, Any]]:
+    """The arguments that differ from their defaults, "" for the name of a positional one."""
+    shown: list[tuple[str, Any]] = []
+    for position, item in enumerate(fields(node)):
+        value = getattr(node, item.name)
+        if value == item.default and type(value) is type(item.default):
+            continue
+        named = position >= 3 or len(shown) < position
+        shown.append((item.name if named else "", value))
+    return shown
+
+
 @dataclass(frozen=True, repr=False)
 class Node:
     """One step of a chain. Subclasses override `build`, or `apply` when they hold no state."""
 
     def __repr__(self) -> str:
         """The constructor call, without the arguments that have their default value."""
-        shown: list[str] = []
-        for position, item in enumerate(fields(self)):
-            value = getattr(self, item.name)
-            if value == item.default and type(value) is type(item.default):
-                continue
-            named = position >= 3 or len(shown) < position
-            shown.append(f"{item.name}={value!r}" if named else repr(value))
+        shown = [f"{name}={value!r}" if name else repr(value) for name, value in arguments(self)]
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def build(self, store: Store) -> nn.Module:
