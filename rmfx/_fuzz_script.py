@@ -68,24 +68,22 @@ def script(case: Case, why: str) -> str:
     lines += [f"from {own_module} import {function.partition('.')[0]}"] if own_module else []
     lines += ["", "spec = " + layout(case.spec), ""]
     lines += ["model, inputs = spec.build(seed=0), spec.inputs(seed=0)", hold]
-    calls = ["given, inputs"] + ["given"] * case.without_inputs
-    options, prepare = _options(case)
-    lines += prepare
-    for arguments_ in calls:
-        lines.append(f"after = {called}({', '.join([arguments_, *options])})")
-        lines += _compare(case)
+    lines += _options(case)
+    ending = ", **options" if case.transform == "remove_residuals" else ""
+    for given in ["given, inputs"] + ["given"] * case.without_inputs:
+        lines += [f"after = {called}({given}{ending})", *_compare(case)]
     return "\n".join(lines) + "\n"
 
 
-def _options(case: Case) -> tuple[list[str], list[str]]:
-    """The keyword arguments as text, and the lines that prepare them."""
+def _options(case: Case) -> list[str]:
+    """The lines that make the keyword arguments of the pass."""
     if case.transform != "remove_residuals":
-        return [], []
-    options = [] if case.activation == "auto" else [f"activation={case.activation!r}"]
-    if not case.input_range:
-        return options, []
-    bound = "bound = max(float(x.abs().max()) for x in inputs)"
-    return [*options, "input_range=(-bound, bound)"], [bound]
+        return []
+    lines = [f"options = {{'activation': {case.activation!r}}}"]
+    if case.input_range:
+        lines.append("bound = max(float(x.abs().max()) for x in inputs)")
+        lines.append("options['input_range'] = (-bound, bound)")
+    return lines
 
 
 def _compare(case: Case) -> list[str]:
