@@ -2,7 +2,8 @@
 
 The steps work on the tree of the spec: nodes go, a join gives way to one of its operands, fields go
 back to their defaults, channels, sizes and batches become small. A step may give a network that
-does not run; such a one is passed over.
+does not run; such a one is passed over. Hypothesis, which shrinks the choices behind a network and
+not the network, leaves ten times as much in a hundred times the time.
 """
 
 from __future__ import annotations

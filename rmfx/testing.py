@@ -382,6 +382,7 @@ def residual_networks(draw: st.DrawFn) -> NetworkSpec:
 
     Besides residual sites of every kind they hold what only looks like one (adds that broadcast,
     products, layers called twice, values used elsewhere), so a pass is tested for what it must
-    leave alone too. See `residual_blocks` for what a `NetworkSpec` offers.
+    leave alone too. Gates, splits, concatenations, shuffles, pools, blurs and further sites stand
+    inside branches, to any depth. See `residual_blocks` for what a `NetworkSpec` offers.
     """
     return random_network(draw(st.randoms(use_true_random=False)))
