@@ -86,10 +86,13 @@ class PinnedRanges:
         if type(module) is nn.Flatten and net.guard(node) is None:
             return _flattened(net, node, x)
         if node.target in MEANS:
-            dims = (net.rank(node.all_input_nodes[0]) or 0) - 2
-            return x if keeps_dims(node, dims) is not None and not x.last else None
+            kept = keeps_dims(node, (net.rank(node.all_input_nodes[0]) or 0) - 2)
+            # Without space the channels are the last dimension.
+            return None if kept is None or x.last else Range(x.low, x.high, last=not kept)
         element = read(net, node)
         if isinstance(element, Activation):
+            if element.is_per_channel and x.last and net.rank(node) == 2:
+                return activation_range(element, x)  # the last dimension is dimension 1
             return _numbers_through(element, x, found)
         return _zero_rows(net, node) if found.unbounded else None
 
