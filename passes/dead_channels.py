@@ -25,7 +25,7 @@ parametrized. One channel stays in every layer and group.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,6 +58,7 @@ from rmfx.report import META_KEY, Report
 from .residual import _check_range
 
 NAME_KEY = "rmfx_name_before"
+FAIR = 1 / 64  # how small a constant may be beside those that it stands in for
 Need = tuple[int, int]  # a leaf that pads, and one of its groups
 
 
@@ -132,10 +133,15 @@ def _send_constants(plan: Plan, views: list[View], constant: Tensor) -> None:
     candidates = constant.nonzero().flatten().tolist()
     if not candidates:
         return
-    covered = _needs(views, (~plan.goes & ~constant).nonzero().flatten().tolist(), wanted=False)
-    open_needs = set().union(*_needs(views, candidates, wanted=True).values())
-    open_needs -= set().union(*covered.values())
-    offers = _needs(views, candidates, wanted=False)
+    wanted = {u: _needs(views, u) for u in candidates}
+    largest: dict[Need, float] = {}
+    for u, needs in wanted.items():
+        for i, group in needs:
+            size = abs(float(views[i].rim[u]))
+            largest[i, group] = max(size, largest.get((i, group), 0.0))
+    kept = (~plan.goes & ~constant).nonzero().flatten().tolist()
+    open_needs = set(largest).difference(*(_offers(views, u, largest) for u in kept))
+    offers = {u: _offers(views, u, largest) for u in candidates}
     plan.goes |= constant
     while open_needs:
         best = max(candidates, key=lambda u: (len(offers[u] & open_needs), _strength(views, u), -u))
@@ -143,11 +149,18 @@ def _send_constants(plan: Plan, views: list[View], constant: Tensor) -> None:
         open_needs -= offers[best]
 
 
-def _needs(views: list[View], units: Iterable[int], *, wanted: bool) -> dict[int, set[Need]]:
-    """Padded readers (and groups) that some units want help at, or can give help at."""
-    marks = [(v.wants if wanted else v.rim != 0).tolist() for v in views]
-    groups = [v.group.tolist() for v in views]
-    return {u: {(i, groups[i][u]) for i in range(len(views)) if marks[i][u]} for u in units}
+def _needs(views: list[View], unit: int) -> set[Need]:
+    """Where a unit can go only if a constant stays."""
+    return {(i, int(v.group[unit])) for i, v in enumerate(views) if v.wants[unit]}
+
+
+def _offers(views: list[View], unit: int, largest: Mapping[Need, float]) -> set[Need]:
+    """Where a unit is a constant of which the others are moderate multiples.
+
+    A tiny one would need huge weights, and may be rounded to nothing where it is computed.
+    """
+    at = [((i, int(v.group[unit])), abs(float(v.rim[unit]))) for i, v in enumerate(views)]
+    return {need for need, size in at if need in largest and size >= FAIR * largest[need]}
 
 
 def _strength(views: list[View], unit: int) -> float:

@@ -178,6 +178,8 @@ def _deferred(
     layer = element.build(units * block, dims)
     if not isinstance(layer, AffineConv) or layer.block != (1, 1):
         return None
+    if layer.in_channels != units * block:
+        return None
     module = net.replacement(node) or net.module(node)
     if type(module) in BATCH_NORMS:
         return Inner(node, block, dims, module) if isinstance(module, nn.Module) else None

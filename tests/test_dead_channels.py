@@ -393,6 +393,20 @@ def test_constants_stand_in_for_each_other_at_each_reader() -> None:
     assert widths(clean(model.double().eval(), image())) == [4 + 1, 4, 4]
 
 
+def test_a_tiny_constant_does_not_stand_in_for_a_large_one() -> None:
+    """Behind GELU channel 0 is next to nothing: in float32 it is rounded to zero."""
+    a = constant(wide(), [0, 1])
+    with torch.no_grad():
+        a.bias[:2] = torch.tensor([-9.0, 3.0])  # type: ignore[index, union-attr]
+    model = Apply(
+        lambda m, x: (m.b(F.gelu(y := m.a(x))), m.c(-y)), a=a, b=narrow(), c=blind(narrow(), [1])
+    )
+    for dtype in (torch.float64, torch.float32):
+        result = rmfx.eliminate_dead_channels(model.to(dtype).eval(), image(dtype=dtype))
+        assert_equivalent(model, result, image(dtype=dtype))
+        assert all(p.detach().abs().max() < 100 for p in result.parameters())
+
+
 def test_a_constant_stays_for_each_group_that_pads() -> None:
     model = chain(constant(wide(), [0, 1, 4, 5]), nn.SiLU(), narrow(groups=2)).double().eval()
     assert widths(clean(model, image())) == [6, 4]
