@@ -46,7 +46,8 @@ class C2f(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, channels, H, W) to the same shape."""
-        parts = list(self.cv1(x).chunk(2, 1))
+        halves = self.cv1(x).chunk(2, 1)  # list(...) instead could not be traced by torch.fx
+        parts = [halves[0], halves[1]]
         for bottleneck in self.m:
             parts.append(bottleneck(parts[-1]))
         return self.cv2(torch.cat(parts, 1))  # type: ignore[no-any-return]
