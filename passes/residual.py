@@ -35,10 +35,10 @@ from rmfx._errors import OptionError, Refusal, RefusedError, RmfxError
 from rmfx._graph import Net, Shape, Virtual, positions
 from rmfx._layers import read_join
 from rmfx._linked import linked
-from rmfx._plan import Column, Layer, Linear, Normalised, Pointwise, Sided, build, plans
+from rmfx._plan import Bordered, Column, Layer, Linear, Normalised, Pointwise, Sided, build, plans
 from rmfx._range import Ranges
 from rmfx._rewrite import apply_rule
-from rmfx._sides import combine, tap
+from rmfx._sides import combine, pad_again, tap
 from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed
 from rmfx._strategy import AUTO, SAME_ACTIVATION, STRATEGIES, Settled, settle
@@ -112,7 +112,9 @@ class ResidualRule:
         old = [n for n in _in_order(site) if n not in match.settled.plan.kept]
         row = _row_before(net, match, old)
         labels = [_label(site, column, i) for i, column in enumerate(columns)]
-        net.release(old)
+        net.bake(_in_order(site))
+        borders = {c.border.node for c in columns if isinstance(c, Bordered)}
+        net.release(n for n in old if n not in borders)  # theirs are called again
         new = self._put_columns(net, match, layers, labels, set(old))
         self._take_place(net, site, old, new, labels)
         work, size = _cost_of(net, new, site.dims)
@@ -141,6 +143,8 @@ class ResidualRule:
                     lateral = column.lateral.reading(slices)
                     made = combine(net, lateral, source, column.block, widths, site.dims)
                     self.widened.add(like.name)
+                elif isinstance(column, Bordered):
+                    made = pad_again(net, column.border, source, sum(widths))
                 else:
                     made = net.put(self._make(net, site, column, layer), source, target, like)
             widths = _widths_behind(net, column, widths, site.dims)
@@ -231,6 +235,8 @@ def _label(site: Site, column: Column, index: int) -> tuple[str, fx.Node]:
     nodes = [n for step in column.steps for n in step.nodes if n.op == "call_module"]
     if isinstance(column, Sided):
         return "", column.lateral.node
+    if isinstance(column, Bordered):
+        return "", column.border.node
     if nodes:
         return str(nodes[0].target), nodes[0]
     place = module_path(site.join)
@@ -255,7 +261,7 @@ def _widths_behind(net: Net, column: Column, widths: tuple[int, int], dims: int)
 def _note_shape(site: Site, column: Column, source: fx.Node, made: fx.Node, width: int) -> None:
     """The shape of a column's node, where that of its input is known."""
     shape: Shape | None = source.meta.get("shape")
-    if shape is not None and not isinstance(column, Sided):
+    if shape is not None and not isinstance(column, (Sided, Bordered)):
         layer = column.main if isinstance(column, Linear) else None
         own = layer or AffineConv.identity(width, site.dims)
         made.meta["shape"] = _shape_after(own, shape, width)

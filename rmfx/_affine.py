@@ -228,16 +228,11 @@ class AffineConv:
         stride: Ints,
         padding: Ints,
         *,
-        ceil_mode: bool = False,
         count_include_pad: bool = True,
         divisor: int | None = None,
         device: torch.device | None = None,
     ) -> AffineConv | Refusal:
-        """Average pooling as a depthwise convolution with equal taps."""
-        if ceil_mode and any(s > 1 for s in stride):
-            return Refusal(
-                "average pooling with ceil_mode=True averages fewer values at the border"
-            )
+        """Average pooling as a depthwise convolution with equal taps, the sizes rounded down."""
         if any(padding) and not count_include_pad and divisor is None:
             return Refusal(
                 "average pooling with count_include_pad=False averages fewer values at the border"

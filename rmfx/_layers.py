@@ -6,6 +6,7 @@
                  neighbours (scales, crops, paddings, average pools, batch norm)
     Activation   a pointwise activation
     Blockwise    an activation that differs from channel to channel, left by an inner site
+    Border       padding with other values than zeros
     Refusal      anything else, with the reason
 `laterals` reads a node that combines a value with other tensors: a product, a sum, a concatenation.
 """
@@ -24,9 +25,19 @@ from torch import Tensor, fx, nn
 
 from ._activation import Activation, Blockwise, is_activation
 from ._affine import CONVS, AffineConv, Ints, Pads
-from ._dialect import ADDS, ARITHMETIC, AVERAGE_POOLS, BATCH_NORMS, PADS, SCALES, SUBS
+from ._dialect import (
+    ADDS,
+    ARITHMETIC,
+    AVERAGE_POOLS,
+    BATCH_NORMS,
+    BORDERS,
+    PADS,
+    SCALES,
+    SUBS,
+)
 from ._errors import Refusal
 from ._graph import Net, Virtual
+from ._sizes import conditions_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +47,24 @@ class Deferred:
     build: Callable[[int, int], AffineConv | Refusal]
 
 
-Element = AffineConv | Deferred | Activation | Blockwise
+@dataclass(frozen=True, eq=False)
+class Border:
+    """Padding with other values than zeros: reflected, repeated, wrapped round or constant.
+
+    Attributes:
+        node: what pads; it does so channel by channel.
+        pairs: (before, after) per spatial dimension, not negative.
+    """
+
+    node: fx.Node
+    pairs: Pads
+
+    def affine(self, channels: int) -> AffineConv:
+        """A layer of the same geometry, which is the same map away from the border."""
+        return AffineConv.identity(channels, len(self.pairs), padding=self.pairs)
+
+
+Element = AffineConv | Deferred | Activation | Blockwise | Border
 
 
 def read(net: Net, node: fx.Node) -> Element | Refusal:
@@ -61,8 +89,8 @@ def read_affine(net: Net, node: fx.Node) -> AffineConv | Refusal:
     if isinstance(element, (AffineConv, Refusal)):
         return element
     source = input_of(node)
-    if isinstance(element, (Activation, Blockwise)) or source is None:
-        return Refusal("an activation is not linear", (node.name,))
+    if not isinstance(element, Deferred) or source is None:
+        return Refusal("it is not linear", (node.name,))
     rank = net.rank(node)
     if rank is None or rank < 2:
         return Refusal("the number of dimensions is unknown; pass example_inputs", (node.name,))
@@ -92,9 +120,14 @@ def _read_module(net: Net, node: fx.Node) -> Element | Refusal:
     if type(module) in BATCH_NORMS:
         return Deferred(lambda channels, dims: _batch_norm(net, node, module, dims))
     if type(module) in AVERAGE_POOLS:
+        unfit = conditions_of(net, node)
+        if isinstance(unfit, Refusal):
+            return unfit
         return Deferred(lambda channels, dims: _average_pool(module, channels, dims))
     if type(module) in PADS:
-        return _read_pad_module(module)
+        return _read_pad_module(node, module)
+    if type(module) in BORDERS:
+        return _border(node, tuple(module.padding))  # type: ignore[arg-type]
     return Refusal(_describe(node, module) + " is neither linear nor a pointwise activation")
 
 
@@ -147,29 +180,33 @@ def _average_pool(module: nn.Module, channels: int, dims: int) -> AffineConv | R
         each(module.kernel_size),
         each(module.stride),
         each(module.padding),
-        ceil_mode=bool(module.ceil_mode),
         count_include_pad=bool(module.count_include_pad),
         divisor=getattr(module, "divisor_override", None),
     )
 
 
-def _read_pad_module(module: nn.Module) -> Deferred | Refusal:
-    if float(module.value) != 0:  # type: ignore[arg-type]
-        return Refusal(f"padding with {module.value} instead of 0")
+def _read_pad_module(node: fx.Node, module: nn.Module) -> Deferred | Border | Refusal:
     flat = tuple(module.padding)  # type: ignore[arg-type]
-    return _spatial_pad(flat)
+    return _spatial_pad(flat) if float(module.value) == 0 else _border(node, flat)  # type: ignore[arg-type]
 
 
-def _read_pad(node: fx.Node) -> Deferred | Refusal:
-    """`F.pad(x, pad, mode="constant", value=0)`: zeros around space, or around channels."""
+def _read_pad(node: fx.Node) -> Deferred | Border | Refusal:
+    """`F.pad(x, pad, mode="constant", value=0)`: around space, or zeros around channels."""
     names = ("input", "pad", "mode", "value")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     flat = given.get("pad")
-    if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0, 0.0):
-        return Refusal("only zero padding is linear")
     if not isinstance(flat, (list, tuple)) or not all(isinstance(p, int) for p in flat):
         return Refusal("the padding is not constant")
-    return _spatial_pad(tuple(flat))
+    if given.get("mode", "constant") == "constant" and given.get("value") in (None, 0, 0.0):
+        return _spatial_pad(tuple(flat))
+    return _border(node, tuple(flat))
+
+
+def _border(node: fx.Node, flat: Ints) -> Border | Refusal:
+    pairs = tuple(zip(flat[::2], flat[1::2], strict=True))[::-1]
+    if any(min(pair) < 0 for pair in pairs):
+        return Refusal("padding that crops and pads with other values than zeros")
+    return Border(node, pairs)
 
 
 def _spatial_pad(flat: Ints) -> Deferred:
