@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rmfx.models import C2fNet, Edsr, InceptionResNet, cifar_resnet, preactivation_resnet
 from rmfx.models.cifar import Shortcut
 
+BATCH = 8  # of the calibration
 Shape = tuple[int, ...]
 # What is demanded: every add removed; what can be; none, for reasons known; nothing to do.
 Kind = Literal["whole", "open", "refused", "untouched"]
@@ -51,6 +52,8 @@ class ZooNet:
         shapes: of its inputs.
         kind: what is demanded of it.
         adds: residual additions it has, where that is known beforehand ("whole").
+        hidden: whether the next layer after some of them may be one with the layer before them, so
+            that no node of the result holds their sum ("whole").
         chain: whether it is a plain chain apart from its residual connections ("whole").
         causes: classes of refusals that are right for it ("refused"), see _blocked.py.
     """
@@ -60,6 +63,7 @@ class ZooNet:
     shapes: Shapes
     kind: Kind = "open"
     adds: int | None = None
+    hidden: bool = False
     chain: bool = False
     causes: frozenset[str] = frozenset()
 
@@ -88,11 +92,19 @@ def everything() -> dict[str, ZooNet]:
     return {net.name: net for net in nets}
 
 
-def prepared(net: ZooNet, seed: int = 0) -> nn.Module:
-    """Builds `net` in float64 and eval mode, with random statistics and no constant parameter."""
+def prepared(net: ZooNet, shape: Shape | None = None, seed: int = 0) -> nn.Module:
+    """Builds `net` in float64 and eval mode, with random statistics and no constant parameter.
+
+    Args:
+        net: which network.
+        shape: of the inputs it is for, by default the small ones. Statistics of smaller images rest
+            on few pixels in the last layers; with those the network would magnify every rounding.
+        seed: of the random values.
+    """
     torch.manual_seed(seed)
     model = net.build().double().eval()
-    randomise(model, torch.randn(4, *net.shapes.small_even[1:], dtype=torch.float64))
+    size = (shape or net.shapes.small_even)[1:]
+    randomise(model, torch.randn(BATCH, *size, dtype=torch.float64))
     return model
 
 
@@ -149,7 +161,7 @@ def _whole() -> list[ZooNet]:
 def _own() -> list[ZooNet]:
     """Of rmfx.models."""
     return [
-        ZooNet("edsr", Edsr, _CIFAR, kind="whole", adds=17, chain=True),
+        ZooNet("edsr", Edsr, _CIFAR, kind="whole", adds=17, hidden=True, chain=True),
         ZooNet("c2f_net", C2fNet, _IMAGES, kind="whole", adds=5),
         ZooNet(
             "preactivation110",
@@ -157,6 +169,7 @@ def _own() -> list[ZooNet]:
             _CIFAR,
             kind="whole",
             adds=54,
+            hidden=True,
             chain=True,
         ),
         ZooNet("inception_resnet", InceptionResNet, _IMAGES, kind="whole", adds=5),
