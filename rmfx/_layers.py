@@ -37,6 +37,7 @@ from ._dialect import (
 )
 from ._errors import Refusal
 from ._graph import Net, Virtual
+from ._reasons import reason_for
 from ._sizes import conditions_of
 
 
@@ -79,7 +80,7 @@ def read(net: Net, node: fx.Node) -> Element | Refusal:
     elif node.op == "call_method" and node.target == "contiguous":
         found = Deferred(AffineConv.identity)
     else:
-        found = Refusal(_describe(node) + " is not a layer")
+        found = Refusal(reason_for(net, node))
     return found.at(node.name) if isinstance(found, Refusal) else found
 
 
@@ -128,7 +129,7 @@ def _read_module(net: Net, node: fx.Node) -> Element | Refusal:
         return _read_pad_module(node, module)
     if type(module) in BORDERS:
         return _border(node, tuple(module.padding))  # type: ignore[arg-type]
-    return Refusal(_describe(node, module) + " is neither linear nor a pointwise activation")
+    return Refusal(reason_for(net, node))
 
 
 def _blames_sharing(net: Net, node: fx.Node) -> bool:
@@ -150,7 +151,7 @@ def _read_function(net: Net, node: fx.Node) -> Element | Refusal:
         return _read_slice(node)
     if target is F.pad:
         return _read_pad(node)
-    return Refusal(_describe(node) + " is neither linear nor a pointwise activation")
+    return Refusal(reason_for(net, node))
 
 
 # ---- linear elements ----------------------------------------------------------------------------
@@ -501,10 +502,5 @@ def input_of(node: fx.Node) -> fx.Node | None:
     return inputs[0] if len(inputs) == 1 else None
 
 
-def _describe(node: fx.Node, module: nn.Module | None = None) -> str:
-    if module is not None:
-        return type(module).__name__
-    if node.op == "placeholder":
-        return "the network's input"
-    name = getattr(node.target, "__name__", str(node.target))
-    return name if node.op != "call_module" else f"module {name}"
+def _describe(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))

@@ -595,7 +595,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ),
     "a layer norm": (
         lambda: Residual(chain(conv(), nn.GroupNorm(2, 4), conv())),
-        "GroupNorm is neither linear nor a pointwise activation",
+        "GroupNorm divides by statistics of each sample",
     ),
     "a gate that all channels share": (
         lambda: Residual(
@@ -605,19 +605,11 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ),
     "max pooling in a branch": (
         lambda: Residual(nn.MaxPool2d(3, 1, 1)),
-        "MaxPool2d is neither linear",
+        "MaxPool2d takes the largest",
     ),
     "a transposed conv": (
         lambda: Residual(nn.ConvTranspose2d(4, 4, 3, padding=1)),
         "ConvTranspose2d",
-    ),
-    "padding with reflections": (
-        lambda: Residual(conv(padding_mode="reflect")),
-        "padding",
-    ),
-    "padding with ones": (
-        lambda: Residual(chain(nn.ConstantPad2d(1, 1.0), conv(padding=0))),
-        "padding",
     ),
     "strides that do not correspond": (
         lambda: Residual(
