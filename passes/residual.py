@@ -462,7 +462,8 @@ def _convert(
         node.name: _refused_row(node, refusal, whole=node.name not in rule.widened)
         for node, refusal in refusals.items()
     }
-    where = {name: node.name for node, name in net.joins.items()}
+    net.sweep()
+    where = {name: node.name for node, name in net.joins.items() if not node._erased}
     rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}
     report = Report(tuple(rows[name] for name in joins if name in rows))
     return net.finish({META_KEY: report})

@@ -267,13 +267,17 @@ class Net:
 
     # ---- the result -------------------------------------------------------------------------
 
+    def sweep(self) -> None:
+        """Remove dead code."""
+        self.graph.eliminate_dead_code(is_impure_node=must_stay)
+
     def finish(self, meta: Mapping[str, object] | None = None) -> fx.GraphModule:
         """The new module: dead code removed, virtual layers made, the rest copied.
 
         Raises:
             WeightError: a computed weight is not finite in its dtype.
         """
-        self.graph.eliminate_dead_code(is_impure_node=must_stay)
+        self.sweep()
         memo: dict[int, object] = {}
         root: dict[str, object] = {}
         for node in list(self.graph.nodes):

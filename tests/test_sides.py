@@ -162,6 +162,17 @@ def test_a_value_that_holds_an_inner_join_is_still_compared() -> None:
     assert len(assert_equivalent(model, gm, image()).joins) == 2
 
 
+def test_an_inner_join_that_only_a_pool_reads_is_held_by_no_node() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y = x + m.b(F.relu(m.a(x)))
+        return x + m.c(F.relu(y)), m.pool(y)
+
+    parts = {"a": conv(), "b": conv(), "c": conv(), "pool": nn.AdaptiveAvgPool2d(1)}
+    model = ready(Apply(forward, **parts))
+    gm = assert_removed(model, image(), sites=2)
+    assert rmfx.report(gm).rows[0].node is None
+
+
 # ---- sums and concatenations --------------------------------------------------------------------
 
 
