@@ -321,7 +321,10 @@ STAYS: dict[str, Make] = {
     "twins of two biases": lambda: chain(_other_bias(twins(wide(), {4: 0}), 4), narrow()),
     "twins of two slopes": lambda: chain(twins(wide(), {4: 0}), prelu(), narrow()),
     "twins of two batch norms": lambda: chain(twins(wide(), {4: 0}), norm(), narrow()),
-    "twins of two groups": lambda: chain(twins(wide(groups=2), {4: 0}), narrow()),
+    "twins of two groups": lambda: chain(zeroed(twins(wide(groups=2), {4: 0}), [1]), narrow()),
+    "a block in two groups": lambda: chain(
+        zeroed(wide(), [1]), conv(8, 24, groups=8), conv(24, 12, groups=12), narrow(12)
+    ),
     "used by one of two readers": lambda: Apply(
         lambda m, x: m.b(y := m.a(x)) + m.c(y),
         a=wide(),
@@ -391,6 +394,15 @@ def test_constants_stand_in_for_each_other_at_each_reader() -> None:
         a.bias[:4] = torch.tensor([-1.0, -2.0, 0.5, 3.0])  # type: ignore[index, union-attr]
     model = Apply(lambda m, x: (m.b(F.relu(y := m.a(x))), m.c(y)), a=a, b=narrow(), c=narrow())
     assert widths(clean(model.double().eval(), image())) == [4 + 1, 4, 4]
+
+
+def test_twins_that_are_constant_at_one_reader_count_once() -> None:
+    still = twins(zeroed(norm(), [0], bias=False), {4: 0})
+    model = Apply(
+        lambda m, x: (m.b(m.n(y := m.a(x))), m.c(y)),
+        a=twins(wide(), {4: 0}), n=still, b=narrow(padding=0), c=narrow(),
+    )  # fmt: skip
+    assert widths(clean(model.double().eval(), image())) == [7, 4, 4]
 
 
 def test_a_tiny_constant_does_not_stand_in_for_a_large_one() -> None:
