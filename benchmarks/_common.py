@@ -5,13 +5,35 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from textwrap import shorten
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch.fx import GraphModule, Node
+from tqdm import tqdm
+
+import rmfx
+
+# What tracers and exporters raise for a model they cannot follow (Dynamo raises RuntimeErrors), and
+# a network that is given an input it does not take.
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    rmfx.RmfxError,
+)
+MESSAGE_LENGTH = 500
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,24 @@ def count_additions(gm: GraphModule) -> int:
     return additions
 
 
+def message(error: BaseException) -> str:
+    """What an error says, short enough for a table."""
+    return f"{type(error).__name__}: {error}".strip()[:MESSAGE_LENGTH]
+
+
+def each(names: Sequence[str]) -> Iterator[str]:
+    """The names in turn, with a progress bar that says which one it is."""
+    progress = tqdm(names)
+    for name in progress:
+        progress.set_description(name)
+        yield name
+
+
+def demands_limit(problems: Sequence[str]) -> Limit:
+    """No demand may fail."""
+    return Limit("failed demands", len(problems), 0)
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with the option all scripts have, `--json`.
 
@@ -70,26 +110,31 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def choose_models(
-    made: argparse.ArgumentParser, known: Iterable[str], arguments: Sequence[str] | None
+    made: argparse.ArgumentParser,
+    known: Iterable[str],
+    arguments: Sequence[str] | None,
+    default: Iterable[str] | None = None,
 ) -> tuple[argparse.Namespace, list[str]]:
     """Parses the arguments, with the options `--models` and `--threads`, and sets torch's threads.
 
     Args:
         made: the parser.
-        known: names of the models there are; all of them are the default.
+        known: names of the models there are.
         arguments: of the command; by default those of the process.
+        default: names of the models taken where none are given; by default all that are known.
 
     Returns:
         All options, and the names chosen.
     """
     names = list(known)
-    made.add_argument("--models", default=",".join(names), help="names, comma-separated")
+    usual = ",".join(names if default is None else default)
+    made.add_argument("--models", default=usual, help="names, comma-separated")
     made.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     options = made.parse_args(arguments)
-    chosen = options.models.split(",")
+    chosen = options.models.split(",") if options.models else []
     unknown = [name for name in chosen if name not in names]
     if unknown:
-        made.error(f"unknown: {', '.join(unknown)}; known: {', '.join(names)}")
+        made.error(f"unknown: {', '.join(unknown)}; known: {shorten(', '.join(names), 2000)}")
     torch.set_num_threads(options.threads)
     return options, chosen
 

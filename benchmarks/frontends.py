@@ -1,6 +1,7 @@
 """The same network, handed over in every way that rmfx takes one: the same rows, the same numbers.
 
-Each network of the zoo, in float64 and with random batch norm statistics, is converted as
+Each network of the zoo that must convert whole, in float64 and with random batch norm statistics,
+is converted as
 
 - module: `nn.Module` and example inputs,
 - fx: the `GraphModule` of `torch.fx.symbolic_trace`,
@@ -15,12 +16,18 @@ torch.fx does not record it); relative error at most 1e-10, for the first three 
 as well. With inductor 1e-5; where that is exceeded, twice the error that plain inductor with frozen
 weights makes against float64. Exit code 1 if one is exceeded.
 
+With --others it is all other networks of the zoo, as module, export and backend. Most have
+additions that cannot be removed, and a tracer may write them in another way, so the rows may
+differ; where they do, the numbers of the ways stand side by side. Limits for each: nothing raises;
+every addition is removed or refused with a reason; relative error as above.
+
 The batch is 2, so that nothing specialises on a batch of 1, and inputs are small; --full takes
-those of full size. cifar1202A and B alone take most of the time, --models leaves them out.
+those of zoo.py. cifar1202A and B alone take most of the time, --models leaves them out.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import sys
 import time
@@ -29,10 +36,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from _common import Limit, choose_models, count_additions, parser, show
+from _common import (
+    FAILURES,
+    choose_models,
+    count_additions,
+    demands_limit,
+    each,
+    message,
+    parser,
+    show,
+)
 from _zoo import ZooNet, prepared, random_input, zoo
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
 import rmfx
 from rmfx.saving import relative_error
@@ -42,18 +57,7 @@ BATCH = 2
 ERROR_LIMIT = 1e-10
 FLOAT32_LIMIT = 1e-5
 INDUCTOR_SKIPS = ("cifar1202A", "cifar1202B")  # thousands of kernels, of which none is new
-# What the exporter raises for a model it cannot follow (Dynamo's errors are RuntimeErrors), too.
-FAILURES = (
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    rmfx.RmfxError,
-)
-
-MESSAGE_LENGTH = 500
+OTHER_WAYS = ("module", "export", "backend")
 
 Row = dict[str, Any]
 
@@ -197,8 +201,8 @@ def evaluate(net: ZooNet, ways: Sequence[str], *, full: bool = False) -> dict[st
         ways: names of `WAYS`.
         full: use the full input shape.
     """
-    model = prepared(net)
-    shape = net.even if full else net.small_even
+    shape = net.shapes.even if full else net.shapes.small_even
+    model = prepared(net, shape)
     x = random_input((BATCH, *shape[1:]))
     return {way: attempt(WAYS[way], model, x) for way in ways}
 
@@ -209,7 +213,7 @@ def attempt(way: Way, model: nn.Module, x: Tensor) -> Result | str:
     try:
         return way(model, x)
     except FAILURES as error:
-        return f"{type(error).__name__}: {error}".strip()[:MESSAGE_LENGTH]
+        return message(error)
 
 
 def failures(net: ZooNet, results: dict[str, Result | str]) -> list[str]:
@@ -217,20 +221,34 @@ def failures(net: ZooNet, results: dict[str, Result | str]) -> list[str]:
     first = next((r for r in results.values() if isinstance(r, Result)), None)
     problems = []
     for way, result in results.items():
-        if isinstance(result, str):
+        if isinstance(result, str) or first is None:
             problems.append(f"{way}: {result}")
             continue
-        demands = {
-            f"{result.left} additions left": result.left == 0,
-            f"{len(result.rows)} report rows for {net.adds} additions": len(result.rows)
-            == net.adds,
-            f"{result.joins} of {net.adds} joins compared": result.joins in (None, net.adds),
-            f"relative error {result.error:.3g}": result.error <= result.limit,
-        }
+        demands = _common_demands(result)
+        if net.kind == "whole":
+            demands |= _whole_demands(net, result)
+            difference = _difference(first.rows, result.rows)
+            demands[difference] = not difference
         problems += [f"{way}: {what}" for what, holds in demands.items() if not holds]
-        difference = first and _difference(first.rows, result.rows)
-        problems += [f"{way}: {difference}"] if difference else []
     return problems
+
+
+def _common_demands(result: Result) -> dict[str, bool]:
+    refused = [row for row in result.rows if row["status"] != "removed"]
+    unexplained = ", ".join(row["join"] for row in refused if not row["reason"])
+    return {
+        f"refused without a reason: {unexplained}": not unexplained,
+        f"relative error {result.error:.3g}": result.error <= result.limit,
+    }
+
+
+def _whole_demands(net: ZooNet, result: Result) -> dict[str, bool]:
+    all_compared = result.joins in (None, net.adds) or net.hidden
+    return {
+        f"{result.left} additions left": result.left == 0,
+        f"{len(result.rows)} report rows for {net.adds} additions": len(result.rows) == net.adds,
+        f"{result.joins} of {net.adds} joins compared": all_compared,
+    }
 
 
 def _difference(expected: Sequence[Row], found: Sequence[Row]) -> str:
@@ -250,37 +268,48 @@ def _table_row(net: ZooNet, results: dict[str, Result | str], seconds: float) ->
     errors = {way: r.error if isinstance(r, Result) else None for way, r in results.items()}
     return {
         "network": net.name,
-        "adds": net.adds,
-        "rows": "/".join(map(str, sorted({len(r.rows) for r in done}))),
+        "rows": _side_by_side([len(r.rows) for r in done]),
+        "removed": _side_by_side([sum(row["status"] == "removed" for row in r.rows) for r in done]),
         "left": max((r.left for r in done), default=None),
         **errors,
-        "rows equal": "yes" if equal else "NO",
+        "rows equal": "yes" if equal else "NO" if net.kind == "whole" else "no",
         "seconds": round(seconds, 1),
     }
+
+
+def _side_by_side(numbers: Sequence[int]) -> str:
+    """One number where all agree, else those of all ways."""
+    return "/".join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))
+
+
+def _ways(options: argparse.Namespace, name: str) -> Sequence[str]:
+    if options.others:
+        return OTHER_WAYS
+    has_inductor = options.inductor and name not in INDUCTOR_SKIPS
+    return [way for way in WAYS if way != "inductor" or has_inductor]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns 1 if a limit is exceeded."""
     nets = zoo()
-    options_parser = parser(__doc__)
-    options_parser.add_argument("--full", action="store_true", help="full-size inputs, much slower")
-    options_parser.add_argument("--inductor", action="store_true", help="inductor too, in float32")
-    options, names = choose_models(options_parser, nets, arguments)
+    made = parser(__doc__)
+    made.add_argument("--full", action="store_true", help="larger inputs, much slower")
+    made.add_argument("--inductor", action="store_true", help="inductor too, in float32")
+    made.add_argument("--others", action="store_true", help="networks with refusals, in three ways")
+    options, names = choose_models(made, nets, arguments, default=())
+    if not options.models:
+        names = [name for name, net in nets.items() if (net.kind != "whole") == options.others]
     rows: list[Row] = []
     problems: list[str] = []
-    progress = tqdm(names)
-    for name in progress:
-        progress.set_description(name)
+    for name in each(names):
         start = time.perf_counter()
-        has_inductor = options.inductor and name not in INDUCTOR_SKIPS
-        ways = [way for way in WAYS if way != "inductor" or has_inductor]
-        results = evaluate(nets[name], ways, full=options.full)
+        results = evaluate(nets[name], _ways(options, name), full=options.full)
         rows.append(_table_row(nets[name], results, time.perf_counter() - start))
         problems += [f"{name}: {what}" for what in failures(nets[name], results)]
     if options.inductor:
         rows = [{key: row.get(key) for key in max(rows, key=len)} for row in rows]
-    limits = [Limit("failed demands", len(problems), 0)]
-    return show(rows, limits, as_json=options.json, notes="\n".join(problems))
+    limit = demands_limit(problems)
+    return show(rows, [limit], as_json=options.json, notes="\n".join(problems))
 
 
 if __name__ == "__main__":

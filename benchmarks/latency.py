@@ -21,7 +21,7 @@ import _weights
 import torch
 import torchvision
 from _common import Limit, parser, show
-from _zoo import randomise_batch_norms
+from _randomise import randomise_batch_norms
 from torch import nn
 from tqdm import tqdm
 

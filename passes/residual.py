@@ -35,14 +35,14 @@ from rmfx._errors import OptionError, Refusal, RefusedError, RmfxError
 from rmfx._graph import Net, Shape, Virtual, positions
 from rmfx._layers import read_join
 from rmfx._linked import linked
-from rmfx._plan import Column, Layer, Linear, Normalised, Pointwise, Sided, build, plans
+from rmfx._plan import Bordered, Column, Layer, Linear, Normalised, Pointwise, Sided, build, plans
 from rmfx._range import Ranges
 from rmfx._rewrite import apply_rule
-from rmfx._sides import combine, tap
+from rmfx._sides import combine, pad_again, tap
 from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed
 from rmfx._strategy import AUTO, SAME_ACTIVATION, STRATEGIES, Settled, settle
-from rmfx.frontend import trace
+from rmfx.frontend import trace, with_constants
 from rmfx.report import META_KEY, Report, SiteReport
 
 from .batch_norm import BatchNormRule
@@ -101,7 +101,7 @@ class ResidualRule:
             yield found
             return
         for plan in found:
-            settled = settle(plan, self._ranges, self._allowed)
+            settled = settle(plan, self._ranges, self._allowed, site.dtype)
             yield settled if isinstance(settled, Refusal) else Match(site, settled)
 
     def rewrite(self, net: Net, node: fx.Node, match: Match) -> None:
@@ -112,7 +112,9 @@ class ResidualRule:
         old = [n for n in _in_order(site) if n not in match.settled.plan.kept]
         row = _row_before(net, match, old)
         labels = [_label(site, column, i) for i, column in enumerate(columns)]
-        net.release(old)
+        net.bake(_in_order(site))
+        borders = {c.border.node for c in columns if isinstance(c, Bordered)}
+        net.release(n for n in old if n not in borders)  # theirs are called again
         new = self._put_columns(net, match, layers, labels, set(old))
         self._take_place(net, site, old, new, labels)
         work, size = _cost_of(net, new, site.dims)
@@ -141,6 +143,8 @@ class ResidualRule:
                     lateral = column.lateral.reading(slices)
                     made = combine(net, lateral, source, column.block, widths, site.dims)
                     self.widened.add(like.name)
+                elif isinstance(column, Bordered):
+                    made = pad_again(net, column.border, source, sum(widths))
                 else:
                     made = net.put(self._make(net, site, column, layer), source, target, like)
             widths = _widths_behind(net, column, widths, site.dims)
@@ -231,6 +235,8 @@ def _label(site: Site, column: Column, index: int) -> tuple[str, fx.Node]:
     nodes = [n for step in column.steps for n in step.nodes if n.op == "call_module"]
     if isinstance(column, Sided):
         return "", column.lateral.node
+    if isinstance(column, Bordered):
+        return "", column.border.node
     if nodes:
         return str(nodes[0].target), nodes[0]
     place = module_path(site.join)
@@ -255,7 +261,7 @@ def _widths_behind(net: Net, column: Column, widths: tuple[int, int], dims: int)
 def _note_shape(site: Site, column: Column, source: fx.Node, made: fx.Node, width: int) -> None:
     """The shape of a column's node, where that of its input is known."""
     shape: Shape | None = source.meta.get("shape")
-    if shape is not None and not isinstance(column, Sided):
+    if shape is not None and not isinstance(column, (Sided, Bordered)):
         layer = column.main if isinstance(column, Linear) else None
         own = layer or AffineConv.identity(width, site.dims)
         made.meta["shape"] = _shape_after(own, shape, width)
@@ -285,16 +291,12 @@ def _row_before(net: Net, match: Match, nodes: list[fx.Node]) -> SiteReport:
         node=None,
         status="removed",
         strategy=match.settled.strategy,
-        exactness=_exactness(match.settled),
+        exactness=match.settled.exactness,
         shape=site.join.meta.get("shape"),
         carry=max(carries, default=0),
         macs_before=work,
         params_before=size,
     )
-
-
-def _exactness(settled: Settled) -> str:
-    return "rounding" if settled.rounds else "bit-exact"
 
 
 def _cost_of(net: Net, nodes: Iterable[fx.Node], dims: int) -> tuple[int | None, int]:
@@ -361,15 +363,16 @@ def remove_residuals(
             branch stay, with an identity batch norm on the carry, so that the result can be trained
             further (the form of RMNet, arXiv 2111.00687); the branch's last one is always folded.
         activation: how a carry may pass an activation: the strategies allowed, of which the first
-            that works is used, in the order "identity", "scale", "shift", "per-channel",
-            "odd-pair", "masked". "auto" is all but "shift", which costs rounding, and "odd-pair",
-            which costs channels. "relu" is those that keep the network's own activation: no PReLU,
-            no clamp with bounds per channel and no mask is added ("identity", "scale", "shift",
-            "odd-pair").
+            that works is used, in the order "identity", "scale", "per-channel", "odd-pair",
+            "shift", "masked". "auto" is all but "odd-pair", which costs channels, and "shift",
+            which costs rounding and needs `calibration`. "relu" is those that keep the network's
+            own activation: no PReLU, no clamp with bounds per channel and no mask is added
+            ("identity", "scale", "odd-pair", "shift").
         input_range: (low, high) of every input value, if known: it can prove that a carry passes
             an activation unchanged. Values outside it may give wrong results.
-        calibration: batches (a tensor or a tuple of arguments each) on which the statistics of the
-            identity batch norms are measured; used with `fold_batch_norm=False`.
+        calibration: batches (a tensor or a tuple of arguments each), on which the statistics of the
+            identity batch norms are measured (with `fold_batch_norm=False`), and how large values
+            are (for "shift").
         differentiable: compute the new weights inside the graph, from the model's own parameters,
             which the result shares: gradients reach them, and every change of theirs counts. Each
             call then pays for that computation. Excludes `fold_batch_norm=False`.
@@ -396,13 +399,17 @@ def remove_residuals(
     """
     allowed = _allowed(activation)
     _check_range(input_range)
-    source = trace(model, example_inputs)
+    source = trace(model, example_inputs, fold=not differentiable)
     if differentiable:
         if not fold_batch_norm:
             raise OptionError("differentiable=True needs fold_batch_norm=True")
-        convert = partial(
+        rewrite = partial(
             _convert, strict=strict, allowed=allowed, input_range=input_range, weights_vary=True
         )
+
+        def convert(generic: fx.GraphModule) -> fx.GraphModule:
+            return rewrite(with_constants(generic))
+
         lifted = find_lifted(model) if isinstance(model, fx.GraphModule) else ()
         return linked(source, convert, lifted)
     return _convert(
@@ -426,7 +433,7 @@ def _convert(
     weights_vary: bool = False,
 ) -> fx.GraphModule:
     """The passes in their order, on a graph in the dialect."""
-    moments = measure(source, calibration) if calibration is not None else None
+    measured = measure(source, calibration) if calibration is not None else None
     net = Net(source)
     joins = [node.name for node in net.graph.nodes if read_join(net, node) is not None]
     # No-ops first: a dropout at the end of a branch would be one more layer to pass.
@@ -435,10 +442,15 @@ def _convert(
     if fold_batch_norm:
         apply_rule(net, BatchNormRule())
     rule = ResidualRule(
-        Ranges(net, input_range, weights_vary=weights_vary),
+        Ranges(
+            net,
+            input_range,
+            weights_vary=weights_vary,
+            measured=measured.extremes if measured else None,
+        ),
         allowed=allowed,
         fold_batch_norm=fold_batch_norm,
-        moments=moments,
+        moments=measured.moments if measured else None,
     )
     _, refusals = apply_rule(net, rule)
     if strict and refusals:

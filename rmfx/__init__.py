@@ -48,7 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Import `rmfx.models` and `rmfx.testing` when first asked for; testing needs hypothesis."""
-    if name in ("models", "testing"):
+    """Import `rmfx.models`, `rmfx.testing` and `rmfx.fuzz` when first asked for."""
+    if name in ("fuzz", "models", "testing"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

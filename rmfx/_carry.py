@@ -18,7 +18,7 @@ everywhere: at position 1, or after layers that keep size and place.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from ._affine import AffineConv, Ints, Pads
@@ -36,21 +36,24 @@ def reads_inside(layer: AffineConv) -> bool:
 
 
 def placements(
-    layers: Sequence[AffineConv], shortcut: AffineConv
+    layers: Sequence[AffineConv], shortcut: AffineConv, rigid: Collection[int] = ()
 ) -> Iterator[tuple[int, list[AffineConv]]] | Refusal:
     """Every exact way to run `shortcut` beside `layers`: (position j, one layer beside each).
 
     Positions count from 0. Refused if branch and shortcut differ in stride or output size.
+
+    Args:
+        rigid: positions of layers (paddings) that the carry must pass in the same way.
     """
     refusal = _unequal(layers, shortcut)
     if refusal:
         return refusal
     if reads_inside(shortcut):
         targets = tuple(-left for left, _ in shortcut.padding)
-        offsets = _all_offsets(layers, targets, start_inside=False)
+        offsets = _all_offsets(layers, targets, rigid, start_inside=False)
         if offsets is not None:
-            return _pointwise(layers, shortcut, offsets)
-    return _anywhere_exact(layers, shortcut)
+            return _pointwise(layers, shortcut, offsets, rigid)
+    return _anywhere_exact(layers, shortcut, rigid)
 
 
 def fitted(layers: Sequence[AffineConv], shortcut: AffineConv, size: Ints) -> AffineConv:
@@ -101,10 +104,15 @@ def _shown(stride: Ints) -> str:
 
 
 def _pointwise(
-    layers: Sequence[AffineConv], shortcut: AffineConv, offsets: Sequence[Ints]
+    layers: Sequence[AffineConv],
+    shortcut: AffineConv,
+    offsets: Sequence[Ints],
+    rigid: Collection[int],
 ) -> Iterator[tuple[int, list[AffineConv]]]:
     """A shortcut of one tap fits at every position."""
     for j in range(len(layers)):
+        if j in rigid:
+            continue
         beside = []
         for i, (f, o) in enumerate(zip(layers, offsets, strict=True)):
             channels = shortcut.in_channels if i < j else shortcut.out_channels
@@ -116,12 +124,13 @@ def _pointwise(
 
 
 def _anywhere_exact(
-    layers: Sequence[AffineConv], shortcut: AffineConv
+    layers: Sequence[AffineConv], shortcut: AffineConv, rigid: Collection[int]
 ) -> Iterator[tuple[int, list[AffineConv]]]:
     """A shortcut that may read padding fits while the carry still equals x everywhere."""
     for j, f in enumerate(layers):
-        after = _all_offsets(layers[j + 1 :], None, start_inside=True)
-        if after is not None:
+        behind = [i - j - 1 for i in rigid if i > j]
+        after = _all_offsets(layers[j + 1 :], None, behind, start_inside=True)
+        if after is not None and j not in rigid:
             shift = [0] * shortcut.dims
             for g, o in zip(reversed(layers[j + 1 :]), reversed(after), strict=True):
                 shift = [a + s * b for a, s, b in zip(o, g.stride, shift, strict=True)]
@@ -159,13 +168,17 @@ def _pads(f: AffineConv, offset: Ints) -> Pads:
 
 
 def _all_offsets(
-    layers: Sequence[AffineConv], targets: Ints | None, *, start_inside: bool
+    layers: Sequence[AffineConv],
+    targets: Ints | None,
+    rigid: Collection[int],
+    *,
+    start_inside: bool,
 ) -> list[Ints] | None:
     """One tap offset per layer and dimension, so that the carry is exact; None if impossible."""
     if not layers:
         return []
     per_dim = [
-        _offsets(layers, i, None if targets is None else targets[i], start_inside)
+        _offsets(layers, i, None if targets is None else targets[i], rigid, start_inside)
         for i in range(layers[0].dims)
     ]
     if any(found is None for found in per_dim):
@@ -174,7 +187,11 @@ def _all_offsets(
 
 
 def _offsets(
-    layers: Sequence[AffineConv], i: int, target: int | None, start_inside: bool
+    layers: Sequence[AffineConv],
+    i: int,
+    target: int | None,
+    rigid: Collection[int],
+    start_inside: bool,
 ) -> Ints | None:
     """Offsets in one dimension: a search from the last layer back over the offsets reached."""
     reached: dict[int, Ints] = {0: ()}
@@ -185,7 +202,8 @@ def _offsets(
         checked = index > 0 or start_inside
         step: dict[int, Ints] = {}
         for total, path in reached.items():
-            for o in _candidates(f, i):
+            own = [-f.padding[i][0]] if index in rigid else _candidates(f, i)
+            for o in own:
                 here = o + s * total
                 if not checked or (here >= 0 and growth + here < stride):
                     step.setdefault(here, (o, *path))

@@ -8,6 +8,7 @@ it is, and is opaque to every rule.
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterable
@@ -26,6 +27,16 @@ AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 PADS = (
     *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
     *(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+)
+SPLITS = ("split", "split_with_sizes", "chunk")
+SPLIT_ARGUMENTS = {
+    **dict.fromkeys(("tensor", "self"), "input"),
+    **dict.fromkeys(("split_size_or_sections", "split_size", "split_sizes", "chunks"), "amount"),
+}
+BORDERS = (
+    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
 )
 # Modules that keep both the number of dimensions and the channels of their input.
 CHANNELWISE = (
@@ -354,6 +365,7 @@ ARITHMETIC: dict[Any, Any] = {
     torch.div: torch.div,
     torch.neg: torch.neg,
 }
+ADDCMULS = (torch.addcmul, "addcmul", *_overloads("addcmul"))
 CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate, *_overloads("cat", "concat"))
 IN_PLACE_BY_METHOD: dict[Any, str] = {
     operator.iadd: "add_",
@@ -380,6 +392,7 @@ def canonicalise(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.target is operator.getitem:
             _take_first(node)
+            _slice_of_split(node)
     frozen = {n.target for n in gm.graph.nodes if n.op == "call_module" and n.meta.get("frozen")}
     for node in list(gm.graph.nodes):
         if node.meta.get("frozen"):
@@ -390,6 +403,8 @@ def canonicalise(gm: fx.GraphModule) -> None:
             continue
         if node.op == "call_module" and node.meta.get("functional"):
             _detach_in_place(gm, node, taken, keep=node.target in frozen)
+        elif node.op == "call_module":
+            _pad_apart(gm, node)
         elif node.op in ("call_function", "call_method"):
             _canonicalise_call(gm, node, taken)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)
@@ -438,6 +453,44 @@ def _take_first(node: fx.Node) -> None:
     node.meta = {**call.meta, **keep, "first": True}
     node.meta.pop("container", None)
     node.graph.erase_node(call)
+
+
+def _slice_of_split(node: fx.Node) -> None:
+    """Let a part of a split be a slice: split(x, 4, dim=1)[1] is x[:, 4:8]."""
+    if node.target is not operator.getitem or node.meta.get("frozen"):
+        return
+    parts, index = node.args
+    if not isinstance(parts, fx.Node) or not isinstance(index, int) or parts.meta.get("frozen"):
+        return
+    name = getattr(parts.target, "__name__", str(parts.target)).partition(".")[0]
+    given: dict[str, Any] = {**dict(zip(("input", "amount", "dim"), parts.args, strict=False))}
+    given |= {SPLIT_ARGUMENTS.get(k, k): v for k, v in parts.kwargs.items()}
+    x, amount, dim = given.get("input"), given.get("amount"), given.get("dim", 0)
+    if name.removeprefix("unsafe_") not in SPLITS or not isinstance(x, fx.Node):
+        return
+    if not isinstance(dim, int):
+        return
+    shape = x.meta.get("shape", getattr(x.meta.get("val"), "shape", None))
+    dim = dim + len(shape) if dim < 0 and shape is not None else dim
+    size = shape[dim] if shape is not None and 0 <= dim < len(shape) else None
+    ends = _ends_of_parts("chunk" in name, amount, size if isinstance(size, int) else None)
+    if dim < 0 or ends is None or not -len(ends) <= index < len(ends):
+        return
+    start, stop = ends[index]
+    node.args = (x, (*[slice(None)] * dim, slice(start or None, stop)))
+
+
+def _ends_of_parts(chunks: bool, amount: Any, size: int | None) -> list[tuple[int, int]] | None:
+    """Where the parts of a split begin and end; None where that is not known."""
+    if isinstance(amount, (list, tuple)) and all(isinstance(n, int) for n in amount):
+        sizes = list(amount)
+    elif isinstance(amount, int) and size is not None and amount > 0:
+        step = -(-size // amount) if chunks else amount
+        sizes = [min(step, size - start) for start in range(0, size, step)]
+    else:
+        return None
+    stops = list(itertools.accumulate(sizes))
+    return list(zip([0, *stops], stops, strict=False))
 
 
 def _write_by_method(node: fx.Node) -> None:
@@ -493,6 +546,9 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
     if node.target in (torch.rsub, aten.rsub.Scalar, aten.rsub.Tensor) and len(node.args) == 2:
         node.target, node.args = torch.sub, node.args[::-1]
         return
+    if node.target in ADDCMULS:
+        _add_product(node)
+        return
     if node.target in (aten.addmm.default, aten.mm.default):
         _linear_by_product(gm, node, taken)
         return
@@ -505,6 +561,26 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
     module = _flatten_by_view(node) or _module_for(gm, node)
     if module is not None:
         _call_module(gm, node, module, _input(node), taken)
+
+
+def _add_product(node: fx.Node) -> None:
+    """addcmul(x, a, b, value=v) as x + v·(a·b)."""
+    names = ("input", "tensor1", "tensor2")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    value = given.pop("value", 1)
+    given["input"] = given.pop("self", given.get("input"))
+    if set(given) != set(names):
+        return
+    with node.graph.inserting_before(node):
+        product = node.graph.call_function(torch.mul, (given["tensor1"], given["tensor2"]))
+    product.meta = {k: v for k, v in node.meta.items() if k != "val"}
+    sources = [n for n in product.all_input_nodes if "shape" in n.meta]
+    product.meta.pop("shape", None)
+    if len(sources) == 2:
+        shapes = [[1 if n is None else n for n in s.meta["shape"]] for s in sources]
+        product.meta["shape"] = tuple(torch.broadcast_shapes(*shapes))
+    node.target, node.args = torch.add, (given["input"], product)
+    node.kwargs = {} if value == 1 else {"alpha": value}
 
 
 def _concatenation(node: fx.Node) -> None:
@@ -647,6 +723,33 @@ def _slice(node: fx.Node) -> None:
     )
     node.target, node.kwargs = operator.getitem, {}
     node.args = (given["input"], (*[slice(None)] * dim, part))
+
+
+def _pad_apart(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Let a convolution that pads with other values than zeros be a padding and a convolution."""
+    conv: Any = gm.get_submodule(str(node.target))
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if type(conv) not in kinds or conv.padding_mode == "zeros" or len(node.args) != 1:
+        return
+    calls = sum(n.target == node.target for n in gm.graph.nodes if n.op == "call_module")
+    hooked = conv._forward_hooks or conv._forward_pre_hooks or "forward" in vars(conv)
+    if calls > 1 or hooked or not any(conv._reversed_padding_repeated_twice):
+        return
+    flat, x = list(conv._reversed_padding_repeated_twice), node.args[0]
+    with gm.graph.inserting_before(node):
+        padded = gm.graph.call_function(F.pad, (x, flat), {"mode": conv.padding_mode})
+    padded.meta = {k: v for k, v in node.meta.items() if k not in ("shape", "val")}
+    shape = x.meta.get("shape") if isinstance(x, fx.Node) else None
+    if shape is not None:
+        pairs = list(zip(flat[::2], flat[1::2], strict=True))[::-1]
+        size = (n if n is None else n + sum(p) for n, p in zip(shape[2:], pairs, strict=True))
+        padded.meta["shape"] = (*shape[:2], *size)
+    bare = copy.copy(conv)
+    bare.padding, bare.padding_mode = (0,) * len(conv.kernel_size), "zeros"
+    bare._reversed_padding_repeated_twice = [0] * len(flat)
+    parent, _, name = str(node.target).rpartition(".")
+    setattr(gm.get_submodule(parent), name, bare)
+    node.args = (padded,)
 
 
 def _detach_in_place(gm: fx.GraphModule, node: fx.Node, taken: set[str], *, keep: bool) -> None:

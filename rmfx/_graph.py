@@ -25,7 +25,15 @@ from ._affine import AffineConv, is_finite
 from ._dialect import attribute, must_stay
 from ._errors import Refusal, WeightError
 from ._infer import Inference
-from ._input_guard import InputGuard, guard_of, set_guard, with_ranks
+from ._input_guard import (
+    InputGuard,
+    SizeCondition,
+    guard_of,
+    set_guard,
+    with_multiples,
+    with_ranks,
+)
+from ._sizes import Sizes, conditions_of
 
 Shape = tuple[int | None, ...]
 
@@ -110,6 +118,8 @@ class Net:
         self.rank = self._inference.rank
         self.channels = self._inference.channels
         self.dtype = self._inference.dtype
+        self.sizes = Sizes(self)
+        self._conditions: list[SizeCondition] = []
 
     def _count(self, node: fx.Node) -> None:
         if node.op == "call_module":
@@ -175,6 +185,16 @@ class Net:
         """Whether hooks or parametrizations change what a module does."""
         return has_hooks(module) or parametrize.is_parametrized(module) or "forward" in vars(module)
 
+    def bake(self, nodes: Iterable[fx.Node]) -> None:
+        """Take note that nodes are about to become parts of other layers.
+
+        The result then demands the input sizes for which they are linear.
+        """
+        for node in nodes:
+            found = conditions_of(self, node)
+            if not isinstance(found, Refusal):
+                self._conditions += found
+
     # ---- writing ----------------------------------------------------------------------------
 
     def put(self, layer: Virtual | nn.Module, source: fx.Node, name: str, like: fx.Node) -> fx.Node:
@@ -215,6 +235,7 @@ class Net:
 
         The conv's name is kept where a batch norm or a scale is merged with a conv.
         """
+        self.bake([first, second])
         named = first if self._weights(first) >= self._weights(second) else second
         modules = [n for n in (named, first, second) if n.op == "call_module"]
         target = str(modules[0].target) if modules else first.name
@@ -273,7 +294,8 @@ class Net:
         if not any(p.requires_grad for p in self.source.parameters()):
             gm.requires_grad_(False)
         ranks = {n.name: self.rank(n) for n in gm.graph.nodes if n.op == "placeholder"}
-        set_guard(gm, with_ranks(guard_of(self.source), gm, ranks))
+        guard = with_ranks(guard_of(self.source), gm, ranks)
+        set_guard(gm, with_multiples(guard, self._conditions))
         return gm.eval()
 
     def _materialise(self, node: fx.Node, root: dict[str, object]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,6 +40,36 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class SizeCondition:
+    """⌊(size + growth)/stride⌋ must be a multiple of a number.
+
+    Attributes:
+        position, dim: which input it is, and which of its sizes.
+        stride, growth, multiple: the numbers above.
+        cause: the layer that demands it.
+    """
+
+    position: int
+    dim: int
+    stride: int
+    growth: int
+    multiple: int
+    cause: str
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ShapeError for an input of another size."""
+        if isinstance(value, Tensor) and self._size(value) % self.multiple:
+            raise ShapeError(
+                f"{name} has shape {tuple(value.shape)}: at size {value.shape[self.dim]} "
+                f"{self.cause} averages fewer values at the border, which a convolution cannot do; "
+                "use another size, or convert the network again with example inputs of this one"
+            )
+
+    def _size(self, value: Tensor) -> int:
+        return (value.shape[self.dim] + self.growth) // self.stride
+
+
+@dataclass(frozen=True)
 class InputGuard:
     """A forward pre-hook that raises ShapeError for inputs the graph does not hold for.
 
@@ -49,6 +79,7 @@ class InputGuard:
         flatten: whether placeholders are the leaves of the arguments instead of the arguments.
         ranges: lowest and highest value of each size that has a name.
         conditions: expressions of `torch.export` over `L`, the arguments by parameter.
+        multiples: sizes that must make some inner size a multiple.
         guards: torch's own check of the placeholders' values, which is lost when pickled.
     """
 
@@ -57,12 +88,13 @@ class InputGuard:
     flatten: bool = False
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     conditions: tuple[str, ...] = ()
+    multiples: tuple[SizeCondition, ...] = ()
     guards: nn.Module | None = field(default=None, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # torch makes `guards` of code that cannot be pickled.
-        own = (self.expected, self.parameters, self.flatten, self.ranges, self.conditions)
-        return InputGuard, own
+        named = (self.expected, self.parameters, self.flatten, self.ranges)
+        return InputGuard, (*named, self.conditions, self.multiples)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InputGuard:
         return self  # it does not change
@@ -74,6 +106,9 @@ class InputGuard:
         sizes: dict[str, int] = {}
         for want, value in zip(self.expected, values, strict=False):
             self._check(want, value, sizes)
+        for condition in self.multiples:
+            if condition.position < len(values):
+                condition.check(self.expected[condition.position].name, values[condition.position])
         if self.guards is not None:
             self._run_guards(values)
         if self.conditions:
@@ -191,6 +226,11 @@ def with_ranks(
         for e, name in zip(guard.expected, names, strict=True)
     )
     return replace(guard, expected=expected)
+
+
+def with_multiples(guard: InputGuard, conditions: Iterable[SizeCondition]) -> InputGuard:
+    """A guard that also demands that sizes be right."""
+    return replace(guard, multiples=tuple(dict.fromkeys((*guard.multiples, *conditions))))
 
 
 def _of_rank(expected: Expected, rank: int | None) -> Expected:

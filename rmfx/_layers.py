@@ -6,6 +6,7 @@
                  neighbours (scales, crops, paddings, average pools, batch norm)
     Activation   a pointwise activation
     Blockwise    an activation that differs from channel to channel, left by an inner site
+    Border       padding with other values than zeros
     Refusal      anything else, with the reason
 `laterals` reads a node that combines a value with other tensors: a product, a sum, a concatenation.
 """
@@ -23,10 +24,21 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ._activation import Activation, Blockwise, is_activation
-from ._affine import CONVS, AffineConv, Ints, Pads
-from ._dialect import ADDS, ARITHMETIC, AVERAGE_POOLS, BATCH_NORMS, PADS, SCALES, SUBS
+from ._affine import CONVS, TRANSPOSED, AffineConv, Ints, Pads
+from ._dialect import (
+    ADDS,
+    ARITHMETIC,
+    AVERAGE_POOLS,
+    BATCH_NORMS,
+    BORDERS,
+    PADS,
+    SCALES,
+    SUBS,
+)
 from ._errors import Refusal
 from ._graph import Net, Virtual
+from ._reasons import reason_for
+from ._sizes import conditions_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +48,24 @@ class Deferred:
     build: Callable[[int, int], AffineConv | Refusal]
 
 
-Element = AffineConv | Deferred | Activation | Blockwise
+@dataclass(frozen=True, eq=False)
+class Border:
+    """Padding with other values than zeros: reflected, repeated, wrapped round or constant.
+
+    Attributes:
+        node: what pads; it does so channel by channel.
+        pairs: (before, after) per spatial dimension, not negative.
+    """
+
+    node: fx.Node
+    pairs: Pads
+
+    def affine(self, channels: int) -> AffineConv:
+        """A layer of the same geometry, which is the same map away from the border."""
+        return AffineConv.identity(channels, len(self.pairs), padding=self.pairs)
+
+
+Element = AffineConv | Deferred | Activation | Blockwise | Border
 
 
 def read(net: Net, node: fx.Node) -> Element | Refusal:
@@ -51,7 +80,7 @@ def read(net: Net, node: fx.Node) -> Element | Refusal:
     elif node.op == "call_method" and node.target == "contiguous":
         found = Deferred(AffineConv.identity)
     else:
-        found = Refusal(_describe(node) + " is not a layer")
+        found = Refusal(reason_for(net, node))
     return found.at(node.name) if isinstance(found, Refusal) else found
 
 
@@ -61,8 +90,8 @@ def read_affine(net: Net, node: fx.Node) -> AffineConv | Refusal:
     if isinstance(element, (AffineConv, Refusal)):
         return element
     source = input_of(node)
-    if isinstance(element, (Activation, Blockwise)) or source is None:
-        return Refusal("an activation is not linear", (node.name,))
+    if not isinstance(element, Deferred) or source is None:
+        return Refusal("it is not linear", (node.name,))
     rank = net.rank(node)
     if rank is None or rank < 2:
         return Refusal("the number of dimensions is unknown; pass example_inputs", (node.name,))
@@ -89,13 +118,20 @@ def _read_module(net: Net, node: fx.Node) -> Element | Refusal:
         return Refusal(f"{type(module).__name__} is called with more than one input")
     if type(module) in CONVS:
         return AffineConv.from_conv(module)
+    if type(module) in TRANSPOSED and max(module.stride) == 1:  # type: ignore[arg-type]
+        return AffineConv.from_transposed_conv(module)
     if type(module) in BATCH_NORMS:
         return Deferred(lambda channels, dims: _batch_norm(net, node, module, dims))
     if type(module) in AVERAGE_POOLS:
+        unfit = conditions_of(net, node)
+        if isinstance(unfit, Refusal):
+            return unfit
         return Deferred(lambda channels, dims: _average_pool(module, channels, dims))
     if type(module) in PADS:
-        return _read_pad_module(module)
-    return Refusal(_describe(node, module) + " is neither linear nor a pointwise activation")
+        return _read_pad_module(node, module)
+    if type(module) in BORDERS:
+        return _border(node, tuple(module.padding))  # type: ignore[arg-type]
+    return Refusal(reason_for(net, node))
 
 
 def _blames_sharing(net: Net, node: fx.Node) -> bool:
@@ -117,7 +153,7 @@ def _read_function(net: Net, node: fx.Node) -> Element | Refusal:
         return _read_slice(node)
     if target is F.pad:
         return _read_pad(node)
-    return Refusal(_describe(node) + " is neither linear nor a pointwise activation")
+    return Refusal(reason_for(net, node))
 
 
 # ---- linear elements ----------------------------------------------------------------------------
@@ -147,29 +183,33 @@ def _average_pool(module: nn.Module, channels: int, dims: int) -> AffineConv | R
         each(module.kernel_size),
         each(module.stride),
         each(module.padding),
-        ceil_mode=bool(module.ceil_mode),
         count_include_pad=bool(module.count_include_pad),
         divisor=getattr(module, "divisor_override", None),
     )
 
 
-def _read_pad_module(module: nn.Module) -> Deferred | Refusal:
-    if float(module.value) != 0:  # type: ignore[arg-type]
-        return Refusal(f"padding with {module.value} instead of 0")
+def _read_pad_module(node: fx.Node, module: nn.Module) -> Deferred | Border | Refusal:
     flat = tuple(module.padding)  # type: ignore[arg-type]
-    return _spatial_pad(flat)
+    return _spatial_pad(flat) if float(module.value) == 0 else _border(node, flat)  # type: ignore[arg-type]
 
 
-def _read_pad(node: fx.Node) -> Deferred | Refusal:
-    """`F.pad(x, pad, mode="constant", value=0)`: zeros around space, or around channels."""
+def _read_pad(node: fx.Node) -> Deferred | Border | Refusal:
+    """`F.pad(x, pad, mode="constant", value=0)`: around space, or zeros around channels."""
     names = ("input", "pad", "mode", "value")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     flat = given.get("pad")
-    if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0, 0.0):
-        return Refusal("only zero padding is linear")
     if not isinstance(flat, (list, tuple)) or not all(isinstance(p, int) for p in flat):
         return Refusal("the padding is not constant")
-    return _spatial_pad(tuple(flat))
+    if given.get("mode", "constant") == "constant" and given.get("value") in (None, 0, 0.0):
+        return _spatial_pad(tuple(flat))
+    return _border(node, tuple(flat))
+
+
+def _border(node: fx.Node, flat: Ints) -> Border | Refusal:
+    pairs = tuple(zip(flat[::2], flat[1::2], strict=True))[::-1]
+    if any(min(pair) < 0 for pair in pairs):
+        return Refusal("padding that crops and pads with other values than zeros")
+    return Border(node, pairs)
 
 
 def _spatial_pad(flat: Ints) -> Deferred:
@@ -262,9 +302,10 @@ def _read_scale(net: Net, node: fx.Node) -> Deferred | Refusal:
     value = _value(net, constant)
     if isinstance(value, Refusal):
         return value
+    rank = net.rank(x) if isinstance(x, fx.Node) else None
 
     def factor(channels: int, dims: int) -> Tensor | Refusal:
-        c = _per_channel(value, channels, dims)
+        c = _per_channel(value, channels, dims, rank)
         return 1 / c if divide and isinstance(c, Tensor) else c
 
     return _constant(factor, None)
@@ -280,12 +321,14 @@ def _read_shift(net: Net, node: fx.Node) -> Deferred | Refusal:
         return Refusal("it adds two tensors and was itself refused")
     first_is_tensor = is_tensor_node(net, a)
     constant, scale, sign = (b, factor_b, factor_a) if first_is_tensor else (a, factor_a, factor_b)
+    x = a if first_is_tensor else b
     value = _value(net, constant)
     if isinstance(value, Refusal):
         return value
+    rank = net.rank(x) if isinstance(x, fx.Node) else None
 
     def shift(channels: int, dims: int) -> Tensor | Refusal:
-        c = _per_channel(value, channels, dims)
+        c = _per_channel(value, channels, dims, rank)
         return c * scale if isinstance(c, Tensor) else c
 
     return _constant(lambda c, dims: torch.full((c,), sign, dtype=torch.float64), shift)
@@ -321,12 +364,16 @@ def _value(net: Net, constant: object) -> Tensor | Refusal:
     return Refusal("a constant that is neither a number nor a real tensor of the model")
 
 
-def _per_channel(value: Tensor, channels: int, dims: int) -> Tensor | Refusal:
-    """(channels,) from a tensor that broadcasts over batch and space."""
+def _per_channel(value: Tensor, channels: int, dims: int, rank: int | None) -> Tensor | Refusal:
+    """(channels,) from a tensor that broadcasts over batch and space.
+
+    Args:
+        rank: dimensions of the value it meets; None counts as the fewest possible.
+    """
     shape = tuple(value.shape)
-    if len(shape) > dims + 2 or (len(shape) == dims + 2 and shape[0] != 1):
+    before, own = shape[: -dims - 1], shape[-dims - 1 :]
+    if len(shape) > (dims + 2 if dims or rank is None else rank) or math.prod(before) != 1:
         return Refusal(f"a constant of shape {shape} that differs from sample to sample")
-    own = shape[-(dims + 1) :]
     full = (1,) * (dims + 1 - len(own)) + own
     if full[0] not in (1, channels) or math.prod(full[1:]) != 1:
         return Refusal(f"a constant of shape {shape} that is not one number per channel")
@@ -457,10 +504,5 @@ def input_of(node: fx.Node) -> fx.Node | None:
     return inputs[0] if len(inputs) == 1 else None
 
 
-def _describe(node: fx.Node, module: nn.Module | None = None) -> str:
-    if module is not None:
-        return type(module).__name__
-    if node.op == "placeholder":
-        return "the network's input"
-    name = getattr(node.target, "__name__", str(node.target))
-    return name if node.op != "call_module" else f"module {name}"
+def _describe(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))

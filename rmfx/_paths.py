@@ -15,6 +15,7 @@ from torch import fx
 from ._errors import Refusal
 from ._graph import Net
 from ._layers import Element, Lateral, input_of, laterals, read
+from ._reasons import cause_behind
 
 MOST_WALKS = 8  # ways that are tried for one join
 
@@ -86,7 +87,8 @@ def _finish(net: Net, walk: _Walk, waiting: list[_Walk]) -> Refusal | None:
             continue
         element = read(net, node)
         if isinstance(element, Refusal):
-            return element
+            behind = cause_behind(net, node, walk.heads[1 - side])
+            return Refusal(behind[1], (behind[0].name,)) if behind else element
         before = input_of(node)
         if before is None:
             return Refusal("it reads several tensors", (node.name,))

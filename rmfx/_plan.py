@@ -8,6 +8,7 @@ Both branches are written side by side, one *column* per layer of the plain chai
     norm        a batch norm on the main block, an identity batch norm on the carry
     lateral     a product, a sum or a concatenation with other tensors, on one block: the other
                 block meets ones, zeros or nothing
+    border      padding with other values than zeros, which both blocks get
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from ._affine import (
 )
 from ._carry import area_after, fitted, placements
 from ._errors import Refusal
-from ._layers import Lateral
+from ._layers import Border, Lateral
 from ._site import Chain, Norm, Site, Step
 
 POINTWISE = (Activation, Blockwise)
-NON_LINEAR = (*POINTWISE, Lateral)
+NON_LINEAR = (*POINTWISE, Lateral, Border)
 
 
 Tap = tuple[fx.Node, int]
@@ -103,8 +104,15 @@ class Sided(_Column):
     block: int
 
 
-Column = Linear | Pointwise | Normalised | Sided
-Layer = AffineConv | Pointwise | Normalised | Sided
+@dataclass(frozen=True, eq=False)
+class Bordered(_Column):
+    """A padding, of both blocks alike."""
+
+    border: Border
+
+
+Column = Linear | Pointwise | Normalised | Sided | Bordered
+Layer = AffineConv | Pointwise | Normalised | Sided | Bordered
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,11 +168,11 @@ def _beside(site: Site, main: Chain, shortcut: Chain) -> list[Plan] | Refusal:
     if isinstance(single, Refusal):
         return single.at(*(n.name for step in shortcut for n in step.nodes))
     main = _framed(site, main)
-    linear = [step.layer for step in main if isinstance(step.layer, AffineConv)]
+    linear, rigid = _geometry(site, main)
     shape = site.fork.meta.get("shape")
     if shape is not None and None not in shape:
         single = fitted(linear, single, shape[2:] if site.dims else ())
-    places = placements(linear, single)
+    places = placements(linear, single, rigid)
     if isinstance(places, Refusal):
         return places.at(site.join.name)
     value = shortcut[-1].value if shortcut else site.fork
@@ -177,6 +185,21 @@ def _beside(site: Site, main: Chain, shortcut: Chain) -> list[Plan] | Refusal:
     # Carrying the fork itself, as far as it goes, is best among equals: its sign may be known.
     found.reverse()
     return found or Refusal("the shortcut fits beside no layer of the branch", (site.join.name,))
+
+
+def _geometry(site: Site, main: Chain) -> tuple[list[AffineConv], list[int]]:
+    """The layers that move or resize the carry, and which of them are paddings."""
+    layers: list[AffineConv] = []
+    rigid: list[int] = []
+    channels = site.channels
+    for step in main:
+        if isinstance(step.layer, Border):
+            rigid.append(len(layers))
+            layers.append(step.layer.affine(channels))
+        elif isinstance(step.layer, AffineConv):
+            layers.append(step.layer)
+        channels = step.channels
+    return layers, rigid
 
 
 def _columns(
@@ -204,6 +227,9 @@ def _columns(
             columns.append(Pointwise(layer, None, (step.channels, carry), carried, **origin))
         elif isinstance(layer, Lateral):
             columns.append(Sided(layer, 0, **origin))
+        elif isinstance(layer, Border):
+            columns.append(Bordered(layer, **origin))
+            position += 1
         else:
             columns.append(Normalised(layer, carry, **origin))
     return columns
@@ -308,7 +334,7 @@ def _paired(pair: Pair, widths: Sequence[int], dims: int) -> Column:
     return Linear(main, carry, **origin)
 
 
-def _without_norm(step: Step) -> AffineConv | Activation | Blockwise | Lateral:
+def _without_norm(step: Step) -> AffineConv | Activation | Blockwise | Lateral | Border:
     return _affine(step) if isinstance(step.layer, Norm) else step.layer
 
 
@@ -336,7 +362,7 @@ def _price(a: Step | None, b: Step | None) -> float | None:
     layers = [s.layer for s in (a, b) if s is not None]
     if len(layers) == 1:
         alone = layers[0]
-        if isinstance(alone, NON_LINEAR):
+        if isinstance(alone, (*POINTWISE, Lateral)):
             return 1.2
         return 1.0 if isinstance(alone, AffineConv) and alone.preserves_size else None
     if len(layers) != 2:

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from ._affine import AffineConv
 from ._graph import Net, Shape, Virtual, data_input
-from ._layers import Lateral, read
+from ._layers import Border, Lateral, read
 
 # Far enough to give exactly 1 in every floating type.
 ONE_AT: dict[type[nn.Module], float] = {nn.Sigmoid: 40.0, nn.Hardsigmoid: 4.0}
@@ -65,6 +65,13 @@ def _concatenate(
     made = net.graph.call_function(torch.cat, (operands, lateral.node.args[1]))
     added = sum(net.channels(other, dims) or 0 for other in lateral.others)
     return _like(made, lateral.node, _resized(wide, sum(widths) + added, dims))
+
+
+def pad_again(net: Net, border: Border, wide: fx.Node, width: int) -> fx.Node:
+    """The padding of a wide value, at the graph's insert point."""
+    source = data_input(border.node)
+    made = net.graph.node_copy(border.node, lambda n: wide if n is source else n)
+    return _like(made, border.node, _resized(border.node, width, len(border.pairs)))
 
 
 def take(net: Net, wide: fx.Node, start: int, stop: int, dims: int) -> fx.Node:

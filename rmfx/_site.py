@@ -13,7 +13,7 @@ from ._affine import AffineConv, compose
 from ._dialect import BATCH_NORMS
 from ._errors import Refusal
 from ._graph import Net, Virtual
-from ._layers import Deferred, Lateral, is_tensor_node, read_join
+from ._layers import Border, Deferred, Lateral, is_tensor_node, read_join
 from ._paths import Path, walks
 
 
@@ -23,6 +23,9 @@ class Norm:
 
     module: nn.Module
     affine: AffineConv
+
+
+Layer = AffineConv | Activation | Blockwise | Norm | Lateral | Border
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,7 @@ class Step:
         tapped: whether that value is read off the branch, too.
     """
 
-    layer: AffineConv | Activation | Blockwise | Norm | Lateral
+    layer: Layer
     nodes: tuple[fx.Node, ...]
     value: fx.Node | None
     channels: int
@@ -144,7 +147,7 @@ def _frame(
     channels = net.channels(fork, dims)
     for path in paths:
         own = (place.element for place in path)
-        first = next((e for e in own if not isinstance(e, (Activation, Blockwise))), None)
+        first = next((e for e in own if not isinstance(e, (Activation, Blockwise, Border))), None)
         if channels is None and isinstance(first, AffineConv):
             channels = first.in_channels
     if channels is None:
@@ -194,20 +197,14 @@ def _resolve(path: Path, channels: int, dims: int, keep_norms: bool, net: Net) -
         channels = _channels_behind(net, layer, channels, dims)
         module = net.module(node)
         is_norm = keep_norms and isinstance(module, BATCH_NORMS)
-        whole: AffineConv | Activation | Blockwise | Norm | Lateral = layer
+        whole: Layer = layer
         if is_norm and module is not None and isinstance(layer, AffineConv):
             whole = Norm(module, layer)
         steps.append(Step(whole, (node,), node, channels, place.tapped))
     return tuple(steps)
 
 
-def _unfit(
-    net: Net,
-    node: fx.Node,
-    layer: AffineConv | Activation | Blockwise | Lateral,
-    channels: int,
-    dims: int,
-) -> Refusal | None:
+def _unfit(net: Net, node: fx.Node, layer: Layer, channels: int, dims: int) -> Refusal | None:
     """Why a layer cannot stand where it stands, if it cannot."""
     if isinstance(layer, AffineConv):
         if layer.dims != dims:
@@ -221,6 +218,8 @@ def _unfit(
             )
         if layer.module.num_parameters != channels:
             return Refusal(f"a PReLU for other than {channels} channels")
+    if isinstance(layer, Border) and len(layer.pairs) > dims:
+        return Refusal("padding reaches beyond space")
     return _unfit_lateral(net, layer, channels, dims) if isinstance(layer, Lateral) else None
 
 
@@ -248,9 +247,7 @@ def _unfit_lateral(net: Net, layer: Lateral, channels: int, dims: int) -> Refusa
     return None
 
 
-def _channels_behind(
-    net: Net, layer: AffineConv | Activation | Blockwise | Norm | Lateral, channels: int, dims: int
-) -> int:
+def _channels_behind(net: Net, layer: Layer, channels: int, dims: int) -> int:
     """Channels behind a layer that fits."""
     if isinstance(layer, AffineConv):
         return layer.out_channels

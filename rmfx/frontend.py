@@ -7,6 +7,7 @@
       aliases could be seen elsewhere;
     - nodes that hold numbers instead of tensors (sizes) are marked `number`;
     - `node.meta["shape"]` holds the shape, if example inputs were given.
+    - what depends on parameters and buffers only has become a constant.
 The model itself is never changed; modules and parameters are shared with it.
 """
 
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ._activation import is_activation
 from ._affine import CONVS, AffineConv
+from ._constants import fold_constants
 from ._dialect import canonicalise
 from ._dynamo import check_in_graph, find_lifted, with_weights
 from ._errors import ModeError, Refusal, ShapeError, TraceError, WeightError
@@ -45,13 +47,14 @@ MODE_DEPENDENT = (
 )
 
 
-def trace(model: Any, example_inputs: Any = None) -> fx.GraphModule:
+def trace(model: Any, example_inputs: Any = None, *, fold: bool = True) -> fx.GraphModule:
     """The model's graph in rmfx's dialect.
 
     Args:
         model: `nn.Module`, `GraphModule` or `ExportedProgram`, in eval mode.
         example_inputs: a tensor or a tuple of arguments; shapes are read off them, and they allow
             `torch.export` to take over where symbolic tracing fails.
+        fold: compute once what depends on the model's tensors alone.
 
     Raises:
         TraceError: the model cannot be traced.
@@ -68,6 +71,8 @@ def trace(model: Any, example_inputs: Any = None) -> fx.GraphModule:
     _note_sources(gm.graph)
     _find_shapes(gm, inputs)
     functionalise(gm)
+    if fold:
+        fold_constants(gm)
     canonicalise(gm)
     gm.graph.lint()
     gm.recompile()
@@ -75,6 +80,16 @@ def trace(model: Any, example_inputs: Any = None) -> fx.GraphModule:
     ranks = {n.name: len(n.meta["shape"]) for n in gm.graph.nodes if "shape" in n.meta}
     set_guard(gm, with_ranks(guard, gm, ranks))
     return gm
+
+
+def with_constants(gm: fx.GraphModule) -> fx.GraphModule:
+    """A traced graph, with what depends on the model's tensors alone computed now."""
+    folded = _private_copy(gm)
+    fold_constants(folded)
+    canonicalise(folded)
+    folded.recompile()
+    set_guard(folded, guard_of(gm))
+    return folded
 
 
 def _note_sources(graph: fx.Graph) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ._errors import NotPlainError
+from ._input_guard import guard_of, set_guard
 
 
 class Apply(nn.Module):
@@ -49,9 +50,12 @@ def to_sequential(gm: fx.GraphModule) -> nn.Sequential:
     reason = _why_not_plain(gm)
     if reason is not None:
         raise NotPlainError(f"the graph is not plain: {reason}")
-    return nn.Sequential(
-        *(_module(gm, node) for node in gm.graph.nodes if node.op not in ("placeholder", "output"))
-    ).train(gm.training)
+    layers = (n for n in gm.graph.nodes if n.op not in ("placeholder", "output"))
+    network = nn.Sequential(*(_module(gm, node) for node in layers)).train(gm.training)
+    guard = guard_of(gm)
+    if guard is not None and guard.multiples:
+        set_guard(network, guard)
+    return network
 
 
 def _module(gm: fx.GraphModule, node: fx.Node) -> nn.Module:

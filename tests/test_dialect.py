@@ -127,14 +127,45 @@ def test_composed_activations_become_modules_in_symbolic_traces(
 
 
 @pytest.mark.parametrize(
+    "split",
+    [
+        lambda x: torch.split(x, 3, 1),
+        lambda x: torch.split(x, [1, 2, 2], dim=1),
+        lambda x: torch.split(tensor=x, split_size_or_sections=[1, 2, 2], dim=-3),
+        lambda x: x.split(2, 1),
+        lambda x: x.split(split_size=2, dim=1),
+        lambda x: x.split_with_sizes([2, 3], 1),
+        lambda x: x.chunk(2, 1),
+        lambda x: x.chunk(3, 1),
+        lambda x: torch.chunk(x, chunks=4, dim=1),
+        lambda x: torch.unsafe_chunk(x, 2, 1),
+    ],
+)
+def test_parts_of_a_split_are_slices(split: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    x = torch.randn(2, 5, 4, 3)
+    count = len(split(x))
+    for index in (0, count - 1, -1):
+        model = Holder(lambda m, x, i=index: F.relu(split(x)[i]), dims=2).eval()
+        gm = rmfx.trace(model, x)
+        assert "split" not in gm.code
+        assert "chunk" not in gm.code
+        assert torch.equal(gm(x), model(x))
+
+
+def test_splits_of_unknown_sizes_stay() -> None:
+    gm = rmfx.trace(Holder(lambda m, x: x.chunk(2, 1)[0], dims=2).eval())
+    assert "chunk" in gm.code
+
+
+@pytest.mark.parametrize(
     "forward",
     [
         lambda m, x: x.clamp(m.slope),
         lambda m, x: torch.clamp(x, max=x.mean()),
         lambda m, x: F.hardtanh(x, 1.0, 1.0),
         lambda m, x: x.clamp(2, 1),
-        lambda m, x: F.prelu(x, m.slopes * 2),
-        lambda m, x: F.conv2d(x, m.w * 2, groups=2),
+        lambda m, x: F.prelu(x, m.slopes * x.mean()),
+        lambda m, x: F.conv2d(x, m.w * x.mean(), groups=2),
         lambda m, x: F.dropout(x, 0.0, True),
         lambda m, x: F.max_pool2d(x, 2, return_indices=True),
         lambda m, x: F.batch_norm(x, None, None, training=True),

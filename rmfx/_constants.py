@@ -1,0 +1,94 @@
+"""Values that follow from the model's own tensors alone are computed once.
+
+A weight-standardised convolution normalises its weight at every call, a layer scale is reshaped
+before it is used. What does not depend on the network's input becomes a constant, so that the layer
+behind it is an ordinary one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ._activation import is_activation
+from ._dialect import attribute
+
+TRANSPOSITIONS = (torch.ops.aten.t.default, torch.ops.aten.permute.default)
+RANDOM = ("rand", "dropout", "bernoulli", "normal_", "multinomial", "empty")
+# A constant that is spread out needs memory that the model did not.
+LARGEST_GROWTH = 4
+SMALL = 1 << 16
+
+
+def fold_constants(gm: fx.GraphModule) -> None:
+    """Replace every value that depends on parameters and buffers only by a buffer."""
+    known: dict[fx.Node, Any] = {}
+    for node in gm.graph.nodes:
+        if node.meta.get("frozen"):
+            continue
+        if node.op == "get_attr":
+            value = attribute(gm, node)
+            if isinstance(value, Tensor):
+                known[node] = value
+        elif _is_constant(gm, node, known):
+            try:
+                known[node] = _value(gm, node, known)
+            # An operation that fails now fails when the model runs, and not before.
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+                continue
+    made = 0
+    for node, value in known.items():
+        read = any(user not in known for user in node.users)
+        if node.op == "get_attr" or not read or not _may_be_kept(node, value, known):
+            continue
+        name, made = _free_name(gm, made)
+        gm.register_buffer(name, value)
+        with gm.graph.inserting_before(node):
+            constant = gm.graph.get_attr(name)
+        constant.meta = {k: v for k, v in node.meta.items() if k in ("shape", "dtype")}
+        node.replace_all_uses_with(constant)
+    for node in reversed(list(known)):
+        if not node.users:
+            gm.graph.erase_node(node)
+
+
+def _is_constant(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> bool:
+    inputs = node.all_input_nodes
+    if not inputs or any(n not in known for n in inputs) or node.op == "output":
+        return False
+    if node.op == "call_module":
+        return is_activation(gm.get_submodule(str(node.target)))
+    schema = getattr(node.target, "_schema", None)
+    if node.target in TRANSPOSITIONS:  # how exporting hands the weight of a Linear layer over
+        return False
+    name = str(getattr(node.target, "__name__", node.target))
+    writes = (schema is not None and schema.is_mutable) or (
+        name.endswith("_") and not name.endswith("__")
+    )
+    return not (writes or node.is_impure() or any(word in name for word in RANDOM))
+
+
+@torch.no_grad()
+def _value(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: known[n])
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "call_module":
+        return gm.get_submodule(str(node.target))(*args, **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _may_be_kept(node: fx.Node, value: Any, known: dict[fx.Node, Any]) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    sources = [known[n] for n in node.all_input_nodes]
+    size = max((s.numel() for s in sources if isinstance(s, Tensor)), default=0)
+    return value.numel() <= max(LARGEST_GROWTH * size, SMALL)
+
+
+def _free_name(gm: fx.GraphModule, start: int) -> tuple[str, int]:
+    while hasattr(gm, f"_constant_{start}"):
+        start += 1
+    return f"_constant_{start}", start + 1

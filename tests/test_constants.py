@@ -1,0 +1,110 @@
+"""What follows from the model's own tensors alone is computed once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import Apply, assert_removed, conv, image, ready
+from torch import Tensor, nn
+
+import rmfx
+from rmfx.testing import assert_equivalent
+
+
+class StandardisedConv(nn.Conv2d):
+    """A convolution that normalises its weight at every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-6)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding)
+
+
+def standardised() -> nn.Module:
+    parts: dict[str, Any] = {"a": StandardisedConv(4, 4, 3, padding=1), "b": conv()}
+    scale = nn.Parameter(torch.rand(4) + 0.5)
+    return ready(
+        Apply(
+            lambda m, x: x + m.scale.view(1, -1, 1, 1) * m.b(F.relu(m.a(x))), scale=scale, **parts
+        )
+    )
+
+
+def test_a_weight_standardised_conv_is_a_conv() -> None:
+    gm = assert_removed(standardised(), image())
+    assert [n.op for n in gm.graph.nodes] == ["placeholder", *["call_module"] * 3, "output"]
+
+
+def test_every_front_end_sees_the_same() -> None:
+    model, x = standardised(), image()
+    program = torch.export.export(model, (x,))
+    for form in (torch.fx.symbolic_trace(model), program, program.run_decompositions()):
+        gm = rmfx.remove_residuals(form, x)
+        assert rmfx.report(gm).removed == 1, str(rmfx.report(gm))
+        assert_equivalent(model, gm, x)
+
+
+def test_with_differentiable_weights_the_computation_stays_in_the_graph() -> None:
+    model, x = standardised(), image()
+    gm = rmfx.remove_residuals(model, x, differentiable=True)
+    assert rmfx.report(gm).removed == 1
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.rand_like(p))
+    expected, found = model(x), gm(x)
+    torch.testing.assert_close(found, expected)
+    grads = [
+        torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (expected, found)
+    ]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: F.conv2d(x, m.w * torch.rand(1), padding=1) + x,
+        lambda m, x: F.conv2d(x, F.dropout(m.w, 0.5, True), padding=1) + x,
+        lambda m, x: F.conv2d(x, m.w.add_(0), padding=1) + x,
+    ],
+)
+def test_what_is_random_or_written_to_is_no_constant(forward: Any) -> None:
+    model = Apply(forward, w=nn.Parameter(torch.rand(4, 4, 3, 3, dtype=torch.float64))).eval()
+    gm = rmfx.remove_residuals(model.requires_grad_(False), image())
+    assert rmfx.report(gm).removed == 0
+    assert "conv2d" in gm.code
+
+
+def test_a_constant_that_grows_is_left_in_the_graph() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        return x.mean() + m.s.expand(4, 300, 300).sum(0)
+
+    gm = rmfx.trace(Apply(forward, s=nn.Parameter(torch.rand(1))).eval())
+    assert sum(b.numel() for b in gm.buffers()) == 300 * 300
+
+
+def test_the_sum_of_a_product_is_two_operations() -> None:
+    class Affine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alpha = nn.Parameter(torch.rand(1, 1, 4) + 0.5)
+            self.beta = nn.Parameter(torch.rand(1, 1, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addcmul(self.beta, self.alpha, x)
+
+    parts = {"n": Affine(), "a": nn.Linear(4, 8), "b": nn.Linear(8, 4)}
+    model = ready(Apply(lambda m, x: x + m.b(F.gelu(m.a(m.n(x)))), **parts))
+    assert_removed(model, image(2, 5, 4), without_inputs=False)
+
+
+@pytest.mark.parametrize("value", [1, 2.5])
+def test_the_third_operand_of_addcmul_is_scaled(value: float) -> None:
+    model = ready(
+        Apply(lambda m, x: torch.addcmul(x, m.a(x), torch.tanh(x), value=value), a=conv())
+    )
+    gm = rmfx.trace(model, image())
+    torch.testing.assert_close(gm(image()), model(image()))
