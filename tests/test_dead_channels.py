@@ -179,6 +179,14 @@ GOES: dict[str, tuple[Make, list[int]]] = {
         ),
         [6, 4],
     ),
+    "pool that rounds up": (
+        lambda: chain(constant(wide(), [2, 3]), nn.AvgPool2d(2, ceil_mode=True), narrow(kernel=1)),
+        [6, 4],
+    ),
+    "transposed convolution": (
+        lambda: chain(constant(wide(), [2, 3]), nn.ConvTranspose2d(8, 4, 3, padding=2), narrow(4)),
+        [6, 4, 4],
+    ),
     "pool to one": (
         lambda: chain(
             constant(wide(), [2, 3]), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
@@ -291,6 +299,11 @@ STAYS: dict[str, Make] = {
     ),
     "constant before an average of the padding": lambda: chain(
         constant(wide(), [1]), nn.AvgPool2d(3, 1, 1), narrow(padding=0)
+    ),
+    "constant before a pool that divides by a fixed number": lambda: chain(
+        constant(wide(), [1]),
+        nn.AvgPool2d(2, ceil_mode=True, divisor_override=4),
+        narrow(padding=0),
     ),
     "an output": lambda: zeroed(wide(), [1]),
     "also an output": lambda: Apply(
