@@ -32,6 +32,7 @@ class Case:
         activation: the option of `remove_residuals`.
         without_inputs: whether the pass is also called without example inputs.
         input_range: whether `remove_residuals` is told the range of the inputs.
+        calibrated: whether it is given the inputs as data, which a shift needs.
     """
 
     spec: NetworkSpec
@@ -40,6 +41,7 @@ class Case:
     activation: str | tuple[str, ...] = "auto"
     without_inputs: bool = False
     input_range: bool = False
+    calibrated: bool = False
 
     def of(self, spec: NetworkSpec) -> Case:
         """The same with another network."""
@@ -53,6 +55,8 @@ class Case:
         if self.input_range:
             bound = max(float(x.abs().max()) for x in inputs)
             options["input_range"] = (-bound, bound)
+        if self.calibrated:
+            options["calibration"] = [inputs]
         return options
 
 
@@ -83,6 +87,8 @@ def _options(case: Case) -> list[str]:
     if case.input_range:
         lines.append("bound = max(float(x.abs().max()) for x in inputs)")
         lines.append("options['input_range'] = (-bound, bound)")
+    if case.calibrated:
+        lines.append("options['calibration'] = [inputs]")
     return lines
 
 

@@ -282,6 +282,7 @@ def draw_case(
         ways,
         without_inputs=without and transform in PASSES and frontend != "exported",
         input_range=bounded and transform == "remove_residuals",
+        calibrated=transform == "remove_residuals" and ways != "auto",
     )
 
 

@@ -205,6 +205,7 @@ def test_a_printed_program_runs(frontend: str, activation: str | tuple[str, ...]
         activation,
         without_inputs=frontend != "exported",
         input_range=activation != "auto",
+        calibrated=activation != "auto",
     )
     text = script(case, "a reason\nover two lines")
     assert max(map(len, text.splitlines())) <= 100
