@@ -22,6 +22,7 @@ from ._activation import (
     is_activation,
 )
 from ._affine import AffineConv
+from ._dialect import AVERAGE_POOLS
 from ._graph import Net
 from ._infer import on_demand
 from ._layers import input_of, read, read_affine
@@ -83,6 +84,8 @@ class PinnedRanges:
         module: Any = net.replacement(node) or net.module(node)
         if isinstance(module, (ChannelClamp, ChannelPReLU, MaskedActivation)):
             return _own_range(module, x) if net.guard(node) is None else None
+        if type(module) in AVERAGE_POOLS and module.ceil_mode and net.guard(node) is None:
+            return _rounded_up(module, x)
         if type(module) is nn.Flatten and net.guard(node) is None:
             return _flattened(net, node, x)
         if node.target in MEANS:
@@ -137,6 +140,14 @@ def _flattened(net: Net, node: fx.Node, x: Range) -> Range | None:
         return None
     each = features // x.low.numel() if x.low.numel() > 1 else 1
     return Range(x.low.repeat_interleave(each), x.high.repeat_interleave(each), last=True)
+
+
+def _rounded_up(module: Any, x: Range) -> Range:
+    """Windows that reach over the edge average what is there; a padded or fixed count does not."""
+    padding = (module.padding,) if isinstance(module.padding, int) else module.padding
+    if any(padding) or getattr(module, "divisor_override", None):
+        return ANYTHING
+    return x.on_axis(last=False)
 
 
 def _zero_rows(net: Net, node: fx.Node) -> Range | None:
