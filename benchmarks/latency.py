@@ -33,7 +33,7 @@ SHAPE = (1, 3, 224, 224)
 WAYS: dict[str, tuple[str | tuple[str, ...], float]] = {
     "per-channel": ("auto", 1e-4),
     "odd-pair": ("odd-pair", 1e-4),
-    "shift": (("shift", "per-channel"), 1e-3),
+    "shift": (("identity", "scale", "shift"), 1e-3),
 }
 
 

@@ -1,4 +1,4 @@
-"""Identity batch norm on a carry, with statistics measured on data.
+"""What data tell of a network's values: moments for batch norms, extremes for shifts.
 
 A batch norm with γ = √(σ² + ε) and β = μ is the identity for any μ and σ² (RMNet, arXiv 2111.00687,
 section 3). With μ and σ² of the carried values, training that goes on from there starts well.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmfx._errors import ShapeError
+from rmfx._range import Range
 from rmfx.frontend import as_inputs
 
 
@@ -25,16 +26,33 @@ class Moments:
     variance: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What was measured, by node name.
+
+    Attributes:
+        moments: of every value that is read more than once.
+        extremes: least and greatest value per channel of every value, once with the channels in
+            dimension 1 and once with the channels last.
+    """
+
+    moments: dict[str, Moments]
+    extremes: dict[str, tuple[Range, Range]]
+
+
 class _Recorder(fx.Interpreter):
-    """Sums up values and squares per channel at every value that is read more than once."""
+    """Finds the extremes of all values, and moments of those that are read more than once."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
         self.sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+        self.extremes: dict[str, tuple[Range, Range]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         is_image = isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+        if is_image:
+            self._widen(n.name, value.detach())
         if is_image and (len(n.users) > 1 or n.name in self.sums):
             rows = value.detach().to(torch.float64).transpose(0, 1).flatten(1)
             nothing = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
@@ -51,9 +69,24 @@ class _Recorder(fx.Interpreter):
             )
         return value
 
+    def _widen(self, name: str, value: Tensor) -> None:
+        found = []
+        known = self.extremes.get(name)
+        for i, axis in enumerate((1, value.dim() - 1)):
+            rows = value.to("cpu", torch.float64).transpose(0, axis).flatten(1)
+            own = Range(rows.amin(1), rows.amax(1), last=i == 1)
+            if known is not None and known[i].low.numel() == own.low.numel():
+                low, high = (
+                    torch.minimum(known[i].low, own.low),
+                    torch.maximum(known[i].high, own.high),
+                )
+                own = Range(low, high, own.last)
+            found.append(own)
+        self.extremes[name] = (found[0], found[1])
 
-def measure(gm: fx.GraphModule, batches: Iterable[Any]) -> dict[str, Moments]:
-    """Moments of every value of a graph over some batches, by node name.
+
+def measure(gm: fx.GraphModule, batches: Iterable[Any]) -> Measured:
+    """Moments and extremes of the values of a graph over some batches.
 
     Raises:
         ShapeError: there is no batch, or values change their channels from batch to batch.
@@ -70,7 +103,7 @@ def measure(gm: fx.GraphModule, batches: Iterable[Any]) -> dict[str, Moments]:
     for name, (total, squares, n) in recorder.sums.items():
         mean = total / n
         moments[name] = Moments(mean, (squares / n - mean.square()).clamp(min=0))
-    return moments
+    return Measured(moments, recorder.extremes)
 
 
 def _run(recorder: _Recorder, inputs: tuple[Any, ...]) -> None:

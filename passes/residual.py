@@ -101,7 +101,7 @@ class ResidualRule:
             yield found
             return
         for plan in found:
-            settled = settle(plan, self._ranges, self._allowed)
+            settled = settle(plan, self._ranges, self._allowed, site.dtype)
             yield settled if isinstance(settled, Refusal) else Match(site, settled)
 
     def rewrite(self, net: Net, node: fx.Node, match: Match) -> None:
@@ -291,16 +291,12 @@ def _row_before(net: Net, match: Match, nodes: list[fx.Node]) -> SiteReport:
         node=None,
         status="removed",
         strategy=match.settled.strategy,
-        exactness=_exactness(match.settled),
+        exactness=match.settled.exactness,
         shape=site.join.meta.get("shape"),
         carry=max(carries, default=0),
         macs_before=work,
         params_before=size,
     )
-
-
-def _exactness(settled: Settled) -> str:
-    return "rounding" if settled.rounds else "bit-exact"
 
 
 def _cost_of(net: Net, nodes: Iterable[fx.Node], dims: int) -> tuple[int | None, int]:
@@ -367,15 +363,16 @@ def remove_residuals(
             branch stay, with an identity batch norm on the carry, so that the result can be trained
             further (the form of RMNet, arXiv 2111.00687); the branch's last one is always folded.
         activation: how a carry may pass an activation: the strategies allowed, of which the first
-            that works is used, in the order "identity", "scale", "shift", "per-channel",
-            "odd-pair", "masked". "auto" is all but "shift", which costs rounding, and "odd-pair",
-            which costs channels. "relu" is those that keep the network's own activation: no PReLU,
-            no clamp with bounds per channel and no mask is added ("identity", "scale", "shift",
-            "odd-pair").
+            that works is used, in the order "identity", "scale", "per-channel", "odd-pair",
+            "shift", "masked". "auto" is all but "odd-pair", which costs channels, and "shift",
+            which costs rounding and needs `calibration`. "relu" is those that keep the network's
+            own activation: no PReLU, no clamp with bounds per channel and no mask is added
+            ("identity", "scale", "odd-pair", "shift").
         input_range: (low, high) of every input value, if known: it can prove that a carry passes
             an activation unchanged. Values outside it may give wrong results.
-        calibration: batches (a tensor or a tuple of arguments each) on which the statistics of the
-            identity batch norms are measured; used with `fold_batch_norm=False`.
+        calibration: batches (a tensor or a tuple of arguments each), on which the statistics of the
+            identity batch norms are measured (with `fold_batch_norm=False`), and how large values
+            are (for "shift").
         differentiable: compute the new weights inside the graph, from the model's own parameters,
             which the result shares: gradients reach them, and every change of theirs counts. Each
             call then pays for that computation. Excludes `fold_batch_norm=False`.
@@ -436,7 +433,7 @@ def _convert(
     weights_vary: bool = False,
 ) -> fx.GraphModule:
     """The passes in their order, on a graph in the dialect."""
-    moments = measure(source, calibration) if calibration is not None else None
+    measured = measure(source, calibration) if calibration is not None else None
     net = Net(source)
     joins = [node.name for node in net.graph.nodes if read_join(net, node) is not None]
     # No-ops first: a dropout at the end of a branch would be one more layer to pass.
@@ -445,10 +442,15 @@ def _convert(
     if fold_batch_norm:
         apply_rule(net, BatchNormRule())
     rule = ResidualRule(
-        Ranges(net, input_range, weights_vary=weights_vary),
+        Ranges(
+            net,
+            input_range,
+            weights_vary=weights_vary,
+            measured=measured.extremes if measured else None,
+        ),
         allowed=allowed,
         fold_batch_norm=fold_batch_norm,
-        moments=moments,
+        moments=measured.moments if measured else None,
     )
     _, refusals = apply_rule(net, rule)
     if strict and refusals:

@@ -15,6 +15,7 @@ from ._errors import (
 )
 from .frontend import trace
 from .passes.batch_norm import fold_batch_norm
+from .passes.dead_channels import eliminate_dead_channels
 from .passes.linear import merge_convs
 from .passes.noop import remove_noops
 from .passes.residual import remove_residuals
@@ -34,6 +35,7 @@ __all__ = [
     "TraceError",
     "WeightError",
     "cost",
+    "eliminate_dead_channels",
     "fold_batch_norm",
     "is_plain",
     "merge_convs",
@@ -46,7 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Import `rmfx.models` and `rmfx.testing` when first asked for; testing needs hypothesis."""
-    if name in ("models", "testing"):
+    """Import `rmfx.models`, `rmfx.testing` and `rmfx.fuzz` when first asked for."""
+    if name in ("fuzz", "models", "testing"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

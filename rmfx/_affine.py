@@ -40,6 +40,7 @@ Ints = tuple[int, ...]
 Pads = tuple[tuple[int, int], ...]
 
 CONVS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ZERO_PADS: tuple[type[nn.Module], ...] = (nn.Identity, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 CONV_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
@@ -220,6 +221,26 @@ class AffineConv:
         return AffineConv(
             weight, bias, tuple(module.stride), padding, tuple(module.dilation), module.groups
         )
+
+    @staticmethod
+    def from_transposed_conv(module: nn.Module) -> AffineConv | Refusal:
+        """An `nn.ConvTranspose1d/2d/3d` of stride 1: a convolution with the kernel turned round."""
+        if not isinstance(module, TRANSPOSED) or any(s > 1 for s in module.stride):
+            return Refusal("a transposed convolution with a stride puts zeros between values")
+        weight, given = module.weight.detach(), module.bias
+        kernel = tuple(weight.shape[2:])
+        padding = tuple(map(int, module.padding))
+        blocks = _grouped(weight, 0, module.groups).transpose(1, 2)  # (groups, out, in, *kernel)
+        turned = blocks.flatten(0, 1).flip(tuple(range(2, weight.dim())))
+        bias = weight.new_zeros(turned.shape[0]) if given is None else given.detach()
+        pads = tuple(
+            (d * (k - 1) - p, d * (k - 1) - p + extra)
+            for k, d, p, extra in zip(
+                kernel, module.dilation, padding, module.output_padding, strict=True
+            )
+        )
+        ones = (1,) * len(kernel)
+        return AffineConv(turned, bias, ones, pads, tuple(module.dilation), module.groups)
 
     @staticmethod
     def average_pool(

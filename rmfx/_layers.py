@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ._activation import Activation, Blockwise, is_activation
-from ._affine import CONVS, AffineConv, Ints, Pads
+from ._affine import CONVS, TRANSPOSED, AffineConv, Ints, Pads
 from ._dialect import (
     ADDS,
     ARITHMETIC,
@@ -118,6 +118,8 @@ def _read_module(net: Net, node: fx.Node) -> Element | Refusal:
         return Refusal(f"{type(module).__name__} is called with more than one input")
     if type(module) in CONVS:
         return AffineConv.from_conv(module)
+    if type(module) in TRANSPOSED and max(module.stride) == 1:  # type: ignore[arg-type]
+        return AffineConv.from_transposed_conv(module)
     if type(module) in BATCH_NORMS:
         return Deferred(lambda channels, dims: _batch_norm(net, node, module, dims))
     if type(module) in AVERAGE_POOLS:

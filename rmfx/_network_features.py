@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ._network_modules import JOINS, MODULES, NO_OPS, OPAQUE
+from ._network_modules import JOINS, MODULES, NO_OPS, OPAQUE, PRODUCTS
+from ._network_nodes import Blur, ChannelsLast, Deconv, Shuffle, Split, Transpose
 from ._networks import (
     Act,
     Arithmetic,
@@ -17,6 +18,7 @@ from ._networks import (
     Nodes,
     Norm,
     Opaque,
+    Pad,
     PadChannels,
     Pool,
     Recall,
@@ -30,7 +32,9 @@ _WAYS = ("module", "functional", "torch", "method")
 _OTHER_FEATURES = """
     batch 1; odd size; several inputs; intermediate returned; inner value used outside its site;
     linear; conv with bias; conv without bias; conv without BN; grouped conv; depthwise conv;
-    dilated conv; even kernel; padding=same; valid conv; strided conv; padding mode;
+    dilated conv; even kernel; padding=same; valid conv; strided conv;
+    padding mode reflect; padding mode replicate; padding mode circular;
+    grouped point convolution; transposed conv; strided transposed conv; weight standardised;
     conv that differs between axes; module keyword conv; functional conv; functional keyword conv;
     conv called twice; tied weights; module BN; functional BN; BN before conv;
     shared activation module; in-place activation of the fork; in-place add on the fork;
@@ -38,7 +42,14 @@ _OTHER_FEATURES = """
     identity shortcut; projection shortcut; crop shortcut; strided slice shortcut;
     option A shortcut; average pool shortcut; linear branch; pre-activation branch;
     branch that ends in an activation; branch of three or more layers; two nonlinear branches;
-    add that broadcasts; squeeze and excite; nested join; sum of three or more;
+    add that broadcasts; nested join; squeeze and excite; squeeze and excite inside a branch;
+    squeeze and excite with relu; squeeze and excite with silu; squeeze and excite with hardswish;
+    sigmoid gate; hardsigmoid gate; spatial gate; gate of two branches; gate of two halves;
+    layer scale; concatenation inside a branch; ghost concatenation;
+    channel split; partial channel residual; channel shuffle; tokens transposed;
+    linear on channels last; constant padding; reflect padding; replicate padding;
+    circular padding; asymmetric padding; blur pool; strided blur pool; reflect blur pool;
+    pool inside a branch; ceil_mode pool; skip over several sites; sum of three or more;
     sites that share one fork; a value joined with itself;
     constant scale; join with a constant; parameter or buffer as constant;
     input joined by add; input joined by cat; value from elsewhere joined by add
@@ -93,15 +104,75 @@ def chain_features(nodes: Nodes, depth: int) -> Iterator[str]:
             yield node.kind
         elif isinstance(node, Pool):
             yield f"{node.kind} pool"
+            if depth and node.kind in ("avg", "max"):
+                yield "pool inside a branch"
+            if node.ceil_mode:
+                yield "ceil_mode pool"
         elif isinstance(node, Save) and _changes_in_place(following):
             yield "value changed in place after it was saved"
+        else:
+            yield from _further_features(node, depth)
+
+
+def _further_features(node: Node, depth: int) -> Iterator[str]:
+    """The features of the nodes in `_network_nodes`, and of padding."""
+    if isinstance(node, Deconv):
+        yield "transposed conv"
+        if node.stride > 1:
+            yield "strided transposed conv"
+    elif isinstance(node, Pad):
+        yield f"{node.mode} padding"
+        if any(before != after for before, after in node.amounts):
+            yield "asymmetric padding"
+    elif isinstance(node, Blur):
+        yield "strided blur pool" if node.stride > 1 else "blur pool"
+        if node.padding_mode == "reflect":
+            yield "reflect blur pool"
+    elif isinstance(node, Shuffle):
+        yield "channel shuffle"
+    elif isinstance(node, Transpose):
+        yield "tokens transposed"
+    elif isinstance(node, Split):
+        yield "channel split" if node.join == "cat" else "gate of two halves"
+        if any(chain and isinstance(chain[0], Recall) for chain in node.operands):
+            yield "partial channel residual"
+    elif isinstance(node, ChannelsLast):
+        yield "linear on channels last"
+    for chain in _chains(node):
+        yield from chain_features(chain, depth + 1)
+
+
+def _gate_features(node: Join, depth: int) -> Iterator[str]:
+    """What kind of product a join is."""
+    gate = node.operands[-1]
+    last = gate[-1] if gate else None
+    if isinstance(last, Act) and last.kind in ("sigmoid", "hardsigmoid"):
+        yield f"{last.kind} gate"
+    if any(_pools_all(n) for n in gate):
+        yield "squeeze and excite"
+        inside = [n.kind for n in gate if isinstance(n, Act)]
+        yield f"squeeze and excite with {inside[0]}"
+        if depth:
+            yield "squeeze and excite inside a branch"
+    elif any(isinstance(n, Conv) and n.outputs == 1 for n in gate) and not node.operands[0]:
+        yield "spatial gate"
+    elif all(_has_layers(nodes) for nodes in node.operands):
+        yield "gate of two branches"
+
+
+def _pools_all(node: Node) -> bool:
+    return isinstance(node, Pool) and node.kind[:4] in ("glob", "mean")
+
+
+def _has_layers(nodes: Nodes) -> bool:
+    return any(isinstance(n, (Conv, Linear)) for n in nodes)
 
 
 def _chains(node: Node) -> tuple[Nodes, ...]:
     """The chains inside a node."""
-    if isinstance(node, Join):
+    if isinstance(node, (Join, Split)):
         return node.operands
-    return (node.chain,) if isinstance(node, Recall) else ()
+    return (node.chain,) if isinstance(node, (Recall, ChannelsLast)) else ()
 
 
 def saved_names(nodes: Nodes, depth: int) -> Iterator[str]:
@@ -137,6 +208,8 @@ def _conv_features(node: Conv) -> Iterator[str]:
     if node.groups > 1:
         depthwise = node.groups == node.inputs
         yield "depthwise conv" if depthwise else "grouped conv"
+        if max(node.kernel) == 1 and not depthwise:
+            yield "grouped point convolution"
     if node.dilation != 1:
         yield "dilated conv"
     if any(k % 2 == 0 for k in node.kernel):
@@ -150,8 +223,10 @@ def _conv_features(node: Conv) -> Iterator[str]:
     if node.padding == "same":
         yield "padding=same"
     if node.padding_mode != "zeros":
-        yield "padding mode"
-    if node.form != "module":
+        yield f"padding mode {node.padding_mode}"
+    if node.form == "standardised":
+        yield "weight standardised"
+    elif node.form != "module":
         yield f"{node.form} conv"
     if node.shared:
         yield "conv called twice" if node.shared.startswith("module:") else "tied weights"
@@ -169,8 +244,17 @@ def _join_features(node: Join, depth: int) -> Iterator[str]:
         yield "two nonlinear branches"
     if len(set(node.operands)) == 1:
         yield "a value joined with itself"
-    if any(isinstance(n, Pool) and n.kind[:4] in ("glob", "mean") for n in sum(node.operands, ())):
-        yield "squeeze and excite" if "a * b" in node.forms else "add that broadcasts"
+    if node.forms[0] in PRODUCTS:
+        yield from _gate_features(node, depth)
+    elif any(_pools_all(n) for n in sum(node.operands, ())):
+        yield "add that broadcasts"
+    if "torch.cat" in node.forms[0]:
+        if depth:
+            yield "concatenation inside a branch"
+        if not node.operands[0] and _has_layers(node.operands[1]):
+            yield "ghost concatenation"
+    if any(sum(isinstance(n, Join) for n in nodes) > 1 for nodes in node.operands):
+        yield "skip over several sites"
     for nodes in node.operands:
         yield from _operand_features(nodes)
         yield from chain_features(nodes, depth + 1)
@@ -198,6 +282,8 @@ def _operand_features(nodes: Nodes) -> Iterator[str]:
         yield "crop shortcut"
     if any(isinstance(n, Pool) and n.kind == "avg" for n in nodes) and layers and not acts:
         yield "average pool shortcut"
+    if layers and isinstance(nodes[-1], Arithmetic) and nodes[-1].form == "x * p":
+        yield "layer scale"
     if layers and isinstance(nodes[-1], Act):
         yield "branch that ends in an activation"
     if layers and acts and nodes.index(acts[0]) < nodes.index(layers[0]):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ._networks import Arithmetic, Join, NetworkSpec, Node, Nodes, Recall
 
 
+PRODUCTS = ("a * b", "torch.mul(a, b)")  # the forms of `JOINS` that are gates
 Saved = dict[str, Tensor]
 Store = dict[str, Any]  # what several layers of one network share, by the name in their spec
 
@@ -81,6 +82,7 @@ JOINS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "sum([a, b])": lambda a, b, c: 0 + a + b,  # what sum() does
     "torch.stack([a, b]).sum(0)": lambda a, b, c: torch.stack([a, b]).sum(0),
     "a * b": lambda a, b, c: a * b,
+    "torch.mul(a, b)": lambda a, b, c: torch.mul(a, b),
     "torch.maximum(a, b)": lambda a, b, c: torch.maximum(a, b),
     "torch.cat([a, b], 1)": lambda a, b, c: torch.cat([a, b], 1),
 }
@@ -266,6 +268,27 @@ class _Functional(nn.Module):
         return convolve(x, *names.values(), *geometry.values())
 
 
+class _Standardised(nn.Module):
+    """Calls the convolution it holds with its weight standardised, filter by filter."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self.layer
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(layer.kernel_size) - 1]
+        weight = layer.weight
+        dims = tuple(range(1, 2 + len(layer.kernel_size)))
+        centred = weight - weight.mean(dims, keepdim=True)
+        # The scale is that of weights that keep the scale of what passes.
+        fan_in = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+        spread = torch.sqrt(fan_in * (centred * centred).mean(dims, keepdim=True) + 1e-5)
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        result: Tensor = convolve(x, centred / spread, layer.bias, *geometry)
+        return result
+
+
 class _Keyword(nn.Module):
     """Calls the module it holds with its argument by name."""
 
@@ -287,6 +310,8 @@ def _hear_padding_warning() -> None:
 
 def _in_form(layer: nn.Module, form: str) -> nn.Module:
     way, _, keyword = form.partition(" ")
+    if way == "standardised":
+        return _Standardised(layer)
     if way == "functional":
         return _Functional(layer, keyword=bool(keyword))
     return _Keyword(layer) if keyword else layer

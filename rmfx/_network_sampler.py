@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from random import Random
 from typing import Any
 
+from . import _network_constructs as constructs
 from ._network_features import INTO_A
 from ._network_modules import FUNCTIONS, IN_PLACE, METHODS, OPAQUE, OPAQUE_ANYWHERE
+from ._network_values import INPUT, Path, Value, collapse, out
 from ._networks import (
     Act,
     Arithmetic,
@@ -38,7 +40,6 @@ from ._networks import (
     Slice,
 )
 
-_INPUT = 0  # the storage of everything that shares memory with the network's inputs
 # 2 instead of 1.75 would let whole networks cancel to nothing but rounding.
 _CONSTANTS = (0.5, -0.5, 1.75, -1.0, 0.1)
 _MASKED = tuple(k for k in FUNCTIONS if k not in ("relu", "leaky_relu", "rrelu", "relu6"))
@@ -64,65 +65,6 @@ _OUT_OF_PLACE = (
 )
 
 
-@dataclass(frozen=True)
-class Value:
-    """A value while drawing: its shape without the batch, and whose memory it is.
-
-    `shape` is (channels, *spatial), (features,), or with `tokens` (length, features).
-    """
-
-    shape: tuple[int, ...]
-    storage: int
-    tokens: bool = False
-
-    @property
-    def is_map(self) -> bool:
-        return len(self.shape) > 1 and not self.tokens
-
-    @property
-    def dims(self) -> int:
-        return len(self.shape) - 1
-
-    @property
-    def channels(self) -> int:
-        return self.shape[-1] if self.tokens else self.shape[0]
-
-    @property
-    def size(self) -> tuple[int, ...]:
-        return self.shape[1:]
-
-    def suits(self, other: Value) -> bool:
-        """Whether a chain of layers can bring this value to the other's shape."""
-        if self.tokens or other.tokens:
-            return self.tokens and other.tokens and self.shape[0] == other.shape[0]
-        return len(self.shape) == len(other.shape)
-
-
-@dataclass
-class Path:
-    """A chain under construction: the value at its end, and how deep joins may nest inside."""
-
-    value: Value
-    depth: int = 0
-    nodes: list[Node] = field(default_factory=list)
-
-    def operand(self) -> Path:
-        """An empty chain that starts at this value, for a join."""
-        return Path(self.value, self.depth - 1)
-
-
-def _out(size: int, kernel: int, stride: int, padding: int | str, dilation: int) -> int:
-    """The size a convolution gives along one axis."""
-    if padding == "same":
-        return size
-    pad = 0 if isinstance(padding, str) else padding
-    return (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _collapse(values: Sequence[int]) -> int | tuple[int, ...]:
-    return values[0] if len(set(values)) == 1 else tuple(values)
-
-
 @functools.cache
 def _fits(size: int, target: int) -> tuple[tuple[int, int, int], ...]:
     """Every small (kernel, stride, padding) that brings one axis from size to target."""
@@ -131,7 +73,7 @@ def _fits(size: int, target: int) -> tuple[tuple[int, int, int], ...]:
         for stride in (1, 2, 3)
         for kernel in (1, 2, 3, 4)
         for padding in (0, 1, 2)
-        if padding < max(kernel, 2) and _out(size, kernel, stride, padding, 1) == target
+        if padding < max(kernel, 2) and out(size, kernel, stride, padding, 1) == target
     ]
     padding = max(0, (target - size + 1) // 2)
     general = (size + 2 * padding - target + 1, 1, padding)
@@ -150,7 +92,8 @@ class Sampler:
         self.shapes: list[tuple[int, ...]] = []
         self.saved: dict[str, Value] = {}
         self.names = 0
-        self.storages = _INPUT
+        self.storages = INPUT
+        self.products = 0  # of two values without bounds
         self.layers: list[Conv | Linear] = []  # those that may be called again
         self.kind = self.pick(("relu", "relu", "relu", "relu6", "leaky_relu", "prelu", "silu"))
         self.norms = not self.one_in(4)
@@ -234,7 +177,7 @@ class Sampler:
             shape = (channels, *(self.pick(sizes) for _ in range(int(layout[0]))))
         self.batch = self.pick((1, 2, 3))
         self.shapes.append((self.batch, *shape))
-        return Path(Value(shape, _INPUT, tokens=layout == "tokens"), depth=3)
+        return Path(Value(shape, INPUT, tokens=layout == "tokens"), depth=3)
 
     def finish(self, path: Path) -> NetworkSpec:
         output = self.pick(("tensor", "tensor", "tensor", "tuple", "list", "dict", "nested"))
@@ -270,26 +213,35 @@ class Sampler:
             return
         kernel, stride, padding, dilation = self.geometry(value, style)
         sizes = [
-            _out(n, k, s, p, d)
+            out(n, k, s, p, d)
             for n, k, s, p, d in zip(value.size, kernel, stride, padding, dilation, strict=True)
         ]
-        plain_form = form.startswith("module") and not isinstance(padding[0], str)
+        of_groups = self.groups(value.channels, outputs, groups)
         mode = "zeros"
-        if plain_form and style == "keep" and max(padding) < min(value.size) and self.one_in(30):
+        if form.startswith("module") and self.may_wrap(value, style, padding):
             mode = self.pick(("reflect", "replicate", "circular"))
+        # One weight for each filter would be its own mean.
+        elif value.channels // of_groups * math.prod(kernel) > 1 and self.one_in(25):
+            form = "standardised"
         node = Conv(
             value.channels,
             outputs,
             tuple(kernel),
-            _collapse(stride),
-            padding[0] if isinstance(padding[0], str) else _collapse(padding),
-            _collapse(dilation),
-            self.groups(value.channels, outputs, groups),
+            collapse(stride),
+            padding[0] if isinstance(padding[0], str) else collapse(padding),
+            collapse(dilation),
+            of_groups,
             bias,
             mode,
             form,
         )
         self.put(path, node, (outputs, *sizes))
+
+    def may_wrap(self, value: Value, style: str, padding: Sequence[int | str]) -> bool:
+        """Whether this convolution gets another padding than zeros, now and then."""
+        widest = max((n for n in padding if isinstance(n, int)), default=0)
+        keeps = style in ("keep", "preserve") and 0 < widest < min(value.size)
+        return keeps and self.one_in(20)
 
     def geometry(
         self, value: Value, style: str
@@ -297,7 +249,7 @@ class Sampler:
         """Kernel, stride, padding, dilation per axis; pointwise where the style does not fit."""
 
         def fitting(size: Sequence[int]) -> list[tuple[int, int, int | str, int]]:
-            fits = [g for g in _GEOMETRY[style] if all(_out(n, *g) >= 1 for n in size)]
+            fits = [g for g in _GEOMETRY[style] if all(out(n, *g) >= 1 for n in size)]
             return fits or list(_GEOMETRY["point"])
 
         chosen = [self.pick(fitting(value.size))] * value.dims
@@ -338,7 +290,7 @@ class Sampler:
         forms = ["module", "functional"]
         if kind in METHODS:
             forms = ["method", "torch"] if kind == "clamp" else [*forms, "method", "torch"]
-        if path.value.storage != _INPUT:
+        if path.value.storage != INPUT:
             of_tensors = ("method", "torch")
             forms += [
                 f"{form} in-place" for form in forms if form in of_tensors or kind in IN_PLACE
@@ -376,10 +328,11 @@ class Sampler:
 
     def oddment(self, path: Path) -> None:
         """Now and then something between two layers of a branch."""
-        if self.is_large or not self.one_in(5):
+        if self.is_large or not self.one_in(4):
             return
         what: list[Any] = [self.drop, self.save, self.save, self.scale, self.recall, self.recall]
         what += [self.repeat, self.opaque]
+        what += [self.construct] * 4
         if path.depth > 0:
             what.append(self.any_block)
         self.pick(what)(path)
@@ -411,7 +364,7 @@ class Sampler:
     def arithmetic(self, path: Path, forms: list[str], in_place: str) -> None:
         """A number, or a tensor with a value for every channel."""
         value = path.value
-        form = self.pick(forms if value.storage == _INPUT else [*forms, in_place])
+        form = self.pick(forms if value.storage == INPUT else [*forms, in_place])
         shape: tuple[int, ...] = ()
         if "p" in form or "b" in form:
             shape = (value.channels, *(1 for _ in value.size)) if value.is_map else value.shape[-1:]
@@ -451,9 +404,9 @@ class Sampler:
         value = path.value
         forms = list(_OUT_OF_PLACE)
         if value.storage != other.storage:
-            if value.storage != _INPUT:
+            if value.storage != INPUT:
                 forms += INTO_A
-            if other.storage != _INPUT:
+            if other.storage != INPUT:
                 forms += ["b += a", "b += a"]
         form: str = wanted if wanted in forms else self.pick(forms)
         if form in INTO_A:
@@ -483,7 +436,7 @@ class Sampler:
         value = path.value
         name = f"input{len(self.shapes)}"
         self.shapes.append((self.batch, *value.shape))
-        other = Path(replace(value, storage=_INPUT))
+        other = Path(replace(value, storage=INPUT))
         if value.is_map and value.channels < 5 and self.one_in(3):
             form = "torch.cat([a, b], 1)"
             self.put(path, Recall(name, (), form), (2 * value.channels, *value.size))
@@ -500,6 +453,10 @@ class Sampler:
         """A main branch of one of the known families, or of any layers in any order."""
         if self.one_in(2):
             self.pick((self.free, self.free, self.linear, self.site_first))(path)
+            return
+        if not self.is_large and self.one_in(3):
+            parts = constructs.built_of_parts
+            self.pick((parts, constructs.shrinking, constructs.stacked, parts))(self, path)
             return
         family = self.pick(
             (self.basic, self.basic, self.bottleneck, self.inverted, self.pre_activation)
@@ -532,6 +489,7 @@ class Sampler:
         self.act(path)
         self.affine(path, outputs, "point")
         self.perhaps_norm(path)
+        self.perhaps_squeeze(path)
 
     def inverted(self, path: Path, outputs: int, style: str) -> None:
         """Expand, depthwise, project, with a linear end."""
@@ -540,9 +498,19 @@ class Sampler:
         self.oddment(path)
         self.affine(path, path.value.channels, style, "depthwise")
         self.perhaps_norm(path)
-        self.act(path)
+        late = self.one_in(3)
+        if not late:
+            self.act(path)
+        self.perhaps_squeeze(path)
+        if late:
+            self.act(path)
         self.affine(path, outputs, "point")
         self.perhaps_norm(path)
+
+    def perhaps_squeeze(self, path: Path) -> None:
+        """Squeeze and excite, in one branch of six."""
+        if path.value.is_map and self.one_in(6):
+            constructs.squeeze(self, path)
 
     def pre_activation(self, path: Path, outputs: int, style: str) -> None:
         for each in (style, "keep"):
@@ -630,7 +598,7 @@ class Sampler:
         if window == (2, 2, 0) and min(value.size) > 1:
             return all(-(-n // 2) == target for n, target in zip(value.size, size, strict=True))
         return all(
-            n >= kernel and _out(n, kernel, stride, padding, 1) == target
+            n >= kernel and out(n, kernel, stride, padding, 1) == target
             for n, target in zip(value.size, size, strict=True)
         )
 
@@ -682,8 +650,8 @@ class Sampler:
             value.channels,
             shape[0],
             kernel,
-            _collapse(stride),
-            _collapse(padding),
+            collapse(stride),
+            collapse(padding),
             1,
             groups,
             self.one_in(2),
@@ -728,8 +696,12 @@ class Sampler:
         odd: list[Any] = [self.double, self.opaque_branch, self.constant, self.product]
         odd += [self.repeat, self.recall, self.more_input, self.late_read]
         if path.value.is_map:
-            odd += [self.broadcast, self.squeeze, self.concatenate]
+            odd += [self.broadcast, self.broadcast, self.concatenate, self.construct]
         self.pick(odd)(path)
+
+    def construct(self, path: Path) -> None:
+        """What else stands in branches, outside of one."""
+        constructs.construct(self, path)
 
     def double(self, path: Path) -> None:
         """The value and itself."""
@@ -748,10 +720,10 @@ class Sampler:
 
     def late_read(self, path: Path) -> None:
         """A value is changed in place after it was saved, and read again later."""
-        if path.value.storage == _INPUT:
+        if path.value.storage == INPUT:
             self.layer(path)
         name = self.save(path)
-        if path.value.storage == _INPUT or self.one_in(2):
+        if path.value.storage == INPUT or self.one_in(2):
             self.residual(path)
         else:
             kind = self.pick(IN_PLACE)
@@ -766,7 +738,10 @@ class Sampler:
         main, other = path.operand(), path.operand()
         self.branch(main)
         self.fit(other, main.value.shape)
-        form = self.pick(("a * b", "torch.maximum(a, b)", "torch.stack([a, b]).sum(0)"))
+        forms = ["torch.maximum(a, b)", "torch.stack([a, b]).sum(0)"]
+        if constructs.spends_product(self):
+            forms.insert(0, "a * b")
+        form = self.pick(forms)
         node = Join((tuple(main.nodes), tuple(other.nodes)), (form,))
         self.put(path, node, main.value.shape)
 
@@ -783,16 +758,6 @@ class Sampler:
             self.affine(other, shape[0], "point")
         operands = (tuple(main.nodes), tuple(other.nodes))
         self.put(path, Join(operands, (self.pick(_OUT_OF_PLACE),)), shape)
-
-    def squeeze(self, path: Path) -> None:
-        """Squeeze and excite."""
-        gate = path.operand()
-        self.pool_all(gate)
-        self.affine(gate, self.pick((2, 1)), "point")
-        self.act(gate)
-        self.affine(gate, path.value.channels, "point")
-        self.put(gate, Act(self.pick(("sigmoid", "hardsigmoid")), "functional"))
-        self.put(path, Join(((), tuple(gate.nodes)), ("a * b",)))
 
     def concatenate(self, path: Path) -> None:
         """The value next to what a branch makes of it, as in a dense net."""
@@ -819,7 +784,7 @@ class Sampler:
         what: list[Any] = [self.drop, self.save, self.recall, self.transition]
         what += [self.constant, self.scale]
         if path.value.is_map:
-            what += [self.pool, self.pad]
+            what += [self.pool, self.pad, self.blur]
         self.pick(what)(path)
 
     def transition(self, path: Path) -> None:
@@ -834,17 +799,10 @@ class Sampler:
         self.affine(path, style="valid")
 
     def pool(self, path: Path) -> None:
-        value = path.value
-        windows = ((2, 2, 0), (3, 2, 1), (2, 1, 0))
-        fits = [window for window in windows if min(value.size) >= window[0]]
-        if not fits:
-            return
-        kernel, stride, padding = self.pick(fits)
-        kind = self.pick(("avg", "max"))
-        form = "functional" if self.functional else "module"
-        size = [_out(n, kernel, stride, padding, 1) for n in value.size]
-        node = Pool(kind, value.dims, kernel, stride, padding, form=form)
-        self.put(path, node, (value.channels, *size))
+        constructs.put_pool(self, path)
+
+    def blur(self, path: Path) -> None:
+        constructs.put_blur(self, path, 2)
 
     def head(self, path: Path) -> None:
         """Global pooling, flatten, classifier; sometimes residual blocks on the features."""

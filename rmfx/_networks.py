@@ -38,19 +38,25 @@ from ._network_modules import (
 )
 
 
+def arguments(node: Node | NetworkSpec) -> list[tuple[str, Any]]:
+    """The arguments that differ from their defaults, "" for the name of a positional one."""
+    shown: list[tuple[str, Any]] = []
+    for position, item in enumerate(fields(node)):
+        value = getattr(node, item.name)
+        if value == item.default and type(value) is type(item.default):
+            continue
+        named = position >= 3 or len(shown) < position
+        shown.append((item.name if named else "", value))
+    return shown
+
+
 @dataclass(frozen=True, repr=False)
 class Node:
     """One step of a chain. Subclasses override `build`, or `apply` when they hold no state."""
 
     def __repr__(self) -> str:
         """The constructor call, without the arguments that have their default value."""
-        shown: list[str] = []
-        for position, item in enumerate(fields(self)):
-            value = getattr(self, item.name)
-            if value == item.default and type(value) is type(item.default):
-                continue
-            named = position >= 3 or len(shown) < position
-            shown.append(f"{item.name}={value!r}" if named else repr(value))
+        shown = [f"{name}={value!r}" if name else repr(value) for name, value in arguments(self)]
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def build(self, store: Store) -> nn.Module:
@@ -69,7 +75,8 @@ Nodes = tuple[Node, ...]
 class Conv(Node):
     """A convolution; the length of `kernel` says over how many dimensions.
 
-    `form` is "module", "functional", or either with " keyword" (arguments passed by name).
+    `form` is "module", "functional", or either with " keyword" (arguments passed by name), or
+    "standardised": the weight has its mean and variance normalised at every call.
     `shared` is "" or a key: "module:KEY" is one module called at every place that names it,
     "weight:KEY" are several modules that own the same weight.
     """
@@ -241,14 +248,18 @@ class PadChannels(Node):
 
 @dataclass(frozen=True, repr=False)
 class Pad(Node):
-    """Spatial padding by a layer of its own: one (before, after) pair for every axis."""
+    """Spatial padding by a layer of its own: one (before, after) pair for every axis.
+
+    `mode` is that of `F.pad`; `value` is for "constant".
+    """
 
     amounts: tuple[tuple[int, int], ...]
     value: float = 0.0
+    mode: str = "constant"
 
     def apply(self, x: Tensor) -> Tensor:
         flat = [amount for pair in reversed(self.amounts) for amount in pair]
-        return F.pad(x, flat, "constant", self.value)
+        return F.pad(x, flat, self.mode, self.value if self.mode == "constant" else None)
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,6 +9,7 @@ rounding of the analysis in float64).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -147,11 +148,19 @@ class Ranges:
         net: the net.
         input_range: of the inputs, if known.
         weights_vary: whether weights may change, so that they prove nothing.
+        measured: extremes found on data, by node name: with the channels in dimension 1, and with
+            the channels last.
     """
 
     def __init__(
-        self, net: Net, input_range: Interval | None = None, *, weights_vary: bool = False
+        self,
+        net: Net,
+        input_range: Interval | None = None,
+        *,
+        weights_vary: bool = False,
+        measured: Mapping[str, tuple[Range, Range]] | None = None,
     ) -> None:
+        self._measured = measured or {}
         self._net = net
         self._weights_vary = weights_vary
         self._input = Range.of(*input_range) if input_range else ANYTHING
@@ -160,6 +169,11 @@ class Ranges:
     def of(self, node: fx.Node) -> Range:
         """The range of a node's value."""
         return on_demand(node, self._known, self._compute)
+
+    def measured(self, node: fx.Node, *, last: bool) -> Range | None:
+        """The extremes of a node's value on the data that were given, None if none were."""
+        found = self._measured.get(self._net.joins.get(node, node.name))
+        return found and found[last]
 
     def set(self, node: fx.Node, value: Range) -> None:
         """Let a new node have the range of the value it stands for."""

@@ -2,14 +2,19 @@
 
     identity     its proven range lies where the activation is the identity
     scale        multiplied by a power of two, its proven range lies there: bit for bit
-    shift        scaled and shifted, its proven range lies there: costs the rounding of a sum
     per-channel  PReLU with slope 1 on the carry, or a clamp with infinite bounds there: bit for bit
     odd-pair     x travels as [x; −x], because act(x) − act(−x) = κ·x: twice the channels
+    shift        scaled and shifted, its range lies there: costs the rounding of a sum
     masked       `where(carry, x, act(x))`: bit for bit
 
 A *code* is what the carry is written as between two linear layers: the layer before encodes it, the
 layer behind decodes it, and no layer is added. Behind a Dirac tap a code goes on unchanged, so a
 carry is decoded only where it is merged or where its shortcut's own layer stands.
+
+A proven range can be far wider than the values, and a sum with such a shift would drown them in
+rounding. So a shift is used only where data show how large the values are: with the proven range if
+that costs little, else with the range of the data and as much again on both sides, outside of which
+the result is wrong.
 """
 
 from __future__ import annotations
@@ -28,12 +33,15 @@ from ._plan import Column, Linear, Normalised, Plan, Pointwise, work_of
 from ._range import Range, Ranges
 
 # The simplest first; of those allowed, the first that works is used.
-STRATEGIES = ("identity", "scale", "shift", "per-channel", "odd-pair", "masked")
+STRATEGIES = ("identity", "scale", "per-channel", "odd-pair", "shift", "masked")
 # Those that pass every carry bit for bit at its own width.
 AUTO = ("identity", "scale", "per-channel", "masked")
 # Those that leave the activation as it is.
-SAME_ACTIVATION = ("identity", "scale", "shift", "odd-pair")
+SAME_ACTIVATION = ("identity", "scale", "odd-pair", "shift")
+# Of a carry that arrives, the best first.
+EXACTNESS = ("bit-exact", "rounding", "calibrated range")
 SMALLEST_SCALE = 2.0**-40
+LARGEST_ROUNDING = 1e-5  # of a proven shift, relative to the largest value on the data
 BITS_OF_SHIFT = 6  # a shift with few bits is exact itself
 
 
@@ -45,13 +53,13 @@ class Code:
         encode: the carry's channels to those of the code, without a spatial window.
         decode: back again, behind the activations.
         name: the strategy it serves.
-        rounds: whether a value comes back rounded.
+        exactness: of a value that comes back: one of `EXACTNESS`.
     """
 
     encode: AffineConv
     decode: AffineConv
     name: str
-    rounds: bool
+    exactness: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +68,25 @@ class Settled:
 
     Attributes:
         strategy: the least simple one in use, "linear" where there is no activation.
-        rounds: whether the carry arrives rounded.
+        exactness: of the carry that arrives: the worst of `EXACTNESS`.
     """
 
     plan: Plan
     strategy: str
-    rounds: bool
+    exactness: str
 
 
-def settle(plan: Plan, ranges: Ranges, allowed: Collection[str]) -> Settled | Refusal:
-    """Choose how the carry passes each activation, by the simplest strategy that is allowed."""
-    columns, used, rounds = list(plan.columns), [], False
+def settle(
+    plan: Plan, ranges: Ranges, allowed: Collection[str], dtype: torch.dtype = torch.float32
+) -> Settled | Refusal:
+    """Choose how the carry passes each activation, by the simplest strategy that is allowed.
+
+    Args:
+        dtype: of the values.
+    """
+    columns, used, exactness = list(plan.columns), [], ["bit-exact"]
     for stretch in _stretches(columns):
-        options = list(_options(columns, stretch, ranges, allowed))
+        options = list(_options(columns, stretch, ranges, allowed, torch.finfo(dtype).eps))
         fits = [one for one in options if one.names <= {*allowed}]
         if not fits:
             needed = max(options[0].names - {*allowed}, key=STRATEGIES.index)
@@ -83,14 +97,15 @@ def settle(plan: Plan, ranges: Ranges, allowed: Collection[str]) -> Settled | Re
         for i, column in best.columns.items():
             columns[i] = column
         used.append(best.name)
-        rounds = rounds or best.rounds
+        exactness.append(best.exactness)
+    worst = max(exactness, key=EXACTNESS.index)
     strategy = max(used, key=STRATEGIES.index, default="linear")
     if tuple(columns) == plan.columns:
-        return Settled(plan, strategy, rounds)
+        return Settled(plan, strategy, worst)
     work = work_of(columns)
-    return (
-        work if isinstance(work, Refusal) else Settled(Plan(tuple(columns), work), strategy, rounds)
-    )
+    if isinstance(work, Refusal):
+        return work
+    return Settled(replace(plan, columns=tuple(columns), work=work), strategy, worst)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +114,7 @@ class _Option:
 
     columns: dict[int, Column]
     names: frozenset[str]
-    rounds: bool
+    exactness: str
 
     @property
     def name(self) -> str:
@@ -132,7 +147,11 @@ def _is_dirac(layer: AffineConv) -> bool:
 
 
 def _options(
-    columns: Sequence[Column], stretch: Stretch, ranges: Ranges, allowed: Collection[str]
+    columns: Sequence[Column],
+    stretch: Stretch,
+    ranges: Ranges,
+    allowed: Collection[str],
+    eps: float,
 ) -> Iterator[_Option]:
     """Ways to pass all activations of a stretch, the one without a code first."""
     start, inside, end = stretch
@@ -149,8 +168,13 @@ def _options(
     like = _linear(columns[start]).carry
     low, high = _bounds(ranges.of(carried).on_axis(last=not like.dims), like.out_channels)
     fixing = [c.main for c in acts.values() if isinstance(c.main, Activation) and _may_fix(c)]
-    for code in _affine_codes(fixing, low, high, like):
-        if code.name in allowed:
+    seen = ranges.measured(carried, last=not like.dims) if "shift" in allowed else None
+    codes = [_scale_code(fixing, low, high, like) if "scale" in allowed else None]
+    if seen is not None:
+        data = _bounds(seen, like.out_channels)
+        codes.append(_shift_code(fixing, (low, high), data, like, eps))
+    for code in codes:
+        if code is not None:
             yield from _coded(columns, stretch, acts, code)
     if "odd-pair" in allowed:
         yield from _as_pair(columns, stretch, acts, low, high)
@@ -175,7 +199,7 @@ def _uncoded(acts: dict[int, Pointwise], ranges: Ranges) -> _Option:
             rounds = rounds or whole.row.rounds
         chosen[i] = column
         names.add(way_of(column.blocks))
-    return _Option(chosen, frozenset(names), rounds)
+    return _Option(chosen, frozenset(names), "rounding" if rounds else "bit-exact")
 
 
 def _may_fix(column: Pointwise) -> bool:
@@ -199,28 +223,53 @@ def _bounds(x: Range, width: int) -> tuple[Tensor, Tensor]:
     return torch.cat([x.low, zero]), torch.cat([x.high, zero])
 
 
-def _affine_codes(
-    acts: Sequence[Activation], low: Tensor, high: Tensor, like: AffineConv
-) -> Iterator[Code]:
-    """x ↦ s·x + t into the interval that all of some activations leave alone."""
+Bounds = tuple[Tensor, Tensor]
+
+
+def _common_identity(acts: Sequence[Activation]) -> tuple[float, float]:
+    """The interval that all of some activations leave alone; empty if there are none."""
     begin = max((a.identity[0] for a in acts), default=math.inf)
-    end = min((a.identity[1] for a in acts), default=-math.inf)
+    return begin, min((a.identity[1] for a in acts), default=-math.inf)
+
+
+def _scale_code(
+    acts: Sequence[Activation], low: Tensor, high: Tensor, like: AffineConv
+) -> Code | None:
+    """x ↦ s·x into the interval that all activations leave alone."""
+    begin, end = _common_identity(acts)
+    scale = _scale_into(low, high, begin, end) if begin < end else None
+    if scale is None:
+        return None
+    exactness = "rounding" if any(a.row.rounds for a in acts) else "bit-exact"
+    return _affine_code(scale, torch.zeros_like(scale), "scale", exactness, like)
+
+
+def _shift_code(
+    acts: Sequence[Activation], proven: Bounds, data: Bounds, like: AffineConv, eps: float
+) -> Code | None:
+    """x ↦ s·x + t into that interval: by proven bounds, if they are not far wider than the data."""
+    begin, end = _common_identity(acts)
     if not begin < end:
-        return
-    rounds = any(a.row.rounds for a in acts)
-    scale = _scale_into(low, high, begin, end)
-    if scale is not None:
-        yield _affine_code(scale, torch.zeros_like(scale), "scale", rounds, like)
-    found = _shift_into(low, high, begin, end)
+        return None
+    largest = float(torch.maximum(-data[0], data[1]).max())
+    found = _shift_into(*proven, begin, end)
     if found is not None:
-        yield _affine_code(*found, "shift", True, like)
+        scale, shift = found
+        width = torch.maximum((scale * proven[0] + shift).abs(), (scale * proven[1] + shift).abs())
+        if float((eps * width / scale).max()) <= LARGEST_ROUNDING * largest:
+            return _affine_code(scale, shift, "shift", "rounding", like)
+    room = (data[1] - data[0]).clamp(min=largest * eps)
+    found = _shift_into(data[0] - room, data[1] + room, begin, end)
+    if found is None:
+        return None
+    return _affine_code(*found, "shift", "calibrated range", like)
 
 
-def _affine_code(scale: Tensor, shift: Tensor, name: str, rounds: bool, like: AffineConv) -> Code:
+def _affine_code(scale: Tensor, shift: Tensor, name: str, exactness: str, like: AffineConv) -> Code:
     scale, shift = scale.to(like.weight.device), shift.to(like.weight.device)
     encode = AffineConv.scale(scale, shift, dims=like.dims)
     decode = AffineConv.scale(1 / scale, -shift / scale, dims=like.dims)
-    return Code(encode, decode, name, rounds)
+    return Code(encode, decode, name, exactness)
 
 
 def _power_of_two(x: Tensor) -> Tensor:
@@ -280,7 +329,7 @@ def _coded(
         else:
             chosen[i] = column
             names.add(way_of(column.blocks))
-    yield _Option(chosen, frozenset(names), code.rounds)
+    yield _Option(chosen, frozenset(names), code.exactness)
 
 
 def _between(
@@ -333,7 +382,8 @@ def _as_pair(
         chosen[i] = replace(column, carry=carry)
     for i, act in acts.items():
         chosen[i] = replace(act, carry=act.main, widths=(act.widths[0], 2 * act.widths[1]))
-    yield _Option(chosen, frozenset({"odd-pair"}), not all(a.splits for a in odd.values()))
+    exact = all(a.splits for a in odd.values())
+    yield _Option(chosen, frozenset({"odd-pair"}), "bit-exact" if exact else "rounding")
 
 
 def _passes_pair(before: Activation | None, after: Activation, reach: float) -> bool:

@@ -1,4 +1,4 @@
-"""The command `rmfx`: `demo`, `convert`, `report` and `bench`.
+"""The command `rmfx`: `demo`, `convert`, `report`, `bench` and `fuzz`.
 
 Exit codes: 0 done, 1 it could not be done (one line on stderr says why), 2 wrong usage,
 130 interrupted. With `--json`, stdout holds one JSON object and nothing else.
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ._errors import RmfxError
+from ._errors import OptionError, RmfxError
 from ._strategy import STRATEGIES
 from .conversion import Conversion, compare, convert
+from .fuzz import FRONTENDS, PASSES, fuzz
 from .latency import (
     PLOT_SUFFIXES,
     RUNTIMES,
@@ -51,6 +52,14 @@ MODEL is one of
 
 Importing a module runs its code: name only code you trust.
 """
+
+
+_PASS_HELP = "one of %s, or package.module:function, called as f(model, inputs)"
+_FUZZ_HELP = "Exit codes: 0 if the pass held, 1 if a network broke it, 2 for wrong usage."
+
+
+class FoundError(RmfxError):
+    """A random network broke the pass."""
 
 
 class _UsageError(Exception):
@@ -125,6 +134,12 @@ def _make_parser() -> argparse.ArgumentParser:
         _add_input_options(command)
         for add in add_options:
             add(command)
+    text = "try a pass on random networks; the first that it breaks is made small and shown"
+    command = commands.add_parser(
+        "fuzz", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_FUZZ_HELP
+    )
+    command.set_defaults(run=_run_fuzz)
+    _add_fuzz_options(command)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.add_argument("--traceback", action="store_true", help="show where an error arose")
@@ -181,6 +196,20 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     add("--tolerance", type=float, help="largest relative error accepted of a runtime")
     add("-o", "--output", metavar="FILE.json", help="file to write the measurements to")
     add("--plot", metavar="FILE", help="file to draw the ratios to: .svg or .png")
+
+
+def _add_fuzz_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    passes = ", ".join(PASSES)
+    add(
+        "--examples", metavar="N", type=_parse_count, help="networks (100; with --time: any number)"
+    )
+    add("--seed", metavar="S", type=int, default=0, help="equal seeds draw equal networks (0)")
+    add("--pass", metavar="NAME", dest="transform", default=PASSES[0], help=_PASS_HELP % passes)
+    add("--frontend", choices=FRONTENDS, default=FRONTENDS[0], help="how the networks are held")
+    ways = f"how carries pass activations: auto, relu, random, or some of {','.join(STRATEGIES)}"
+    add("--activation", metavar="WAYS", type=_parse_ways, default="auto", help=ways)
+    add("--time", metavar="SECONDS", type=float, help="draw no more networks after so many")
 
 
 def _parse_shape(text: str) -> tuple[int, ...]:
@@ -309,6 +338,30 @@ def _run_bench(options: argparse.Namespace) -> None:
         raise LatencyError(f"{count} measurements failed: {report.failures[0].failure}")
 
 
+def _run_fuzz(options: argparse.Namespace) -> None:
+    examples = options.examples
+    if examples is None and options.time is None:
+        examples = 100
+    with _quiet_stdout(), _progress(examples, width=30) as step:
+        try:
+            report = fuzz(
+                options.transform,
+                examples=examples,
+                seed=options.seed,
+                frontend=options.frontend,
+                activation=options.activation,
+                seconds=options.time,
+                step=step,
+            )
+        except OptionError as error:
+            raise _UsageError(str(error)) from error
+    failure = report.failure
+    text = f"{report}\n\n{failure.script}" if failure else str(report)
+    _show(options, text, report.to_dict())
+    if failure:
+        raise FoundError(f"network {failure.example}: {failure.kind}: {failure.message}")
+
+
 def _load_network(options: argparse.Namespace, name: str, step: Callable[[str], object]) -> Network:
     step(f"load {name}")
     loaded, inputs = _load(options, name)
@@ -400,7 +453,7 @@ def _complain(message: str) -> None:
 
 
 @contextlib.contextmanager
-def _progress(steps: int, width: int = 20) -> Iterator[Callable[[str], None]]:
+def _progress(steps: int | None, width: int = 20) -> Iterator[Callable[[str], None]]:
     """A function to call with the name of each step as it begins; shown on a terminal only."""
     form = f"{{desc:{width}}} {{bar:20}} {{n}}/{{total}} {{elapsed}}"
     with tqdm(total=steps, file=sys.stderr, disable=None, leave=False, bar_format=form) as bar:

@@ -365,7 +365,9 @@ class _Pair:
     @cached_property
     def conversion(self) -> Conversion:
         # For each batch size anew: what only torch.export can trace runs at one size only.
-        return convert(self.network.model, self.inputs, activation=self.settings.activation)
+        ways = self.settings.activation
+        seen = [self.inputs] if "shift" in ways else None
+        return convert(self.network.model, self.inputs, activation=ways, calibration=seen)
 
     @cached_property
     def forms(self) -> tuple[_Form, _Form]:

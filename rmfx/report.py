@@ -33,8 +33,10 @@ class SiteReport:
         status: "removed" or "refused".
         reason: why it was refused, "" otherwise.
         strategy: how the carry passes the activations: the least simple of "identity", "scale",
-            "shift", "per-channel", "odd-pair" and "masked" in use; "linear" where there is none.
-        exactness: "bit-exact" where the carried values arrive bit for bit, else "rounding".
+            "per-channel", "odd-pair", "shift" and "masked" in use; "linear" where there is none.
+        exactness: "bit-exact" where the carried values arrive bit for bit, "rounding", or
+            "calibrated range" where they do so only within the range of the calibration data,
+            widened by its own width on both sides.
         shape: of the join's value, where known.
         carry: carried channels.
         macs_before, macs_after: multiply-adds of the site, where shapes are known.

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from ._network_features import FEATURES
 from ._network_modules import Network, random_statistics
+from ._network_nodes import Blur, ChannelsLast, Deconv, Shuffle, Split, Transpose
 from ._network_sampler import Sampler
 from ._networks import (
     Act,
@@ -56,8 +57,11 @@ __all__ = [
     "FEATURES",
     "Act",
     "Arithmetic",
+    "Blur",
     "Channels",
+    "ChannelsLast",
     "Conv",
+    "Deconv",
     "Drop",
     "Equivalence",
     "Flatten",
@@ -74,7 +78,10 @@ __all__ = [
     "Pool",
     "Recall",
     "Save",
+    "Shuffle",
     "Slice",
+    "Split",
+    "Transpose",
     "assert_equivalent",
     "random_block",
     "random_network",
@@ -375,6 +382,7 @@ def residual_networks(draw: st.DrawFn) -> NetworkSpec:
 
     Besides residual sites of every kind they hold what only looks like one (adds that broadcast,
     products, layers called twice, values used elsewhere), so a pass is tested for what it must
-    leave alone too. See `residual_blocks` for what a `NetworkSpec` offers.
+    leave alone too. Gates, splits, concatenations, shuffles, pools, blurs and further sites stand
+    inside branches, to any depth. See `residual_blocks` for what a `NetworkSpec` offers.
     """
     return random_network(draw(st.randoms(use_true_random=False)))

@@ -572,8 +572,25 @@ def test_other_padding_modes_are_refused_unless_nothing_is_padded(mode: Any) -> 
     assert isinstance(AffineConv.from_conv(nn.Conv2d(2, 2, 3, padding_mode=mode)), AffineConv)
 
 
-def test_transposed_convolutions_are_refused() -> None:
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(1, 2), st.booleans(),
+    st.integers(0, 1),
+)  # fmt: skip
+def test_transposed_convolutions_of_stride_1_are_convolutions(
+    dims: int, kernel: int, padding: int, dilation: int, grouped: bool, extra: int
+) -> None:
+    kind: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+    options = {"padding": padding, "dilation": dilation, "groups": 2 if grouped else 1}
+    extra = min(extra, dilation - 1)
+    module = kind(4, 6, kernel, output_padding=extra, **options).double()
+    layer = merged(AffineConv.from_transposed_conv(module))
+    x = torch.randn(2, 4, *[7, 6, 5][:dims], dtype=F64)
+    assert same(apply(layer, x), module(x).detach())
+
+
+def test_transposed_convolutions_with_a_stride_are_refused() -> None:
     assert isinstance(AffineConv.from_conv(nn.ConvTranspose2d(2, 2, 3)), Refusal)
+    assert isinstance(AffineConv.from_transposed_conv(nn.ConvTranspose2d(2, 2, 2, 2)), Refusal)
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 1), st.booleans())

@@ -21,6 +21,7 @@ VERBS: list[Callable[..., fx.GraphModule]] = [
     rmfx.fold_batch_norm,
     rmfx.merge_convs,
     rmfx.remove_noops,
+    rmfx.eliminate_dead_channels,
 ]
 every_verb = pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name__)
 ERRORS = [

@@ -15,7 +15,7 @@ def test_moments_are_those_of_all_batches_together() -> None:
     stem = ready(chain(conv(4, 6), nn.ReLU()))
     gm = rmfx.trace(ready(chain(*stem, Residual(conv(6, 6)))))
     batches = [image(2, 4, 5, 6), 2 + image(3, 4, 8, 8)]
-    found = measure(gm, batches)
+    found = measure(gm, batches).moments
     assert "_1" in found  # the fork; values that are read once are no fork
     with torch.no_grad():
         values = torch.cat([stem(b).transpose(0, 1).flatten(1) for b in batches], 1)
@@ -26,7 +26,7 @@ def test_moments_are_those_of_all_batches_together() -> None:
 
 def test_a_batch_may_be_a_tuple_of_arguments() -> None:
     gm = rmfx.trace(ready(chain(conv(), Residual(conv()))))
-    one, other = measure(gm, [image()]), measure(gm, [(image(),)])
+    one, other = measure(gm, [image()]).moments, measure(gm, [(image(),)]).moments
     assert torch.equal(one["_0"].mean, other["_0"].mean)
 
 

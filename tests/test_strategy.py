@@ -28,6 +28,7 @@ from rmfx._strategy import (
     _shift_into,
     settle,
 )
+from rmfx.testing import assert_equivalent
 
 ENDS = st.floats(-1e4, 1e4, width=32)
 
@@ -116,13 +117,57 @@ def test_a_range_without_end_cannot_be_shifted() -> None:
 # ---- each strategy in a network -----------------------------------------------------------------
 
 
+SHIFT = ("identity", "scale", "shift")
+
+
 @pytest.mark.parametrize("act", [nn.ReLU6(), nn.Hardtanh(-1, 1), nn.Hardtanh(0.5, 2)], ids=str)
 def test_a_proven_range_is_shifted_into_a_clamp(act: nn.Module) -> None:
-    gm = assert_removed(clamped(act), image(), activation="relu", without_inputs=False)
+    gm = assert_removed(
+        clamped(act), image(), activation=SHIFT, calibration=[image()], without_inputs=False
+    )
     assert {"ChannelClamp", "PReLU", "MaskedActivation"}.isdisjoint(types(gm))
     (row,) = rmfx.report(gm).rows
     expected = ("scale", "bit-exact") if act.min_val == -1 else ("shift", "rounding")
     assert (row.strategy, row.exactness) == expected
+
+
+def test_without_data_nothing_is_shifted() -> None:
+    gm = rmfx.remove_residuals(clamped(nn.ReLU6()), image(), activation=SHIFT)
+    assert "'per-channel'" in rmfx.report(gm).rows[0].reason
+
+
+def signed_stream(depth: int = 6) -> nn.Module:
+    """Blocks whose stream is never rectified: bounds proven from weights grow with each."""
+    blocks = [Residual(chain(nn.ReLU(), conv(), nn.BatchNorm2d(4), nn.ReLU(), conv()))]
+    blocks += [Residual(chain(nn.ReLU(), conv(), nn.ReLU(), conv())) for _ in range(depth - 1)]
+    return ready(chain(conv(), *blocks))
+
+
+def test_where_a_proven_range_is_too_wide_that_of_the_data_is_used() -> None:
+    model, x = signed_stream().float(), image(dtype=torch.float32).clamp(-3, 3)
+    options: dict[str, Any] = {"activation": SHIFT, "input_range": (-3, 3), "calibration": [x]}
+    gm = rmfx.remove_residuals(model, x, **options)
+    rows = rmfx.report(gm).rows
+    assert {row.strategy for row in rows} == {"shift"}
+    assert "calibrated range" in {row.exactness for row in rows}
+    assert "PReLU" not in types(gm)
+    assert_equivalent(model, gm, x, tolerance=2e-5)
+
+
+def test_outside_the_range_of_the_data_the_result_is_wrong() -> None:
+    model, x = signed_stream(1), image()
+    gm = rmfx.remove_residuals(model, x, activation=SHIFT, calibration=[x])
+    assert rmfx.report(gm).rows[0].exactness == "calibrated range"
+    assert_equivalent(model, gm, 1.5 * x)
+    assert not torch.allclose(gm(100 * x), model(100 * x))
+
+
+def test_pure_relu_without_data_is_exact() -> None:
+    model, x = signed_stream().float(), image(dtype=torch.float32)
+    gm = rmfx.remove_residuals(model, x, activation={"relu"}, input_range=(-9, 9))
+    assert {row.exactness for row in rmfx.report(gm).rows} == {"bit-exact"}
+    assert {*types(gm)} == {"Conv2d", "ReLU"}
+    assert_equivalent(model, gm, x, tolerance=1e-5)
 
 
 def test_auto_scales_what_is_positive_and_bounded() -> None:
@@ -196,7 +241,8 @@ def test_a_shortcut_with_a_layer_of_its_own_is_coded_before_and_behind_it() -> N
     for s in (conv(4, 3, 1, stride=2), conv(4, 3, 3, stride=2)):
         model = ready(Apply(forward, s=s, **parts))
         for way in ("relu", ("scale", "shift"), "odd-pair"):
-            gm = assert_removed(model, image(), activation=way, without_inputs=False)
+            options: dict[str, Any] = {"activation": way, "calibration": [image()]}
+            gm = assert_removed(model, image(), without_inputs=False, **options)
             assert "ChannelClamp" not in types(gm)
 
 
@@ -204,9 +250,10 @@ def test_an_input_range_lets_a_carry_through_relu() -> None:
     model = ready(Residual(basic_branch()))
     x = image().clamp(-3, 3)
     gm = assert_removed(
-        model, x, activation=("identity", "shift"), input_range=(-3, 3), strategy="shift"
+        model, x, activation=SHIFT, input_range=(-3, 3), calibration=[x], strategy="shift"
     )
     assert "PReLU" not in types(gm)
+    assert rmfx.report(gm).rows[0].exactness == "rounding"
 
 
 def test_relu_stands_for_what_adds_no_other_activation() -> None:

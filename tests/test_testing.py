@@ -16,15 +16,23 @@ from torch.utils import _pytree as pytree
 
 import rmfx
 from rmfx import testing
+from rmfx._network_values import pooled
 from rmfx.testing import (
     FEATURES,
     Act,
+    Blur,
+    ChannelsLast,
     Conv,
     Join,
+    Linear,
     NetworkSpec,
+    Node,
     Norm,
+    Pool,
     Recall,
     Save,
+    Shuffle,
+    Split,
     assert_equivalent,
     random_block,
     random_network,
@@ -61,6 +69,7 @@ def test_drawn_networks_run_give_finite_values_and_leave_their_inputs_alone() ->
         inputs = spec.inputs(seed)
         output = spec.build(seed)(*inputs)
         assert all(leaf.isfinite().all() for leaf in leaves(output)), spec
+        assert all(leaf.abs().max() < 1e6 for leaf in leaves(output)), spec
         assert all(torch.equal(x, y) for x, y in zip(inputs, spec.inputs(seed), strict=True)), spec
 
 
@@ -104,6 +113,70 @@ def test_a_saved_value_changed_in_place_reads_as_changed() -> None:
     network, (x,) = spec.build(seed=0), spec.inputs(seed=0)
     convolved = network.body[0](x)
     torch.testing.assert_close(network(x), 2 * convolved.relu())
+
+
+def result(node: Node, *shape: int) -> tuple[Tensor, Tensor]:
+    """A random value, and what the node makes of it."""
+    spec = NetworkSpec((shape,), (node,))
+    (x,) = spec.inputs(seed=0)
+    with torch.no_grad():
+        return x, spec.build(seed=0)(x)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("form", ["reshape", "flatten", "function", "module"])
+def test_every_form_of_a_channel_shuffle_is_the_same(form: str, dims: int) -> None:
+    x, shuffled = result(Shuffle(3, dims, form), 2, 6, *(4,) * dims)
+    assert torch.equal(shuffled, x[:, [0, 2, 4, 1, 3, 5]])
+
+
+@pytest.mark.parametrize("form", ["chunk", "split", "slice", "narrow"])
+def test_every_form_of_a_split_takes_the_same_parts(form: str) -> None:
+    acts = ((Act("relu"),), (Act("sigmoid"),))
+    x, joined = result(Split(acts, (2, 2), form), 1, 4, 5)
+    assert torch.equal(joined, torch.cat([x[:, :2].relu(), x[:, 2:].sigmoid()], 1))
+    x, gated = result(Split(acts, (3, 3), form, "a * b", axis=-1), 1, 4, 6)
+    assert torch.equal(gated, x[..., :3].relu() * x[..., 3:].sigmoid())
+
+
+def test_a_residual_on_some_channels_is_a_recall_inside_a_split() -> None:
+    body = (Save("s1"), Conv(2, 3, (1,)), Split(((Recall("s1"),), ()), (2, 1), "slice"))
+    spec = NetworkSpec(((1, 2, 5),), body)
+    network, (x,) = spec.build(seed=0), spec.inputs(seed=0)
+    y = network.body[1](x)
+    torch.testing.assert_close(network(x), torch.cat([y[:, :2] + x, y[:, 2:]], 1))
+    assert "partial channel residual" in spec.features()
+
+
+def test_a_standardised_convolution_does_not_see_the_mean_of_its_weight() -> None:
+    spec = NetworkSpec(((1, 3, 5, 5),), (Conv(3, 2, (3, 3), form="standardised"),))
+    network, inputs = spec.build(seed=0), spec.inputs(seed=0)
+    before = network(*inputs)
+    assert 0.1 < before.detach().std() < 30
+    network.body[0].layer.weight.data.add_(2.0)
+    torch.testing.assert_close(network(*inputs), before)
+
+
+@pytest.mark.parametrize("kernel", [3, 4, 5])
+def test_a_blur_keeps_a_constant_and_its_size(kernel: int) -> None:
+    network = NetworkSpec(((1, 2, 6, 7),), (Blur(2, 2, kernel),)).build(seed=0)
+    x = torch.ones(1, 2, 6, 7, dtype=torch.float64)
+    torch.testing.assert_close(network(x), x)
+
+
+def test_channels_last_is_a_point_convolution() -> None:
+    x, y = result(ChannelsLast((Linear(3, 3),)), 1, 3, 4, 5)
+    spec = NetworkSpec((tuple(x.shape),), (Conv(3, 3, (1, 1)),))
+    torch.testing.assert_close(spec.build(seed=0)(x), y)
+
+
+def test_the_sizes_of_pools_are_those_of_torch() -> None:
+    windows = [(2, 2, 0), (3, 2, 1), (2, 1, 0), (3, 2, 0), (3, 1, 1), (2, 3, 1)]
+    for kernel, stride, padding in windows:
+        for size in range(3, 12):
+            for ceil_mode in (False, True):
+                _, y = result(Pool("max", 1, kernel, stride, padding, ceil_mode), 1, 1, size)
+                assert y.shape[2] == pooled(size, kernel, stride, padding, ceil_mode=ceil_mode)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,0 +1,200 @@
+"""Further nodes of a `NetworkSpec`: what newer networks are made of besides layers and sums."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._network_modules import JOINS, Saved, Store, _Chain, _Operation, _Step
+from ._networks import Node, Nodes
+
+
+@dataclass(frozen=True, repr=False)
+class Deconv(Node):
+    """A transposed convolution; `form` is "module" or "functional"."""
+
+    inputs: int
+    outputs: int
+    kernel: tuple[int, ...]
+    stride: int = 1
+    padding: int | tuple[int, ...] = 0
+    output_padding: int | tuple[int, ...] = 0
+    groups: int = 1
+    bias: bool = True
+    form: str = "module"
+
+    def build(self, store: Store) -> nn.Module:
+        kind: Any = getattr(nn, f"ConvTranspose{len(self.kernel)}d")
+        layer: nn.Module = kind(
+            self.inputs,
+            self.outputs,
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.groups,
+            self.bias,
+        )
+        return layer if self.form == "module" else _Deconv(layer)
+
+
+@dataclass(frozen=True, repr=False)
+class Blur(Node):
+    """A fixed depthwise convolution with binomial weights, behind padding of the given mode.
+
+    The padding keeps the size at a stride of 1; for an even kernel it is one wider behind.
+    """
+
+    channels: int
+    dims: int = 2
+    kernel: int = 3
+    stride: int = 1
+    padding_mode: str = "reflect"
+
+    def build(self, store: Store) -> nn.Module:
+        return _Blur(self)
+
+
+@dataclass(frozen=True, repr=False)
+class Shuffle(Node):
+    """Channel shuffle: "reshape", "flatten", "function" or "module"."""
+
+    groups: int
+    dims: int = 2
+    form: str = "reshape"
+
+    def build(self, store: Store) -> nn.Module:
+        return nn.ChannelShuffle(self.groups) if self.form == "module" else _Operation(self)
+
+    def apply(self, x: Tensor) -> Tensor:
+        if self.form == "function":
+            return F.channel_shuffle(x, self.groups)
+        shape = x.shape  # of a proxy it is one, too, which gives its items by index only
+        sizes = [shape[2 + i] for i in range(self.dims)]
+        grouped = x.reshape(shape[0], self.groups, shape[1] // self.groups, *sizes)
+        swapped = grouped.transpose(1, 2)
+        return swapped.flatten(1, 2) if self.form == "flatten" else swapped.reshape(shape)
+
+
+@dataclass(frozen=True, repr=False)
+class Split(Node):
+    """Channels in parts of `sizes`, each through a chain of its own, and joined again.
+
+    `form` is "chunk" (for equal parts), "split", "slice" or "narrow"; `join` is "cat" or a key of
+    `JOINS`, for two parts. `axis` is that of the channels: 1, or -1 for tokens.
+    """
+
+    operands: tuple[Nodes, ...]
+    sizes: tuple[int, ...]
+    form: str = "split"
+    join: str = "cat"
+    axis: int = 1
+
+    def build(self, store: Store) -> nn.Module:
+        return _Split(self, store)
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """The parts, by index: a proxy of `torch.fx` cannot be iterated over."""
+        count = range(len(self.sizes))
+        if self.form == "chunk":
+            chunks = torch.chunk(x, len(self.sizes), self.axis)
+            return [chunks[i] for i in count]
+        if self.form == "split":
+            pieces = torch.split(x, list(self.sizes), self.axis)
+            return [pieces[i] for i in count]
+        starts = [sum(self.sizes[:i]) for i in count]
+        if self.form == "narrow":
+            return [x.narrow(self.axis, starts[i], self.sizes[i]) for i in count]
+        whole = (...,) if self.axis == -1 else (slice(None),)
+        return [x[(*whole, slice(starts[i], starts[i] + self.sizes[i]))] for i in count]
+
+
+@dataclass(frozen=True, repr=False)
+class Transpose(Node):
+    """The two axes of tokens change places: "transpose" or "permute"."""
+
+    form: str = "transpose"
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2) if self.form == "transpose" else x.permute(0, 2, 1)
+
+
+@dataclass(frozen=True, repr=False)
+class ChannelsLast(Node):
+    """A chain that sees the channels as the last axis, as in ConvNeXt; `dims` counts the others."""
+
+    chain: Nodes
+    dims: int = 2
+
+    def build(self, store: Store) -> nn.Module:
+        return _ChannelsLast(self, store)
+
+
+class _Deconv(nn.Module):
+    """The functional form of the layer it holds."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self.layer
+        convolve: Any = getattr(F, f"conv_transpose{len(layer.kernel_size)}d")
+        geometry = (layer.stride, layer.padding, layer.output_padding, layer.groups)
+        result: Tensor = convolve(x, layer.weight, layer.bias, *geometry)
+        return result
+
+
+class _Blur(nn.Module):
+    """Padding, and a depthwise convolution whose weight is a buffer."""
+
+    weight: Tensor
+
+    def __init__(self, node: Blur) -> None:
+        super().__init__()
+        self.node = node
+        row = torch.tensor([math.comb(node.kernel - 1, i) for i in range(node.kernel)])
+        window = torch.ones(())
+        for _ in range(node.dims):
+            window = window[..., None] * row / row.sum()
+        self.register_buffer("weight", window.repeat(node.channels, 1, *(1,) * node.dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        node = self.node
+        before = (node.kernel - 1) // 2
+        mode = "constant" if node.padding_mode == "zeros" else node.padding_mode
+        padded = F.pad(x, (before, node.kernel - 1 - before) * node.dims, mode)
+        convolve: Any = getattr(F, f"conv{node.dims}d")
+        result: Tensor = convolve(padded, self.weight, stride=node.stride, groups=node.channels)
+        return result
+
+
+class _Split(_Step):
+    def __init__(self, node: Split, store: Store) -> None:
+        super().__init__()
+        self.node = node
+        self.operands = nn.ModuleList(_Chain(nodes, store) for nodes in node.operands)
+
+    def forward(self, x: Tensor, saved: Saved) -> Tensor:
+        parts = self.node.parts(x)
+        results = [chain(part, saved) for chain, part in zip(self.operands, parts, strict=True)]
+        if self.node.join == "cat":
+            return torch.cat(results, self.node.axis)
+        return JOINS[self.node.join](results[0], results[1], 0.5)
+
+
+class _ChannelsLast(_Step):
+    def __init__(self, node: ChannelsLast, store: Store) -> None:
+        super().__init__()
+        self.dims = node.dims
+        self.chain = _Chain(node.chain, store)
+
+    def forward(self, x: Tensor, saved: Saved) -> Tensor:
+        spatial = range(2, 2 + self.dims)
+        inner: Tensor = self.chain(x.permute(0, *spatial, 1), saved)
+        return inner.permute(0, self.dims + 1, *(axis - 1 for axis in spatial))

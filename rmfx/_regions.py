@@ -1,0 +1,333 @@
+"""Regions: where the channels of one linear layer go until other linear layers read them.
+
+A region is a tree: the layer that makes the channels, channelwise nodes behind it, and at every end
+a linear layer that sums the channels up. Nothing else reads any value of it, so its channels may be
+renamed, merged or cut as long as all its nodes agree.
+
+Its channels come in units that go together. A unit is one output channel of the producer (or all
+that one group of a grouped layer reads); behind flattening or a depthwise layer with a multiplier
+it is a block of several channels. Unit u of a value of block b is channels u·b to u·b + b − 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ._activation import OWN_ACTIVATIONS, Activation
+from ._affine import AffineConv
+from ._dialect import BATCH_NORMS
+from ._graph import Net, Virtual
+from ._layers import Deferred, input_of, read
+from ._pinned import features_behind, keeps_dims
+from ._site import weight_types
+
+POOL_DIMS = {
+    getattr(nn, f"{kind}{dims}d"): dims
+    for kind in ("MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
+    for dims in (1, 2, 3)
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Inner:
+    """A channelwise node.
+
+    Attributes:
+        node: the node.
+        block: channels of a unit behind it.
+        dims: spatial dimensions behind it.
+        layer: what must be cut when channels go, if it differs from channel to channel.
+    """
+
+    node: fx.Node
+    block: int
+    dims: int
+    layer: AffineConv | nn.Module | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A linear layer that reads a value of the region, `block` channels of it for each unit."""
+
+    node: fx.Node
+    value: fx.Node
+    block: int
+    layer: AffineConv
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A producer, the channelwise nodes behind it and the layers that read them."""
+
+    producer: fx.Node
+    layer: AffineConv
+    units: int
+    inner: tuple[Inner, ...]
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def block(self) -> int:
+        """Channels of a unit that the producer makes."""
+        return self.layer.out_channels // self.units
+
+
+def find_region(net: Net, producer: fx.Node, block: int = 1) -> Region | None:
+    """The region behind a linear layer, in units of `block` of its channels; None if there is none.
+
+    None too where a value of it reaches anything that is neither channelwise nor linear.
+    """
+    layer = read(net, producer)
+    if not isinstance(layer, AffineConv) or not _may_be_cut(net, producer):
+        return None
+    if layer.dims and net.rank(producer) != layer.dims + 2:
+        return None
+    units = layer.out_channels // block
+    if units < 2 or layer.block[1] % block or _is_channelwise(layer):
+        return None
+    ends: list[tuple[fx.Node, int, int]] = [(producer, block, layer.dims)]
+    inner: list[Inner] = []
+    leaves: list[Leaf] = []
+    for value, width, dims in ends:  # grows on the way
+        for user in value.users:
+            if _reads_batch_size(user):
+                continue
+            part = _follow(net, user, value, (units, width, dims))
+            if part is None:
+                return None
+            if isinstance(part, Leaf):
+                leaves.append(part)
+            else:
+                inner.append(part)
+                ends.append((user, part.block, part.dims))
+    if not leaves:
+        return None
+    return Region(producer, layer, units, tuple(inner), tuple(leaves))
+
+
+def _is_channelwise(layer: AffineConv, block: int = 1) -> bool:
+    """Whether a unit is read by whole groups, so that what they give is a unit as well."""
+    return layer.groups > 1 and block % layer.block[0] == 0
+
+
+def _may_be_cut(net: Net, node: fx.Node) -> bool:
+    """Whether a layer that `read` accepts has weights of one type."""
+    return node.op == "call_module" and len(weight_types(net, (node,))) == 1
+
+
+def _reads_batch_size(node: fx.Node) -> bool:
+    """x.size(0) and x.shape[0], which do not depend on the channels."""
+    if node.op == "call_method" and node.target == "size":
+        return node.args[1:] == (0,)
+    if node.target is not getattr or node.args[1:] != ("shape",):
+        return False
+    return all(user.args[1:] == (0,) for user in node.users)
+
+
+def _follow(
+    net: Net, node: fx.Node, value: fx.Node, place: tuple[int, int, int]
+) -> Inner | Leaf | None:
+    """A reader of a value of (units, block, dims), None where channels must stay as they are."""
+    dims = place[-1]
+    if node.meta.get("frozen") or node.op == "output" or input_of(node) is not value:
+        return None
+    element = read(net, node)
+    if isinstance(element, AffineConv) and element.dims == dims and _may_be_cut(net, node):
+        return _linear(node, value, element, place)
+    if isinstance(element, Activation):
+        return _activation(net, node, element, place)
+    if isinstance(element, Deferred):
+        found = _deferred(net, node, element, place)
+        if found is not None:
+            return found
+    return _module(net, node, place) or _mean(node, place)
+
+
+def _linear(
+    node: fx.Node, value: fx.Node, layer: AffineConv, place: tuple[int, int, int]
+) -> Inner | Leaf | None:
+    units, block, dims = place
+    if layer.in_channels != units * block:
+        return None
+    if _is_channelwise(layer, block):
+        return Inner(node, block // layer.block[0] * layer.block[1], dims, layer)
+    return None if layer.block[0] % block else Leaf(node, value, block, layer)
+
+
+def _activation(
+    net: Net, node: fx.Node, activation: Activation, place: tuple[int, int, int]
+) -> Inner | None:
+    _, block, dims = place
+    if not activation.is_per_channel:
+        return Inner(node, block, dims)
+    # PReLU's channels are dimension 1.
+    fits = _parameters_fit(activation.module, place) and (dims or net.rank(node) == 2)
+    return Inner(node, block, dims, activation.module) if fits and not net.guard(node) else None
+
+
+def _deferred(
+    net: Net, node: fx.Node, element: Deferred, place: tuple[int, int, int]
+) -> Inner | None:
+    """Batch norm; scales, shifts, crops and zero padding that are the same for all channels."""
+    units, block, dims = place
+    layer = element.build(units * block, dims)
+    if not isinstance(layer, AffineConv) or layer.block != (1, 1):
+        return None
+    if layer.in_channels != units * block:
+        return None
+    module = net.replacement(node) or net.module(node)
+    if type(module) in BATCH_NORMS:
+        return Inner(node, block, dims, module) if isinstance(module, nn.Module) else None
+    constants = [net.attribute(n) for n in node.all_input_nodes if n.op == "get_attr"]
+    uniform = all(isinstance(c, Tensor) and c.numel() == 1 for c in constants)
+    return Inner(node, block, dims) if uniform else None
+
+
+def _module(net: Net, node: fx.Node, place: tuple[int, int, int]) -> Inner | None:
+    """Pools, dropout, flattening, and the activations that passes make."""
+    units, block, dims = place
+    module: Any = net.replacement(node) or net.module(node)
+    if not isinstance(module, nn.Module) or net.guard(node) or len(node.args) != 1:
+        return None
+    if isinstance(module, OWN_ACTIVATIONS):
+        tensor = next(iter((*module.parameters(), *module.buffers())))
+        fits = _parameters_fit(module, place) and tensor.dim() == dims + 1
+        return Inner(node, block, dims, module) if fits else None
+    if type(module) in POOL_DIMS:
+        pools = POOL_DIMS[type(module)] == dims and not getattr(module, "return_indices", False)
+        return Inner(node, block, dims) if pools else None
+    if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
+        return Inner(node, block, dims)
+    if type(module) is not nn.Flatten or (module.start_dim, module.end_dim) != (1, -1):
+        return None
+    features = features_behind(net, node) if dims else None
+    if features is None or features % (units * block):
+        return None
+    return Inner(node, features // units, 0)
+
+
+def _mean(node: fx.Node, place: tuple[int, int, int]) -> Inner | None:
+    _, block, dims = place
+    kept = keeps_dims(node, dims)
+    return None if kept is None else Inner(node, block, dims if kept else 0)
+
+
+def _parameters_fit(module: nn.Module, place: tuple[int, int, int]) -> bool:
+    """Whether everything a module holds is one number per channel, or one for all."""
+    units, block, _ = place
+    tensors = (*module.parameters(), *module.buffers())
+    return all(t.numel() in (1, units * block) for t in tensors)
+
+
+# ---- cutting ------------------------------------------------------------------------------------
+
+
+def put(net: Net, node: fx.Node, layer: AffineConv | nn.Module) -> None:
+    """Let a node call another layer; its name and its target stay."""
+    source, target = input_of(node), str(node.target)
+    if source is None:
+        raise TypeError(f"{node.name} reads more than one value")
+    made: Virtual | nn.Module
+    if isinstance(layer, AffineConv):
+        (kind,) = weight_types(net, (node,))
+        made = Virtual(layer, *kind)
+    else:
+        made = layer
+    net.release([node])
+    node.target = net.claim(target, made)
+    node.args, node.kwargs = (source,), {}
+
+
+def of_channels(chosen: Tensor, block: int) -> Tensor:
+    """What is said of units, said of their channels."""
+    return chosen.repeat_interleave(block)
+
+
+def cut_rows(layer: AffineConv, keep: Tensor) -> AffineConv:
+    """A layer without some of its outputs; every group must lose the same number.
+
+    Args:
+        layer: the layer.
+        keep: (out,) booleans.
+    """
+    keep = keep.to(layer.weight.device)
+    return replace(layer, weight=layer.weight[keep], bias=layer.bias[keep])
+
+
+def cut_groups(layer: AffineConv, keep: Tensor) -> AffineConv:
+    """A layer without some of its groups; keep: (units,) booleans, a unit is some groups."""
+    keep = of_channels(keep, layer.groups // keep.numel())
+    rows = cut_rows(layer, of_channels(keep, layer.block[1]))
+    return replace(rows, groups=int(keep.sum()))
+
+
+def cut_module(module: nn.Module, keep: Tensor) -> nn.Module:
+    """A copy of a channelwise module without some channels; keep: (channels,) booleans."""
+    made = copy.deepcopy(module)
+    total = keep.numel()
+    for part in made.modules():
+        for held in (part._parameters, part._buffers):
+            for name, value in held.items():
+                if value is not None and value.dim() and value.shape[0] == total:
+                    rows = value.detach()[keep.to(value.device)]
+                    held[name] = _like_parameter(rows, value)
+        for name in ("num_features", "num_parameters"):
+            if getattr(part, name, None) == total:
+                setattr(part, name, int(keep.sum()))
+    return made
+
+
+def _like_parameter(rows: Tensor, value: Tensor) -> Any:
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(rows, requires_grad=value.requires_grad)
+    return rows
+
+
+def columns(layer: AffineConv) -> Tensor:
+    """The weights that each input channel is multiplied by: (in, out // groups, taps)."""
+    n_in, n_out = layer.block
+    weight = layer.weight.detach().reshape(layer.groups, n_out, n_in, -1)
+    return weight.transpose(1, 2).reshape(layer.in_channels, n_out, -1)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Input channel `source` is `factor` times input channel `target` of the same group."""
+
+    source: int
+    target: int
+    factor: float
+
+
+def cut_columns(
+    layer: AffineConv, keep: Tensor, numbers: Tensor, merges: Sequence[Merge]
+) -> AffineConv:
+    """The same layer without some of its inputs; every group must lose the same number.
+
+    Args:
+        layer: the layer.
+        keep: (in,) booleans.
+        numbers: (in,) what a channel that goes always is; 0 where it is merged into another.
+        merges: where the columns of other channels that go are added.
+    """
+    n_in, n_out = layer.block
+    device = layer.weight.device
+    own, bias = columns(layer), layer.bias
+    if merges:
+        own = own.to(torch.float64)
+        factor = torch.tensor([m.factor for m in merges], dtype=torch.float64, device=device)
+        added = own[[m.source for m in merges]] * factor.reshape(-1, 1, 1)
+        own = own.index_add(0, torch.tensor([m.target for m in merges], device=device), added)
+    if bool(numbers.any()):
+        gone = numbers.nonzero().flatten().to(device)
+        effect = own[gone].to(torch.float64).sum(2) * numbers.to(device)[gone].reshape(-1, 1)
+        shift = bias.to(torch.float64).reshape(layer.groups, n_out)
+        bias = shift.index_add(0, gone // n_in, effect).flatten()
+    left = own[keep.to(device)].reshape(layer.groups, -1, n_out, own.shape[-1])
+    weight = left.transpose(1, 2).reshape(layer.out_channels, -1, *layer.kernel)
+    return replace(layer, weight=weight, bias=bias.detach())

@@ -1,0 +1,397 @@
+"""Tries a pass on random networks and makes the first that it breaks small.
+
+    from rmfx.fuzz import fuzz
+
+    report = fuzz("mypackage.passes:my_pass", examples=500, seed=1)
+    print(report)  # what the networks were made of, what the pass did
+    if report.failure:
+        print(report.failure.script)  # a program that fails
+
+Example i of seed s is always the same network, whatever the other options are. The network, the
+pass's result and every join that its report lists are compared by
+`rmfx.testing.assert_equivalent`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+
+import rmfx
+
+from ._errors import OptionError
+from ._fuzz_script import Case, script
+from ._shrink import shrink
+from ._strategy import STRATEGIES
+from .report import META_KEY, Report
+from .testing import FEATURES, Equivalence, NetworkSpec, assert_equivalent, random_network
+
+PASSES = ("remove_residuals", "fold_batch_norm", "merge_convs", "remove_noops")
+FRONTENDS = ("module", "traced", "exported")
+WRONG = "wrong numbers"
+_SHIFTED = 1e-8  # a shift costs digits
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first network on which the pass failed, made small.
+
+    Attributes:
+        example: the number of the network that was drawn.
+        kind: "wrong numbers", or the name of the error that the pass or its result raised.
+        message: what was said about the small network.
+        spec: the small network.
+        script: a program that builds it and fails in the same way.
+    """
+
+    example: int
+    kind: str
+    message: str
+    spec: NetworkSpec
+    script: str
+
+
+@dataclass
+class FuzzReport:
+    """What was tried. `str()` gives tables, `to_dict` what JSON can hold.
+
+    Attributes:
+        name: the pass.
+        frontend: how the networks were held.
+        seed: of the draws.
+        examples: networks tried.
+        without_inputs: of those, how many were also given to the pass without example inputs.
+        skipped: networks that `torch.export` cannot hold; they count as tried.
+        features: for each of `rmfx.testing.FEATURES`, in how many networks it occurred.
+        removed: sites removed, by strategy and exactness.
+        refused: sites refused, by reason without its names and numbers.
+        joins: joins whose values were compared.
+        error: the largest relative error of an output or a join.
+        failure: None where the pass held.
+    """
+
+    name: str
+    frontend: str
+    seed: int
+    examples: int = 0
+    without_inputs: int = 0
+    skipped: int = 0
+    features: Counter[str] = field(default_factory=Counter)
+    removed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    joins: int = 0
+    error: float = 0.0
+    failure: Failure | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists."""
+        failure = self.failure and {
+            "example": self.failure.example,
+            "kind": self.failure.kind,
+            "message": self.failure.message,
+            "spec": repr(self.failure.spec),
+            "script": self.failure.script,
+        }
+        return {
+            "pass": self.name,
+            "frontend": self.frontend,
+            "seed": self.seed,
+            "examples": self.examples,
+            "without_inputs": self.without_inputs,
+            "skipped": self.skipped,
+            "removed": self.removed.total(),
+            "refused": self.refused.total(),
+            "joins": self.joins,
+            "error": self.error,
+            "features": {name: self.features[name] for name in sorted(FEATURES)},
+            "strategies": [
+                {"strategy": strategy, "exactness": exactness, "sites": count}
+                for (strategy, exactness), count in self.removed.most_common()
+            ],
+            "reasons": dict(self.refused.most_common()),
+            "failure": failure,
+        }
+
+    def __str__(self) -> str:
+        parts = [
+            _table(("feature", "networks"), [(f, self.features[f]) for f in sorted(FEATURES)]),
+            _table(
+                ("strategy", "exactness", "sites removed"),
+                [(*key, count) for key, count in self.removed.most_common()],
+            ),
+            _table(("reason", "sites refused"), self.refused.most_common()),
+            self.summary(),
+        ]
+        return "\n\n".join(filter(None, parts))
+
+    def summary(self) -> str:
+        """One paragraph: how much was tried, and the largest error."""
+        seen = sum(self.features[name] > 0 for name in FEATURES)
+        skipped = f", {self.skipped} of which torch.export cannot hold" if self.skipped else ""
+        return (
+            f"{self.examples} networks (seed {self.seed}, {self.frontend}){skipped} through"
+            f" {self.name}, {self.without_inputs} of them without example inputs too;"
+            f" {seen} of {len(FEATURES)} features.\n"
+            f"{self.removed.total()} sites removed, {self.refused.total()} refused,"
+            f" {self.joins} joins compared; largest error {self.error:.1e}."
+        )
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return tabulate(rows, headers, maxcolwidths=[72] + [None] * (len(headers) - 1)) if rows else ""
+
+
+def fuzz(
+    transform: str = "remove_residuals",
+    *,
+    examples: int | None = 100,
+    seed: int = 0,
+    frontend: str = "module",
+    activation: str | tuple[str, ...] = "auto",
+    seconds: float | None = None,
+    step: Callable[[str], object] = lambda text: None,
+) -> FuzzReport:
+    """Try a pass on random networks until one fails.
+
+    Args:
+        transform: one of `PASSES`, or `package.module:function`, called as `f(model, inputs)`. It
+            fails where it raises, an `RmfxError` included: every network drawn is a valid one.
+        examples: how many networks; None for as many as `seconds` allow.
+        seed: equal seeds draw equal networks.
+        frontend: "module", "traced" (by `torch.fx`) or "exported" (an `ExportedProgram`).
+        activation: the option of `remove_residuals`, or "random" for another one each time.
+        seconds: draw no more networks after so many.
+        step: called with a line about the state before each network.
+
+    Returns:
+        What was tried; its `failure` is None where the pass held.
+
+    Raises:
+        OptionError: an option has a value that is not known, or there is no such pass.
+
+    >>> fuzz("remove_noops", examples=3).failure is None
+    True
+    """
+    _check_options(transform, examples, seconds, frontend, activation)
+    apply = load_pass(transform)
+    report = FuzzReport(transform, frontend, seed)
+    end = math.inf if seconds is None else time.monotonic() + seconds
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a pass may warn; the exporter does so all the time
+        while report.failure is None and report.examples != examples and time.monotonic() < end:
+            step(f"{report.removed.total()} sites removed")
+            example = report.examples
+            case = draw_case(example, seed, transform, frontend, activation)
+            report.features.update(case.spec.features())
+            report.examples += 1
+            _try_case(report, case, apply, example)
+    return report
+
+
+def _check_options(
+    transform: str,
+    examples: int | None,
+    seconds: float | None,
+    frontend: str,
+    activation: str | tuple[str, ...],
+) -> None:
+    if examples is None and seconds is None:
+        raise OptionError("examples and seconds are both None: that would never end")
+    if (examples is not None and examples < 1) or (seconds is not None and not seconds > 0):
+        raise OptionError("examples and seconds must be positive")
+    if frontend not in FRONTENDS:
+        raise OptionError(f"frontend={frontend!r}: choose from {', '.join(FRONTENDS)}")
+    if activation != "auto" and transform != "remove_residuals":
+        raise OptionError("activation is an option of remove_residuals only")
+    known = (*STRATEGIES, "auto", "relu", "random")
+    names = (activation,) if isinstance(activation, str) else activation
+    unknown = [name for name in names if name not in known]
+    if unknown or not names or (len(names) > 1 and not {*names} <= {*STRATEGIES, "relu"}):
+        raise OptionError(f"activation={activation!r}: choose one or more of {', '.join(known)}")
+
+
+# ---- passes -------------------------------------------------------------------------------------
+
+
+def load_pass(name: str) -> Callable[..., Any]:
+    """The built-in pass of that name, or the function that `package.module:function` names.
+
+    Raises:
+        OptionError: there is no such pass.
+    """
+    if name in PASSES:
+        return getattr(rmfx, name)  # type: ignore[no-any-return]
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise OptionError(
+            f"pass {name!r}: choose from {', '.join(PASSES)}, or give package.module:function"
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"pass {name!r}: {error}") from error
+    if not callable(found):
+        raise OptionError(f"pass {name!r} is a {type(found).__name__}, not a function")
+    return found  # type: ignore[no-any-return]
+
+
+# ---- cases --------------------------------------------------------------------------------------
+
+
+def draw_case(
+    example: int,
+    seed: int,
+    transform: str = "remove_residuals",
+    frontend: str = "module",
+    activation: str | tuple[str, ...] = "auto",
+) -> Case:
+    """The network of that number, and the way in which it is handed to the pass."""
+    random = Random(f"{seed}/{example}")
+    spec = random_network(random)
+    # Drawn for every pass, though not each has such options: equal seeds then draw equal ways.
+    without = random.randrange(4) == 0
+    bounded = random.randrange(2) == 0
+    drawn: str | tuple[str, ...] = random.choice(["auto", "relu", "some", "some"])
+    some = tuple(name for name in STRATEGIES if random.randrange(2)) or STRATEGIES[:1]
+    ways = activation
+    if activation == "random":
+        ways = some if drawn == "some" else drawn
+    return Case(
+        spec,
+        transform,
+        frontend,
+        ways,
+        without_inputs=without and transform in PASSES and frontend != "exported",
+        input_range=bounded and transform == "remove_residuals",
+        calibrated=transform == "remove_residuals" and ways != "auto",
+    )
+
+
+class _NotHeldError(Exception):
+    """`torch.export` or `torch.fx` cannot hold the network: nothing is said about the pass."""
+
+
+def _try_case(report: FuzzReport, case: Case, apply: Callable[..., Any], example: int) -> None:
+    """Count what becomes of one network; a failure is made small and noted."""
+    try:
+        for after, found in _check(case, apply):
+            _count(report, after, found)
+        report.without_inputs += case.without_inputs
+    except _NotHeldError:
+        report.skipped += 1
+    except Exception as error:  # noqa: BLE001  (whatever a pass raises is what is looked for)
+        report.failure = _failure(case, apply, example, _kind(error))
+
+
+def _check(case: Case, apply: Callable[..., Any]) -> Iterator[tuple[Any, Equivalence]]:
+    """Apply the pass and compare, with example inputs and perhaps without; give the results."""
+    model, inputs = case.spec.build(seed=0), case.spec.inputs(seed=0)
+    given, before = _held(model, inputs, case.frontend)
+    options = case.options(inputs)
+    for arguments in ((given, inputs), (given,)) if case.without_inputs else ((given, inputs),):
+        after = apply(*arguments, **options)
+        shifts = any(row.strategy == "shift" for row in _rows(after))
+        tolerance = _SHIFTED if shifts else None
+        yield after, assert_equivalent(before, after, inputs, tolerance=tolerance)
+
+
+def _held(model: nn.Module, inputs: tuple[Tensor, ...], frontend: str) -> tuple[Any, nn.Module]:
+    """The network as it is given to the pass, and as the module to compare with."""
+    if frontend == "module":
+        return model, model
+    try:
+        if frontend == "traced":
+            traced = fx.symbolic_trace(model)
+            return traced, traced
+        with _quiet_logs():
+            program = torch.export.export(model, inputs)
+            return program, program.module()
+    except Exception as error:
+        raise _NotHeldError from error
+
+
+@contextlib.contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """Without what the exporter logs of a network that it cannot hold."""
+    import logging
+
+    logger = logging.getLogger("torch")
+    former = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(former)
+
+
+def _kind(error: Exception) -> str:
+    return WRONG if type(error) is AssertionError else type(error).__name__
+
+
+def _failure(case: Case, apply: Callable[..., Any], example: int, kind: str) -> Failure:
+    """Make the network small for as long as it fails in the same way."""
+    said: dict[NetworkSpec, str] = {}
+
+    def fails(spec: NetworkSpec) -> bool:
+        try:
+            for _ in _check(case.of(spec), apply):
+                pass
+        except Exception as error:  # noqa: BLE001  (as above)
+            said[spec] = str(error)
+            return _kind(error) == kind
+        return False
+
+    spec = shrink(case.spec, fails)
+    fails(spec)
+    message = said.get(spec, "it failed once and not again")
+    return Failure(example, kind, message, spec, script(case.of(spec), f"{kind}: {message}"))
+
+
+# ---- counts -------------------------------------------------------------------------------------
+
+
+def _rows(after: Any) -> tuple[Any, ...]:
+    found = getattr(after, "meta", {}).get(META_KEY)
+    return found.rows if isinstance(found, Report) else ()
+
+
+def _count(report: FuzzReport, after: Any, found: Equivalence) -> None:
+    for row in _rows(after):
+        if row.status == "removed":
+            report.removed[row.strategy, row.exactness] += 1
+        else:
+            report.refused[without_names(row.reason)] += 1
+    report.joins += len(found.joins)
+    report.error = max([report.error, found.error, *(join.error for join in found.joins)])
+
+
+def without_names(reason: str) -> str:
+    """A reason for a refusal without the names and numbers of one network.
+
+    >>> without_names("body_1_add: the branch has stride (1, 2) and the shortcut 3")
+    'the branch has stride N and the shortcut N'
+    """
+    text = re.sub(r"^\w+(, \w+)*: ", "", reason)
+    text = re.sub(r"\w+(\.\w+)+", "NAME", text)  # the path of a module
+    text = re.sub(r"\((\w+)\)$", "", text)  # the operation that writes in place
+    text = re.sub(r"\[[\d, ]*\]|\([\d, ]*\)|(?<!\w)-?\d+(?!\w)", "N", text)
+    return text.strip()
