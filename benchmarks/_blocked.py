@@ -52,11 +52,6 @@ BLOCKERS = (
         r"max_?pool",
         "the maximum over a window is not linear, and no activation passes a carry through it",
     ),
-    Blocker(
-        "channel split",
-        r"^(split|chunk|tensor_split|unbind)",
-        "parts of one value go through different layers, which the compiler does not follow",
-    ),
 )
 # These only move values about: that a refusal names one of them says nothing about its cause.
 _BYSTANDERS = re.compile(
@@ -125,14 +120,10 @@ def _class_of(operations: Iterable[str]) -> str | None:
 
 
 def _operation(node: fx.Node) -> str:
-    """What a node computes, by name; of one part of a split, the split."""
+    """What a node computes, by name."""
     if node.op == "call_module" and node.graph.owning_module is not None:
         return type(node.graph.owning_module.get_submodule(str(node.target))).__name__
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if name == "getitem" and node.all_input_nodes:
-        source = _operation(node.all_input_nodes[0])
-        return source if re.match(BLOCKERS[-1].operations, source) else name
-    return name
+    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
 
 
 def _site(join: fx.Node) -> set[fx.Node]:

@@ -56,6 +56,7 @@ class ZooNet:
             that no node of the result holds their sum ("whole").
         chain: whether it is a plain chain apart from its residual connections ("whole").
         causes: classes of refusals that are right for it ("refused"), see _blocked.py.
+        aside: additions that have nothing to do with a residual connection ("refused").
     """
 
     name: str
@@ -66,6 +67,7 @@ class ZooNet:
     hidden: bool = False
     chain: bool = False
     causes: frozenset[str] = frozenset()
+    aside: int = 0
 
 
 def zoo() -> dict[str, ZooNet]:
@@ -189,22 +191,16 @@ def _open() -> list[ZooNet]:
 
 def _controls() -> list[ZooNet]:
     """What must be left alone."""
-    norm, attention = "layer or group norm", "attention"
-    tv, causes = _from_torchvision, frozenset
+    norm = frozenset({"layer or group norm"})
+    convnext, swin = _from_torchvision("convnext_tiny"), _from_torchvision("swin_t")
+    vgg, densenet = _from_torchvision("vgg11_bn"), _from_torchvision("densenet121")
     return [
-        ZooNet(
-            "convnext_tiny", tv("convnext_tiny"), _IMAGES, kind="refused", causes=causes({norm})
-        ),
-        ZooNet("swin_t", tv("swin_t"), _IMAGES, kind="refused", causes=causes({norm, attention})),
-        ZooNet(
-            "resnet50_gn",
-            _from_timm("resnet50_gn"),
-            _IMAGES,
-            kind="refused",
-            causes=causes({norm}),
-        ),
-        ZooNet("vgg11_bn", tv("vgg11_bn"), _IMAGES, kind="untouched"),
-        ZooNet("densenet121", tv("densenet121"), _IMAGES, kind="untouched"),
+        ZooNet("convnext_tiny", convnext, _IMAGES, kind="refused", causes=norm),
+        # Two subtractions say which pixels are neighbours, for the mask of its attention.
+        ZooNet("swin_t", swin, _IMAGES, kind="refused", causes=norm | {"attention"}, aside=2),
+        ZooNet("resnet50_gn", _from_timm("resnet50_gn"), _IMAGES, kind="refused", causes=norm),
+        ZooNet("vgg11_bn", vgg, _IMAGES, kind="untouched"),
+        ZooNet("densenet121", densenet, _IMAGES, kind="untouched"),
     ]
 
 

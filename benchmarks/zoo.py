@@ -12,9 +12,9 @@ survive `to_sequential`. Networks that must be left alone: for the right reason,
 additions unchanged bit for bit. Exit code 1 if a limit is exceeded.
 
 Each network is written to results/zoo.json when it is done; what this version of the compiler is
-done with is not done again without --fresh. The list takes about 25 minutes on two cores; --small
-(inputs, and files of their own) takes ten, --models chooses, --all takes every CNN of torchvision
-and timm below a size, for hours.
+done with is not done again without --fresh. The list takes about half an hour on two cores, of
+which the two networks of 1,202 layers take a quarter; --small takes smaller inputs (and files of
+its own), --models chooses, --all takes every CNN of torchvision and timm below a size, for hours.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def failures(net: ZooNet, outcome: Outcome) -> list[str]:
         demands |= _whole_demands(net, outcome)
     if net.kind in ("refused", "untouched"):
         what = f"left alone for {', '.join(outcome.blocked) or 'no known reason'}"
-        right = outcome.refused_open == 0 and net.causes >= set(outcome.blocked)
+        right = outcome.refused_open <= net.aside and net.causes >= set(outcome.blocked)
         demands[f"{outcome.removed} additions removed"] = outcome.removed == 0
         demands[what] = right and bool(outcome.adds) == (net.kind == "refused")
         demands["not identical"] = outcome.identical is True
