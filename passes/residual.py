@@ -7,15 +7,18 @@ f_i ⊕ s_i is one ordinary layer. Δ is merged into the first layer ("reserving
 2111.00687, section 3) and ∇ into the last ("merging"). Two non-linear branches are the same with
 two chains.
 
-Forms handled: `+`, `+=`, `-`, `torch.add(alpha=)`, `add_`, with constant factors on either side;
-branches of convolutions, Linear, batch norm, scales, zero padding, crops, average pools and
-pointwise activations in any order; shortcuts that are the identity or any chain of linear layers;
-sums of several branches, nested and shared forks.
+Where the branch combines other tensors (a gate, a concatenation, a sum that stays), those meet the
+carry with ones, nothing or zeros; what others read of a value inside the branch is a slice of it.
 
-Refused, each with its reason: an add that broadcasts; operands without a common source; a value
-inside a branch that is also read elsewhere; an operation in a branch that is neither linear nor
-pointwise; branches whose sizes agree for some inputs only; values that in-place operations share;
-layers that are shared, tied, hooked or parametrized.
+Forms handled: `+`, `+=`, `-`, `torch.add(alpha=)`, `add_`, with constant factors on either side;
+branches of convolutions, Linear, batch norm, scales, paddings, crops, average pools, pointwise
+activations, products, concatenations and splits in any order; shortcuts that are the identity or any
+chain of linear layers; sums of several branches, nested and shared forks.
+
+Refused, each with its reason: an add that broadcasts; operands without a common source; an
+operation on every path of a branch that mixes positions or channels by numbers that depend on the
+data, or by a maximum; branches whose sizes agree for some inputs only; values that in-place
+operations share; layers that are shared, tied, hooked or parametrized.
 """
 
 from __future__ import annotations
