@@ -12,8 +12,8 @@ carry with ones, nothing or zeros; what others read of a value inside the branch
 
 Forms handled: `+`, `+=`, `-`, `torch.add(alpha=)`, `add_`, with constant factors on either side;
 branches of convolutions, Linear, batch norm, scales, paddings, crops, average pools, pointwise
-activations, products, concatenations and splits in any order; shortcuts that are the identity or any
-chain of linear layers; sums of several branches, nested and shared forks.
+activations, products, concatenations and splits in any order; shortcuts that are the identity or
+any chain of linear layers; sums of several branches, nested and shared forks.
 
 Refused, each with its reason: an add that broadcasts; operands without a common source; an
 operation on every path of a branch that mixes positions or channels by numbers that depend on the
