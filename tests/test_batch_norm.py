@@ -63,7 +63,7 @@ FOLDED: dict[str, tuple[Make, list[str]]] = {
     "SyncBatchNorm": (lambda: chain(conv(), nn.SyncBatchNorm(4)), ["Conv2d"]),
     "reflecting conv before BN": (
         lambda: conv_bn(padding_mode="reflect"),
-        ["Conv2d", "BatchNorm2d"],
+        ["Conv2d"],
     ),
     "F.batch_norm": (
         lambda: Apply(

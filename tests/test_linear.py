@@ -122,11 +122,9 @@ STAY: dict[str, Make] = {
     "strided conv before a wide one": lambda: chain(
         conv(stride=2, padding=0, bias=False), conv(kernel=3, padding=1)
     ),
-    "reflecting conv": lambda: chain(
-        conv(4, 8, 3, padding_mode="reflect"), conv(8, 4, 1, padding_mode="reflect")
-    ),
+    "reflecting conv": lambda: chain(conv(4, 8, 1), conv(8, 4, 3, padding_mode="reflect")),
     "shift before a padded conv": lambda: chain(Apply(lambda m, x: x + 1), conv()),
-    "transposed conv": lambda: chain(nn.ConvTranspose2d(4, 8, 1), conv(8, 4, 1)),
+    "transposed conv": lambda: chain(nn.ConvTranspose2d(4, 8, 2, 2), conv(8, 4, 1)),
 }
 
 
