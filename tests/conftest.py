@@ -11,15 +11,15 @@ from hypothesis import HealthCheck, settings
 # The first example of a property compiles or traces things and is slow; no deadline then.
 settings.register_profile(
     "default",
-    max_examples=50,
+    max_examples=30,
     deadline=None,
     derandomize="CI" in os.environ,
     suppress_health_check=[HealthCheck.too_slow],
 )
 # `pytest tests/test_fuzz.py --hypothesis-profile=ci`: bounded, and the same in every run; two tests
-# of 1,000 networks each.
+# of 400 networks each.
 settings.register_profile(
-    "ci", settings.get_profile("default"), max_examples=1000, derandomize=True, print_blob=True
+    "ci", settings.get_profile("default"), max_examples=400, derandomize=True, print_blob=True
 )
 settings.load_profile("default")
 
