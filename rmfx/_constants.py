@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from ._activation import is_activation
 from ._dialect import attribute
+from ._functionalise import written_by
 
 TRANSPOSITIONS = (torch.ops.aten.t.default, torch.ops.aten.permute.default)
 RANDOM = ("rand", "dropout", "bernoulli", "normal_", "multinomial", "empty")
@@ -39,12 +40,9 @@ def fold_constants(gm: fx.GraphModule) -> None:
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
                 continue
     made = 0
-    for node, value in known.items():
-        read = any(user not in known for user in node.users)
-        if node.op == "get_attr" or not read or not _may_be_kept(node, value, known):
-            continue
+    for node in [node for node in known if _is_to_be_kept(node, known)]:
         name, made = _free_name(gm, made)
-        gm.register_buffer(name, value)
+        gm.register_buffer(name, known[node])
         with gm.graph.inserting_before(node):
             constant = gm.graph.get_attr(name)
         constant.meta = {k: v for k, v in node.meta.items() if k in ("shape", "dtype")}
@@ -58,16 +56,14 @@ def _is_constant(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -
     inputs = node.all_input_nodes
     if not inputs or any(n not in known for n in inputs) or node.op == "output":
         return False
+    if written_by(gm, node) is not None:  # another constant may have been read before the write
+        return False
     if node.op == "call_module":
         return is_activation(gm.get_submodule(str(node.target)))
-    schema = getattr(node.target, "_schema", None)
     if node.target in TRANSPOSITIONS:  # how exporting hands the weight of a Linear layer over
         return False
     name = str(getattr(node.target, "__name__", node.target))
-    writes = (schema is not None and schema.is_mutable) or (
-        name.endswith("_") and not name.endswith("__")
-    )
-    return not (writes or node.is_impure() or any(word in name for word in RANDOM))
+    return not (node.is_impure() or any(word in name for word in RANDOM))
 
 
 @torch.no_grad()
@@ -80,8 +76,11 @@ def _value(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _may_be_kept(node: fx.Node, value: Any, known: dict[fx.Node, Any]) -> bool:
-    if not isinstance(value, Tensor):
+def _is_to_be_kept(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
+    """Whether something that is no constant reads a constant, and it is not too large to keep."""
+    value = known[node]
+    read = any(user not in known for user in node.users)
+    if node.op == "get_attr" or not read or not isinstance(value, Tensor):
         return False
     sources = [known[n] for n in node.all_input_nodes]
     size = max((s.numel() for s in sources if isinstance(s, Tensor)), default=0)

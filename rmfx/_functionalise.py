@@ -122,7 +122,7 @@ def functionalise(gm: fx.GraphModule) -> None:
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     aliases, types = _Aliases(), _Types(gm)
     for node in gm.graph.nodes:
-        written = _written(gm, node)
+        written = written_by(gm, node)
         if written is None or written.meta.get("number"):
             aliases.visit(gm, node)
             continue
@@ -147,7 +147,7 @@ def written_inputs(gm: fx.GraphModule) -> set[fx.Node]:
     """Placeholders whose memory a graph may write to."""
     aliases, found = _Aliases(), set()
     for node in gm.graph.nodes:
-        written = _written(gm, node)
+        written = written_by(gm, node)
         aliases.visit(gm, node)
         if written is not None:
             aliases.join(node, written)
@@ -247,7 +247,7 @@ class _Aliases:
                 node.meta["frozen"] = reason
 
 
-def _written(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def written_by(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The tensor that a node writes to, None if it writes to none."""
     writes = False
     if node.op == "call_module":

@@ -25,10 +25,8 @@ from ._affine import AffineConv
 from ._dialect import AVERAGE_POOLS
 from ._graph import Net
 from ._infer import on_demand
-from ._layers import input_of, read, read_affine
+from ._layers import MEANS, input_of, keeps_dims, read, read_affine
 from ._range import ANYTHING, Range, Ranges, activation_range
-
-MEANS: tuple[object, ...] = ("mean", torch.mean, torch.ops.aten.mean.dim)
 
 
 class PinnedRanges:
@@ -98,22 +96,6 @@ class PinnedRanges:
                 return activation_range(element, x)  # the last dimension is dimension 1
             return _numbers_through(element, x, found)
         return _zero_rows(net, node) if found.unbounded else None
-
-
-def keeps_dims(node: fx.Node, dims: int) -> bool | None:
-    """Whether a mean over space keeps the dimensions; None if a node is no such mean."""
-    if node.target not in MEANS or dims < 1 or set(node.kwargs) - {"dim", "keepdim"}:
-        return None
-    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    axes = (axes,) if isinstance(axes, int) else axes
-    if not isinstance(axes, (list, tuple)) or not all(isinstance(i, int) for i in axes):
-        return None
-    kept = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    places = {int(i) % (dims + 2) for i in axes if isinstance(i, int)}
-    whole = places == set(range(2, dims + 2))
-    if kept not in (True, False) or len(node.args) > 3 or not places or min(places) < 2:
-        return None
-    return bool(kept) if kept or whole else None
 
 
 def features_behind(net: Net, flatten: fx.Node) -> int | None:

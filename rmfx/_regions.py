@@ -23,8 +23,8 @@ from ._activation import OWN_ACTIVATIONS, Activation
 from ._affine import AffineConv
 from ._dialect import BATCH_NORMS
 from ._graph import Net, Virtual
-from ._layers import Deferred, input_of, read
-from ._pinned import features_behind, keeps_dims
+from ._layers import Deferred, input_of, keeps_dims, read
+from ._pinned import features_behind
 from ._site import weight_types
 
 POOL_DIMS = {

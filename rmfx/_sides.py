@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from ._affine import AffineConv
 from ._graph import Net, Shape, Virtual, data_input
-from ._layers import Border, Lateral, read
+from ._layers import Border, Lateral, keeps_dims, read
 
 # Far enough to give exactly 1 in every floating type.
 ONE_AT: dict[type[nn.Module], float] = {nn.Sigmoid: 40.0, nn.Hardsigmoid: 4.0}
@@ -142,14 +142,7 @@ def _is_spatial_pool(net: Net, node: fx.Node, dims: int) -> bool:
         return False
     if isinstance(net.module(node), POOLS):
         return net.guard(node) is None
-    if node.target not in ("mean", torch.mean, torch.ops.aten.mean.dim):
-        return False
-    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    axes = (axes,) if isinstance(axes, int) else axes
-    if not isinstance(axes, (list, tuple)) or not all(isinstance(i, int) for i in axes):
-        return False
-    kept = (node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim")) is True
-    return kept and all(i % (dims + 2) > 1 for i in axes)
+    return keeps_dims(node, dims) is True
 
 
 def _with_ones(net: Net, product: fx.Node, gate: fx.Node, room: Widths, dims: int) -> fx.Node:

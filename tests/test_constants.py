@@ -78,6 +78,28 @@ def test_what_is_random_or_written_to_is_no_constant(forward: Any) -> None:
     assert "conv2d" in gm.code
 
 
+def test_a_constant_that_another_one_is_made_of_is_kept_too() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        w = m.w * 2
+        y = F.conv2d(x, w, padding=1)
+        return x + F.conv2d(F.relu(y), F.relu(w), padding=1)
+
+    w = nn.Parameter(torch.randn(4, 4, 3, 3, dtype=torch.float64))
+    assert_removed(Apply(forward, w=w).eval(), image())
+
+
+def test_a_constant_that_is_written_to_keeps_what_was_read_before() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        w = m.w * 2
+        y = F.conv2d(x, w, padding=1)
+        return x + F.conv2d(F.relu(y), F.relu(w, inplace=True), padding=1)
+
+    w = nn.Parameter(torch.randn(4, 4, 3, 3, dtype=torch.float64), requires_grad=False)
+    model = Apply(forward, w=w).eval()
+    gm = rmfx.remove_residuals(torch.fx.symbolic_trace(model), image())
+    assert_equivalent(model, gm, image())
+
+
 def test_a_constant_that_grows_is_left_in_the_graph() -> None:
     def forward(m: Any, x: Tensor) -> Any:
         return x.mean() + m.s.expand(4, 300, 300).sum(0)

@@ -132,6 +132,9 @@ TAPS: dict[str, Forward] = {
     "all of them": lambda m, x: (x + (z := m.b(y := F.relu(w := m.a(x)))), z, y, w),
     "the shortcut's": lambda m, x: ((s := m.s(x)) + m.b(F.relu(m.a(x))), F.relu(s)),
     "pooled": lambda m, x: (x + m.b(F.relu(y := m.a(x))), m.pool(y), y.mean((2, 3))),
+    "pooled over all dimensions": lambda m, x: (
+        x + m.b(F.relu(y := m.a(x))), y.mean([], keepdim=True)
+    ),
     "by a later layer": lambda m, x: (lambda y: m.c(x + m.b(F.relu(y))) + m.s(y))(m.a(x)),
     "by a site of its own": lambda m, x: (
         lambda y: (x + m.b(F.relu(y)), y + m.c(F.relu(m.s(y))))
