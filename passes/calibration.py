@@ -32,8 +32,8 @@ class Measured:
 
     Attributes:
         moments: of every value that is read more than once.
-        extremes: least and greatest value per channel of every value, once with the channels in
-            dimension 1 and once with the channels last.
+        extremes: if wanted, least and greatest value per channel of every value, once with the
+            channels in dimension 1 and once with the channels last.
     """
 
     moments: dict[str, Moments]
@@ -43,15 +43,16 @@ class Measured:
 class _Recorder(fx.Interpreter):
     """Finds the extremes of all values, and moments of those that are read more than once."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, *, extremes: bool) -> None:
         super().__init__(gm)
+        self._wants_extremes = extremes
         self.sums: dict[str, tuple[Tensor, Tensor, int]] = {}
         self.extremes: dict[str, tuple[Range, Range]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         is_image = isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
-        if is_image:
+        if is_image and self._wants_extremes:
             self._widen(n.name, value.detach())
         if is_image and (len(n.users) > 1 or n.name in self.sums):
             rows = value.detach().to(torch.float64).transpose(0, 1).flatten(1)
@@ -73,25 +74,21 @@ class _Recorder(fx.Interpreter):
         found = []
         known = self.extremes.get(name)
         for i, axis in enumerate((1, value.dim() - 1)):
-            rows = value.to("cpu", torch.float64).transpose(0, axis).flatten(1)
-            own = Range(rows.amin(1), rows.amax(1), last=i == 1)
-            if known is not None and known[i].low.numel() == own.low.numel():
-                low, high = (
-                    torch.minimum(known[i].low, own.low),
-                    torch.maximum(known[i].high, own.high),
-                )
-                own = Range(low, high, own.last)
-            found.append(own)
+            rows = value.transpose(0, axis).flatten(1)
+            low, high = (end.to("cpu", torch.float64) for end in (rows.amin(1), rows.amax(1)))
+            if known is not None and known[i].low.numel() == low.numel():
+                low, high = torch.minimum(known[i].low, low), torch.maximum(known[i].high, high)
+            found.append(Range(low, high, last=i == 1))
         self.extremes[name] = (found[0], found[1])
 
 
-def measure(gm: fx.GraphModule, batches: Iterable[Any]) -> Measured:
-    """Moments and extremes of the values of a graph over some batches.
+def measure(gm: fx.GraphModule, batches: Iterable[Any], *, extremes: bool = False) -> Measured:
+    """Moments, and if wanted extremes, of the values of a graph over some batches.
 
     Raises:
         ShapeError: there is no batch, or values change their channels from batch to batch.
     """
-    recorder = _Recorder(gm)
+    recorder = _Recorder(gm, extremes=extremes)
     count = 0
     with torch.no_grad():
         for batch in batches:

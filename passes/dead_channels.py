@@ -34,9 +34,10 @@ from torch import Tensor, fx, nn
 
 from rmfx._activation import Interval
 from rmfx._affine import AffineConv
-from rmfx._graph import Net, copy_graph
+from rmfx._graph import Net, copy_graph, with_channels
 from rmfx._input_guard import guard_of, set_guard
 from rmfx._pinned import PinnedRanges
+from rmfx._range import check_range
 from rmfx._regions import (
     Inner,
     Leaf,
@@ -54,8 +55,6 @@ from rmfx._regions import (
 from rmfx._state import undisturbed
 from rmfx.frontend import trace
 from rmfx.report import META_KEY, Report
-
-from .residual import _check_range
 
 NAME_KEY = "rmfx_name_before"
 FAIR = 1 / 64  # how small a constant may be beside those that it stands in for
@@ -281,8 +280,7 @@ def _note_channels(part: Inner, channels: int) -> None:
         meta.pop(key, None)
     shape = meta.get("shape")
     if shape is not None:
-        last = not part.dims
-        meta["shape"] = (*shape[:-1], channels) if last else (shape[0], channels, *shape[2:])
+        meta["shape"] = with_channels(shape, channels, part.dims)
 
 
 class Cleaner:
@@ -396,7 +394,7 @@ def eliminate_dead_channels(
         >>> [m.out_channels for m in list(rmfx.eliminate_dead_channels(model).children())[::2]]
         [4, 4]
     """
-    _check_range(input_range)
+    check_range(input_range)
     net = Net(trace(_named(model), example_inputs))
     cleaner = Cleaner(net, PinnedRanges(net, input_range))
     cleaner.run()

@@ -39,7 +39,7 @@ from rmfx._graph import Net, Shape, Virtual, positions
 from rmfx._layers import read_join
 from rmfx._linked import linked
 from rmfx._plan import Bordered, Column, Layer, Linear, Normalised, Pointwise, Sided, build, plans
-from rmfx._range import Ranges
+from rmfx._range import Ranges, check_range
 from rmfx._rewrite import apply_rule
 from rmfx._sides import combine, pad_again, tap
 from rmfx._site import Site, find_sites
@@ -112,10 +112,11 @@ class ResidualRule:
         layers = build(columns)
         if isinstance(layers, Refusal):  # the plan was made with the same laws
             raise RmfxError(f"{node.name}: a planned layer cannot be built: {layers.reason}")
-        old = [n for n in _in_order(site) if n not in match.settled.plan.kept]
+        nodes = _in_order(site)
+        old = [n for n in nodes if n not in match.settled.plan.kept]
         row = _row_before(net, match, old)
         labels = [_label(site, column, i) for i, column in enumerate(columns)]
-        net.bake(_in_order(site))
+        net.bake(nodes)
         borders = {c.border.node for c in columns if isinstance(c, Bordered)}
         net.release(n for n in old if n not in borders)  # theirs are called again
         new = self._put_columns(net, match, layers, labels, set(old))
@@ -254,9 +255,9 @@ def _widths_behind(net: Net, column: Column, widths: tuple[int, int], dims: int)
     """Channels of both blocks behind a column."""
     if isinstance(column, Linear):
         return column.main.out_channels, column.carry.out_channels
-    if not isinstance(column, Sided) or not column.lateral.is_concatenation:
+    if not isinstance(column, Sided):
         return widths
-    added = sum(net.channels(other, dims) or 0 for other in column.lateral.others)
+    added = column.lateral.added_channels(net, dims)
     main, carry = widths
     return (main + added, carry) if column.block == 0 else (main, carry + added)
 
@@ -401,7 +402,7 @@ def remove_residuals(
         ['Conv2d', 'PReLU', 'Conv2d']
     """
     allowed = _allowed(activation)
-    _check_range(input_range)
+    check_range(input_range)
     source = trace(model, example_inputs, fold=not differentiable)
     if differentiable:
         if not fold_batch_norm:
@@ -436,7 +437,9 @@ def _convert(
     weights_vary: bool = False,
 ) -> fx.GraphModule:
     """The passes in their order, on a graph in the dialect."""
-    measured = measure(source, calibration) if calibration is not None else None
+    measured = None
+    if calibration is not None:
+        measured = measure(source, calibration, extremes="shift" in allowed)
     net = Net(source)
     joins = [node.name for node in net.graph.nodes if read_join(net, node) is not None]
     # No-ops first: a dropout at the end of a branch would be one more layer to pass.
@@ -470,15 +473,6 @@ def _convert(
     rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}
     report = Report(tuple(rows[name] for name in joins if name in rows))
     return net.finish({META_KEY: report})
-
-
-def _check_range(input_range: Interval | None) -> None:
-    if input_range is None:
-        return
-    is_pair = isinstance(input_range, (tuple, list)) and len(input_range) == 2
-    numbers = is_pair and all(isinstance(v, (int, float)) for v in input_range)
-    if not numbers or not input_range[0] <= input_range[1]:
-        raise RmfxError(f"input_range={input_range!r}: pass (low, high) with low <= high")
 
 
 def _allowed(activation: str | Collection[str]) -> Collection[str]:

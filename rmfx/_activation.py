@@ -197,6 +197,10 @@ class Activation:
         return self.row.identity(self.module)
 
     @property
+    def image(self) -> Interval:
+        return self.row.image(self.module)
+
+    @property
     def odd(self) -> float:
         """κ in act(x) − act(−x) = κ·x for |x| up to `reach`; 0 if there is none."""
         if self.row.odd is None or self.is_per_channel:
@@ -214,7 +218,7 @@ class Activation:
     def splits(self) -> bool:
         """Whether it takes x and −x, up to `reach`, to the positive and the negative part of x."""
         begin, _ = self.identity
-        return bool(self.odd) and begin == 0 and self.row.image(self.module)[0] >= 0
+        return bool(self.odd) and begin == 0 and self.image[0] >= 0
 
     @property
     def is_per_channel(self) -> bool:
@@ -247,8 +251,7 @@ class Activation:
 
     def fixes(self, low: Tensor, high: Tensor) -> bool:
         """Whether it returns every value between `low` and `high` unchanged."""
-        begin, end = self.identity
-        return bool((low >= begin).all() and (high <= end).all())
+        return self.fixes_all_of(float(low.min()), float(high.max()))
 
 
 def is_activation(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ import copy
 import itertools
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -148,7 +149,7 @@ def _conv(dims: int) -> Builder:
         if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
             return None
         groups = given.get("groups", 1)
-        options = {k: _each(v, dims) for k, v in given.items() if k != "groups"}
+        options = {k: each(v, dims) for k, v in given.items() if k != "groups"}
         module = kind(
             weight.shape[1] * groups,
             weight.shape[0],
@@ -218,7 +219,10 @@ def _flatten(given: Arguments) -> nn.Module | None:
     return nn.Flatten(given.get("start_dim", 0), given.get("end_dim", -1))
 
 
-def _each(value: Any, dims: int) -> Any:
+def each(value: Any, dims: int) -> Any:
+    """An option for each dimension; text stays as it is."""
+    if isinstance(value, int):
+        return (value,) * dims
     if isinstance(value, (list, tuple)):
         return tuple(value) * dims if len(value) == 1 else tuple(value)
     return value
@@ -393,6 +397,7 @@ def canonicalise(gm: fx.GraphModule) -> None:
         if node.target is operator.getitem:
             _take_first(node)
             _slice_of_split(node)
+    calls = Counter(n.target for n in gm.graph.nodes if n.op == "call_module")
     frozen = {n.target for n in gm.graph.nodes if n.op == "call_module" and n.meta.get("frozen")}
     for node in list(gm.graph.nodes):
         if node.meta.get("frozen"):
@@ -403,7 +408,7 @@ def canonicalise(gm: fx.GraphModule) -> None:
             continue
         if node.op == "call_module" and node.meta.get("functional"):
             _detach_in_place(gm, node, taken, keep=node.target in frozen)
-        elif node.op == "call_module":
+        elif node.op == "call_module" and calls[node.target] == 1:
             _pad_apart(gm, node)
         elif node.op in ("call_function", "call_method"):
             _canonicalise_call(gm, node, taken)
@@ -646,6 +651,19 @@ def _module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         return None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs around a module's own forward or backward."""
+    return any(
+        getattr(module, name, None)
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    )
+
+
 def attribute(gm: fx.GraphModule, node: fx.Node) -> object:
     """The value behind a get_attr node."""
     value: object = gm
@@ -731,9 +749,8 @@ def _pad_apart(gm: fx.GraphModule, node: fx.Node) -> None:
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     if type(conv) not in kinds or conv.padding_mode == "zeros" or len(node.args) != 1:
         return
-    calls = sum(n.target == node.target for n in gm.graph.nodes if n.op == "call_module")
-    hooked = conv._forward_hooks or conv._forward_pre_hooks or "forward" in vars(conv)
-    if calls > 1 or hooked or not any(conv._reversed_padding_repeated_twice):
+    touched = has_hooks(conv) or "forward" in vars(conv)
+    if touched or not any(conv._reversed_padding_repeated_twice):
         return
     flat, x = list(conv._reversed_padding_repeated_twice), node.args[0]
     with gm.graph.inserting_before(node):

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from ._activation import Blockwise
 from ._affine import AffineConv, is_finite
-from ._dialect import attribute, must_stay
+from ._dialect import attribute, has_hooks, must_stay
 from ._errors import Refusal, WeightError
 from ._infer import Inference
 from ._input_guard import (
@@ -36,6 +36,7 @@ from ._input_guard import (
 from ._sizes import Sizes, conditions_of
 
 Shape = tuple[int | None, ...]
+ORIGIN = ("nn_module_stack", "source", "stack_trace")  # metadata: where a node comes from
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,8 +207,7 @@ class Net:
         """
         target = self.claim(name, layer)
         node = self.graph.create_node("call_module", target, (source,))
-        keep = ("nn_module_stack", "source", "stack_trace")
-        node.meta = {k: like.meta[k] for k in keep if k in like.meta}
+        node.meta = {k: like.meta[k] for k in ORIGIN if k in like.meta}
         return node
 
     def claim(self, name: str, layer: Virtual | nn.Module) -> str:
@@ -324,19 +324,6 @@ class Net:
             node.args = (before,)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something runs around a module's own forward or backward."""
-    return any(
-        getattr(module, name, None)
-        for name in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        )
-    )
-
-
 def _computed_tensors(module: nn.Module) -> dict[int, object]:
     """Copies of tensors that deepcopy cannot copy: results of a computation, as in weight_norm."""
     return {
@@ -350,6 +337,11 @@ def _computed_tensors(module: nn.Module) -> dict[int, object]:
 def data_input(node: fx.Node) -> fx.Node:
     """The first tensor a node reads that is not a constant of the model."""
     return next(n for n in node.all_input_nodes if n.op != "get_attr" and not n.meta.get("number"))
+
+
+def with_channels(shape: Shape, channels: int, dims: int) -> Shape:
+    """A shape with other channels, for layers of `dims` spatial dimensions."""
+    return (shape[0], channels, *shape[2:]) if dims else (*shape[:-1], channels)
 
 
 def positions(shape: Shape | None, dims: int) -> int | None:

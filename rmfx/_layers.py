@@ -34,6 +34,7 @@ from ._dialect import (
     PADS,
     SCALES,
     SUBS,
+    each,
 )
 from ._errors import Refusal
 from ._graph import Net, Virtual
@@ -177,14 +178,11 @@ def _average_pool(module: nn.Module, channels: int, dims: int) -> AffineConv | R
     if AVERAGE_POOLS.index(type(module)) + 1 != dims:
         return Refusal(f"{type(module).__name__} among layers of {dims} spatial dimensions")
 
-    def each(value: Any) -> Ints:
-        return (value,) * dims if isinstance(value, int) else tuple(value)
-
     return AffineConv.average_pool(
         channels,
-        each(module.kernel_size),
-        each(module.stride),
-        each(module.padding),
+        each(module.kernel_size, dims),
+        each(module.stride, dims),
+        each(module.padding, dims),
         count_include_pad=bool(module.count_include_pad),
         divisor=getattr(module, "divisor_override", None),
     )
@@ -415,6 +413,12 @@ class Lateral:
     def is_concatenation(self) -> bool:
         return self.node.target is torch.cat
 
+    def added_channels(self, net: Net, dims: int) -> int:
+        """By how many channels the value grows."""
+        if not self.is_concatenation:
+            return 0
+        return sum(net.channels(other, dims) or 0 for other in self.others)
+
 
 def laterals(net: Net, node: fx.Node) -> list[Lateral]:
     """A node as a combination of each of its operands with the others, the likeliest path first.
@@ -441,7 +445,7 @@ def _combined(net: Net, node: fx.Node) -> list[fx.Node]:
     """The tensors that a node multiplies, adds or concatenates; none if it does something else."""
     if node.target is torch.cat:
         return _concatenated(net, node)
-    if node.target not in (torch.mul, torch.add, operator.mul, operator.add) or node.kwargs:
+    if node.target not in (torch.mul, torch.add) or node.kwargs:
         return []
     given = [x for x in node.args if isinstance(x, fx.Node) and is_tensor_node(net, x)]
     return given if len(given) == 2 == len(node.args) else []

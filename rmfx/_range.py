@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ._activation import INF, Activation, Blockwise, Interval
 from ._affine import AffineConv
-from ._errors import Refusal
+from ._errors import Refusal, RmfxError
 from ._graph import Net
 from ._infer import on_demand
 from ._layers import Deferred, input_of, read, read_join
@@ -101,7 +101,7 @@ def _product(weight: Tensor, bound: Tensor) -> Tensor:
 
 def activation_range(activation: Activation, x: Range) -> Range:
     """Range of an activation's output for inputs in `x`."""
-    low, high = activation.row.image(activation.module)
+    low, high = activation.image
     if activation.row.slope is not None:
         ends = [_sloped(activation, v) for v in (x.low, x.high)]
         # Piecewise linear with its kink at 0: the extremes lie at the ends and at 0.
@@ -139,6 +139,16 @@ def _sloped(activation: Activation, x: Tensor) -> Tensor:
     slope = torch.as_tensor(slope, dtype=torch.float64).cpu().reshape(-1)
     below = torch.where(slope == 0, torch.zeros_like(slope), slope * x.clamp(max=0))
     return torch.where(x > 0, x, below)
+
+
+def check_range(input_range: Interval | None) -> None:
+    """Raise RmfxError unless it is None or (low, high)."""
+    if input_range is None:
+        return
+    is_pair = isinstance(input_range, (tuple, list)) and len(input_range) == 2
+    numbers = is_pair and all(isinstance(v, (int, float)) for v in input_range)
+    if not numbers or not input_range[0] <= input_range[1]:
+        raise RmfxError(f"input_range={input_range!r}: pass (low, high) with low <= high")
 
 
 class Ranges:
@@ -191,11 +201,8 @@ class Ranges:
         while self._passes_values(here):
             here = here.all_input_nodes[0]
         element = read(self._net, here) if here.op == "call_module" else None
-        if isinstance(element, Activation):
-            low, high = element.row.image(element.module)
-            local = Range.of(low, high)
-            if activation.fixes(local.low, local.high):
-                return True
+        if isinstance(element, Activation) and activation.fixes_all_of(*element.image):
+            return True
         x = self.of(node)
         return activation.fixes(x.low, x.high)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ._affine import AffineConv
-from ._graph import Net, Shape, Virtual, data_input
+from ._graph import ORIGIN, Net, Shape, Virtual, data_input, with_channels
 from ._layers import Border, Lateral, keeps_dims, read
 
 # Far enough to give exactly 1 in every floating type.
@@ -63,8 +63,8 @@ def _concatenate(
     rest = parts[:-1] if block else parts[1:]
     operands = [*rest, *ours] if block else [*ours, *rest]
     made = net.graph.call_function(torch.cat, (operands, lateral.node.args[1]))
-    added = sum(net.channels(other, dims) or 0 for other in lateral.others)
-    return _like(made, lateral.node, _resized(wide, sum(widths) + added, dims))
+    width = sum(widths) + lateral.added_channels(net, dims)
+    return _like(made, lateral.node, _resized(wide, width, dims))
 
 
 def pad_again(net: Net, border: Border, wide: fx.Node, width: int) -> fx.Node:
@@ -128,12 +128,17 @@ def _remade(
     made.meta = {k: v for k, v in node.meta.items() if k != "val"}
     shape = node.meta.get("shape")
     if shape is not None:
-        made.meta["shape"] = _with_channels(shape, channels, dims)
+        made.meta["shape"] = with_channels(shape, channels, dims)
+    _succeed(net, node, made)
+    return made
+
+
+def _succeed(net: Net, node: fx.Node, made: fx.Node) -> None:
+    """Let a new node take an old one's readers, place and name."""
     node.replace_all_uses_with(made)
     name = node.name
     net.graph.erase_node(node)
     made.name = name
-    return made
 
 
 def _is_spatial_pool(net: Net, node: fx.Node, dims: int) -> bool:
@@ -164,11 +169,8 @@ def _with_ones(net: Net, product: fx.Node, gate: fx.Node, room: Widths, dims: in
     with net.graph.inserting_after(source):
         conv = net.put(Virtual(wide, *kind), data, target, source)
     conv.meta |= _like(conv, source, _resized(source, wide.out_channels, dims)).meta
-    made = _remade(net, gate, {source: conv}, wide.out_channels, dims)
-    name = source.name
-    net.graph.erase_node(source)
-    conv.name = name
-    return made
+    _succeed(net, source, conv)
+    return _remade(net, gate, {}, wide.out_channels, dims)
 
 
 def _with_constant_outputs(layer: AffineConv, room: Widths, value: float) -> AffineConv:
@@ -194,8 +196,7 @@ def _padded(net: Net, node: fx.Node, room: Widths, value: float, dims: int) -> f
 
 def _like(made: fx.Node, node: fx.Node, shape: Shape | None) -> fx.Node:
     """A new node with the place and type of another one, and a shape of its own."""
-    keep = ("nn_module_stack", "source", "stack_trace", "dtype")
-    made.meta = {k: node.meta[k] for k in keep if k in node.meta}
+    made.meta = {k: node.meta[k] for k in (*ORIGIN, "dtype") if k in node.meta}
     if shape:
         made.meta["shape"] = shape
     return made
@@ -203,8 +204,4 @@ def _like(made: fx.Node, node: fx.Node, shape: Shape | None) -> fx.Node:
 
 def _resized(node: fx.Node, channels: int, dims: int) -> Shape | None:
     shape = node.meta.get("shape")
-    return None if shape is None else _with_channels(shape, channels, dims)
-
-
-def _with_channels(shape: Shape, channels: int, dims: int) -> Shape:
-    return (shape[0], channels, *shape[2:]) if dims else (*shape[:-1], channels)
+    return None if shape is None else with_channels(shape, channels, dims)

@@ -251,9 +251,7 @@ def _channels_behind(net: Net, layer: Layer, channels: int, dims: int) -> int:
     """Channels behind a layer that fits."""
     if isinstance(layer, AffineConv):
         return layer.out_channels
-    if isinstance(layer, Lateral) and layer.is_concatenation:
-        return channels + sum(net.channels(other, dims) or 0 for other in layer.others)
-    return channels
+    return channels + layer.added_channels(net, dims) if isinstance(layer, Lateral) else channels
 
 
 def _simplify(chain: Chain) -> Chain:

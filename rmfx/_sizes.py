@@ -10,7 +10,6 @@ Pooling with `ceil_mode` rounds the size up, with a last window that hangs over 
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from ._affine import AffineConv, Ints
-from ._dialect import AVERAGE_POOLS
+from ._dialect import AVERAGE_POOLS, each
 from ._errors import Refusal
 from ._infer import on_demand
 from ._input_guard import SizeCondition
@@ -27,10 +26,7 @@ if TYPE_CHECKING:
     from ._graph import Net
 
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-KEEP_SIZE = (
-    *(torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.cat),
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg),
-)
+KEEP_SIZE = (torch.add, torch.sub, torch.mul, torch.div, torch.cat)
 
 
 @dataclass(frozen=True)
@@ -107,18 +103,13 @@ class Sizes:
 def _behind_pool(pool: nn.Module, before: SizeLaw) -> SizeLaw:
     dims = len(before.stride)
     kernel, stride, padding, dilation = (
-        _each(getattr(pool, name), dims)
-        for name in ("kernel_size", "stride", "padding", "dilation")
+        each(getattr(pool, name), dims) for name in ("kernel_size", "stride", "padding", "dilation")
     )
     growth = tuple(
         2 * p - d * (k - 1) - 1 + s
         for k, s, p, d in zip(kernel, stride, padding, dilation, strict=True)
     )
     return before.through(stride, growth)
-
-
-def _each(value: Any, dims: int) -> Ints:
-    return (value,) * dims if isinstance(value, int) else tuple(value)
 
 
 def conditions_of(net: Net, node: fx.Node) -> tuple[SizeCondition, ...] | Refusal:
@@ -128,7 +119,7 @@ def conditions_of(net: Net, node: fx.Node) -> tuple[SizeCondition, ...] | Refusa
         return ()
     dims = AVERAGE_POOLS.index(type(pool)) + 1
     names = ("kernel_size", "stride", "padding")
-    kernel, stride, padding = (_each(getattr(pool, name), dims) for name in names)
+    kernel, stride, padding = (each(getattr(pool, name), dims) for name in names)
     law = net.sizes.law(node.all_input_nodes[0])
     shape = node.all_input_nodes[0].meta.get("shape")
     if law is None or shape is None or len(law.stride) != dims:

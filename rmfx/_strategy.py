@@ -155,8 +155,7 @@ def _options(
 ) -> Iterator[_Option]:
     """Ways to pass all activations of a stretch, the one without a code first."""
     start, inside, end = stretch
-    layers = {i: columns[i] for i in inside}
-    acts: dict[int, Pointwise] = {i: c for i, c in layers.items() if isinstance(c, Pointwise)}
+    acts = {i: c for i in inside if isinstance(c := columns[i], Pointwise)}
     yield _uncoded(acts, ranges)
     carried = next(iter(acts.values())).carried
     one_value = all(c.carried is carried for c in acts.values())
@@ -167,7 +166,7 @@ def _options(
         return
     like = _linear(columns[start]).carry
     low, high = _bounds(ranges.of(carried).on_axis(last=not like.dims), like.out_channels)
-    fixing = [c.main for c in acts.values() if isinstance(c.main, Activation) and _may_fix(c)]
+    fixing = [act for c in acts.values() if (act := _may_fix(c))]
     seen = ranges.measured(carried, last=not like.dims) if "shift" in allowed else None
     codes = [_scale_code(fixing, low, high, like) if "scale" in allowed else None]
     if seen is not None:
@@ -191,39 +190,42 @@ def _uncoded(acts: dict[int, Pointwise], ranges: Ranges) -> _Option:
     chosen: dict[int, Column] = {}
     names, rounds = set(), False
     for i, column in acts.items():
-        act, node = column.main, column.carried
-        uniform = isinstance(act, Activation) and not act.is_per_channel
-        whole = act if isinstance(act, Activation) and uniform and column.carry is None else None
-        if whole is not None and node is not None and ranges.fixed_by(node, whole):
-            column = replace(column, carry=whole)
-            rounds = rounds or whole.row.rounds
+        act, node = _uniform(column), column.carried
+        if act is not None and node is not None and ranges.fixed_by(node, act):
+            column = replace(column, carry=act)
+            rounds = rounds or act.row.rounds
         chosen[i] = column
         names.add(way_of(column.blocks))
     return _Option(chosen, frozenset(names), "rounding" if rounds else "bit-exact")
 
 
-def _may_fix(column: Pointwise) -> bool:
-    """Whether an activation is the identity somewhere, for all channels alike."""
+def _uniform(column: Pointwise) -> Activation | None:
+    """The activation that acts on the main block's channels alike, if the carry has none itself."""
     act = column.main
     if not isinstance(act, Activation) or act.is_per_channel or column.carry is not None:
-        return False
-    low, high = act.identity
-    return low < high
+        return None
+    return act
+
+
+def _may_fix(column: Pointwise) -> Activation | None:
+    """Such an activation, if it is the identity somewhere."""
+    act = _uniform(column)
+    return act if act is not None and act.identity[0] < act.identity[1] else None
 
 
 # ---- scale and shift ----------------------------------------------------------------------------
 
 
-def _bounds(x: Range, width: int) -> tuple[Tensor, Tensor]:
+Bounds = tuple[Tensor, Tensor]
+
+
+def _bounds(x: Range, width: int) -> Bounds:
     """The range of a carry of `width` channels; those beyond the value's own are zero."""
     own = x.low.numel()
     if own == 1:
         return x.low.expand(width), x.high.expand(width)
     zero = x.low.new_zeros(width - own)
     return torch.cat([x.low, zero]), torch.cat([x.high, zero])
-
-
-Bounds = tuple[Tensor, Tensor]
 
 
 def _common_identity(acts: Sequence[Activation]) -> tuple[float, float]:
@@ -318,29 +320,23 @@ def _coded(
 ) -> Iterator[_Option]:
     """The stretch with its carry in one code all along, where the layers can take it."""
     start, _, end = stretch
-    ends = _between(columns, start, end, code.encode, code.decode)
-    if ends is None:
+    first, last = _linear(columns[start]), _linear(columns[end])
+    encoding, decoding = compose(code.encode, first.carry), compose(last.carry, code.decode)
+    if isinstance(encoding, Refusal) or isinstance(decoding, Refusal):
         return
-    chosen: dict[int, Column] = dict(ends)
+    chosen: dict[int, Column] = {
+        start: replace(first, carry=encoding),
+        end: replace(last, carry=decoding),
+    }
     names = {code.name}
     for i, column in acts.items():
-        if _may_fix(column):
-            chosen[i] = replace(column, carry=column.main)
-        else:
+        act = _may_fix(column)
+        if act is None:
             chosen[i] = column
             names.add(way_of(column.blocks))
+        else:
+            chosen[i] = replace(column, carry=act)
     yield _Option(chosen, frozenset(names), code.exactness)
-
-
-def _between(
-    columns: Sequence[Column], start: int, end: int, encode: AffineConv, decode: AffineConv
-) -> dict[int, Column] | None:
-    """The linear columns at both ends of a stretch, the first encoding, the second decoding."""
-    first, last = _linear(columns[start]), _linear(columns[end])
-    encoding, decoding = compose(encode, first.carry), compose(last.carry, decode)
-    if isinstance(encoding, Refusal) or isinstance(decoding, Refusal):
-        return None
-    return {start: replace(first, carry=encoding), end: replace(last, carry=decoding)}
 
 
 # ---- odd pairs ----------------------------------------------------------------------------------

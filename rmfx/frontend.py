@@ -24,12 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ._activation import is_activation
 from ._affine import CONVS, AffineConv
 from ._constants import fold_constants
-from ._dialect import canonicalise
+from ._dialect import canonicalise, has_hooks
 from ._dynamo import check_in_graph, find_lifted, with_weights
 from ._errors import ModeError, Refusal, ShapeError, TraceError, WeightError
 from ._exporting import GUARD_KEY, export_model, is_exported, unlifted, without_checks
 from ._functionalise import functionalise, mark_numbers
-from ._graph import check_weight, copy_graph, has_hooks
+from ._graph import check_weight, copy_graph
 from ._input_guard import guard_of, set_guard, with_ranks
 from ._tracing import as_fakes, first_line, is_user_file, records_the_same, trace_symbolically
 

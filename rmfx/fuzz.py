@@ -35,7 +35,7 @@ from torch import Tensor, fx, nn
 import rmfx
 
 from ._errors import OptionError
-from ._fuzz_script import Case, script
+from ._fuzz_script import SHIFTED, Case, script
 from ._shrink import shrink
 from ._strategy import STRATEGIES
 from .report import META_KEY, Report
@@ -44,7 +44,6 @@ from .testing import FEATURES, Equivalence, NetworkSpec, assert_equivalent, rand
 PASSES = ("remove_residuals", "fold_batch_norm", "merge_convs", "remove_noops")
 FRONTENDS = ("module", "traced", "exported")
 WRONG = "wrong numbers"
-_SHIFTED = 1e-8  # a shift costs digits
 
 
 @dataclass(frozen=True)
@@ -310,7 +309,7 @@ def _check(case: Case, apply: Callable[..., Any]) -> Iterator[tuple[Any, Equival
     for arguments in ((given, inputs), (given,)) if case.without_inputs else ((given, inputs),):
         after = apply(*arguments, **options)
         shifts = any(row.strategy == "shift" for row in _rows(after))
-        tolerance = _SHIFTED if shifts else None
+        tolerance = SHIFTED if shifts else None
         yield after, assert_equivalent(before, after, inputs, tolerance=tolerance)
 
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._blocks import conv_bn
+
 
 def conv_bn_silu(
     channels_in: int, channels_out: int, kernel: int, stride: int = 1
 ) -> nn.Sequential:
-    """A convolution that keeps the size (up to its stride), batch norm and SiLU."""
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.SiLU(inplace=True),
-    )
+    """`conv_bn` with SiLU."""
+    return conv_bn(channels_in, channels_out, kernel, stride, act=nn.SiLU(inplace=True))
 
 
 class Bottleneck(nn.Module):
