@@ -35,13 +35,24 @@ from rmfx._affine import CONVS, AffineConv
 from rmfx._dialect import module_path
 from rmfx._dynamo import find_lifted
 from rmfx._errors import OptionError, Refusal, RefusedError, RmfxError
-from rmfx._graph import Net, Shape, Virtual, positions
+from rmfx._graph import Net, Shape, Virtual, positions, put_in_order
 from rmfx._layers import read_join
 from rmfx._linked import linked
-from rmfx._plan import Bordered, Column, Layer, Linear, Normalised, Pointwise, Sided, build, plans
+from rmfx._plan import (
+    Column,
+    Layer,
+    Linear,
+    Normalised,
+    Pointwise,
+    Shared,
+    Sided,
+    build,
+    may_reorder,
+    plans,
+)
 from rmfx._range import Ranges, check_range
 from rmfx._rewrite import apply_rule
-from rmfx._sides import combine, pad_again, tap
+from rmfx._sides import call_again, combine, tap
 from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed
 from rmfx._strategy import AUTO, SAME_ACTIVATION, STRATEGIES, Settled, settle
@@ -117,10 +128,13 @@ class ResidualRule:
         row = _row_before(net, match, old)
         labels = [_label(site, column, i) for i, column in enumerate(columns)]
         net.bake(nodes)
-        borders = {c.border.node for c in columns if isinstance(c, Bordered)}
-        net.release(n for n in old if n not in borders)  # theirs are called again
+        again = {c.layer.node for c in columns if isinstance(c, Shared)}
+        net.release(n for n in old if n not in again)
+        behind = site.join.next
         new = self._put_columns(net, match, layers, labels, set(old))
         self._take_place(net, site, old, new, labels)
+        if may_reorder([step for column in columns for step in column.steps]):
+            put_in_order(site.fork, behind)
         work, size = _cost_of(net, new, site.dims)
         self.rows[row.join] = replace(row, macs_after=work, params_after=size)
 
@@ -147,8 +161,8 @@ class ResidualRule:
                     lateral = column.lateral.reading(slices)
                     made = combine(net, lateral, source, column.block, widths, site.dims)
                     self.widened.add(like.name)
-                elif isinstance(column, Bordered):
-                    made = pad_again(net, column.border, source, sum(widths))
+                elif isinstance(column, Shared):
+                    made = call_again(net, column.layer, source, sum(widths))
                 else:
                     made = net.put(self._make(net, site, column, layer), source, target, like)
             widths = _widths_behind(net, column, widths, site.dims)
@@ -173,8 +187,8 @@ class ResidualRule:
         readers = [user for user in value.users if user not in old]
         part, *merged = tap(net, wide, value, channels, sum(widths), readers, site.dims)
         self.made.update((part, *merged))
-        if value in net.joins:
-            net.joins[part] = net.joins[value]
+        if value in net.values:
+            net.values[part] = net.values[value]
         return part
 
     def _make(
@@ -190,8 +204,8 @@ class ResidualRule:
             return Virtual(whole, site.dtype, site.device)
         if not isinstance(column, Normalised):
             raise TypeError(f"a {type(column).__name__} column is no module")
-        fork = net.joins.get(site.fork, site.fork.name)
-        return identity_norm(column.main.module, column.carried, self._moments.get(fork))
+        moments = self._moments.get(net.values.get(site.fork, ""))
+        return identity_norm(column.main.module, column.carried, moments)
 
     def _take_place(
         self,
@@ -208,13 +222,13 @@ class ResidualRule:
         last = _in_type_of(site.join, new[-1])
         site.join.replace_all_uses_with(last)
         for node in reversed(old):
-            net.joins.pop(node, None)
+            net.values.pop(node, None)
             self.made.discard(node)
             net.graph.erase_node(node)
         for node, (_, like) in zip(new, labels, strict=True):
             if like in old and like is not site.join:
                 node.name = like.name
-        net.joins[last] = site.join.name
+        net.values[last] = site.join.name
         self.made.update(new)
 
 
@@ -239,8 +253,8 @@ def _label(site: Site, column: Column, index: int) -> tuple[str, fx.Node]:
     nodes = [n for step in column.steps for n in step.nodes if n.op == "call_module"]
     if isinstance(column, Sided):
         return "", column.lateral.node
-    if isinstance(column, Bordered):
-        return "", column.border.node
+    if isinstance(column, Shared):
+        return "", column.layer.node
     if nodes:
         return str(nodes[0].target), nodes[0]
     place = module_path(site.join)
@@ -265,7 +279,7 @@ def _widths_behind(net: Net, column: Column, widths: tuple[int, int], dims: int)
 def _note_shape(site: Site, column: Column, source: fx.Node, made: fx.Node, width: int) -> None:
     """The shape of a column's node, where that of its input is known."""
     shape: Shape | None = source.meta.get("shape")
-    if shape is not None and not isinstance(column, (Sided, Bordered)):
+    if shape is not None and not isinstance(column, (Sided, Shared)):
         layer = column.main if isinstance(column, Linear) else None
         own = layer or AffineConv.identity(width, site.dims)
         made.meta["shape"] = _shape_after(own, shape, width)
@@ -469,7 +483,7 @@ def _convert(
         for node, refusal in refusals.items()
     }
     net.sweep()
-    where = {name: node.name for node, name in net.joins.items() if not node._erased}
+    where = {name: node.name for node, name in net.values.items() if not node._erased}
     rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}
     report = Report(tuple(rows[name] for name in joins if name in rows))
     return net.finish({META_KEY: report})

@@ -369,6 +369,14 @@ ARITHMETIC: dict[Any, Any] = {
     torch.div: torch.div,
     torch.neg: torch.neg,
 }
+SELECTIONS: dict[Any, Any] = {  # of one of several tensors, value by value
+    **dict.fromkeys([torch.maximum, "maximum", *_overloads("maximum")], torch.maximum),
+    **dict.fromkeys([torch.minimum, "minimum", *_overloads("minimum")], torch.minimum),
+    **dict.fromkeys(
+        [torch.where, *_overloads("where.self", "where.ScalarOther", "where.ScalarSelf")],
+        torch.where,
+    ),
+}
 ADDCMULS = (torch.addcmul, "addcmul", *_overloads("addcmul"))
 CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate, *_overloads("cat", "concat"))
 IN_PLACE_BY_METHOD: dict[Any, str] = {
@@ -538,6 +546,9 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
         return
     if node.target in ARITHMETIC and not {"rounding_mode", "out"} & set(node.kwargs):
         node.op, node.target = "call_function", ARITHMETIC[node.target]
+        return
+    if node.target in SELECTIONS and not node.kwargs:
+        node.op, node.target = "call_function", SELECTIONS[node.target]
         return
     if node.target is aten.slice.Tensor:
         _slice(node)

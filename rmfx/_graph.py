@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from ._activation import Blockwise
 from ._affine import AffineConv, is_finite
 from ._dialect import attribute, has_hooks, must_stay
-from ._errors import Refusal, WeightError
+from ._errors import Refusal, RmfxError, WeightError
 from ._infer import Inference
 from ._input_guard import (
     InputGuard,
@@ -100,14 +100,14 @@ class Net:
     Attributes:
         graph: a private copy of the source's graph.
         virtual: target -> layer or module that is to stand there.
-        joins: node -> name of the source's join whose value the node holds.
+        values: node -> name of the source's node whose value it holds, where it holds one.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.source = gm
         self.graph = copy_graph(gm)
         self.virtual: dict[str, Virtual | nn.Module] = {}
-        self.joins: dict[fx.Node, str] = {}
+        self.values: dict[fx.Node, str] = {n: n.name for n in self.graph.nodes}
         self._modules = dict(gm.named_modules(remove_duplicate=False))
         # A target freed by a rewrite keeps its module out of the result, its name is reused.
         self._names = set(self._modules) | {n for n, _ in gm.named_parameters()}
@@ -248,9 +248,9 @@ class Net:
         first.args, first.kwargs = (source,), {}
         self.virtual[str(first.target)] = layer
         first.meta = {**like, **shape}
-        self.joins.pop(first, None)
-        if second in self.joins:
-            self.joins[first] = self.joins.pop(second)
+        self.values.pop(first, None)
+        if second in self.values:
+            self.values[first] = self.values.pop(second)
 
     def _weights(self, node: fx.Node) -> int:
         made, module = self.replacement(node), self.module(node)
@@ -332,6 +332,37 @@ def _computed_tensors(module: nn.Module) -> dict[int, object]:
         for value in vars(part).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
+
+
+def between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
+    """The nodes of a graph behind one and before another one."""
+    node = start.next
+    while node is not end:
+        yield node
+        node = node.next
+
+
+def put_in_order(start: fx.Node, end: fx.Node) -> None:
+    """Move the nodes between two others that stand before one that they read behind the rest.
+
+    Raises:
+        RmfxError: some nodes read each other.
+    """
+    waiting = list(between(start, end))
+    unplaced, last = set(waiting), start
+    while waiting:
+        behind = []
+        for node in waiting:
+            if not unplaced.isdisjoint(node.all_input_nodes):
+                behind.append(node)
+                continue
+            if last.next is not node:
+                last.append(node)
+            last = node
+            unplaced.discard(node)
+        if len(behind) == len(waiting):
+            raise RmfxError(f"{behind[0].name}: a rewrite has made a cycle")
+        waiting = behind
 
 
 def data_input(node: fx.Node) -> fx.Node:

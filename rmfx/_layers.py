@@ -7,15 +7,17 @@
     Activation   a pointwise activation
     Blockwise    an activation that differs from channel to channel, left by an inner site
     Border       padding with other values than zeros
+    MaxPool      the largest of some neighbours
     Refusal      anything else, with the reason
-`laterals` reads a node that combines a value with other tensors: a product, a sum, a concatenation.
+`laterals` reads a node that combines a value with other tensors: a product, a sum, a maximum, a
+choice, a concatenation.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +41,7 @@ from ._dialect import (
 from ._errors import Refusal
 from ._graph import Net, Virtual
 from ._reasons import reason_for
-from ._sizes import conditions_of
+from ._sizes import MAX_POOLS, conditions_of
 
 MEANS: tuple[object, ...] = ("mean", torch.mean, torch.ops.aten.mean.dim)
 
@@ -58,17 +60,46 @@ class Border:
     Attributes:
         node: what pads; it does so channel by channel.
         pairs: (before, after) per spatial dimension, not negative.
+        filling: the mode and the value.
     """
 
     node: fx.Node
     pairs: Pads
+    filling: tuple[str, float]
+
+    @property
+    def dims(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """Equal for paddings that do the same."""
+        return (self.filling, self.pairs)
 
     def affine(self, channels: int) -> AffineConv:
         """A layer of the same geometry, which is the same map away from the border."""
         return AffineConv.identity(channels, len(self.pairs), padding=self.pairs)
 
 
-Element = AffineConv | Deferred | Activation | Blockwise | Border
+@dataclass(frozen=True, eq=False)
+class MaxPool:
+    """The largest of some neighbours, channel by channel.
+
+    Attributes:
+        node: what pools.
+        dims: spatial dimensions.
+        signature: equal for pools that do the same.
+        reason: why a carry cannot pass it.
+    """
+
+    node: fx.Node
+    dims: int
+    signature: tuple[object, ...]
+    reason: str
+
+
+CHANNEL_BY_CHANNEL = (Border, MaxPool)
+Element = AffineConv | Deferred | Activation | Blockwise | Border | MaxPool
 
 
 def read(net: Net, node: fx.Node) -> Element | Refusal:
@@ -130,10 +161,14 @@ def _read_module(net: Net, node: fx.Node) -> Element | Refusal:
         if isinstance(unfit, Refusal):
             return unfit
         return Deferred(lambda channels, dims: _average_pool(module, channels, dims))
+    if type(module) in MAX_POOLS and not module.return_indices:
+        return _read_max_pool(net, node, module)
     if type(module) in PADS:
         return _read_pad_module(node, module)
     if type(module) in BORDERS:
-        return _border(node, tuple(module.padding))  # type: ignore[arg-type]
+        kind = type(module).__name__.partition("Pad")[0]
+        mode = {"Reflection": "reflect", "Replication": "replicate"}.get(kind, kind.lower())
+        return _border(node, tuple(module.padding), (mode, 0.0))  # type: ignore[arg-type]
     return Refusal(reason_for(net, node))
 
 
@@ -188,9 +223,18 @@ def _average_pool(module: nn.Module, channels: int, dims: int) -> AffineConv | R
     )
 
 
-def _read_pad_module(node: fx.Node, module: nn.Module) -> Deferred | Border | Refusal:
-    flat = tuple(module.padding)  # type: ignore[arg-type]
-    return _spatial_pad(flat) if float(module.value) == 0 else _border(node, flat)  # type: ignore[arg-type]
+def _read_max_pool(net: Net, node: fx.Node, module: Any) -> Deferred | MaxPool:
+    dims = MAX_POOLS.index(type(module)) + 1
+    names = ("kernel_size", "stride", "padding", "dilation")
+    sizes = tuple(each(getattr(module, name), dims) for name in names)
+    if max(sizes[0]) == 1:  # takes one value of each place: rounding up makes no further one
+        return Deferred(lambda channels, _: AffineConv.identity(channels, dims, stride=sizes[1]))
+    return MaxPool(node, dims, (*sizes, module.ceil_mode), reason_for(net, node))
+
+
+def _read_pad_module(node: fx.Node, module: Any) -> Deferred | Border | Refusal:
+    flat, value = tuple(module.padding), float(module.value)
+    return _spatial_pad(flat) if value == 0 else _border(node, flat, ("constant", value))
 
 
 def _read_pad(node: fx.Node) -> Deferred | Border | Refusal:
@@ -200,16 +244,19 @@ def _read_pad(node: fx.Node) -> Deferred | Border | Refusal:
     flat = given.get("pad")
     if not isinstance(flat, (list, tuple)) or not all(isinstance(p, int) for p in flat):
         return Refusal("the padding is not constant")
-    if given.get("mode", "constant") == "constant" and given.get("value") in (None, 0, 0.0):
+    mode, value = given.get("mode", "constant"), given.get("value")
+    if mode == "constant" and value in (None, 0, 0.0):
         return _spatial_pad(tuple(flat))
-    return _border(node, tuple(flat))
+    if not isinstance(value, (int, float, type(None))):
+        return Refusal("the padding is not constant")
+    return _border(node, tuple(flat), (mode, float(value or 0)))
 
 
-def _border(node: fx.Node, flat: Ints) -> Border | Refusal:
+def _border(node: fx.Node, flat: Ints, filling: tuple[str, float]) -> Border | Refusal:
     pairs = tuple(zip(flat[::2], flat[1::2], strict=True))[::-1]
     if any(min(pair) < 0 for pair in pairs):
         return Refusal("padding that crops and pads with other values than zeros")
-    return Border(node, pairs)
+    return Border(node, pairs, filling)
 
 
 def _spatial_pad(flat: Ints) -> Deferred:
@@ -382,32 +429,56 @@ def _per_channel(value: Tensor, channels: int, dims: int, rank: int | None) -> T
 
 # ---- operations with other tensors --------------------------------------------------------------
 
+INF = math.inf
+# operation -> place of an operand -> what the others must hold for that one to come out unchanged
+NEUTRAL: dict[Any, dict[int, tuple[float | None, ...]]] = {
+    torch.add: {0: (None, 0.0), 1: (0.0, None)},
+    torch.sub: {0: (None, 0.0)},
+    torch.mul: {0: (None, 1.0), 1: (1.0, None)},
+    torch.div: {0: (None, 1.0)},
+    torch.maximum: {0: (None, -INF), 1: (-INF, None)},
+    torch.minimum: {0: (None, INF), 1: (INF, None)},
+    torch.where: {1: (True, None, 0.0), 2: (False, 0.0, None)},
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Lateral:
     """A value combined with other tensors, channel by channel.
 
     Attributes:
-        node: the product, sum or concatenation.
-        value: its operand on the path that is followed.
-        before, after: the other operands, in their places.
+        node: the product, sum, choice or concatenation.
+        operands: what it combines; nodes, and numbers in a choice.
+        place: which of them is on the path that is followed.
     """
 
     node: fx.Node
-    value: fx.Node
-    before: tuple[fx.Node, ...]
-    after: tuple[fx.Node, ...]
+    operands: tuple[Any, ...]
+    place: int
+
+    @property
+    def value(self) -> fx.Node:
+        """The operand on the path."""
+        return self.operands[self.place]  # type: ignore[no-any-return]
 
     @property
     def others(self) -> tuple[fx.Node, ...]:
-        return (*self.before, *self.after)
+        """The other tensors."""
+        rest = (*self.operands[: self.place], *self.operands[self.place + 1 :])
+        return tuple(x for x in rest if isinstance(x, fx.Node))
+
+    @property
+    def neutral(self) -> tuple[float | None, ...]:
+        """What each of the others must hold for the value to come out unchanged."""
+        return NEUTRAL[self.node.target][self.place]
 
     def reading(self, places: Mapping[fx.Node, fx.Node]) -> Lateral:
         """The same with some of the other tensors read elsewhere."""
-        before, after = (
-            tuple(places.get(n, n) for n in nodes) for nodes in (self.before, self.after)
+        operands = (
+            places.get(x, x) if i != self.place and isinstance(x, fx.Node) else x
+            for i, x in enumerate(self.operands)
         )
-        return replace(self, before=before, after=after)
+        return replace(self, operands=tuple(operands))
 
     @property
     def is_concatenation(self) -> bool:
@@ -427,11 +498,8 @@ def laterals(net: Net, node: fx.Node) -> list[Lateral]:
     """
     if node.meta.get("frozen") or node.op != "call_function":
         return []
-    operands = _combined(net, node)
-    found = [
-        Lateral(node, value, tuple(operands[:i]), tuple(operands[i + 1 :]))
-        for i, value in enumerate(operands)
-    ]
+    operands = _concatenated(net, node) if node.target is torch.cat else node.args
+    found = [Lateral(node, tuple(operands), place) for place in _open_places(net, node, operands)]
 
     def is_gate(one: Lateral) -> bool:
         shapes = [n.meta.get("shape") for n in (one.value, node)]
@@ -441,14 +509,21 @@ def laterals(net: Net, node: fx.Node) -> list[Lateral]:
     return sorted(found, key=is_gate)
 
 
-def _combined(net: Net, node: fx.Node) -> list[fx.Node]:
-    """The tensors that a node multiplies, adds or concatenates; none if it does something else."""
+def _open_places(net: Net, node: fx.Node, operands: Sequence[Any]) -> list[int]:
+    """The operands that come out unchanged if the others hold the right numbers."""
     if node.target is torch.cat:
-        return _concatenated(net, node)
-    if node.target not in (torch.mul, torch.add) or node.kwargs:
+        return [*range(len(operands))]
+    is_sum = node.target in (torch.add, torch.sub)
+    tensors = [is_tensor_node(net, x) for x in operands]
+    count = 3 if node.target is torch.where else 2
+    # Only a choice does not care what number it does not choose.
+    numbers = [isinstance(x, (int, float)) and node.target is torch.where for x in operands]
+    if len(operands) != count or not all(map(operator.or_, tensors, numbers)) or not tensors[0]:
         return []
-    given = [x for x in node.args if isinstance(x, fx.Node) and is_tensor_node(net, x)]
-    return given if len(given) == 2 == len(node.args) else []
+    if set(node.kwargs) - ({"alpha"} if is_sum else set()):
+        return []
+    places = [i for i in NEUTRAL.get(node.target, ()) if tensors[i]]
+    return places[:1] if node.kwargs else places  # a factor belongs to the second operand
 
 
 def _concatenated(net: Net, node: fx.Node) -> list[fx.Node]:

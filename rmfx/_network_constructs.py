@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 Construct = Callable[["Sampler", Path], None]
 
+CHOICES = (
+    *("torch.maximum(a, b)", "torch.minimum(a, b)"),
+    *("torch.where(a > 0.1, a, b)", "a / (1 + b * b)"),
+)
 _BOUNDED = ("sigmoid", "hardsigmoid", "tanh")
 _MOST_PRODUCTS = 2  # of two values without bounds: each squares what passes
 
@@ -55,6 +59,15 @@ def gate_of_two(sampler: Sampler, path: Path) -> None:
     if not spends_product(sampler) or not sampler.one_in(3):
         sampler.put(gate, Act(sampler.pick(_BOUNDED), "functional"))
     _multiply(sampler, path, main, gate)
+
+
+def choice(sampler: Sampler, path: Path) -> None:
+    """Two branches of which one is chosen at each place, or one divided by the other."""
+    main, other = path.operand(), path.operand()
+    sampler.affine(main, style="preserve")
+    sampler.affine(other, style="preserve")
+    operands = (tuple(main.nodes), tuple(other.nodes))
+    sampler.put(path, Join(operands, (sampler.pick(CHOICES),)), main.value.shape)
 
 
 def spends_product(sampler: Sampler) -> bool:
@@ -253,6 +266,27 @@ def put_pool(sampler: Sampler, path: Path) -> None:
     sampler.put(path, node, (value.channels, *size))
 
 
+def put_alike(sampler: Sampler, paths: list[Path]) -> None:
+    """The same pool or padding at the end of several values of one shape."""
+    scratch = Path(paths[0].value)
+    sampler.pick((put_pool, put_pad))(sampler, scratch)
+    for path in paths:
+        for node in scratch.nodes:
+            sampler.put(path, node, scratch.value.shape)
+
+
+def put_pad(sampler: Sampler, path: Path) -> None:
+    """Padding of any kind."""
+    value = path.value
+    pair = sampler.pick(((1, 1), (0, 1), (1, 0)))
+    mode = sampler.pick(("constant", "replicate", "reflect", "circular"))
+    if min(value.size) <= max(pair):
+        mode = "constant"
+    size = [n + sum(pair) for n in value.size]
+    filling = sampler.pick((1.0, -0.5))
+    sampler.put(path, Pad((pair,) * value.dims, filling, mode), (value.channels, *size))
+
+
 def padded(sampler: Sampler, path: Path) -> None:
     """A convolution behind padding of its own, the same at both ends or more behind."""
     value = path.value
@@ -331,7 +365,7 @@ def mix_tokens(sampler: Sampler, path: Path) -> None:
     sampler.put(path, Transpose(form), (length, features), alias=True)
 
 
-ANYWHERE: tuple[Construct, ...] = (layer_scale, gate_of_two, split, halves)
+ANYWHERE: tuple[Construct, ...] = (layer_scale, gate_of_two, choice, split, halves)
 FOR_TOKENS: tuple[Construct, ...] = (mix_tokens, mix_tokens)
 FOR_MAPS: tuple[Construct, ...] = (
     *(squeeze, squeeze, squeeze, spatial_gate, ghost, concatenate_two, partial, shuffle),

@@ -46,6 +46,7 @@ _OTHER_FEATURES = """
     squeeze and excite with relu; squeeze and excite with silu; squeeze and excite with hardswish;
     sigmoid gate; hardsigmoid gate; spatial gate; gate of two branches; gate of two halves;
     layer scale; concatenation inside a branch; ghost concatenation;
+    same pool on all branches; same padding on all branches; max pool of one;
     channel split; partial channel residual; channel shuffle; tokens transposed;
     linear on channels last; constant padding; reflect padding; replicate padding;
     circular padding; asymmetric padding; blur pool; strided blur pool; reflect blur pool;
@@ -108,6 +109,8 @@ def chain_features(nodes: Nodes, depth: int) -> Iterator[str]:
                 yield "pool inside a branch"
             if node.ceil_mode:
                 yield "ceil_mode pool"
+            if node.kind == "max" and node.kernel == 1:
+                yield "max pool of one"
         elif isinstance(node, Save) and _changes_in_place(following):
             yield "value changed in place after it was saved"
         else:
@@ -253,6 +256,10 @@ def _join_features(node: Join, depth: int) -> Iterator[str]:
             yield "concatenation inside a branch"
         if not node.operands[0] and _has_layers(node.operands[1]):
             yield "ghost concatenation"
+    ends = {nodes[-1] if nodes else None for nodes in node.operands}
+    for kind, name in ((Pool, "pool"), (Pad, "padding")):
+        if len(node.operands) > 1 and len(ends) == 1 and isinstance(next(iter(ends)), kind):
+            yield f"same {name} on all branches"
     if any(sum(isinstance(n, Join) for n in nodes) > 1 for nodes in node.operands):
         yield "skip over several sites"
     for nodes in node.operands:

@@ -84,6 +84,9 @@ JOINS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "a * b": lambda a, b, c: a * b,
     "torch.mul(a, b)": lambda a, b, c: torch.mul(a, b),
     "torch.maximum(a, b)": lambda a, b, c: torch.maximum(a, b),
+    "torch.minimum(a, b)": lambda a, b, c: torch.minimum(a, b),
+    "torch.where(a > 0.1, a, b)": lambda a, b, c: torch.where(a > 0.1, a, b),
+    "a / (1 + b * b)": lambda a, b, c: a / (1 + b * b),
     "torch.cat([a, b], 1)": lambda a, b, c: torch.cat([a, b], 1),
 }
 ARITHMETIC: dict[str, Callable[[Tensor, Any], Tensor]] = {

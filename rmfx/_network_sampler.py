@@ -572,8 +572,12 @@ class Sampler:
             self.crop(path, size)
             self.fit_channels(path, shape[0])
         elif way.startswith("step"):
-            none = (0,) * value.dims
-            self.put(path, Slice(none, none, int(way[-1])), (value.channels, *size), alias=True)
+            none, step = (0,) * value.dims, int(way[-1])
+            if self.one_in(5):
+                node: Node = Pool("max", value.dims, 1, step, ceil_mode=self.one_in(2))
+                self.put(path, node, (value.channels, *size))
+            else:
+                self.put(path, Slice(none, none, step), (value.channels, *size), alias=True)
             self.fit_channels(path, shape[0])
         elif way == "pool":
             self.average(path, size, self.pick(pools))
@@ -677,6 +681,8 @@ class Sampler:
                 self.branch(other)
             self.fit(other, main.value.shape)
             others.append(other)
+        if main.value.is_map and self.one_in(12):
+            constructs.put_alike(self, [main, *others])
         self.saved = {**self.saved, **made}
         self.join(path, [*others, main] if shortcut_first else [main, *others])
 
@@ -738,7 +744,7 @@ class Sampler:
         main, other = path.operand(), path.operand()
         self.branch(main)
         self.fit(other, main.value.shape)
-        forms = ["torch.maximum(a, b)", "torch.stack([a, b]).sum(0)"]
+        forms = ["torch.stack([a, b]).sum(0)", *constructs.CHOICES]
         if constructs.spends_product(self):
             forms.insert(0, "a * b")
         form = self.pick(forms)

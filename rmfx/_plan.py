@@ -8,7 +8,7 @@ Both branches are written side by side, one *column* per layer of the plain chai
     norm        a batch norm on the main block, an identity batch norm on the carry
     lateral     a product, a sum or a concatenation with other tensors, on one block: the other
                 block meets ones, zeros or nothing
-    border      padding with other values than zeros, which both blocks get
+    shared      padding with other values than zeros, or a max pool, which both blocks get
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ from ._affine import (
 )
 from ._carry import area_after, fitted, placements
 from ._errors import Refusal
-from ._layers import Border, Lateral
+from ._graph import between
+from ._layers import CHANNEL_BY_CHANNEL, Border, Lateral, MaxPool
 from ._site import Chain, Norm, Site, Step
 
 POINTWISE = (Activation, Blockwise)
-NON_LINEAR = (*POINTWISE, Lateral, Border)
+NON_LINEAR = (*POINTWISE, Lateral, *CHANNEL_BY_CHANNEL)
 
 
 Tap = tuple[fx.Node, int]
@@ -105,14 +106,14 @@ class Sided(_Column):
 
 
 @dataclass(frozen=True, eq=False)
-class Bordered(_Column):
-    """A padding, of both blocks alike."""
+class Shared(_Column):
+    """A padding or a max pool, of both blocks alike."""
 
-    border: Border
+    layer: Border | MaxPool
 
 
-Column = Linear | Pointwise | Normalised | Sided | Bordered
-Layer = AffineConv | Pointwise | Normalised | Sided | Bordered
+Column = Linear | Pointwise | Normalised | Sided | Shared
+Layer = AffineConv | Pointwise | Normalised | Sided | Shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +137,7 @@ def plans(site: Site) -> list[Plan] | Refusal:
     options: list[Plan] = []
     refusals: list[Refusal] = []
     for main, shortcut in ((f, g), (g, f)):
-        if not _is_linear(shortcut):
+        if not _is_linear(shortcut) or any(isinstance(s.layer, MaxPool) for s in main):
             continue
         found = _beside(site, main, shortcut)
         if isinstance(found, Refusal):
@@ -150,7 +151,8 @@ def plans(site: Site) -> list[Plan] | Refusal:
         else:
             options.append(aligned)
     if not options:
-        return refusals[0]
+        pools = (step.layer for step in f + g if isinstance(step.layer, MaxPool))
+        return next((Refusal(p.reason, (p.node.name,)) for p in pools), refusals[0])
     return sorted(options, key=lambda plan: (plan.work, len(plan.columns)))
 
 
@@ -228,10 +230,12 @@ def _columns(
         elif isinstance(layer, Lateral):
             columns.append(Sided(layer, 0, **origin))
         elif isinstance(layer, Border):
-            columns.append(Bordered(layer, **origin))
+            columns.append(Shared(layer, **origin))
             position += 1
-        else:
+        elif isinstance(layer, Norm):
             columns.append(Normalised(layer, carry, **origin))
+        else:
+            raise TypeError("a carry does not pass a max pool")
     return columns
 
 
@@ -277,23 +281,20 @@ def _affine(step: Step) -> AffineConv:
 # ---- two non-linear branches --------------------------------------------------------------------
 
 Pair = tuple[Step | None, Step | None]
+Waits = tuple[Sequence[int], Sequence[int]]
 
 
 def _aligned(site: Site, f: Chain, g: Chain) -> Plan | Refusal:
     """Two chains side by side: a shortest alignment of their layers."""
     f, g = (tuple(replace(s, layer=_without_norm(s)) for s in chain) for chain in (f, g))
-    if _may_wait_for_itself(f + g):
-        return Refusal(
-            "both branches have activations, and what one of them computes on the way is read "
-            "elsewhere and combined with it again",
-            (site.join.name,),
-        )
-    pairs = _align(f, g)
+    if may_reorder(f + g):
+        written = next((n for n in between(site.fork, site.join) if n.meta.get("frozen")), None)
+        if written is not None:
+            return Refusal(written.meta["frozen"], (written.name,))
+    waits = (_waits(site.fork, f, g), _waits(site.fork, g, f))
+    pairs = _align(f, g, waits)
     if pairs is None:
-        return Refusal(
-            "the two branches change size or stride at places that do not correspond",
-            (site.join.name,),
-        )
+        return _unaligned(site, f, g, waits)
     columns: list[Column] = []
     widths = [site.channels, site.channels]
     for pair in pairs:
@@ -309,9 +310,48 @@ def _aligned(site: Site, f: Chain, g: Chain) -> Plan | Refusal:
     return work if isinstance(work, Refusal) else Plan(tuple(columns), work)
 
 
-def _may_wait_for_itself(steps: Chain) -> bool:
-    """Whether a column might need what is computed from a later one."""
+def _unaligned(site: Site, f: Chain, g: Chain, waits: Waits) -> Refusal:
+    """Why two chains cannot stand side by side."""
+    if _align(f, g, ([0] * len(f), [0] * len(g))) is None:
+        cause = "the two branches change size or stride at places that do not correspond"
+        return Refusal(cause, (site.join.name,))
+    late = next(step.layer for step, n in zip(f + g, (*waits[0], *waits[1]), strict=True) if n)
+    names = [other.name for other in late.others] if isinstance(late, Lateral) else []
+    cause = "one branch reads this of the other one, which has changed its size by then"
+    return Refusal(cause, (*names, site.join.name))
+
+
+def may_reorder(steps: Sequence[Step]) -> bool:
+    """Whether what others read of a branch may come to stand behind them.
+
+    It does so where its column has to wait for what the other branch is combined with.
+    """
     return any(isinstance(s.layer, Lateral) for s in steps) and any(s.tapped for s in steps)
+
+
+def _waits(fork: fx.Node, chain: Chain, beside: Chain) -> list[int]:
+    """For each step of a chain how many steps of the other one must stand before it.
+
+    It may combine the value with what was computed from the other chain.
+    """
+    tapped = [i for i, step in enumerate(beside) if step.tapped]
+    found = []
+    for step in chain:
+        needed: set[fx.Node] = set()
+        if tapped and isinstance(step.layer, Lateral):
+            needed = _ancestors(step.layer.others, fork)
+        found.append(max((i + 1 for i in tapped if beside[i].value in needed), default=0))
+    return found
+
+
+def _ancestors(nodes: Sequence[fx.Node], start: fx.Node) -> set[fx.Node]:
+    """Some nodes and all that they depend on behind `start`."""
+    found, waiting = set(nodes), list(nodes)
+    while waiting:
+        fresh = [n for n in waiting.pop().all_input_nodes if n not in found and start < n]
+        found.update(fresh)
+        waiting += fresh
+    return found
 
 
 def _paired(pair: Pair, widths: Sequence[int], dims: int) -> Column:
@@ -324,6 +364,8 @@ def _paired(pair: Pair, widths: Sequence[int], dims: int) -> Column:
     for block, layer in enumerate(layers):
         if isinstance(layer, Lateral):
             return Sided(layer, block, **origin)
+        if isinstance(layer, CHANNEL_BY_CHANNEL):
+            return Shared(layer, **origin)
     if not any(isinstance(layer, AffineConv) for layer in layers):
         acts = [layer if isinstance(layer, POINTWISE) else None for layer in layers]
         return Pointwise(acts[0], acts[1], (widths[0], widths[1]), **origin)
@@ -334,12 +376,16 @@ def _paired(pair: Pair, widths: Sequence[int], dims: int) -> Column:
     return Linear(main, carry, **origin)
 
 
-def _without_norm(step: Step) -> AffineConv | Activation | Blockwise | Lateral | Border:
+def _without_norm(step: Step) -> AffineConv | Activation | Blockwise | Lateral | Border | MaxPool:
     return _affine(step) if isinstance(step.layer, Norm) else step.layer
 
 
-def _align(f: Chain, g: Chain) -> list[Pair] | None:
-    """The alignment with the fewest columns, None if there is none (edit distance)."""
+def _align(f: Chain, g: Chain, waits: Waits) -> list[Pair] | None:
+    """The alignment with the fewest columns, None if there is none (edit distance).
+
+    Args:
+        waits: how many steps of g must stand before each of f, and the other way round.
+    """
     best: dict[tuple[int, int], tuple[float, list[Pair]]] = {(0, 0): (0.0, [])}
     for i, j in itertools.product(range(len(f) + 1), range(len(g) + 1)):
         if (i, j) not in best:
@@ -348,6 +394,8 @@ def _align(f: Chain, g: Chain) -> list[Pair] | None:
         for step_f, step_g in ((1, 1), (1, 0), (0, 1)):
             to = (i + step_f, j + step_g)
             if to[0] > len(f) or to[1] > len(g):
+                continue
+            if (step_f and waits[0][i] > j) or (step_g and waits[1][j] > i):
                 continue
             pair = (f[i] if step_f else None, g[j] if step_g else None)
             price = _price(*pair)
@@ -372,6 +420,8 @@ def _price(a: Step | None, b: Step | None) -> float | None:
         return 1.0 if first.signature == second.signature else 1.1
     if isinstance(first, AffineConv) and isinstance(second, AffineConv):
         return None if isinstance(window_of([first, second]), Refusal) else 1.0
+    if isinstance(first, CHANNEL_BY_CHANNEL) and isinstance(second, CHANNEL_BY_CHANNEL):
+        return 1.0 if first.signature == second.signature else None
     return None
 
 

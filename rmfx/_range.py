@@ -182,7 +182,7 @@ class Ranges:
 
     def measured(self, node: fx.Node, *, last: bool) -> Range | None:
         """The extremes of a node's value on the data that were given, None if none were."""
-        found = self._measured.get(self._net.joins.get(node, node.name))
+        found = self._measured.get(self._net.values.get(node, ""))
         return found and found[last]
 
     def set(self, node: fx.Node, value: Range) -> None:

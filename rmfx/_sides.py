@@ -1,9 +1,9 @@
 """Nodes beside the chain: combinations with other tensors, and what others read of a wide value.
 
-In a chain a value stands as [main; carry]. Where the branch multiplies, adds or concatenates other
-tensors, those get ones, zeros or nothing for the carry. Where something off the branch reads the
-main block, it gets a slice; one that is followed by pooling is taken behind the pooling, next to a
-layer that it can be merged into.
+In a chain a value stands as [main; carry]. Where the branch multiplies, adds, chooses or
+concatenates other tensors, those get ones, zeros, what is not chosen or nothing for the carry.
+Where something off the branch reads the main block, it gets a slice; one that is followed by
+pooling is taken behind the pooling, next to a layer that it can be merged into.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from ._affine import AffineConv
 from ._graph import ORIGIN, Net, Shape, Virtual, data_input, with_channels
-from ._layers import Border, Lateral, keeps_dims, read
+from ._layers import Border, Lateral, MaxPool, keeps_dims, read
 
 # Far enough to give exactly 1 in every floating type.
 ONE_AT: dict[type[nn.Module], float] = {nn.Sigmoid: 40.0, nn.Hardsigmoid: 4.0}
@@ -38,28 +38,31 @@ def combine(
     """
     if lateral.is_concatenation:
         return _concatenate(net, lateral, wide, block, widths, dims)
-    (other,) = lateral.others
     room = (0, widths[1]) if block == 0 else (widths[0], 0)
-    if lateral.node.target is torch.mul:
-        padded = _with_ones(net, lateral.node, other, room, dims)
-        made = net.graph.call_function(torch.mul, (wide, padded))
-    else:
-        padded = _padded(net, other, room, 0.0, dims)
-        made = net.graph.call_function(torch.add, (wide, padded))
+    operands = [
+        _filled(net, lateral.node, x, widths[block], room, value, dims)
+        if isinstance(x, fx.Node) and value is not None
+        else x
+        for x, value in zip(lateral.operands, lateral.neutral, strict=True)
+    ]
+    operands[lateral.place] = wide
+    node = lateral.node
+    made = net.graph.call_function(node.target, tuple(operands), dict(node.kwargs))  # type: ignore[arg-type]
     return _like(made, lateral.node, _resized(lateral.node, sum(widths), dims))
 
 
 def _concatenate(
     net: Net, lateral: Lateral, wide: fx.Node, block: int, widths: Widths, dims: int
 ) -> fx.Node:
-    first, second = (block == 0 and lateral.after), (block == 1 and lateral.before)
+    before, after = lateral.operands[: lateral.place], lateral.operands[lateral.place + 1 :]
+    first, second = (block == 0 and after), (block == 1 and before)
     parts = [wide]
     if first or second:
         parts = [
             take(net, wide, 0, widths[0], dims),
             take(net, wide, widths[0], sum(widths), dims),
         ]
-    ours = [*lateral.before, parts[-1] if block else parts[0], *lateral.after]
+    ours = [*before, parts[-1] if block else parts[0], *after]
     rest = parts[:-1] if block else parts[1:]
     operands = [*rest, *ours] if block else [*ours, *rest]
     made = net.graph.call_function(torch.cat, (operands, lateral.node.args[1]))
@@ -67,11 +70,11 @@ def _concatenate(
     return _like(made, lateral.node, _resized(wide, width, dims))
 
 
-def pad_again(net: Net, border: Border, wide: fx.Node, width: int) -> fx.Node:
-    """The padding of a wide value, at the graph's insert point."""
-    source = data_input(border.node)
-    made = net.graph.node_copy(border.node, lambda n: wide if n is source else n)
-    return _like(made, border.node, _resized(border.node, width, len(border.pairs)))
+def call_again(net: Net, layer: Border | MaxPool, wide: fx.Node, width: int) -> fx.Node:
+    """The padding or the pool of a wide value, at the graph's insert point."""
+    source = data_input(layer.node)
+    made = net.graph.node_copy(layer.node, lambda n: wide if n is source else n)
+    return _like(made, layer.node, _resized(layer.node, width, layer.dims))
 
 
 def take(net: Net, wide: fx.Node, start: int, stop: int, dims: int) -> fx.Node:
@@ -148,6 +151,27 @@ def _is_spatial_pool(net: Net, node: fx.Node, dims: int) -> bool:
     if isinstance(net.module(node), POOLS):
         return net.guard(node) is None
     return keeps_dims(node, dims) is True
+
+
+def _filled(
+    net: Net,
+    node: fx.Node,
+    other: fx.Node,
+    width: int,
+    room: Widths,
+    value: float,
+    dims: int,
+) -> fx.Node:
+    """An operand of a node with a constant in the room before and behind its `width` channels."""
+    if net.channels(other, dims) == 1 < width:
+        rank = net.rank(other) or dims + 2
+        sizes = [-1] * rank
+        sizes[1 if dims else -1] = width
+        expanded = net.graph.call_method("expand", (other, *sizes))
+        other = _like(expanded, other, _resized(other, width, dims))
+    elif node.target is torch.mul:
+        return _with_ones(net, node, other, room, dims)
+    return _padded(net, other, room, value, dims)
 
 
 def _with_ones(net: Net, product: fx.Node, gate: fx.Node, room: Widths, dims: int) -> fx.Node:

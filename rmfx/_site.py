@@ -13,7 +13,15 @@ from ._affine import AffineConv, compose
 from ._dialect import BATCH_NORMS
 from ._errors import Refusal
 from ._graph import Net, Virtual
-from ._layers import Border, Deferred, Lateral, is_tensor_node, read_join
+from ._layers import (
+    CHANNEL_BY_CHANNEL,
+    Border,
+    Deferred,
+    Lateral,
+    MaxPool,
+    is_tensor_node,
+    read_join,
+)
 from ._paths import Path, walks
 
 
@@ -25,7 +33,7 @@ class Norm:
     affine: AffineConv
 
 
-Layer = AffineConv | Activation | Blockwise | Norm | Lateral | Border
+Layer = AffineConv | Activation | Blockwise | Norm | Lateral | Border | MaxPool
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +56,8 @@ class Step:
 
 
 Chain = tuple[Step, ...]
+LIMITS = (torch.maximum, torch.minimum)
+KEEP_CHANNELS = (Activation, Blockwise, *CHANNEL_BY_CHANNEL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +157,7 @@ def _frame(
     channels = net.channels(fork, dims)
     for path in paths:
         own = (place.element for place in path)
-        first = next((e for e in own if not isinstance(e, (Activation, Blockwise, Border))), None)
+        first = next((e for e in own if not isinstance(e, KEEP_CHANNELS)), None)
         if channels is None and isinstance(first, AffineConv):
             channels = first.in_channels
     if channels is None:
@@ -218,8 +228,10 @@ def _unfit(net: Net, node: fx.Node, layer: Layer, channels: int, dims: int) -> R
             )
         if layer.module.num_parameters != channels:
             return Refusal(f"a PReLU for other than {channels} channels")
-    if isinstance(layer, Border) and len(layer.pairs) > dims:
+    if isinstance(layer, Border) and layer.dims > dims:
         return Refusal("padding reaches beyond space")
+    if isinstance(layer, MaxPool) and layer.dims != dims:
+        return Refusal(f"pooling over {layer.dims} dimensions among layers of {dims}")
     return _unfit_lateral(net, layer, channels, dims) if isinstance(layer, Lateral) else None
 
 
@@ -234,10 +246,13 @@ def _unfit_lateral(net: Net, layer: Lateral, channels: int, dims: int) -> Refusa
             )
         if dims and rank != dims + 2:
             return Refusal(f"a {rank}-D tensor among layers of {dims} dimensions", (other.name,))
-        if not layer.is_concatenation and own != channels:
+        if not layer.is_concatenation and own not in (1, channels):
             return Refusal(
-                f"a tensor of {own} channels meets one of {channels}: it broadcasts", (other.name,)
+                f"a tensor of {channels} channel meets one of {own}: it broadcasts", (other.name,)
             )
+        kind = net.dtype(other)
+        if layer.node.target in LIMITS and (kind is None or not kind[0].is_floating_point):
+            return Refusal("a limit that is not known to be floating point", (other.name,))
     if layer.is_concatenation:
         axis = layer.node.args[1]
         rank = dims + 2 if dims else net.rank(layer.value)

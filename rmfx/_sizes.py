@@ -83,8 +83,8 @@ class Sizes:
         from ._layers import Border, Deferred, read
 
         module = self._net.module(node)
-        if isinstance(module, MAX_POOLS) and not module.ceil_mode:
-            return _behind_pool(module, before)
+        if isinstance(module, MAX_POOLS):
+            return None if module.ceil_mode else _behind_pool(module, before)
         element = read(self._net, node)
         if isinstance(element, Deferred):
             dims = len(before.stride)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import rmfx
 from rmfx.testing import assert_equivalent
 
+PAIRS = (1, 1, 1, 1)
 MODES = ("reflect", "replicate", "circular")
 SHAPES = {1: (2, 4, 9), 2: (2, 4, 9, 7), 3: (2, 4, 5, 6, 7)}
 
@@ -155,3 +156,90 @@ def test_a_carry_passes_any_paddings_that_keep_its_size(
     gm = rmfx.remove_residuals(model, image())
     assert rmfx.report(gm).removed == 1, str(rmfx.report(gm))
     assert_equivalent(model, gm, image())
+
+
+# ---- what both branches do alike ----------------------------------------------------------------
+
+
+def alike(last: Any, *, second: Any = None, shortcut: nn.Module | None = None) -> Any:
+    """Two branches with an activation, or a shortcut beside one, that end in the same operation."""
+    second = last if second is None else second
+    parts = {"a": conv(), "b": conv(), "s": nn.Identity() if shortcut is None else shortcut}
+    if shortcut is not None:
+        return ready(Apply(lambda m, x: last(m.b(F.relu(m.a(x)))) + second(m.s(x)), **parts))
+    return ready(Apply(lambda m, x: last(F.relu(m.a(x))) + second(F.silu(m.b(x))), **parts))
+
+
+OF_CHANNELS: dict[str, Callable[[Any], Any]] = {
+    "max pool": lambda y: F.max_pool2d(y, 3, 2, 1),
+    "max pool, rounding up": lambda y: F.max_pool2d(y, (2, 3), ceil_mode=True),
+    "dilated max pool": lambda y: F.max_pool2d(y, 2, 1, dilation=(1, 2)),
+    "reflected": lambda y: F.pad(y, (1, 0, 2, 1), "reflect"),
+    "filled": lambda y: F.pad(y, (1, 1), value=0.5),
+    "padded, then pooled": lambda y: F.max_pool2d(F.pad(y, (1, 1, 1, 1), "replicate"), 3),
+    "pooled before a conv": lambda y: F.avg_pool2d(F.max_pool2d(y, 2, 1), 2),
+}
+
+
+@pytest.mark.parametrize("name", OF_CHANNELS)
+@pytest.mark.parametrize("shortcut", [None, nn.Identity(), conv(kernel=1)], ids=str)
+def test_two_branches_that_end_alike(name: str, shortcut: nn.Module | None) -> None:
+    assert_removed(alike(OF_CHANNELS[name], shortcut=shortcut), image())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_module_and_a_function_may_pad_alike(mode: str) -> None:
+    kinds = dict(
+        zip(MODES, (nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d), strict=True)
+    )
+    branch = chain(conv(), nn.ReLU(), kinds[mode](PAIRS))
+    shortcut = chain(conv(), nn.SiLU(), Apply(lambda m, x: F.pad(x, PAIRS, mode)))
+    assert_removed(ready(Residual(branch, shortcut)), image())
+
+
+def test_one_pool_called_for_both_branches() -> None:
+    pool = nn.MaxPool2d(3, 1, 1)
+    parts = {"pool": pool, "a": conv(), "b": conv()}
+    model = ready(Apply(lambda m, x: m.pool(F.relu(m.a(x))) + m.pool(F.silu(m.b(x))), **parts))
+    assert_removed(model, image())
+
+
+@pytest.mark.parametrize(
+    ("last", "second"),
+    [
+        (lambda y: F.max_pool2d(y, 3, 1, 1), lambda y: F.max_pool2d(y, 3, 1, 1, ceil_mode=True)),
+        (lambda y: F.max_pool2d(y, 3, 1, 1), lambda y: F.max_pool2d(y, 5, 1, 2)),
+        (lambda y: F.max_pool2d(y, 3, 1, 1), lambda y: y),
+        (lambda y: F.pad(y, (1, 1), value=0.5), lambda y: F.pad(y, (1, 1), value=0.25)),
+        (lambda y: F.pad(y, PAIRS, "replicate"), lambda y: F.pad(y, PAIRS, "circular")),
+        (lambda y: F.pad(y, PAIRS, "replicate"), lambda y: F.pad(y, (0, 2, 1, 1), "replicate")),
+    ],
+)
+def test_two_branches_that_end_differently(last: Any, second: Any) -> None:
+    assert_refused(alike(last, second=second), image(), reason="")
+
+
+@given(st.data())
+def test_any_max_pool_on_both_branches(data: st.DataObject) -> None:
+    dims = data.draw(st.integers(1, 3))
+    kernel = data.draw(st.integers(1, 3))
+    options = {
+        "kernel_size": kernel,
+        "stride": data.draw(st.integers(1, 3)),
+        "padding": data.draw(st.integers(0, kernel // 2)),
+        "dilation": data.draw(st.integers(1, 2)),
+        "ceil_mode": data.draw(st.booleans()),
+    }
+    pool = getattr(nn, f"MaxPool{dims}d")(**options)
+    left, right = conv(dims=dims), conv(dims=dims)
+    branch = chain(left, nn.ReLU(), pool)
+    shortcut = chain(right, data.draw(st.sampled_from([nn.Identity(), nn.SiLU()])), pool)
+    assert_removed(ready(Residual(branch, shortcut)), image(*SHAPES[dims]))
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize("size", [8, 9, 10])
+def test_a_max_pool_of_one_value_is_a_stride(size: int, ceil_mode: bool) -> None:
+    shortcut = nn.MaxPool2d(1, 3, ceil_mode=ceil_mode)
+    branch = chain(conv(stride=3), nn.ReLU(), conv())
+    assert_removed(ready(Residual(branch, shortcut)), image(2, 4, size, size))

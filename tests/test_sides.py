@@ -115,6 +115,65 @@ def test_a_carry_passes_a_product_of_two_branches(forward: Forward) -> None:
     assert_equivalent(model, gm, image())
 
 
+CHOICES: dict[str, Forward] = {
+    "maximum": lambda m, x: x + m.c(torch.maximum(m.a(x), m.b(x))),
+    "a method": lambda m, x: m.s(x) + m.c(F.relu(m.b(x).minimum(m.a(x)))),
+    "maxout": lambda m, x: x + torch.maximum(m.e(x), F.silu(m.b4(x))),
+    "where": lambda m, x: x + m.c(torch.where(m.a(x) > 0, m.a2(x), m.b(x))),
+    "where, the other way": lambda m, x: x + m.c(torch.where(m.pool(m.a(x)) > 0, x[:, :1], m.b(x))),
+    "an activation of its own": lambda m, x: x + m.c(
+        (lambda y: torch.where(y > 0, y, 0.1 * y))(m.a(x))
+    ),
+    "a number": lambda m, x: x + m.c(torch.where(m.a(x) > 0, m.b(x), 0.5)),
+    "masked": lambda m, x: x + m.c(m.a(x) * (m.b(x) > 0)),
+    "a quotient": lambda m, x: x + m.c(F.relu(m.a(x) / (1 + F.relu(m.b(x))))),
+    "a difference that stays": lambda m, x: x + m.c(F.relu(m.a(x) - F.max_pool2d(m.b(x), 3, 1, 1))),
+    "with a factor": lambda m, x: x + m.c(
+        F.relu(torch.add(m.a(x), F.max_pool2d(m.b(x), 3, 1, 1), alpha=0.5))
+    ),
+    "one gate for all channels": lambda m, x: x + m.c(m.a(x) * torch.sigmoid(m.one(x))),
+    "attention to places": lambda m, x: x + m.e(x) * torch.sigmoid(m.one(x)),
+    "one summand for all channels": lambda m, x: x + m.c(
+        F.relu(m.a(x) + F.max_pool2d(m.one(x), 3, 1, 1))
+    ),
+    "one limit for all channels": lambda m, x: x + m.c(torch.maximum(m.one(x), m.a(x))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_carry_passes_a_choice(name: str) -> None:
+    parts = {n: conv(4, 6) for n in ("a", "a2", "b")} | {"c": conv(6, 4), "one": conv(4, 1)}
+    parts |= {n: conv() for n in ("e", "b4", "s")} | {"pool": nn.AdaptiveAvgPool2d(1)}
+    model = ready(Apply(CHOICES[name], **parts))
+    gm = rmfx.remove_residuals(model, image())
+    row = rmfx.report(gm).rows[-1]
+    assert row.status == "removed", row.reason
+    assert_equivalent(model, gm, image())
+    assert_equivalent(model, rmfx.remove_residuals(model), image())
+    exported = rmfx.remove_residuals(torch.export.export(model, (image(),)), image())
+    assert rmfx.report(exported).rows[-1].status == "removed"
+
+
+def test_what_divides_or_is_subtracted_is_no_path() -> None:
+    for forward in (
+        lambda m, x: x + F.max_pool2d(m.b(x), 3, 1, 1) / (2 + F.relu(m.a(x))),
+        lambda m, x: x + (F.max_pool2d(m.b(x), 3, 1, 1) - F.relu(m.a(x))),
+    ):
+        model = ready(Apply(forward, a=conv(), b=conv()))
+        gm = rmfx.remove_residuals(model, image())
+        assert rmfx.report(gm).rows[-1].status == "refused"
+        assert_equivalent(model, gm, image())
+
+
+def test_a_limit_of_whole_numbers_is_refused() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return x + m.c(torch.maximum(m.a(x), m.a(x).round().long()))
+
+    model = ready(Apply(forward, a=conv(), c=conv()))
+    gm = rmfx.remove_residuals(model, image())
+    assert_equivalent(model, gm, image())
+
+
 @pytest.mark.parametrize("form", ["tokens", "features"])
 def test_a_gate_on_the_last_dimension(form: str) -> None:
     x = image(2, 4) if form == "features" else image(2, 5, 4)
@@ -174,6 +233,66 @@ def test_an_inner_join_that_only_a_pool_reads_is_held_by_no_node() -> None:
     model = ready(Apply(forward, **parts))
     gm = assert_removed(model, image(), sites=2)
     assert rmfx.report(gm).rows[0].node is None
+
+
+# ---- two branches that read each other -----------------------------------------------------------
+
+
+def interleaved(m: Any, x: Tensor) -> Tensor:
+    y, z = F.relu(m.a(x)), F.silu(m.b(x))
+    y2, z2 = m.c(y * torch.tanh(z)), m.s(z) * torch.tanh(y)
+    return F.relu(y2 * torch.sigmoid(z2)) + F.silu(z2)
+
+
+READ_EACH_OTHER: dict[str, Forward] = {
+    "one reads the other": lambda m, x: (
+        F.relu(m.a(x)) * torch.tanh(z := F.silu(m.b(x)))
+    ) + F.silu(m.c(z)),
+    "through other layers": lambda m, x: (
+        lambda y, z: F.relu(y * F.softmax(m.s(z), 1)) + F.silu(m.c(z))
+    )(F.relu(m.a(x)), F.silu(m.b(x))),
+    "a concatenation": lambda m, x: (
+        lambda y, z: m.d(F.relu(torch.cat([y, m.s(z)], 1))) + F.silu(m.c(z))
+    )(F.relu(m.a(x)), F.silu(m.b(x))),
+    "both": interleaved,
+    "what is read comes first in the code": lambda m, x: (
+        lambda y, z, r: F.relu(m.c(y) * torch.tanh(r)) + F.silu(m.s(z) * torch.tanh(y))
+    )(*(lambda z: (F.relu(m.a(x)), z, m.b(z)))(F.silu(m.b2(x)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ_EACH_OTHER)
+def test_branches_may_read_each_other(name: str) -> None:
+    parts = {n: conv() for n in ("a", "b", "b2", "c")} | {"d": conv(8, 4), "s": conv(kernel=1)}
+    assert_removed(ready(Apply(READ_EACH_OTHER[name], **parts)), image(), without_inputs=False)
+
+
+def test_branches_of_other_sizes_that_read_each_other_are_refused() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y, z = F.relu(m.a(x)), F.silu(m.down(x))
+        y = F.relu(m.c(y) + F.interpolate(z, scale_factor=2))
+        return m.down2(y) + F.silu(m.b(z))
+
+    down, down2 = conv(stride=2), conv(stride=2)
+    model = ready(Apply(forward, a=conv(), b=conv(), c=conv(), down=down, down2=down2))
+    gm = rmfx.remove_residuals(model, image(2, 4, 8, 8))
+    reasons = [row.reason for row in rmfx.report(gm).rows]
+    assert "resizes" in reasons[0]
+    assert reasons[1].startswith("interpolate, add_1: one branch reads this")
+
+
+def test_readers_that_would_have_to_move_past_a_write_stay() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y, z = F.relu(m.a(x)), F.silu(m.b(x))
+        view = m.s(x)
+        r = torch.tanh(z) + view[:, :, :1]
+        view[:, :, :1] += 1
+        return F.relu(m.c(y) * r) + F.silu(m.d(z)), view
+
+    parts = {n: conv() for n in ("a", "b", "c", "d", "s")}
+    model = ready(Apply(forward, **parts))
+    gm = rmfx.remove_residuals(model, image())
+    assert_equivalent(model, gm, image())
 
 
 # ---- sums and concatenations --------------------------------------------------------------------

@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import Apply, Residual, assert_removed, basic_branch, chain, conv, image, ready, types
+from builders import (
+    Apply,
+    Residual,
+    assert_removed,
+    basic_branch,
+    chain,
+    conv,
+    conv_bn,
+    image,
+    ready,
+    types,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -152,6 +163,17 @@ def test_where_a_proven_range_is_too_wide_that_of_the_data_is_used() -> None:
     assert "calibrated range" in {row.exactness for row in rows}
     assert "PReLU" not in types(gm)
     assert_equivalent(model, gm, x, tolerance=2e-5)
+
+
+def test_the_range_of_the_data_is_not_that_of_a_conv_before_its_batch_norm() -> None:
+    x = image(2, 12, 9, 7)  # the shortcut is narrower, so it is the one to carry
+    model = ready(Residual(chain(conv(12), nn.ReLU(), conv()), conv_bn(12, kernel=1)))
+    norm: Any = model.shortcut[1]
+    norm.running_mean.fill_(5.0)
+    norm.weight.data.fill_(3.0)
+    gm = rmfx.remove_residuals(model, x, activation="shift", calibration=[x])
+    assert [row.strategy for row in rmfx.report(gm).rows] == ["shift"]
+    assert_equivalent(model, gm, x, tolerance=1e-8)
 
 
 def test_outside_the_range_of_the_data_the_result_is_wrong() -> None:
