@@ -110,15 +110,15 @@ class Store:
         """Keeps an outcome, and writes the file whole or not at all."""
         self.outcomes[outcome.network] = outcome
         rows = [dataclasses.asdict(one) for one in self.outcomes.values()]
-        _write(self.path, json.dumps({"networks": rows}, indent=1) + "\n")
+        write(self.path, json.dumps({"networks": rows}, indent=1) + "\n")
 
     def write_markdown(self, names: Iterable[str], limits: Sequence[Limit]) -> None:
         """Writes the report on some of the networks."""
         outcomes = [self.outcomes[name] for name in names]
-        _write(self.path.with_suffix(".md"), markdown(outcomes, limits))
+        write(self.path.with_suffix(".md"), markdown(outcomes, limits))
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}")
     unfinished.write_text(text, encoding="utf-8")
