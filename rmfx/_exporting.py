@@ -58,7 +58,9 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedP
 
 def unlifted(program: ExportedProgram) -> fx.GraphModule:
     """The program as a graph that owns its weights; `meta[GUARD_KEY]` holds its `InputGuard`."""
-    gm: fx.GraphModule = program.module(check_guards=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tensors that are neither parameters nor buffers are fine
+        gm: fx.GraphModule = program.module(check_guards=False)
     gm._forward_pre_hooks.clear()  # torch's own check, which the guard replaces
     gm._forward_pre_hooks_with_kwargs.clear()
     conditions = tuple(getattr(program, "_guards_code", None) or ())

@@ -227,3 +227,35 @@ def test_a_pool_called_for_its_places_is_left_alone() -> None:
     for x in (image(4, 4, 9), None):
         converted = rmfx.remove_residuals(model, x)
         assert_equivalent(model, converted, image(4, 4, 9))
+
+
+class Cached(nn.Module):
+    """Keeps what it computes from its weights, by device, as LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+        self.bias = nn.Parameter(torch.randn(9))
+        self.cache: dict[str, Any] = {}
+        self.log: list[Any] = [{"seen": set()}]
+
+    def forward(self, x: Any) -> Any:
+        key = str(x.device)
+        if key not in self.cache:
+            self.cache[key] = self.bias[torch.arange(4) * 2].reshape(4, 1, 1)
+            self.log[0]["seen"].add(key)
+        return x + self.conv(x) * self.cache[key]
+
+
+def test_a_cache_is_left_as_it_was() -> None:
+    model = ready(Cached())
+    for _ in range(2):
+        gm = rmfx.trace(model, image())
+        assert not model.cache
+        assert model.log == [{"seen": set()}]
+    expected = model(image())
+    assert list(model.cache) == ["cpu"]
+    filled = rmfx.remove_residuals(model, image())
+    torch.testing.assert_close(filled(image()), expected)
+    torch.testing.assert_close(gm(image()), expected)
+    assert list(model.cache) == ["cpu"]
