@@ -3,7 +3,7 @@
 A maximal chain of linear layers (convs, Linear, batch norm, constant scales, average pools, crops,
 zero padding) is cut into segments by dynamic programming: every segment becomes one layer, and the
 cheapest cut wins. Cost is multiply-adds per position of the chain's input, then parameters; with
-`force=True` the number of layers comes first.
+`policy="all"` the number of layers comes first.
 
 Refused: an outer layer that pads with zeros what the inner one would fill with its bias, or where
 the inner kernel would still see its input; a value that is also read elsewhere; shared, tied,
@@ -13,23 +13,27 @@ hooked or parametrized layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
 from rmfx._affine import AffineConv, compose
-from rmfx._dialect import BATCH_NORMS
+from rmfx._dialect import BATCH_NORMS, module_path
 from rmfx._errors import Refusal
-from rmfx._graph import Net, Virtual
+from rmfx._graph import Net, Virtual, positions
 from rmfx._layers import input_of, read_affine
+from rmfx._policy import Policy, check_policy
 from rmfx._rewrite import apply_rule
+from rmfx._rows import expense_of
 from rmfx._site import weight_types
 from rmfx._state import undisturbed
 from rmfx.frontend import trace
+from rmfx.report import SiteReport
 
 Cost = tuple[float, ...]
+Segment = tuple[int, int, AffineConv]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +41,7 @@ class Cut:
     """A chain of linear nodes, and the segments that become one layer each."""
 
     nodes: list[fx.Node]
-    segments: list[tuple[int, int, AffineConv]]
+    segments: list[Segment]
 
 
 class LinearRule:
@@ -46,11 +50,11 @@ class LinearRule:
     def __init__(
         self,
         *,
-        force: bool = False,
+        policy: Policy = "profitable",
         keep_norms: bool = False,
         concerns: Callable[[fx.Node], bool] = lambda node: True,
     ) -> None:
-        self._force = force
+        self._policy = policy
         self._keep_norms = keep_norms
         self._concerns = concerns
 
@@ -68,6 +72,8 @@ class LinearRule:
         segments, refusal = self._cheapest([_affine(net, n) for n in nodes])
         if len(segments) == len(nodes):
             return refusal.at(*(n.name for n in nodes)) if refusal else None
+        if callable(self._policy) and not self._policy(_row(net, nodes, segments)):
+            return Refusal("kept by the policy", by_choice=True)
         return Cut(nodes, segments)
 
     def rewrite(self, net: Net, node: fx.Node, match: Cut) -> None:
@@ -118,7 +124,7 @@ class LinearRule:
 
     def _cost(self, layer: AffineConv, area: float) -> Cost:
         work, size = layer.multiply_adds() * area, float(layer.weight.numel())
-        return (1.0, work, size) if self._force else (work, 1.0, size)
+        return (1.0, work, size) if self._policy == "all" else (work, 1.0, size)
 
 
 def _affine(net: Net, node: fx.Node) -> AffineConv:
@@ -128,16 +134,44 @@ def _affine(net: Net, node: fx.Node) -> AffineConv:
     return layer
 
 
+def _row(net: Net, nodes: Sequence[fx.Node], segments: Sequence[Segment]) -> SiteReport:
+    """A chain as a row of the report: what it costs, and what its segments would."""
+    last = nodes[-1]
+    dims = segments[0][2].dims
+    before = expense_of(net, nodes, dims)
+    after = [
+        (layer, positions(nodes[end - 1].meta.get("shape"), dims)) for _, end, layer in segments
+    ]
+    macs = [layer.multiply_adds(count) for layer, count in after if count is not None]
+    return SiteReport(
+        place=module_path(last),
+        source=last.meta.get("source"),
+        join=last.name,
+        node=None,
+        status="removed",
+        strategy="linear",
+        exactness="rounding",
+        layout=f"{len(nodes)} layers as {len(segments)}",
+        shape=last.meta.get("shape"),
+        macs_before=before.macs,
+        macs_after=sum(macs) if len(macs) == len(after) else None,
+        params_before=before.parameters,
+        params_after=sum(layer.weight.numel() + layer.out_channels for layer, _ in after),
+    )
+
+
 @undisturbed
 def merge_convs(
-    model: nn.Module | Any, example_inputs: Any = None, *, force: bool = False
+    model: nn.Module | Any, example_inputs: Any = None, *, policy: Policy = "profitable"
 ) -> fx.GraphModule:
-    """Merge consecutive linear layers where that makes the network cheaper.
+    """Merge consecutive linear layers.
 
     Args:
         model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
         example_inputs: a tensor or a tuple of arguments, optional.
-        force: merge wherever it is exact, for the fewest layers, even where the result is dearer.
+        policy: "profitable": the cut of each chain with the fewest multiply-adds; "all": the one
+            with the fewest layers, even where the result is dearer; or a function that is given a
+            row (`rmfx.SiteReport`) for each chain that the cheapest cut would shorten, and answers.
 
     Returns:
         A new module that computes the same with at most as many linear layers.
@@ -150,9 +184,10 @@ def merge_convs(
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 2, 1), torch.nn.Conv2d(2, 8, 3)).eval()
         >>> len(list(rmfx.merge_convs(model).children()))
         2
-        >>> len(list(rmfx.merge_convs(model, force=True).children()))
+        >>> len(list(rmfx.merge_convs(model, policy="all").children()))
         1
     """
+    check_policy(policy)
     net = Net(trace(model, example_inputs))
-    apply_rule(net, LinearRule(force=force))
+    apply_rule(net, LinearRule(policy=policy))
     return net.finish()

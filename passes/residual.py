@@ -23,19 +23,19 @@ operations share; layers that are shared, tied, hooked or parametrized.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from rmfx._activation import Blockwise, Interval, way_of
-from rmfx._affine import CONVS, AffineConv
+from rmfx._affine import AffineConv
 from rmfx._dialect import module_path
 from rmfx._dynamo import find_lifted
 from rmfx._errors import OptionError, Refusal, RefusedError, RmfxError
-from rmfx._graph import Net, Shape, Virtual, positions, put_in_order
+from rmfx._graph import Net, Shape, Virtual, put_in_order
 from rmfx._layers import read_join
 from rmfx._linked import linked
 from rmfx._plan import (
@@ -43,6 +43,7 @@ from rmfx._plan import (
     Layer,
     Linear,
     Normalised,
+    Plan,
     Pointwise,
     Shared,
     Sided,
@@ -50,8 +51,10 @@ from rmfx._plan import (
     may_reorder,
     plans,
 )
+from rmfx._policy import Policy, check_policy, reason_to_keep
 from rmfx._range import Ranges, check_range
 from rmfx._rewrite import apply_rule
+from rmfx._rows import expense_of, row_of_match, row_of_refusal, with_expense
 from rmfx._sides import call_again, combine, tap
 from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed
@@ -67,10 +70,15 @@ from .noop import NoopRule
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """A site and its chosen arrangement."""
+    """A site, its chosen arrangement, and the row it will have in the report."""
 
     site: Site
     settled: Settled
+    row: SiteReport
+
+
+Option = tuple[Site, Settled]
+Arrange = Callable[[Site], list[Plan] | Refusal]
 
 
 class ResidualRule:
@@ -89,9 +97,13 @@ class ResidualRule:
         allowed: Collection[str] = AUTO,
         fold_batch_norm: bool = True,
         moments: dict[str, Moments] | None = None,
+        arrange: Arrange = plans,
+        policy: Policy = "all",
     ) -> None:
         self._ranges = ranges
         self._allowed = allowed
+        self._arrange = arrange
+        self._policy = policy
         self._fold = fold_batch_norm
         self._moments = moments or {}
         self.rows: dict[str, SiteReport] = {}
@@ -103,31 +115,32 @@ class ResidualRule:
         if sites is None or isinstance(sites, Refusal):
             return sites
         found = [option for site in sites for option in self._options(site)]
-        matches = [option for option in found if isinstance(option, Match)]
-        if matches:
-            return min(matches, key=lambda one: one.settled.plan.work)
-        return next(option for option in found if isinstance(option, Refusal))
+        options = [option for option in found if not isinstance(option, Refusal)]
+        if not options:
+            return next(option for option in found if isinstance(option, Refusal))
+        (site, settled), *others = sorted(options, key=lambda option: option[1].plan.work)
+        row = row_of_match(net, site, settled, _old(site, settled))
+        row = replace(row, layout=_compared(settled, [other for _, other in others]))
+        return reason_to_keep(self._policy, row) or Match(site, settled, row)
 
-    def _options(self, site: Site) -> Iterator[Match | Refusal]:
+    def _options(self, site: Site) -> Iterator[Option | Refusal]:
         """Every way to rewrite a site."""
-        found = plans(site)
+        found = self._arrange(site)
         if isinstance(found, Refusal):
             yield found
             return
         for plan in found:
             settled = settle(plan, self._ranges, self._allowed, site.dtype)
-            yield settled if isinstance(settled, Refusal) else Match(site, settled)
+            yield settled if isinstance(settled, Refusal) else (site, settled)
 
     def rewrite(self, net: Net, node: fx.Node, match: Match) -> None:
         site, columns = match.site, match.settled.plan.columns
         layers = build(columns)
         if isinstance(layers, Refusal):  # the plan was made with the same laws
             raise RmfxError(f"{node.name}: a planned layer cannot be built: {layers.reason}")
-        nodes = _in_order(site)
-        old = [n for n in nodes if n not in match.settled.plan.kept]
-        row = _row_before(net, match, old)
+        old, row = _old(site, match.settled), match.row
         labels = [_label(site, column, i) for i, column in enumerate(columns)]
-        net.bake(nodes)
+        net.bake(site.nodes)
         again = {c.layer.node for c in columns if isinstance(c, Shared)}
         net.release(n for n in old if n not in again)
         behind = site.join.next
@@ -135,8 +148,7 @@ class ResidualRule:
         self._take_place(net, site, old, new, labels)
         if may_reorder([step for column in columns for step in column.steps]):
             put_in_order(site.fork, behind)
-        work, size = _cost_of(net, new, site.dims)
-        self.rows[row.join] = replace(row, macs_after=work, params_after=size)
+        self.rows[row.join] = with_expense(row, expense_of(net, new, site.dims))
 
     def _put_columns(
         self,
@@ -243,9 +255,18 @@ def _in_type_of(join: fx.Node, value: fx.Node) -> fx.Node:
     return cast
 
 
-def _in_order(site: Site) -> list[fx.Node]:
-    """The site's nodes in the order of the graph."""
-    return sorted(dict.fromkeys(site.nodes))
+def _old(site: Site, settled: Settled) -> list[fx.Node]:
+    """The nodes that go, in the order of the graph."""
+    return [n for n in sorted(dict.fromkeys(site.nodes)) if n not in settled.plan.kept]
+
+
+def _compared(chosen: Settled, others: Sequence[Settled]) -> str:
+    """The layout of an arrangement, beside the next best that has another one."""
+    plan = chosen.plan
+    other = next((o.plan for o in others if o.plan.layout != plan.layout), None)
+    if other is None or not plan.work:
+        return plan.layout
+    return f"{plan.layout} ({other.layout}: {other.work / plan.work:.2f} times the multiply-adds)"
 
 
 def _label(site: Site, column: Column, index: int) -> tuple[str, fx.Node]:
@@ -296,63 +317,6 @@ def _shape_after(layer: AffineConv, shape: Shape, width: int) -> Shape:
     return (shape[0], width, *size)
 
 
-def _row_before(net: Net, match: Match, nodes: list[fx.Node]) -> SiteReport:
-    site = match.site
-    work, size = _cost_of(net, nodes, site.dims)
-    carries = [
-        c.carry.out_channels for c in match.settled.plan.columns[:-1] if isinstance(c, Linear)
-    ]
-    return SiteReport(
-        place=module_path(site.join),
-        source=site.join.meta.get("source"),
-        join=site.join.name,
-        node=None,
-        status="removed",
-        strategy=match.settled.strategy,
-        exactness=match.settled.exactness,
-        shape=site.join.meta.get("shape"),
-        carry=max(carries, default=0),
-        macs_before=work,
-        params_before=size,
-    )
-
-
-def _cost_of(net: Net, nodes: Iterable[fx.Node], dims: int) -> tuple[int | None, int]:
-    """Multiply-adds (None if a shape is unknown) and parameters of some nodes."""
-    work: int | None = 0
-    size = 0
-    for node in nodes:
-        made, module = net.replacement(node), net.module(node)
-        taps = 0
-        layer = made.layer if isinstance(made, Virtual) else None
-        if isinstance(layer, Blockwise):
-            size += sum(b.width for b in layer.blocks)
-        elif layer is not None:
-            taps = layer.weight.numel()
-            size += taps + (layer.out_channels if layer.has_bias else 0)
-        elif made is not None or module is not None:
-            own = made if isinstance(made, nn.Module) else module
-            size += sum(p.numel() for p in own.parameters()) if own is not None else 0
-            if isinstance(module, CONVS):
-                taps = cast("Tensor", module.weight).numel()
-        if taps and work is not None:
-            count = positions(node.meta.get("shape"), dims)
-            work = None if count is None else work + taps * count
-    return work, size
-
-
-def _refused_row(node: fx.Node, refusal: Refusal, *, whole: bool) -> SiteReport:
-    return SiteReport(
-        place=module_path(node),
-        source=node.meta.get("source"),
-        join=node.name,
-        node=node.name if whole else None,
-        status="refused",
-        reason=str(refusal),
-        shape=node.meta.get("shape"),
-    )
-
-
 # ---- the verb -----------------------------------------------------------------------------------
 
 
@@ -367,6 +331,7 @@ def remove_residuals(
     input_range: Interval | None = None,
     calibration: Iterable[Any] | None = None,
     differentiable: bool = False,
+    policy: Policy = "all",
 ) -> fx.GraphModule:
     """Rewrite every residual connection that can be removed exactly.
 
@@ -394,6 +359,9 @@ def remove_residuals(
         differentiable: compute the new weights inside the graph, from the model's own parameters,
             which the result shares: gradients reach them, and every change of theirs counts. Each
             call then pays for that computation. Excludes `fold_batch_norm=False`.
+        policy: which sites to rewrite of those that can be: "all"; "profitable", those whose
+            multiply-adds and traffic to memory become less (needs example inputs); or a function
+            that is given the site's row (`rmfx.SiteReport`, with expected costs) and answers.
 
     Returns:
         A new module with the same inputs and outputs; `rmfx.report` tells what was done.
@@ -417,12 +385,18 @@ def remove_residuals(
     """
     allowed = _allowed(activation)
     check_range(input_range)
+    check_policy(policy)
     source = trace(model, example_inputs, fold=not differentiable)
     if differentiable:
         if not fold_batch_norm:
             raise OptionError("differentiable=True needs fold_batch_norm=True")
         rewrite = partial(
-            _convert, strict=strict, allowed=allowed, input_range=input_range, weights_vary=True
+            _convert,
+            strict=strict,
+            allowed=allowed,
+            input_range=input_range,
+            weights_vary=True,
+            policy=policy,
         )
 
         def convert(generic: fx.GraphModule) -> fx.GraphModule:
@@ -437,6 +411,7 @@ def remove_residuals(
         input_range=input_range,
         fold_batch_norm=fold_batch_norm,
         calibration=calibration,
+        policy=policy,
     )
 
 
@@ -449,13 +424,14 @@ def _convert(
     fold_batch_norm: bool = True,
     calibration: Iterable[Any] | None = None,
     weights_vary: bool = False,
+    policy: Policy = "all",
 ) -> fx.GraphModule:
     """The passes in their order, on a graph in the dialect."""
     measured = None
     if calibration is not None:
         measured = measure(source, calibration, extremes="shift" in allowed)
     net = Net(source)
-    joins = [node.name for node in net.graph.nodes if read_join(net, node) is not None]
+    joins = joins_of(net)
     # No-ops first: a dropout at the end of a branch would be one more layer to pass.
     apply_rule(net, NoopRule(keep_detach=weights_vary))
     # Batch norm next: what is folded needs no column, and no identity batch norm on the carry.
@@ -471,15 +447,33 @@ def _convert(
         allowed=allowed,
         fold_batch_norm=fold_batch_norm,
         moments=measured.moments if measured else None,
+        policy=policy,
     )
     _, refusals = apply_rule(net, rule)
-    if strict and refusals:
-        node, refusal = next(iter(refusals.items()))
-        raise RefusedError(f"remove_residuals: the add {node.name} cannot be removed: {refusal}")
+    check_strict("remove_residuals", refusals, strict=strict)
     # Last, where it is cheaper: a Δ or ∇ that stands alone merges with the layer next to its site.
     apply_rule(net, LinearRule(keep_norms=not fold_batch_norm, concerns=rule.made.__contains__))
+    return finish(net, rule, refusals, joins)
+
+
+def joins_of(net: Net) -> list[str]:
+    """The names of the nodes that add two tensors, in order."""
+    return [node.name for node in net.graph.nodes if read_join(net, node) is not None]
+
+
+def check_strict(verb: str, refusals: Mapping[fx.Node, Refusal], *, strict: bool) -> None:
+    """Raise RefusedError at the first refusal that is not a choice, if `strict`."""
+    for node, refusal in refusals.items():
+        if strict and not refusal.by_choice:
+            raise RefusedError(f"{verb}: the add {node.name} cannot be removed: {refusal}")
+
+
+def finish(
+    net: Net, rule: ResidualRule, refusals: Mapping[fx.Node, Refusal], joins: Sequence[str]
+) -> fx.GraphModule:
+    """The new module, with a report on the joins."""
     refused = {
-        node.name: _refused_row(node, refusal, whole=node.name not in rule.widened)
+        node.name: row_of_refusal(node, refusal, whole=node.name not in rule.widened)
         for node, refusal in refusals.items()
     }
     net.sweep()

@@ -15,6 +15,7 @@ from ._errors import (
 )
 from .frontend import trace
 from .passes.batch_norm import fold_batch_norm
+from .passes.branches import merge_branches
 from .passes.dead_channels import eliminate_dead_channels
 from .passes.linear import merge_convs
 from .passes.noop import remove_noops
@@ -38,6 +39,7 @@ __all__ = [
     "eliminate_dead_channels",
     "fold_batch_norm",
     "is_plain",
+    "merge_branches",
     "merge_convs",
     "remove_noops",
     "remove_residuals",

@@ -6,7 +6,7 @@ this one site or pair cannot be rewritten exactly, everything else goes on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class RmfxError(Exception):
@@ -48,14 +48,16 @@ class Refusal:
     Attributes:
         reason: what stands in the way, in words a model author understands.
         nodes: names of the graph nodes that stand in the way, where there are any.
+        by_choice: whether nothing but the caller's policy stands in the way.
     """
 
     reason: str
     nodes: tuple[str, ...] = ()
+    by_choice: bool = False
 
     def at(self, *nodes: str) -> Refusal:
         """The same reason, blamed on `nodes` unless it already names some."""
-        return self if self.nodes else Refusal(self.reason, nodes)
+        return self if self.nodes else replace(self, nodes=nodes)
 
     def __str__(self) -> str:
         return f"{', '.join(self.nodes)}: {self.reason}" if self.nodes else self.reason

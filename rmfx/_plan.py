@@ -35,7 +35,7 @@ from ._affine import (
     chain as compose_chain,
 )
 from ._carry import area_after, fitted, placements
-from ._errors import Refusal
+from ._errors import Refusal, RmfxError
 from ._graph import between
 from ._layers import CHANNEL_BY_CHANNEL, Border, Lateral, MaxPool
 from ._site import Chain, Norm, Site, Step
@@ -124,11 +124,13 @@ class Plan:
         columns: the layers of the plain chain.
         work: its multiply-adds per position of the fork.
         kept: nodes of the shortcut that stay, because others read what they give.
+        layout: what sets it apart from the others.
     """
 
     columns: tuple[Column, ...]
     work: float
     kept: frozenset[fx.Node] = frozenset()
+    layout: str = ""
 
 
 def plans(site: Site) -> list[Plan] | Refusal:
@@ -144,6 +146,9 @@ def plans(site: Site) -> list[Plan] | Refusal:
             refusals.append(found)
         else:
             options += found
+    merged = merge(site)
+    if isinstance(merged, Plan):
+        options.append(merged)
     if not options:
         aligned = _aligned(site, f, g)
         if isinstance(aligned, Refusal):
@@ -160,6 +165,44 @@ def _is_linear(chain: Chain) -> bool:
     return not any(isinstance(step.layer, NON_LINEAR) for step in chain)
 
 
+# ---- two linear branches ------------------------------------------------------------------------
+
+
+def merge(site: Site) -> Plan | Refusal:
+    """Both branches as one layer, where both are linear and no border comes between."""
+    for step in itertools.chain(*site.branches):
+        name = step.nodes[-1].name if step.nodes else site.join.name
+        if isinstance(step.layer, (*NON_LINEAR, Norm)):
+            return Refusal("a branch is not linear", (name,))
+        if step.tapped:
+            return Refusal("a value inside a branch is read elsewhere too", (name,))
+    identity = AffineConv.identity(site.channels, site.dims)
+    layers = []
+    for branch in site.branches:
+        layer = compose_chain([_affine(step) for step in branch] or [identity])
+        if isinstance(layer, Refusal):
+            return layer.at(*(n.name for step in branch for n in step.nodes))
+        layers.append(layer)
+    main, other = layers
+    other = _fitted(site, [main], other)
+    steps = tuple(itertools.chain(*site.branches))
+    columns = (Linear(main, other, steps=steps),)
+    work = work_of(columns)
+    return (
+        work.at(site.join.name)
+        if isinstance(work, Refusal)
+        else Plan(columns, work, layout="one layer")
+    )
+
+
+def _fitted(site: Site, linear: Sequence[AffineConv], shortcut: AffineConv) -> AffineConv:
+    """The shortcut with the branch's output size, where the two agree for the example."""
+    shape = site.fork.meta.get("shape")
+    if shape is None or None in shape:
+        return shortcut
+    return fitted(linear, shortcut, shape[2:] if site.dims else ())
+
+
 # ---- a linear shortcut beside a chain -----------------------------------------------------------
 
 
@@ -171,9 +214,7 @@ def _beside(site: Site, main: Chain, shortcut: Chain) -> list[Plan] | Refusal:
         return single.at(*(n.name for step in shortcut for n in step.nodes))
     main = _framed(site, main)
     linear, rigid = _geometry(site, main)
-    shape = site.fork.meta.get("shape")
-    if shape is not None and None not in shape:
-        single = fitted(linear, single, shape[2:] if site.dims else ())
+    single = _fitted(site, linear, single)
     places = placements(linear, single, rigid)
     if isinstance(places, Refusal):
         return places.at(site.join.name)
@@ -183,7 +224,10 @@ def _beside(site: Site, main: Chain, shortcut: Chain) -> list[Plan] | Refusal:
     found: list[Plan] = []
     for j, beside in places:
         columns = _columns(main, beside, j, (site.fork, value), shortcut)
-        found += [replace(plan, kept=kept) for plan in _widths(columns)]
+        place = f"shortcut in layer {j + 1} of {len(beside)}" if len(beside) > 1 else "one layer"
+        for plan in _widths(columns):
+            layout = f"{place}{plan.layout}"
+            found.append(replace(plan, kept=kept, layout=layout))
     # Carrying the fork itself, as far as it goes, is best among equals: its sign may be known.
     found.reverse()
     return found or Refusal("the shortcut fits beside no layer of the branch", (site.join.name,))
@@ -307,7 +351,9 @@ def _aligned(site: Site, f: Chain, g: Chain) -> Plan | Refusal:
         ends = [AffineConv.identity(width, site.dims) for width in widths]
         columns.append(Linear(ends[0], ends[1]))
     work = work_of(columns)
-    return work if isinstance(work, Refusal) else Plan(tuple(columns), work)
+    if isinstance(work, Refusal):
+        return work
+    return Plan(tuple(columns), work, layout="the branches side by side")
 
 
 def _unaligned(site: Site, f: Chain, g: Chain, waits: Waits) -> Refusal:
@@ -436,7 +482,8 @@ def _widths(columns: list[Column]) -> Iterator[Plan]:
         padded = _padded(columns, width)
         work = work_of(padded)
         if not isinstance(work, Refusal):
-            yield Plan(tuple(padded), work)
+            layout = f", carry padded to groups of {width}" if width > 1 else ""
+            yield Plan(tuple(padded), work, layout=layout)
 
 
 def _padded(columns: list[Column], width: int) -> list[Column]:
@@ -476,6 +523,14 @@ def work_of(columns: Sequence[Column]) -> float | Refusal:
             return size
         total += size * area
     return total
+
+
+def weights_of(column: Linear, *, first: bool, last: bool) -> int:
+    """Weights of a linear column of a plan, once it is built."""
+    size = _size(column, first=first, last=last)
+    if isinstance(size, Refusal):  # the plan was made with the same laws
+        raise RmfxError(f"a planned layer cannot be built: {size.reason}")
+    return size
 
 
 def _size(column: Linear, *, first: bool, last: bool) -> int | Refusal:

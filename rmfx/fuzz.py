@@ -41,7 +41,10 @@ from ._strategy import STRATEGIES
 from .report import META_KEY, Report
 from .testing import FEATURES, Equivalence, NetworkSpec, assert_equivalent, random_network
 
-PASSES = ("remove_residuals", "fold_batch_norm", "merge_convs", "remove_noops")
+PASSES = (
+    *("remove_residuals", "fold_batch_norm", "merge_branches", "merge_convs", "remove_noops"),
+    "eliminate_dead_channels",
+)
 FRONTENDS = ("module", "traced", "exported")
 WRONG = "wrong numbers"
 

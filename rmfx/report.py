@@ -30,16 +30,18 @@ class SiteReport:
         source: "file.py:12", where known.
         join: name of the add in `rmfx.trace(model, example_inputs)`.
         node: name of the node of the result that holds the join's value, None if none does.
-        status: "removed" or "refused".
-        reason: why it was refused, "" otherwise.
+        status: "removed", "refused", or "kept" where only the policy was against it.
+        reason: why it stays, "" if it was removed.
         strategy: how the carry passes the activations: the least simple of "identity", "scale",
             "per-channel", "odd-pair", "shift" and "masked" in use; "linear" where there is none.
         exactness: "bit-exact" where the carried values arrive bit for bit, "rounding", or
             "calibrated range" where they do so only within the range of the calibration data,
             widened by its own width on both sides.
+        layout: which of several exact arrangements it is, and what the next best one would cost.
         shape: of the join's value, where known.
         carry: carried channels.
         macs_before, macs_after: multiply-adds of the site, where shapes are known.
+        moved_before, moved_after: values read and written between its layers, where known.
         params_before, params_after: parameters of the site.
     """
 
@@ -51,10 +53,13 @@ class SiteReport:
     reason: str = ""
     strategy: str = ""
     exactness: str = ""
+    layout: str = ""
     shape: tuple[int | None, ...] | None = None
     carry: int = 0
     macs_before: int | None = None
     macs_after: int | None = None
+    moved_before: int | None = None
+    moved_after: int | None = None
     params_before: int | None = None
     params_after: int | None = None
 
@@ -71,19 +76,24 @@ class Report:
 
     @property
     def refused(self) -> int:
-        return len(self.rows) - self.removed
+        return sum(row.status == "refused" for row in self.rows)
+
+    @property
+    def kept(self) -> int:
+        return sum(row.status == "kept" for row in self.rows)
 
     @property
     def adds_left(self) -> int:
         """Additions of two tensors that are still in the graph."""
-        return self.refused
+        return len(self.rows) - self.removed
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""
         rows = [asdict(row) for row in self.rows]
         for row in rows:
             row["shape"] = list(row["shape"]) if row["shape"] else None
-        return {"removed": self.removed, "refused": self.refused, "sites": rows}
+        counts = {"removed": self.removed, "refused": self.refused, "kept": self.kept}
+        return {**counts, "sites": rows}
 
     def __str__(self) -> str:
         if not self.rows:
@@ -103,16 +113,22 @@ class Report:
             for row in self.rows
         ]
         total = f"{self.removed} of {len(self.rows)} residual connections removed"
+        total += f", {self.kept} kept by choice" if self.kept else ""
         return f"{tabulate(table, HEADERS, disable_numparse=True, maxcolwidths=60)}\n{total}"
 
 
 def _change(before: int | None, after: int | None) -> str:
     if before is None or after is None:
         return ""
-    return f"{_short(before)} -> {_short(after)}"
+    return f"{short(before)} -> {short(after)}"
 
 
-def _short(n: int) -> str:
+def short(n: int) -> str:
+    """A number for people.
+
+    >>> short(2_300_000)
+    '2.3 M'
+    """
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if n >= size:
             return f"{n / size:.3g} {unit}"

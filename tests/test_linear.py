@@ -29,8 +29,8 @@ from rmfx.testing import NetworkSpec, assert_equivalent, residual_networks
 Make = Callable[[], nn.Module]
 
 
-def merge(model: nn.Module, *inputs: Any, force: bool = False) -> torch.fx.GraphModule:
-    merged: torch.fx.GraphModule = rmfx.merge_convs(model, inputs, force=force)
+def merge(model: nn.Module, *inputs: Any, policy: Any = "profitable") -> torch.fx.GraphModule:
+    merged: torch.fx.GraphModule = rmfx.merge_convs(model, inputs, policy=policy)
     assert_equivalent(model, merged, inputs)
     return merged
 
@@ -84,18 +84,18 @@ def test_linear_layers_merge() -> None:
     assert shapes(merge(model, image(2, 3, 6))) == [(4, 6)]
 
 
-def test_dearer_pairs_stay_unless_forced() -> None:
+def test_dearer_pairs_stay_unless_all_are_asked_for() -> None:
     """MobileNetV2's project and expand: 24 -> 4 -> 24 merged is three times the work."""
     model = ready(chain(conv(24, 4, 1), conv(4, 24, 1)))
     x = image(1, 24, 5, 5)
     assert shapes(merge(model, x)) == [(4, 24, 1, 1), (24, 4, 1, 1)]
-    assert shapes(merge(model, x, force=True)) == [(24, 24, 1, 1)]
+    assert shapes(merge(model, x, policy="all")) == [(24, 24, 1, 1)]
 
 
-def test_depthwise_separable_pair_stays_unless_forced() -> None:
+def test_depthwise_separable_pair_stays_unless_all_are_asked_for() -> None:
     model = ready(chain(conv(groups=4), conv(4, 16, 1)))
     assert len(shapes(merge(model, image()))) == 2
-    assert shapes(merge(model, image(), force=True)) == [(16, 4, 3, 3)]
+    assert shapes(merge(model, image(), policy="all")) == [(16, 4, 3, 3)]
 
 
 def test_chain_is_cut_where_it_is_cheapest_not_greedily() -> None:
@@ -106,9 +106,9 @@ def test_chain_is_cut_where_it_is_cheapest_not_greedily() -> None:
     assert shapes(merge(model, image(1, 16, 4, 4))) == [(2, 16, 1, 1), (16, 2, 1, 1)]
 
 
-def test_valid_convs_merge_when_forced() -> None:
+def test_valid_convs_merge_when_all_are_asked_for() -> None:
     model = ready(chain(conv(padding=0), conv(kernel=2, padding=0)))
-    assert shapes(merge(model, image(), force=True)) == [(4, 4, 4, 4)]
+    assert shapes(merge(model, image(), policy="all")) == [(4, 4, 4, 4)]
 
 
 STAY: dict[str, Make] = {
@@ -129,16 +129,16 @@ STAY: dict[str, Make] = {
 
 
 @pytest.mark.parametrize("name", STAY)
-@pytest.mark.parametrize("force", [False, True])
-def test_what_would_not_be_exact_stays(name: str, force: bool) -> None:
+@pytest.mark.parametrize("policy", ["profitable", "all"])
+def test_what_would_not_be_exact_stays(name: str, policy: str) -> None:
     model = ready(STAY[name]())
-    merged = merge(model, image(), force=force)
+    merged = merge(model, image(), policy=policy)
     assert types(merged) == types(rmfx.trace(model, image()))
 
 
 def test_average_pool_merges_with_the_conv_before_it() -> None:
     model = ready(Apply(lambda m, x: F.avg_pool2d(m.conv(x), 2), conv=conv(4, 4, 1, bias=False)))
-    assert shapes(merge(model, image(), force=True)) == [(4, 4, 2, 2)]
+    assert shapes(merge(model, image(), policy="all")) == [(4, 4, 2, 2)]
     assert_equivalent(model, merge(model, image()), image(1, 4, 4, 5))
 
 
@@ -150,13 +150,13 @@ def test_floating_type_stays(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", [*PAYS, *STAY])
-@pytest.mark.parametrize("force", [False, True])
-def test_second_run_changes_nothing_and_the_model_is_untouched(name: str, force: bool) -> None:
+@pytest.mark.parametrize("policy", ["profitable", "all"])
+def test_second_run_changes_nothing_and_the_model_is_untouched(name: str, policy: str) -> None:
     model = ready(({k: v[0] for k, v in PAYS.items()} | STAY)[name]())
     before = snapshot(model)
-    once = rmfx.merge_convs(model, image(), force=force)
+    once = rmfx.merge_convs(model, image(), policy=policy)
     assert_same(before, snapshot(model))
-    twice = rmfx.merge_convs(once, image(), force=force)
+    twice = rmfx.merge_convs(once, image(), policy=policy)
     assert (types(twice), shapes(twice)) == (types(once), shapes(once))
     assert_equivalent(model, twice, image())
 
@@ -165,5 +165,5 @@ def test_second_run_changes_nothing_and_the_model_is_untouched(name: str, force:
 @given(residual_networks())
 def test_random_networks_keep_their_function(spec: NetworkSpec) -> None:
     model, inputs = spec.build(seed=0), spec.inputs(seed=0)
-    for force in (False, True):
-        assert_equivalent(model, rmfx.merge_convs(model, inputs, force=force), inputs)
+    for policy in ("profitable", "all"):
+        assert_equivalent(model, rmfx.merge_convs(model, inputs, policy=policy), inputs)

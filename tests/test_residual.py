@@ -598,11 +598,11 @@ REFUSED: dict[str, tuple[Make, str]] = {
         lambda: Residual(chain(conv(), nn.GroupNorm(2, 4), conv())),
         "GroupNorm divides by statistics of each sample",
     ),
-    "a gate that all channels share": (
+    "a value with one channel, gated by several": (
         lambda: Residual(
-            Apply(lambda m, x: m.a(x) * torch.sigmoid(m.b(x)), a=conv(), b=conv(4, 1))
+            Apply(lambda m, x: m.a(x) * torch.sigmoid(F.softmax(m.b(x), 1)), a=conv(4, 1), b=conv())
         ),
-        "a tensor of 1 channels meets one of 4",
+        "a tensor of 1 channel meets one of 4",
     ),
     "max pooling in a branch": (
         lambda: Residual(nn.MaxPool2d(3, 1, 1)),

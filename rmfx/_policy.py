@@ -1,0 +1,51 @@
+"""Whether a rewrite that is possible should happen: the caller's policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from ._errors import OptionError, Refusal
+from .report import SiteReport, short
+
+# "all", "profitable", or a function of the row that the report would have.
+Policy = Literal["all", "profitable"] | Callable[[SiteReport], bool]
+# How many multiply-adds a core does while it moves one float32 value to or from memory.
+MACS_PER_VALUE = 20
+
+
+def check_policy(policy: object) -> None:
+    """Raise OptionError unless it is one."""
+    if policy not in ("all", "profitable") and not callable(policy):
+        raise OptionError(f"policy={policy!r}: choose 'all', 'profitable' or a function of a site")
+
+
+def reason_to_keep(policy: Policy, row: SiteReport) -> Refusal | None:
+    """Why a site stays as it is by choice, None if it goes."""
+    if policy == "all":
+        return None
+    if callable(policy):
+        return None if policy(row) else Refusal("kept by the policy", by_choice=True)
+    before = time_of(row.macs_before, row.moved_before)
+    after = time_of(row.macs_after, row.moved_after)
+    if before is None or after is None:
+        return Refusal("what it costs is unknown; pass example_inputs", by_choice=True)
+    if after < before:
+        return None
+    return Refusal(
+        f"it would not pay: {_shown(row.macs_before, row.moved_before)} now, "
+        f"{_shown(row.macs_after, row.moved_after)} then",
+        by_choice=True,
+    )
+
+
+def time_of(macs: int | None, moved: int | None) -> float | None:
+    """What some work takes, in multiply-adds; None where it is not known.
+
+    Arithmetic and traffic add up: layers of a network alternate between the two.
+    """
+    return None if macs is None or moved is None else macs + MACS_PER_VALUE * moved
+
+
+def _shown(macs: int | None, moved: int | None) -> str:
+    return f"{short(macs or 0)} multiply-adds and {short(moved or 0)} values moved"
