@@ -3,8 +3,9 @@
     conv, BN:  W' = t·W,  b' = t·b + β − t·μ,  t = γ/√(σ² + ε)           always
     BN, conv:  W' = W·t,  b' = b + Σ W·(β − t·μ)                         if the conv does not pad
 
-Forms handled: BatchNorm1d/2d/3d and SyncBatchNorm next to Conv1d/2d/3d or Linear (Linear only on
-2-D inputs, where dimension 1 holds the features).
+Forms handled: BatchNorm1d/2d/3d and SyncBatchNorm next to Conv1d/2d/3d or Linear; behind Linear
+only where dimension 1 holds the features: on 2-D inputs, and on tokens flattened to 2-D for it,
+`bn(y.flatten(0, 1)).reshape_as(y)` (LeViT).
 Refused: batch norm without running statistics; layers shared by several calls, tied, hooked or
 parametrized; a conv whose output is also read elsewhere; a padded conv after a batch norm, which
 would read the shift where it now reads zeros.
@@ -15,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from rmfx._affine import AffineConv, compose
@@ -26,6 +28,13 @@ from rmfx._rewrite import apply_rule
 from rmfx._site import weight_types
 from rmfx._state import undisturbed
 from rmfx.frontend import trace
+
+RESHAPES = (
+    "reshape_as",
+    "view_as",
+    torch.ops.aten.reshape_as.default,
+    torch.ops.aten.view_as.default,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +64,80 @@ class BatchNormRule:
 
     def rewrite(self, net: Net, node: fx.Node, match: Pair) -> None:
         net.merge(match.first, match.second, match.layer)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A batch norm of flattened tokens between a Linear layer and the node that unflattens."""
+
+    linear: fx.Node
+    flatten: fx.Node
+    norm: fx.Node
+    layer: Virtual
+
+
+class TokenNormRule:
+    """Merge a batch norm of flattened tokens with the Linear layer before them."""
+
+    def match(self, net: Net, node: fx.Node) -> Tokens | None:
+        if node.target not in RESHAPES or len(node.args) != 2 or node.kwargs:
+            return None
+        norm, linear = node.args
+        if not isinstance(norm, fx.Node) or not isinstance(linear, fx.Node):
+            return None
+        flatten = input_of(norm)
+        if type(net.module(norm)) not in BATCH_NORMS or flatten is None:
+            return None
+        if input_of(flatten) is not linear or set(linear.users) != {flatten, node}:
+            return None
+        if set(flatten.users) != {norm} or set(norm.users) != {node} or net.guard(norm):
+            return None
+        if any(n.meta.get("frozen") for n in (linear, flatten, norm, node)):
+            return None
+        if not _joins_tokens(net, flatten, net.rank(linear)):
+            return None
+        layer = _of_features(net, linear, norm)
+        kinds = weight_types(net, (linear, norm))
+        if layer is None or len(kinds) != 1:
+            return None
+        return Tokens(linear, flatten, norm, Virtual(layer, *kinds.pop()))
+
+    def rewrite(self, net: Net, node: fx.Node, match: Tokens) -> None:
+        linear = match.linear
+        net.merge(linear, match.norm, match.layer)
+        node.replace_all_uses_with(linear)
+        linear.meta |= {key: node.meta[key] for key in ("shape", "dtype") if key in node.meta}
+        net.values[linear] = net.values.pop(node, node.name)
+        net.release([match.flatten])
+        net.graph.erase_node(node)
+        net.graph.erase_node(match.flatten)
+
+
+def _joins_tokens(net: Net, flatten: fx.Node, rank: int | None) -> bool:
+    """Whether a node flattens all dimensions but the last."""
+    module = net.module(flatten)
+    if type(module) is not nn.Flatten or rank is None or net.guard(flatten):
+        return False
+    end = module.end_dim + rank if module.end_dim < 0 else module.end_dim
+    return module.start_dim % rank == 0 and end == rank - 2
+
+
+def _of_features(net: Net, linear: fx.Node, norm: fx.Node) -> AffineConv | None:
+    """A Linear layer and the batch norm of its features as one layer."""
+    inner, module = read(net, linear), net.module(norm)
+    if not isinstance(inner, AffineConv) or inner.dims or module is None:
+        return None
+    outer = AffineConv.from_batch_norm(module, 0)
+    if isinstance(outer, Refusal) or outer.in_channels != inner.out_channels:
+        return None
+    merged = compose(outer, inner)
+    return merged if isinstance(merged, AffineConv) else None
+
+
+def fold(net: Net) -> None:
+    """Fold every batch norm of a net that can be folded."""
+    apply_rule(net, TokenNormRule())
+    apply_rule(net, BatchNormRule())
 
 
 def _is_weighted(net: Net, node: fx.Node) -> bool:
@@ -103,5 +186,5 @@ def fold_batch_norm(model: nn.Module | Any, example_inputs: Any = None) -> fx.Gr
         ['Conv2d']
     """
     net = Net(trace(model, example_inputs))
-    apply_rule(net, BatchNormRule())
+    fold(net)
     return net.finish()

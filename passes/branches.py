@@ -36,7 +36,7 @@ from rmfx._site import Site, weight_types
 from rmfx._state import undisturbed
 from rmfx.frontend import trace
 
-from .batch_norm import BatchNormRule
+from .batch_norm import fold
 from .linear import LinearRule
 from .noop import NoopRule
 from .residual import ResidualRule, check_strict, finish, joins_of
@@ -188,7 +188,7 @@ def merge_branches(
     check_policy(policy)
     net = Net(trace(model, example_inputs))
     apply_rule(net, NoopRule())
-    apply_rule(net, BatchNormRule())
+    fold(net)
     joins = joins_of(net)
     sums = ResidualRule(Ranges(net), arrange=_as_one_layer, policy=policy)
     concatenations = ConcatenationRule()

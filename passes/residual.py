@@ -62,7 +62,7 @@ from rmfx._strategy import AUTO, SAME_ACTIVATION, STRATEGIES, Settled, settle
 from rmfx.frontend import trace, with_constants
 from rmfx.report import META_KEY, Report, SiteReport
 
-from .batch_norm import BatchNormRule
+from .batch_norm import fold
 from .calibration import Moments, identity_norm, measure
 from .linear import LinearRule
 from .noop import NoopRule
@@ -436,7 +436,7 @@ def _convert(
     apply_rule(net, NoopRule(keep_detach=weights_vary))
     # Batch norm next: what is folded needs no column, and no identity batch norm on the carry.
     if fold_batch_norm:
-        apply_rule(net, BatchNormRule())
+        fold(net)
     rule = ResidualRule(
         Ranges(
             net,

@@ -215,3 +215,46 @@ def test_every_norm_module_is_covered() -> None:
         model = ready(chain(conv(dims=dims), norm(4)))
         x: Tensor = image(2, 4, *(3, 4, 5)[:dims])
         assert len(types(fold(model, x))) == 1
+
+
+# ---- tokens flattened for their batch norm ------------------------------------------------------
+
+
+def token_norm(n_in: int, n_out: int, end: int = 1) -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.linear(x)
+        return m.norm(y.flatten(0, end)).reshape_as(y)  # type: ignore[no-any-return]
+
+    return Apply(forward, linear=nn.Linear(n_in, n_out, bias=False), norm=nn.BatchNorm1d(n_out))
+
+
+def test_batch_norm_of_flattened_tokens_folds_into_the_linear_layer() -> None:
+    model = ready(chain(token_norm(4, 6), nn.Hardswish(), token_norm(6, 4)))
+    folded = fold(model, image(2, 5, 4))
+    assert types(folded) == ["Linear", "Hardswish", "Linear"]
+    assert len(folded.graph.nodes) == 5
+    exported = rmfx.fold_batch_norm(torch.export.export(model, (image(2, 5, 4),)))
+    assert types(exported) == ["Linear", "Hardswish", "Linear"]
+    assert_equivalent(model, exported, image(2, 5, 4))
+    more = ready(token_norm(4, 6, end=2))
+    assert types(fold(more, image(2, 3, 5, 4))) == ["Linear"]
+
+
+def test_a_residual_block_of_flattened_tokens_is_removed() -> None:
+    model = ready(Residual(chain(token_norm(4, 6), nn.Hardswish(), token_norm(6, 4))))
+    gm = rmfx.remove_residuals(model, image(2, 5, 4))
+    assert rmfx.report(gm).adds_left == 0
+    assert_equivalent(model, gm, image(2, 5, 4))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: (m.norm((y := m.linear(x)).flatten(0, 1)).reshape_as(y), y),
+        lambda m, x: m.norm((y := m.linear(x)).flatten(1)).reshape_as(y),
+        lambda m, x: m.norm(m.linear(x).flatten(0, 1)).reshape_as(x),
+    ],
+)
+def test_other_reshapes_around_a_batch_norm_stay(forward: Any) -> None:
+    model = ready(Apply(forward, linear=nn.Linear(4, 4), norm=nn.BatchNorm1d(4)))
+    assert "BatchNorm1d" in types(fold(model, image(2, 1, 4)))
