@@ -67,6 +67,8 @@ _TITLES = {
     "adds": "adds",
     "parameters": "parameters",
     "macs": "multiply-adds",
+    "moved": "bytes moved",
+    "peak": "bytes alive at most",
 }
 
 
