@@ -42,7 +42,8 @@ from .noop import NoopRule
 from .residual import ResidualRule, check_strict, finish, joins_of
 
 
-def _as_one_layer(site: Site) -> list[Plan] | Refusal:
+def as_one_layer(site: Site) -> list[Plan] | Refusal:
+    """The one arrangement that widens nothing."""
     plan = merge(site)
     return plan if isinstance(plan, Refusal) else [plan]
 
@@ -147,6 +148,20 @@ def _stacked(
     return stack(*layers)
 
 
+def apply_to_joins(net: Net, rule: ResidualRule) -> tuple[set[fx.Node], dict[fx.Node, Refusal]]:
+    """Apply a rule to every sum, and merge concatenations, until nothing is left to do.
+
+    Returns:
+        The nodes that were made, and what was refused.
+    """
+    concatenations = ConcatenationRule()
+    while True:
+        _, refusals = apply_rule(net, rule)
+        more, _ = apply_rule(net, concatenations)
+        if not more:
+            return rule.made | concatenations.made, refusals
+
+
 @undisturbed
 def merge_branches(
     model: nn.Module | Any,
@@ -190,14 +205,8 @@ def merge_branches(
     apply_rule(net, NoopRule())
     fold(net)
     joins = joins_of(net)
-    sums = ResidualRule(Ranges(net), arrange=_as_one_layer, policy=policy)
-    concatenations = ConcatenationRule()
-    while True:
-        _, refusals = apply_rule(net, sums)
-        more, _ = apply_rule(net, concatenations)
-        if not more:
-            break
+    sums = ResidualRule(Ranges(net), arrange=as_one_layer, policy=policy)
+    made, refusals = apply_to_joins(net, sums)
     check_strict("merge_branches", refusals, strict=strict)
-    made = sums.made | concatenations.made
     apply_rule(net, LinearRule(concerns=made.__contains__))
     return finish(net, sums, refusals, joins)

@@ -1,7 +1,7 @@
 """rmfx removes residual connections from trained networks, exactly."""
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from . import cost
 from ._errors import (
@@ -23,6 +23,9 @@ from .passes.residual import remove_residuals
 from .plain import is_plain, to_sequential
 from .report import Report, SiteReport, report
 
+if TYPE_CHECKING:
+    from .pipeline import optimize
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "is_plain",
     "merge_branches",
     "merge_convs",
+    "optimize",
     "remove_noops",
     "remove_residuals",
     "report",
@@ -49,8 +53,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Import `rmfx.models`, `rmfx.testing` and `rmfx.fuzz` when first asked for."""
+def __getattr__(name: str) -> Any:
+    """Import what few need, and takes a while to load, when it is first asked for."""
     if name in ("fuzz", "models", "testing"):
         return importlib.import_module(f"{__name__}.{name}")
+    if name == "optimize":
+        return importlib.import_module(f"{__name__}.pipeline").optimize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

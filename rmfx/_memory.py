@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from ._activation import is_activation
+from ._activation import OWN_ACTIVATIONS, is_activation
 from ._affine import AffineConv
 from ._dialect import ADDS, SUBS
 from ._errors import Refusal
@@ -75,7 +75,8 @@ def _may_overwrite(gm: fx.GraphModule, node: fx.Node, operand: fx.Node) -> bool:
     if operand not in node.all_input_nodes or size_of(node) != size_of(operand):
         return False
     if node.op == "call_module":
-        return is_activation(gm.get_submodule(str(node.target)))
+        module = gm.get_submodule(str(node.target))
+        return is_activation(module) or isinstance(module, OWN_ACTIVATIONS)
     return node.target in (*ADDS, *SUBS)
 
 

@@ -134,10 +134,7 @@ class Latency:
     @property
     def ratio(self) -> tuple[float, float, float]:
         """The median of the ratios, and their lower and upper quartile."""
-        if len(self.ratios) == 1:
-            return self.ratios * 3
-        low, median, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
-        return median, low, high
+        return summary_of(self.ratios)
 
     def to_dict(self) -> dict[str, Any]:
         """The attributes, and where there are times their summary under "ratio"."""
@@ -412,7 +409,8 @@ class _Pair:
                 times = _time(runs, self.settings)
         except _RuntimeFailure as failure:
             return Latency(**row, failure=str(failure))
-        return Latency(**row, original=times[0], converted=times[1])
+        original, converted = times
+        return Latency(**row, original=original, converted=converted)
 
     def _verify(self, before: float, after: float) -> None:
         for form, error in (("original", before), ("converted", after)):
@@ -435,19 +433,65 @@ def _as_failure() -> Iterator[None]:
         raise _RuntimeFailure(f"{type(error).__name__}: {lines[0].strip()[:200]}") from error
 
 
-def _time(runs: Sequence[Run], settings: Settings) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Seconds of a call of the first and of the second function, one number for each round."""
+def _time(runs: Sequence[Run], settings: Settings) -> list[tuple[float, ...]]:
+    """Seconds of a call of each function, one number for each round."""
     # Importing this takes a second and warns about CUDA toolkits, which others need not see.
     from torch.utils.benchmark import Timer
 
     timers = [Timer("run()", globals={"run": r}, num_threads=settings.threads) for r in runs]
-    times: tuple[list[float], list[float]] = ([], [])
+    times: list[list[float]] = [[] for _ in runs]
     for turn in range(settings.rounds):
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+        for side in range(len(runs)) if turn % 2 == 0 else reversed(range(len(runs))):
             # Begins with untimed calls, in which the threads of the other form fall asleep.
             found = timers[side].blocked_autorange(min_run_time=settings.seconds)
             times[side].append(found.median)
-    return tuple(times[0]), tuple(times[1])
+    return [tuple(each) for each in times]
+
+
+@torch.no_grad()
+def compare_speed(
+    forms: Sequence[fx.GraphModule],
+    inputs: tuple[Tensor, ...],
+    runtime: str,
+    settings: Settings,
+    step: Callable[[str], object] = lambda _: None,
+) -> list[tuple[float, ...]]:
+    """Seconds of a call of each form of a network in one runtime, a number for each round.
+
+    Args:
+        forms: graphs with the same inputs and outputs.
+        inputs: what they are run on.
+        runtime: one of `RUNTIMES`.
+        settings: threads, rounds and seconds count.
+        step: called with a few words before each form is prepared, and before they are timed.
+
+    Raises:
+        LatencyError: the runtime is not installed or fails.
+    """
+    if runtime not in RUNTIMES:
+        raise LatencyError(f"no runtime {runtime}; known are {', '.join(RUNTIMES)}")
+    kind = RUNTIMES[runtime]
+    if kind.missing:
+        raise LatencyError(f"{runtime} cannot be measured: {_advice(kind.missing)}")
+    try:
+        with _torch_threads(settings.threads), _as_failure(), kind.scope():
+            runs = []
+            for number, gm in enumerate(forms):
+                step(f"prepare {number + 1} of {len(forms)} for {runtime}")
+                runs.append(kind.prepare(_Form(gm, inputs), settings.threads))
+                runs[-1]()
+            step(f"time {len(forms)} networks in {runtime}")
+            return _time(runs, settings)
+    except _RuntimeFailure as failure:
+        raise LatencyError(f"{runtime}: {failure}") from failure
+
+
+def summary_of(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """Median, lower and upper quartile."""
+    if len(ratios) == 1:
+        return (ratios[0],) * 3
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return median, low, high
 
 
 def _tensors(output: object) -> list[Tensor]:

@@ -65,10 +65,39 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """How long one form of a network takes, over the original with its batch norm folded.
+
+    Attributes:
+        form: what was done to it.
+        runtime: where it was measured.
+        ratio, low, high: median and quartiles of the ratios.
+        chosen: whether it is what was returned.
+    """
+
+    form: str
+    runtime: str
+    ratio: float
+    low: float
+    high: float
+    chosen: bool = False
+
+    def __str__(self) -> str:
+        text = f"{self.form}: {self.ratio:.2f} ({self.low:.2f} to {self.high:.2f})"
+        return f"{text}, returned" if self.chosen else text
+
+
+@dataclass(frozen=True)
 class Report:
-    """Every join of two tensors in a network, and what became of it."""
+    """Every join of two tensors in a network, and what became of it.
+
+    Attributes:
+        rows: one for each join.
+        timings: what `rmfx.optimize` has measured; empty otherwise.
+    """
 
     rows: tuple[SiteReport, ...]
+    timings: tuple[Timing, ...] = ()
 
     @property
     def removed(self) -> int:
@@ -93,9 +122,19 @@ class Report:
         for row in rows:
             row["shape"] = list(row["shape"]) if row["shape"] else None
         counts = {"removed": self.removed, "refused": self.refused, "kept": self.kept}
-        return {**counts, "sites": rows}
+        return {**counts, "sites": rows, "timings": [asdict(t) for t in self.timings]}
 
     def __str__(self) -> str:
+        return "\n".join([self._table(), *self._speed()])
+
+    def _speed(self) -> list[str]:
+        if not self.timings:
+            return []
+        runtime = self.timings[0].runtime
+        head = f"time in {runtime} over that of the original with its batch norm folded:"
+        return [head, *(f"  {timing}" for timing in self.timings)]
+
+    def _table(self) -> str:
         if not self.rows:
             return "no residual connections: the graph adds no two tensors"
         table = [

@@ -1,0 +1,181 @@
+"""The passes in their order, and the choice between their results by measurement.
+
+`optimize` makes three forms of a network and returns the fastest in the runtime at hand:
+
+- folded: no-ops removed, batch norm folded. What every deployment does, and the measure.
+- merged: parallel linear branches and linear layers in a row merged as well.
+- converted: residual connections removed, too, where the policy says that it pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ._errors import OptionError, Refusal, ShapeError
+from ._graph import Net
+from ._plan import plans
+from ._policy import Policy, check_policy
+from ._range import Ranges
+from ._rewrite import apply_rule
+from ._site import Site
+from ._state import undisturbed
+from .frontend import trace
+from .latency import Settings, compare_speed, summary_of
+from .passes.batch_norm import fold
+from .passes.branches import apply_to_joins, as_one_layer
+from .passes.linear import LinearRule
+from .passes.noop import NoopRule
+from .passes.residual import Arrange, ResidualRule, finish, joins_of
+from .report import META_KEY, Report, SiteReport, Timing, report
+
+FORMS = ("folded", "merged", "converted")
+
+
+@undisturbed
+def optimize(
+    model: nn.Module | Any,
+    example_inputs: Any,
+    *,
+    policy: Policy = "profitable",
+    runtime: str = "inductor",
+    threads: int | None = None,
+    rounds: int = 15,
+    seconds: float = 0.1,
+    step: Callable[[str], object] = lambda text: None,
+) -> fx.GraphModule:
+    """Make a network faster without changing what it computes, or return it as fast as it was.
+
+    Args:
+        model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
+        example_inputs: a tensor or a tuple of tensors of the size that matters.
+        policy: which residual connections to remove, and which branches to merge; see
+            `remove_residuals`. Whatever it says, what is not faster is not returned.
+        runtime: "eager", "inductor", "onnxruntime" or "openvino": where it is to be fast.
+        threads: for one inference; by default torch's.
+        rounds: how often each form is timed.
+        seconds: how long each timing takes at least.
+        step: called with a few words before each step.
+
+    Returns:
+        The fastest form; `rmfx.report` holds what was done at each site and what was measured.
+
+    Raises:
+        LatencyError: the runtime is not installed or fails.
+        RmfxError: the model cannot be traced or its weights cannot be used.
+
+    Example:
+        >>> import rmfx, torch
+        >>> class Block(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.conv3 = torch.nn.Conv2d(32, 32, 3, padding=1)
+        ...         self.conv1 = torch.nn.Conv2d(32, 32, 1)
+        ...     def forward(self, x):
+        ...         return self.conv3(x) + self.conv1(x) + x
+        >>> fast = rmfx.optimize(Block().eval(), torch.randn(1, 32, 32, 32), runtime="eager")
+        >>> [timing.form for timing in rmfx.report(fast).timings]
+        ['folded', 'merged']
+    """
+    check_policy(policy)
+    inputs = _inputs(example_inputs)
+    forms, tried = _forms(model, inputs, policy, step)
+    if len(forms) == 1:
+        return _with_report(forms["folded"], Report(tried))
+    settings = Settings(
+        runtimes=(runtime,),
+        threads=threads or torch.get_num_threads(),
+        rounds=rounds,
+        seconds=seconds,
+    )
+    times = compare_speed(list(forms.values()), inputs, runtime, settings, step)
+    ratios = [summary_of([b / a for a, b in zip(times[0], own, strict=True)]) for own in times]
+    best, _ = min(zip(forms, ratios, strict=True), key=lambda form: form[1][0])
+    timings = tuple(
+        Timing(name, runtime, *ratio, chosen=name == best)
+        for name, ratio in zip(forms, ratios, strict=True)
+    )
+    return _with_report(forms[best], Report(_rows(report(forms[best]), tried, timings), timings))
+
+
+def _rows(
+    made: Report, tried: Sequence[SiteReport], timings: Sequence[Timing]
+) -> tuple[SiteReport, ...]:
+    """What became of every site, where one that could have gone was kept after measuring."""
+    slower = timings[-1]
+    reason = f"it would not pay: {slower.ratio:.2f} times the time in {slower.runtime}, measured"
+    rows = []
+    for row, other in zip(made.rows, tried, strict=True):
+        if row.status == "removed":
+            rows.append(row)
+        elif other.status == "removed":
+            rows.append(replace(row, status="kept", reason=reason))
+        else:
+            rows.append(replace(other, node=row.node))
+    return tuple(rows)
+
+
+def _inputs(example_inputs: Any) -> tuple[Tensor, ...]:
+    given = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    if not isinstance(given, (tuple, list)) or not all(isinstance(x, Tensor) for x in given):
+        raise ShapeError("optimize measures on example inputs: pass a tensor or a tuple of tensors")
+    if not given:
+        raise OptionError("optimize needs at least one example input")
+    return tuple(given)
+
+
+def _forms(
+    model: nn.Module | Any,
+    inputs: tuple[Tensor, ...],
+    policy: Policy,
+    step: Callable[[str], object],
+) -> tuple[dict[str, fx.GraphModule], tuple[SiteReport, ...]]:
+    """The forms that differ from one another, the folded one first; what the last one removes."""
+    step("fold batch norm")
+    source = trace(model, inputs)
+    found = {"folded": _rewritten(source, None, policy)}
+    for name, arrange in (("merged", as_one_layer), ("converted", plans)):
+        step(f"make the {name} form")
+        form = _rewritten(source, arrange, policy)
+        if all(_shape(form) != _shape(other) for other in found.values()):
+            found[name] = form
+    return found, report(form).rows
+
+
+def _rewritten(source: fx.GraphModule, arrange: Arrange | None, policy: Policy) -> fx.GraphModule:
+    """One form of a traced network; without an arrangement of sites they stay."""
+    net = Net(source)
+    joins = joins_of(net)
+    # No-ops first: a dropout at the end of a branch would be one more layer to pass.
+    apply_rule(net, NoopRule())
+    # Batch norm next: what is folded needs no column of its own.
+    fold(net)
+    rule = ResidualRule(Ranges(net), arrange=arrange or _not_now, policy=policy)
+    refusals: dict[fx.Node, Refusal] = {}
+    if arrange is None:
+        _, refusals = apply_rule(net, rule)
+    else:
+        # Sites from the inside out, concatenations between them: each may end in a linear layer.
+        _, refusals = apply_to_joins(net, rule)
+        # Last, where it is cheaper: what the rewrites left next to another linear layer.
+        apply_rule(net, LinearRule())
+    made: fx.GraphModule = finish(net, rule, refusals, joins)
+    return made
+
+
+def _not_now(site: Site) -> Refusal:
+    return Refusal("batch norm was folded, nothing else done", by_choice=True)
+
+
+def _shape(gm: fx.GraphModule) -> tuple[str, list[str]]:
+    """What two forms of one network have in common exactly where they are the same."""
+    return gm.code, [str(m) for m in gm.modules() if not list(m.children())]
+
+
+def _with_report(gm: fx.GraphModule, made: Report) -> fx.GraphModule:
+    gm.meta[META_KEY] = made
+    return gm

@@ -1,0 +1,138 @@
+"""`optimize` returns the fastest form of a network, and says what it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from builders import Apply, Residual, chain, conv, conv_bn, conv_branch, image, ready, types
+from hypothesis import given, settings
+from torch import nn
+
+import rmfx
+from rmfx import pipeline
+from rmfx.latency import LatencyError
+from rmfx.testing import NetworkSpec, assert_equivalent, residual_networks
+
+Times = dict[str, float]
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Times], list[int]]:
+    """Sets how long each form takes, instead of measuring."""
+
+    def install(times: Times) -> list[int]:
+        counts: list[int] = []
+
+        def compare(forms: list[Any], *rest: Any) -> list[tuple[float, ...]]:
+            counts.append(len(forms))
+            return [(times[name],) * 3 for name in pipeline.FORMS[: len(forms)]]
+
+        monkeypatch.setattr(pipeline, "compare_speed", compare)
+        return counts
+
+    return install
+
+
+def network() -> Any:
+    """A linear branch, a residual block and a pair of layers that merges."""
+    first = Residual(conv_bn(), conv_bn(kernel=1))
+    return ready(chain(first, nn.ReLU(), Residual(conv_branch()), nn.ReLU(), conv(4, 8, 1)))
+
+
+def statuses(gm: Any) -> list[str]:
+    return [row.status for row in rmfx.report(gm).rows]
+
+
+@pytest.mark.parametrize("best", pipeline.FORMS)
+def test_the_fastest_form_is_returned(best: str, pretend: Any) -> None:
+    pretend({name: 0.5 if name == best else 1.0 for name in pipeline.FORMS})
+    model = network()
+    fast = rmfx.optimize(model, image(), policy="all")
+    expected = {"folded": 2, "merged": 1, "converted": 0}
+    report = rmfx.report(fast)
+    assert report.adds_left == expected[best]
+    assert [timing.form for timing in report.timings if timing.chosen] == [best]
+    assert f"{best}: " in str(report)
+    assert "BatchNorm2d" not in types(fast)
+    for row in report.rows:
+        assert row.status == "removed" or "would not pay" in row.reason
+    if best != "folded":
+        assert_equivalent(model, fast, image())
+    torch.testing.assert_close(fast(image()), model(image()))
+
+
+def test_what_is_not_faster_is_not_returned(pretend: Any) -> None:
+    pretend({"folded": 1.0, "merged": 1.01, "converted": 1.02})
+    fast = rmfx.optimize(network(), image(), policy="all")
+    assert statuses(fast) == ["kept", "kept"]
+    assert "1.02 times" in rmfx.report(fast).rows[0].reason
+
+
+def test_equal_forms_are_measured_once(pretend: Any) -> None:
+    counts = pretend({"folded": 1.0, "merged": 0.5, "converted": 0.5})
+    rmfx.optimize(network(), image())  # a carry would cost more than it saves
+    assert counts == [2]
+
+
+def test_where_nothing_can_be_done_nothing_is_measured(pretend: Any) -> None:
+    counts = pretend({})
+    fast = rmfx.optimize(ready(chain(conv_bn(), nn.ReLU(), conv_bn())), image())
+    assert counts == []
+    assert types(fast) == ["Conv2d", "ReLU", "Conv2d"]
+    only_residual = ready(Residual(conv_branch()))
+    (row,) = rmfx.report(rmfx.optimize(only_residual, image())).rows
+    assert (row.status, counts) == ("kept", [])
+    assert "multiply-adds" in row.reason
+
+
+def test_the_reasons_for_what_cannot_go_are_kept(pretend: Any) -> None:
+    pretend({"folded": 1.0, "merged": 0.5, "converted": 0.7})
+    blocked = Residual(chain(conv(), nn.GroupNorm(2, 4), conv()))
+    fast = rmfx.optimize(ready(chain(Residual(conv()), blocked)), image(), policy="all")
+    first, second = rmfx.report(fast).rows
+    assert (first.status, second.status) == ("removed", "refused")
+    assert "GroupNorm" in second.reason
+
+
+def test_measured_for_real() -> None:
+    branches = {name: conv_bn(16, 16) for name in "abcdefgh"}
+    model = ready(
+        Apply(lambda m, x: sum(getattr(m, name)(x) for name in "abcdefgh"), **branches),
+        torch.float32,
+    )
+    x = image(1, 16, 32, 32, dtype=torch.float32)
+    steps: list[str] = []
+    fast = rmfx.optimize(
+        model, x, runtime="eager", rounds=3, seconds=0.01, threads=1, step=steps.append
+    )
+    assert types(fast) == ["Conv2d"]
+    folded, merged = rmfx.report(fast).timings
+    assert folded.ratio == 1.0
+    assert merged.ratio < 0.9
+    assert rmfx.report(fast).to_dict()["timings"][1]["form"] == "merged"
+    assert any("eager" in text for text in steps)
+
+
+def test_bad_arguments() -> None:
+    model = network()
+    with pytest.raises(rmfx.RmfxError, match="example inputs"):
+        rmfx.optimize(model, None)
+    with pytest.raises(rmfx.RmfxError, match="at least one"):
+        rmfx.optimize(model, ())
+    with pytest.raises(rmfx.RmfxError, match="policy"):
+        rmfx.optimize(model, image(), policy="best")
+    with pytest.raises(LatencyError, match="no runtime abacus"):
+        rmfx.optimize(model, image(), runtime="abacus")
+
+
+@settings(deadline=None)
+@given(residual_networks())
+def test_every_form_of_a_random_network_keeps_its_values(spec: NetworkSpec) -> None:
+    model, inputs = spec.build(), spec.inputs()
+    forms, rows = pipeline._forms(model, inputs, "all", lambda text: None)
+    for name, form in forms.items():
+        assert_equivalent(model, form, inputs)
+        assert len(rmfx.report(form).rows) == len(rows), name
