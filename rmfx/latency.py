@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -213,7 +213,7 @@ def _cells(row: Latency) -> tuple[str, ...]:
 class _Form:
     """One form of a network, and the inputs it is run on."""
 
-    gm: fx.GraphModule
+    gm: nn.Module
     inputs: tuple[Tensor, ...]
 
     @cached_property
@@ -347,7 +347,7 @@ def measure_latency(
                     rows.append(pair.measure(runtime))
                 notes += pair.notes
     unique = tuple(dict.fromkeys(notes))  # the same note comes with every batch
-    return LatencyReport(tuple(rows), unique, _describe_machine(settings, present))
+    return LatencyReport(tuple(rows), unique, machine_of(settings, present))
 
 
 class _Pair:
@@ -450,7 +450,7 @@ def _time(runs: Sequence[Run], settings: Settings) -> list[tuple[float, ...]]:
 
 @torch.no_grad()
 def compare_speed(
-    forms: Sequence[fx.GraphModule],
+    forms: Sequence[nn.Module],
     inputs: tuple[Tensor, ...],
     runtime: str,
     settings: Settings,
@@ -526,7 +526,8 @@ def _torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(former)
 
 
-def _describe_machine(settings: Settings, runtimes: Iterable[str]) -> dict[str, str]:
+def machine_of(settings: Settings, runtimes: Iterable[str]) -> dict[str, str]:
+    """What must be known to read measurements: threads, rounds, CPU, versions, as text by name."""
     packages = ["torch", *(name for name in ("onnxruntime", "openvino") if name in runtimes)]
     capability = torch.backends.cpu.get_cpu_capability()
     return {

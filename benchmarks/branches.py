@@ -1,0 +1,227 @@
+"""Networks with parallel linear branches: merged by rmfx, and by timm's hand-written methods.
+
+For each network, in float64 with random statistics: the additions it has, those left after
+`timm.utils.reparameterize_model` and after `rmfx.merge_branches`, and how many of these
+`remove_residuals` would remove by a carry; batch norms left; the largest relative error. Then the
+time, in float32 at 224 px and batch 1, of the network as trained, as timm merges it and as rmfx
+does, in turn in one process: medians of ratios with quartiles.
+
+Limits: no addition of linear branches left; no more additions than timm leaves; error at most
+1e-10; at most 1.02 times the time of timm's form. Exit code 1 if one is exceeded.
+What is done stands in results/branches.json and is not done again without --fresh.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from _branch_blocks import OWN, network
+from _common import Limit, choose_models, count_additions, each, parser, show
+from _randomise import randomise
+from _records import code_version, write
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import rmfx
+from rmfx.latency import Settings, compare_speed, machine_of, summary_of
+from rmfx.testing import assert_equivalent
+
+TIMM = (
+    *("repvgg_a0", "repvgg_b0", "mobileone_s0", "mobileone_s1", "mobileone_s4", "repvit_m0_9"),
+    *("fastvit_t8", "shvit_s1", "ghostnetv3_100", "repghostnet_100", "efficientvit_m0"),
+    *("lcnetv2_small", "levit_128s"),
+)
+ERROR_LIMIT = 1e-10
+TIME_LIMIT = 1.02
+RESULTS = Path(__file__).resolve().parent / "results" / "branches.json"
+FORMS = ("trained", "timm", "rmfx")
+
+Ratio = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one network.
+
+    Attributes:
+        network: its name.
+        code: which version of the compiler it was.
+        adds: additions of two tensors as trained, after timm's method (None where it has none),
+            and after `merge_branches`.
+        linear_left: sums of linear branches that `merge_branches` left.
+        by_carry: of the additions left, those that `remove_residuals` removes.
+        norms: batch norms left, by timm and by rmfx.
+        error: largest relative error, at the output and at every join.
+        to_timm: by runtime, time of rmfx's form over timm's: median and quartiles.
+        to_trained: the same over the network as trained.
+    """
+
+    network: str
+    code: str
+    adds: tuple[int, int | None, int]
+    linear_left: int
+    by_carry: int
+    norms: tuple[int | None, int]
+    error: float
+    to_timm: dict[str, Ratio] = field(default_factory=dict)
+    to_trained: dict[str, Ratio] = field(default_factory=dict)
+
+
+def build(name: str) -> nn.Module:
+    """The network as it is trained, with random weights."""
+    torch.manual_seed(0)
+    if name in OWN:
+        return network(OWN[name]).eval()
+    import timm
+
+    model: nn.Module = timm.create_model(name).eval()
+    return model
+
+
+def by_timm(name: str, model: nn.Module) -> nn.Module | None:
+    """What timm's own methods make of it, None where it has none."""
+    if name in OWN:
+        return None
+    from timm.utils.model import reparameterize_model
+
+    dtype = next(model.parameters()).dtype
+    made: nn.Module = reparameterize_model(copy.deepcopy(model)).eval().to(dtype)
+    return made
+
+
+@torch.no_grad()
+def evaluate(name: str, runtimes: Sequence[str], settings: Settings) -> Outcome:
+    """Merges one network, compares and times it."""
+    model = build(name)
+    x = torch.randn(1, 3, 224, 224)
+    to_timm, to_trained = measure(name, model, x, runtimes, settings)
+    model, x = model.double(), x.double()
+    randomise(model, torch.randn(4, 3, 224, 224, dtype=torch.float64))
+    merged, theirs = rmfx.merge_branches(model, x), by_timm(name, model)
+    check = assert_equivalent(model, merged, x, tolerance=float("inf"))
+    rows = rmfx.report(merged).rows
+    converted = rmfx.report(rmfx.remove_residuals(model, x)).rows
+    carried = {row.join for row in converted if row.status == "removed"}
+    return Outcome(
+        network=name,
+        code=code_version(),
+        adds=(
+            additions(model, x),
+            additions(theirs, x) if theirs else None,
+            count_additions(merged),
+        ),
+        linear_left=sum(
+            row.status != "removed" and other.strategy == "linear"
+            for row, other in zip(rows, converted, strict=True)
+        ),
+        by_carry=sum(row.status != "removed" and row.join in carried for row in rows),
+        norms=(norms(theirs) if theirs else None, norms(merged)),
+        error=max([check.error, *(join.error for join in check.joins)]),
+        to_timm=to_timm,
+        to_trained=to_trained,
+    )
+
+
+def additions(model: nn.Module, x: Tensor) -> int:
+    """Additions of two tensors in a network's graph."""
+    return count_additions(rmfx.trace(model, x))
+
+
+def norms(model: nn.Module) -> int:
+    """Batch norms in a network."""
+    return sum(isinstance(m, _BatchNorm) for m in model.modules())
+
+
+def measure(
+    name: str, model: nn.Module, x: Tensor, runtimes: Sequence[str], settings: Settings
+) -> tuple[dict[str, Ratio], dict[str, Ratio]]:
+    """Time of rmfx's form over timm's and over the trained form, by runtime."""
+    theirs = by_timm(name, model)
+    forms = [model, rmfx.merge_branches(model, x), *([theirs] if theirs is not None else [])]
+    to_timm, to_trained = {}, {}
+    for runtime in runtimes:
+        trained, own, *rest = compare_speed(forms, (x,), runtime, settings)
+        to_trained[runtime] = ratio(trained, own)
+        if rest:
+            to_timm[runtime] = ratio(rest[0], own)
+    return to_timm, to_trained
+
+
+def ratio(before: Sequence[float], after: Sequence[float]) -> Ratio:
+    """Median and quartiles of the ratios of single rounds."""
+    return summary_of([b / a for a, b in zip(before, after, strict=True)])
+
+
+def row_of(outcome: Outcome) -> dict[str, Any]:
+    """One row of the table."""
+    trained, theirs, ours = outcome.adds
+    row: dict[str, Any] = {
+        "network": outcome.network,
+        "adds": trained,
+        "timm": "" if theirs is None else theirs,
+        "rmfx": ours,
+        "of these by carry": outcome.by_carry,
+        "BN left timm, rmfx": ", ".join("-" if n is None else str(n) for n in outcome.norms),
+        "error": f"{outcome.error:.0e}",
+    }
+    for title, ratios in (("timm", outcome.to_timm), ("trained", outcome.to_trained)):
+        for runtime, (median, low, high) in ratios.items():
+            row[f"{runtime}, rmfx/{title}"] = f"{median:.2f} ({low:.2f} to {high:.2f})"
+    return row
+
+
+def limits_of(outcomes: Sequence[Outcome]) -> list[Limit]:
+    """What must hold for all."""
+    more = [o.adds[2] - o.adds[1] for o in outcomes if o.adds[1] is not None]
+    slowest = [r[0] for o in outcomes for r in o.to_timm.values()]
+    return [
+        Limit("sums of linear branches left", sum(o.linear_left for o in outcomes), 0),
+        Limit("additions more than timm leaves", max(more, default=0), 0),
+        Limit("largest relative error", max(o.error for o in outcomes), ERROR_LIMIT),
+        Limit("time over timm's form, at most", max(slowest, default=0.0), TIME_LIMIT),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns 1 if a limit is exceeded."""
+    made = parser(str(__doc__))
+    made.add_argument("--fresh", action="store_true", help="do again what is done")
+    made.add_argument("--runtimes", default="eager,inductor", help="default: %(default)s")
+    made.add_argument("--rounds", type=int, default=15, help="of timing; default: %(default)s")
+    options, names = choose_models(made, (*TIMM, *OWN), arguments)
+    settings = Settings(threads=options.threads, rounds=options.rounds)
+    runtimes = options.runtimes.split(",")
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    done = {row["network"]: row for row in found.get("networks", [])}
+    for name in each(names):
+        if options.fresh or done.get(name, {}).get("code") != code_version():
+            done[name] = asdict(evaluate(name, runtimes, settings))
+            kept = {"machine": machine_of(settings, runtimes), "networks": list(done.values())}
+            write(RESULTS, json.dumps(kept, indent=1) + "\n")
+    outcomes = [Outcome(**done[name]) for name in names]
+    rows = [row_of(outcome) for outcome in outcomes]
+    write(RESULTS.with_suffix(".md"), markdown(rows, machine_of(settings, runtimes)))
+    return show(rows, limits_of(outcomes), as_json=options.json)
+
+
+def markdown(rows: Sequence[dict[str, Any]], machine: dict[str, str]) -> str:
+    """The table as a page."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = tabulate(
+        [[row.get(key, "") for key in columns] for row in rows], columns, tablefmt="github"
+    )
+    known = "; ".join(f"{name} {value}" for name, value in machine.items())
+    head = f"# Parallel linear branches\n\nMade by `python benchmarks/branches.py`. {known}."
+    return f"{head}\n\n{table}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
