@@ -27,6 +27,7 @@ from ._errors import OptionError, RmfxError
 from ._strategy import STRATEGIES
 from .conversion import Conversion, compare, convert
 from .fuzz import FRONTENDS, PASSES, fuzz
+from .html import check_packages, page
 from .latency import (
     PLOT_SUFFIXES,
     RUNTIMES,
@@ -113,8 +114,8 @@ def _make_parser() -> argparse.ArgumentParser:
         (
             "report",
             _run_report,
-            "say what a conversion would do, and write nothing",
-            (_add_model_options, _add_conversion_options),
+            "say what a conversion would do: as tables, or as a page",
+            (_add_model_options, _add_conversion_options, _add_page_options),
         ),
         (
             "bench",
@@ -175,6 +176,14 @@ def _add_conversion_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--no-fold-batch-norm", action="store_true", help="keep batch norm layers")
     add("--strict", action="store_true", help="fail if one residual connection cannot be removed")
+
+
+def _add_page_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--html", metavar="FILE.html", help="write one page with tables, plots and both graphs")
+    names = ",".join(RUNTIMES)
+    text = f"with --html: measure the latency in some of {names}, batch 1"
+    add("--runtimes", type=_parse_runtimes, default=(), metavar="NAMES", help=text)
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -261,13 +270,46 @@ def _run_demo(options: argparse.Namespace) -> None:
 
 
 def _run_report(options: argparse.Namespace) -> None:
-    with _quiet_stdout(), _progress(2) as step:
+    _check_page(options)
+    steps = 2 + bool(options.html) + len(options.runtimes)
+    with _quiet_stdout(), _progress(steps, width=30) as step:
         step("load")
         loaded, inputs = _load(options, options.model)
         step("convert")
         conversion = _convert(options, loaded, inputs)
+        if options.html:
+            _write_page(options, loaded, _require(inputs), conversion, step)
     head = _describe(options, loaded, inputs)
     _show(options, f"{head}\n{conversion}", {"model": options.model, **conversion.to_dict()})
+
+
+def _check_page(options: argparse.Namespace) -> None:
+    """Finds out early whether a page can be made."""
+    if options.html is None:
+        if options.runtimes:
+            raise _UsageError("argument --runtimes: needs --html")
+        return
+    if not options.html.endswith((".html", ".htm")):
+        raise _UsageError(f"argument --html: {options.html} must end in .html")
+    check_place(options.html, (".html", ".htm"))
+    check_packages()
+
+
+def _write_page(
+    options: argparse.Namespace,
+    loaded: LoadedModel,
+    inputs: tuple[Tensor, ...],
+    conversion: Conversion,
+    step: Callable[[str], object],
+) -> None:
+    latency = None
+    if options.runtimes:
+        settings = Settings(runtimes=options.runtimes, batches=(1,), activation=options.activation)
+        network = Network(options.model, loaded.model, inputs)
+        latency = measure_latency([network], settings, step)
+    step("write the page")
+    with whole_file(Path(options.html)) as path:
+        path.write_text(page(conversion, inputs, options.model, latency), encoding="utf-8")
 
 
 def _run_convert(options: argparse.Namespace) -> None:

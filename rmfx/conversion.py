@@ -27,8 +27,8 @@ class Conversion:
     """Both forms of a network. `str()` gives tables, `to_dict` what JSON can hold.
 
     Attributes:
-        before: the network as it was, with its batch norm folded like that of `after`, so that the
-            costs differ by the removal alone.
+        before: the network as it was, without no-ops and with its batch norm folded like that of
+            `after`, so that the costs differ by the removal alone.
         after: the network without its residual connections.
         report: what was done at every site.
         cost_before, cost_after: None where the inputs are not known.
@@ -100,7 +100,9 @@ def convert(
         example_inputs = (example_inputs,)
     inputs = None if example_inputs is None else tuple(example_inputs)
     after = rmfx.remove_residuals(model, inputs, fold_batch_norm=fold_batch_norm, **options)
-    before = (rmfx.fold_batch_norm if fold_batch_norm else rmfx.trace)(model, inputs)
+    before = rmfx.remove_noops(model, inputs)
+    if fold_batch_norm:
+        before = rmfx.fold_batch_norm(before, inputs)
     return Conversion(
         before=before,
         after=after,
