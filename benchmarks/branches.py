@@ -208,18 +208,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write(RESULTS, json.dumps(kept, indent=1) + "\n")
     outcomes = [Outcome(**done[name]) for name in names]
     rows = [row_of(outcome) for outcome in outcomes]
-    write(RESULTS.with_suffix(".md"), markdown(rows, machine_of(settings, runtimes)))
+    machine = machine_of(settings, runtimes)
+    title = "Parallel linear branches"
+    write(RESULTS.with_suffix(".md"), markdown(title, "branches.py", rows, machine))
     return show(rows, limits_of(outcomes), as_json=options.json)
 
 
-def markdown(rows: Sequence[dict[str, Any]], machine: dict[str, str]) -> str:
-    """The table as a page."""
+def markdown(
+    title: str, script: str, rows: Sequence[dict[str, Any]], machine: dict[str, str]
+) -> str:
+    """A table as a page."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = tabulate(
         [[row.get(key, "") for key in columns] for row in rows], columns, tablefmt="github"
     )
     known = "; ".join(f"{name} {value}" for name, value in machine.items())
-    head = f"# Parallel linear branches\n\nMade by `python benchmarks/branches.py`. {known}."
+    head = f"# {title}\n\nMade by `python benchmarks/{script}`. {known}."
     return f"{head}\n\n{table}\n"
 
 
