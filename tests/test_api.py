@@ -19,6 +19,7 @@ from rmfx.testing import assert_equivalent, random_statistics
 VERBS: list[Callable[..., fx.GraphModule]] = [
     rmfx.remove_residuals,
     rmfx.fold_batch_norm,
+    rmfx.merge_branches,
     rmfx.merge_convs,
     rmfx.remove_noops,
     rmfx.eliminate_dead_channels,
@@ -62,7 +63,7 @@ def test_verbs_take_the_model_and_inputs_by_place_and_options_by_name() -> None:
     names = list(inspect.signature(rmfx.remove_residuals).parameters)
     assert names[2:] == [
         *("strict", "fold_batch_norm", "activation"),
-        *("input_range", "calibration", "differentiable"),
+        *("input_range", "calibration", "differentiable", "policy"),
     ]
 
 
