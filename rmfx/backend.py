@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from ._activation import Interval
 from ._dynamo import Lifted, Snapshot, find_lifted, snapshot, with_weights
 from ._errors import OptionError, RmfxError, WeightError
+from ._policy import Policy, check_policy
 from .passes.residual import remove_residuals
 from .report import Report, report
 
@@ -34,7 +35,7 @@ class Options:
         backend: name of the backend that compiles the converted graph, or a function.
         backend_options: its options; for inductor its configuration.
         strict: raise where a residual connection is refused or a graph cannot be converted.
-        activation, input_range: as for `rmfx.remove_residuals`.
+        activation, input_range, policy: as for `rmfx.remove_residuals`.
         differentiable: convert graphs whose gradients are asked for too; their weights are computed
             in the graph, at every call.
         on_report: called with the `rmfx.Report` of every graph.
@@ -45,6 +46,7 @@ class Options:
     strict: bool = False
     activation: str | Collection[str] = "auto"
     input_range: Interval | None = None
+    policy: Policy = "all"
     differentiable: bool = False
     on_report: Callable[[Report], object] | None = None
 
@@ -64,6 +66,7 @@ class Options:
         options = Options(**given)
         if options.backend == "rmfx":
             raise OptionError("backend='rmfx' cannot compile with itself; name another backend")
+        check_policy(options.policy)
         return options
 
 
@@ -123,6 +126,7 @@ def _converted(
             strict=options.strict,
             activation=options.activation,
             input_range=options.input_range,
+            policy=options.policy,
             differentiable=differentiable,
         )
     except RmfxError as error:

@@ -176,6 +176,8 @@ def _add_conversion_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--no-fold-batch-norm", action="store_true", help="keep batch norm layers")
     add("--strict", action="store_true", help="fail if one residual connection cannot be removed")
+    text = "remove all that can be removed, or only what should pay by a simple cost model"
+    add("--policy", choices=("all", "profitable"), default="all", help=text)
 
 
 def _add_page_options(parser: argparse.ArgumentParser) -> None:
@@ -474,6 +476,7 @@ def _convert(
         strict=options.strict,
         fold_batch_norm=not options.no_fold_batch_norm,
         activation=options.activation,
+        policy=options.policy,
     )
 
 

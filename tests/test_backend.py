@@ -91,6 +91,7 @@ def test_options_are_checked_by_name() -> None:
     for options, text in (
         ({"bakend": "eager"}, "no option 'bakend'"),
         ({"backend": "rmfx"}, "itself"),
+        ({"policy": "some"}, "policy='some'"),
     ):
         with pytest.raises(Exception, match=text), torch.no_grad():
             torch.compile(net(), backend="rmfx", options=options)(image())
@@ -107,6 +108,14 @@ def test_pass_options_and_strict_reach_the_pass() -> None:
         torch._dynamo.reset()
         with pytest.raises(Exception, match="cannot be removed"):
             compiled(model, options={**options, "strict": True})(image())
+
+
+def test_a_policy_reaches_the_pass() -> None:
+    reports: list[rmfx.Report] = []
+    with torch.no_grad():
+        compiled(net(), reports=reports, options={"policy": "profitable"})(image())
+    assert [row.status for row in reports[0].rows] == ["kept", "kept"]
+    assert "would not pay" in reports[0].rows[0].reason
 
 
 # ---- every kind of graph ------------------------------------------------------------------------

@@ -223,6 +223,8 @@ def test_report_as_json_matches_the_library(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_report_of_a_network_without_residuals(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = run_json(capsys, "report", DIGITS, SHAPE, "--policy", "profitable")["report"]
+    assert (kept["removed"], kept["kept"]) == (0, len(kept["sites"]))
     found = run_json(capsys, "report", "nets:Chain", SHAPE)
     assert found["report"]["sites"] == []
 
