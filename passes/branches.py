@@ -177,8 +177,9 @@ def merge_branches(
         example_inputs: a tensor or a tuple of arguments; see `remove_residuals`.
         strict: raise at the first sum that is refused.
         policy: which sums to merge of those that can be: "all"; "profitable", those whose
-            multiply-adds and traffic to memory become less (needs example inputs); or a function
-            that is given the site's row (`rmfx.SiteReport`, with expected costs) and answers.
+            multiply-adds and traffic to memory become less (needs example inputs); a function
+            that is given the site's row (`rmfx.SiteReport`, with expected costs) and answers; or
+            an `rmfx.MeasuredPolicy`, which times each site.
 
     Returns:
         A new module that computes the same; `rmfx.report` tells what became of every sum.

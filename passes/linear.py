@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from rmfx._affine import AffineConv, compose
 from rmfx._dialect import BATCH_NORMS, module_path
-from rmfx._errors import Refusal
+from rmfx._errors import OptionError, Refusal
 from rmfx._graph import Net, Virtual, positions
 from rmfx._layers import input_of, read_affine
 from rmfx._policy import Policy, check_policy
@@ -30,6 +30,7 @@ from rmfx._rows import expense_of
 from rmfx._site import weight_types
 from rmfx._state import undisturbed
 from rmfx.frontend import trace
+from rmfx.measured import MeasuredPolicy
 from rmfx.report import SiteReport
 
 Cost = tuple[float, ...]
@@ -188,6 +189,8 @@ def merge_convs(
         1
     """
     check_policy(policy)
+    if isinstance(policy, MeasuredPolicy):
+        raise OptionError("merge_convs has no sites to measure: pass 'profitable' or 'all'")
     net = Net(trace(model, example_inputs))
     apply_rule(net, LinearRule(policy=policy))
     return net.finish()

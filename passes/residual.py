@@ -121,7 +121,7 @@ class ResidualRule:
         (site, settled), *others = sorted(options, key=lambda option: option[1].plan.work)
         row = row_of_match(net, site, settled, _old(site, settled))
         row = replace(row, layout=_compared(settled, [other for _, other in others]))
-        return reason_to_keep(self._policy, row) or Match(site, settled, row)
+        return reason_to_keep(self._policy, net, site, row) or Match(site, settled, row)
 
     def _options(self, site: Site) -> Iterator[Option | Refusal]:
         """Every way to rewrite a site."""
@@ -360,8 +360,9 @@ def remove_residuals(
             which the result shares: gradients reach them, and every change of theirs counts. Each
             call then pays for that computation. Excludes `fold_batch_norm=False`.
         policy: which sites to rewrite of those that can be: "all"; "profitable", those whose
-            multiply-adds and traffic to memory become less (needs example inputs); or a function
-            that is given the site's row (`rmfx.SiteReport`, with expected costs) and answers.
+            multiply-adds and traffic to memory become less (needs example inputs); a function
+            that is given the site's row (`rmfx.SiteReport`, with expected costs) and answers; or
+            an `rmfx.MeasuredPolicy`, which times each site.
 
     Returns:
         A new module with the same inputs and outputs; `rmfx.report` tells what was done.

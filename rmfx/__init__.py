@@ -14,6 +14,7 @@ from ._errors import (
     WeightError,
 )
 from .frontend import trace
+from .measured import MeasuredPolicy
 from .passes.batch_norm import fold_batch_norm
 from .passes.branches import merge_branches
 from .passes.dead_channels import eliminate_dead_channels
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "MeasuredPolicy",
     "ModeError",
     "NotPlainError",
     "RefusedError",

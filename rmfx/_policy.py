@@ -6,24 +6,33 @@ from collections.abc import Callable
 from typing import Literal
 
 from ._errors import OptionError, Refusal
+from ._graph import Net
+from ._site import Site
+from .measured import MeasuredPolicy
 from .report import SiteReport, short
 
-# "all", "profitable", or a function of the row that the report would have.
-Policy = Literal["all", "profitable"] | Callable[[SiteReport], bool]
+# "all", "profitable", a function of the row that the report would have, or measurements.
+Policy = Literal["all", "profitable"] | Callable[[SiteReport], bool] | MeasuredPolicy
 # How many multiply-adds a core does while it moves one float32 value to or from memory.
 MACS_PER_VALUE = 20
 
 
 def check_policy(policy: object) -> None:
     """Raise OptionError unless it is one."""
-    if policy not in ("all", "profitable") and not callable(policy):
-        raise OptionError(f"policy={policy!r}: choose 'all', 'profitable' or a function of a site")
+    known = policy in ("all", "profitable") or isinstance(policy, MeasuredPolicy)
+    if not known and not callable(policy):
+        raise OptionError(
+            f"policy={policy!r}: choose 'all', 'profitable', a function of a site "
+            "or a MeasuredPolicy"
+        )
 
 
-def reason_to_keep(policy: Policy, row: SiteReport) -> Refusal | None:
+def reason_to_keep(policy: Policy, net: Net, site: Site, row: SiteReport) -> Refusal | None:
     """Why a site stays as it is by choice, None if it goes."""
     if policy == "all":
         return None
+    if isinstance(policy, MeasuredPolicy):
+        return policy.reason_to_keep(net, site)
     if callable(policy):
         return None if policy(row) else Refusal("kept by the policy", by_choice=True)
     before = time_of(row.macs_before, row.moved_before)
