@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from ._activation import Blockwise
 from ._errors import Refusal
-from ._graph import Net, Virtual
+from ._graph import Net, Virtual, data_input
 
 if TYPE_CHECKING:
     from ._site import Site
@@ -125,12 +125,18 @@ def cut_out(net: Net, site: Site) -> tuple[fx.GraphModule, tuple[Tensor, ...]] |
     for i, outer in enumerate(inputs):
         places[outer] = graph.placeholder(f"x{i}")
     for i, node in enumerate([n for n in read if n.op == "get_attr"] + nodes):
+        if node.op == "call_module":
+            here = places[data_input(node)]
+            for j, module in enumerate(_modules(net, node)):
+                root[f"t{i}_{j}"] = module
+                here = graph.call_module(f"t{i}_{j}", (here,))
+            places[node] = here
+            continue
         copied = places[node] = graph.node_copy(node, lambda n: places[n])
         copied.name = f"n{i}"
-        if node.op in ("call_module", "get_attr"):
+        if node.op == "get_attr":
             copied.target = f"t{i}"
-            known = net.attribute(node) if node.op == "get_attr" else _module(net, node)
-            root[f"t{i}"] = known
+            root[f"t{i}"] = net.attribute(node)
     graph.output(places[site.join])
     return fx.GraphModule(root, graph).eval(), tuple(found)
 
@@ -142,10 +148,12 @@ def _example(node: fx.Node) -> Tensor | None:
     return torch.randn(shape, dtype=kind[0], device=kind[1])
 
 
-def _module(net: Net, node: fx.Node) -> nn.Module | None:
+def _modules(net: Net, node: fx.Node) -> tuple[nn.Module, ...]:
+    """What a node calls; a virtual layer may be a padding and a conv."""
     made = net.replacement(node)
     if not isinstance(made, Virtual):
-        return made or net.module(node)
+        module = made or net.module(node)
+        return () if module is None else (module,)
     if isinstance(made.layer, Blockwise):
-        return made.layer.to_module(made.dtype, made.device)
-    return nn.Sequential(*made.layer.to_modules(made.dtype, made.device))
+        return (made.layer.to_module(made.dtype, made.device),)
+    return made.layer.to_modules(made.dtype, made.device)
