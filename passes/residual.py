@@ -240,7 +240,8 @@ class ResidualRule:
         for node, (_, like) in zip(new, labels, strict=True):
             if like in old and like is not site.join:
                 node.name = like.name
-        net.values[last] = site.join.name
+        if site.join.name not in self.widened:
+            net.values[last] = site.join.name
         self.made.update(new)
 
 

@@ -399,8 +399,13 @@ class Sampler:
         dims = len(node.kernel) if isinstance(node, Conv) else 0
         return dims == (value.dims if value.is_map else 0)
 
-    def combine(self, path: Path, other: Value, wanted: str = "") -> str:
-        """How to join the path's value a with b, of the same shape; the result's memory is set."""
+    def combine(self, path: Path, other: Value, wanted: str = "", *, adds: bool = False) -> str:
+        """How to join the path's value a with b, of the same shape; the result's memory is set.
+
+        Args:
+            wanted: a form to take where it is allowed.
+            adds: whether to leave out subtractions.
+        """
         value = path.value
         forms = list(_OUT_OF_PLACE)
         if value.storage != other.storage:
@@ -408,6 +413,8 @@ class Sampler:
                 forms += INTO_A
             if other.storage != INPUT:
                 forms += ["b += a", "b += a"]
+        if adds:
+            forms = [form for form in forms if "-" not in form and "sub" not in form]
         form: str = wanted if wanted in forms else self.pick(forms)
         if form in INTO_A:
             return form
@@ -689,9 +696,13 @@ class Sampler:
     def join(self, path: Path, operands: list[Path], form: str = "") -> None:
         """End the operands in one join, in the form given where it is allowed."""
         joined = Path(operands[0].value)
-        forms = tuple(self.combine(joined, operand.value, form) for operand in operands[1:])
+        several = len(operands) > 2  # equal ones of opposite signs would cancel to mere rounding
+        forms = tuple(
+            self.combine(joined, operand.value, form, adds=several) for operand in operands[1:]
+        )
         chains = tuple(tuple(operand.nodes) for operand in operands)
-        path.nodes.append(Join(chains, forms, self.pick(_CONSTANTS)))
+        constants = [c for c in _CONSTANTS if c > 0] if several else _CONSTANTS
+        path.nodes.append(Join(chains, forms, self.pick(constants)))
         path.value = joined.value
 
     def any_block(self, path: Path) -> None:

@@ -355,6 +355,19 @@ def test_the_cheapest_way_through_a_concatenation_is_taken() -> None:
     assert gm.get_submodule("wide1").weight.shape == (40, 4, 3, 3)
 
 
+def test_a_sum_that_stayed_and_goes_later_holds_no_value_of_its_own() -> None:
+    """Once it was widened, its node holds a carry as well."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return ((x + x) + m.pool(x)) + m.norm(x)
+
+    model = ready(Apply(forward, pool=nn.AvgPool2d(2), norm=nn.BatchNorm2d(1)))
+    x = image(1, 1, 2, 2)
+    for inputs in (x, None):
+        gm = rmfx.remove_residuals(model, inputs)
+        assert_equivalent(model, gm, x)
+
+
 # ---- together -----------------------------------------------------------------------------------
 
 
