@@ -188,11 +188,9 @@ def merge(site: Site) -> Plan | Refusal:
     steps = tuple(itertools.chain(*site.branches))
     columns = (Linear(main, other, steps=steps),)
     work = work_of(columns)
-    return (
-        work.at(site.join.name)
-        if isinstance(work, Refusal)
-        else Plan(columns, work, layout="one layer")
-    )
+    if isinstance(work, Refusal):
+        return work.at(site.join.name)
+    return Plan(columns, work, layout="one layer")
 
 
 def _fitted(site: Site, linear: Sequence[AffineConv], shortcut: AffineConv) -> AffineConv:
