@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ._activation import is_activation
 from ._affine import CONVS, AffineConv
+from ._border_fill import pad_before
 from ._constants import fold_constants
 from ._dialect import canonicalise, has_hooks
 from ._dynamo import check_in_graph, find_lifted, with_weights
@@ -70,6 +71,8 @@ def trace(model: Any, example_inputs: Any = None, *, fold: bool = True) -> fx.Gr
     mark_numbers(gm.graph)
     _note_sources(gm.graph)
     _find_shapes(gm, inputs)
+    if fold:
+        pad_before(gm)  # before what writes in place is set apart
     functionalise(gm)
     if fold:
         fold_constants(gm)

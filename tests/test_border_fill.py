@@ -1,0 +1,118 @@
+"""Borders written over with what the layers before them give for zeros (DBB)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import chain, conv, conv_bn, image, ready, shapes, types
+from torch import Tensor, nn
+
+import rmfx
+from rmfx.testing import assert_equivalent
+
+
+class Filled(nn.Module):
+    """1x1, batch norm, padding whose border holds what they give for zeros; then a layer."""
+
+    def __init__(
+        self, last: nn.Module, value: Callable[[Any], Tensor], sides: str = "tblr"
+    ) -> None:
+        super().__init__()
+        self.point = conv(4, 6, 1, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        self.last = last
+        self.value = value
+        self.sides = sides
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.pad(self.bn(self.point(x)), [1] * 4)
+        value = self.value(self.bn).view(1, -1, 1, 1)
+        if "t" in self.sides:
+            y[:, :, 0:1, :] = value
+        if "b" in self.sides:
+            y[:, :, -1:, :] = value
+        if "l" in self.sides:
+            y[:, :, :, 0:1] = value
+        if "r" in self.sides:
+            y[:, :, :, -1:] = value
+        return self.last(y)  # type: ignore[no-any-return]
+
+
+def of_zero(bn: Any) -> Tensor:
+    """As the paper's code computes it."""
+    found: Tensor = bn.bias.detach() - bn.running_mean * bn.weight.detach() / torch.sqrt(
+        bn.running_var + bn.eps
+    )
+    return found
+
+
+class Sum(nn.Module):
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Any:
+        return sum(branch(x) for branch in self.branches)
+
+
+def block(value: Callable[[Any], Tensor] = of_zero, sides: str = "tblr") -> nn.Module:
+    sequence = Filled(conv(6, 4, padding=0), value, sides)
+    average = Filled(chain(nn.AvgPool2d(3, 1), conv(6, 4, 1)), value, sides)
+    return Sum(conv_bn(), sequence, average)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_diverse_branch_block_becomes_one_conv(dtype: torch.dtype) -> None:
+    model = ready(block(), dtype)
+    x = image(dtype=dtype)
+    gm = rmfx.merge_branches(model, x)
+    assert shapes(gm) == [(4, 4, 3, 3)]
+    assert len(types(gm)) == 1
+    assert_equivalent(model, gm, x, tolerance=1e-10 if dtype is torch.float64 else 1e-5)
+    exported = rmfx.merge_branches(torch.export.export(model, (x,)))
+    assert shapes(exported) == [(4, 4, 3, 3)]
+
+
+def test_the_trace_computes_the_same() -> None:
+    model = ready(Filled(nn.Identity(), of_zero))
+    gm = rmfx.trace(model, image())
+    assert "copy_" not in gm.code
+    torch.testing.assert_close(gm(image()), model(image()))
+
+
+@pytest.mark.parametrize(
+    ("value", "sides"),
+    [
+        (lambda bn: of_zero(bn) + 0.01, "tblr"),  # another value
+        (lambda bn: bn.bias.detach(), "tblr"),
+        (lambda bn: of_zero(bn) * (1 + 1e-9), "tblr"),
+        (of_zero, "tbl"),  # one side stays zero
+        (of_zero, "t"),
+    ],
+)
+def test_other_borders_stay_as_they_are(value: Any, sides: str) -> None:
+    model = ready(block(value, sides))
+    gm = rmfx.merge_branches(model, image())
+    assert_equivalent(model, gm, image())
+    assert len(shapes(gm)) > 1
+
+
+class ReadBefore(Filled):
+    """The padded value is read before its border is written over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.pad(self.bn(self.point(x)), [1] * 4)
+        early = y.sum()
+        y[:, :, 0:1, :] = y[:, :, -1:, :] = self.value(self.bn).view(1, -1, 1, 1)
+        y[:, :, :, 0:1] = y[:, :, :, -1:] = self.value(self.bn).view(1, -1, 1, 1)
+        return self.last(y) * early  # type: ignore[no-any-return]
+
+
+def test_what_is_read_before_is_left_alone() -> None:
+    model = ready(ReadBefore(conv(6, 4, padding=0), of_zero))
+    gm = rmfx.merge_branches(model, image())
+    assert_equivalent(model, gm, image())
