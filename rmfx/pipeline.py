@@ -108,8 +108,9 @@ def _rows(
     """What became of every site, where one that could have gone was kept after measuring."""
     slower = timings[-1]
     reason = f"it would not pay: {slower.ratio:.2f} times the time in {slower.runtime}, measured"
-    rows = []
-    for row, other in zip(made.rows, tried, strict=True):
+    rows, tried_at = [], {row.join: row for row in tried}
+    for row in made.rows:
+        other = tried_at.get(row.join, row)
         if row.status == "removed":
             rows.append(row)
         elif other.status == "removed":

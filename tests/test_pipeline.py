@@ -134,4 +134,4 @@ def test_every_form_of_a_random_network_keeps_its_values(spec: NetworkSpec) -> N
     forms, rows = pipeline._forms(model, inputs, "all", lambda text: None)
     for name, form in forms.items():
         assert_equivalent(model, form, inputs)
-        assert len(rmfx.report(form).rows) == len(rows), name
+        assert [row.join for row in rmfx.report(form).rows] == [row.join for row in rows], name
