@@ -101,10 +101,9 @@ def by_timm(name: str, model: nn.Module) -> nn.Module | None:
 @torch.no_grad()
 def evaluate(name: str, runtimes: Sequence[str], settings: Settings) -> Outcome:
     """Merges one network, compares and times it."""
-    model = build(name)
     x = torch.randn(1, 3, 224, 224)
-    to_timm, to_trained = measure(name, model, x, runtimes, settings)
-    model, x = model.double(), x.double()
+    to_timm, to_trained = measure(name, build(name), x, runtimes, settings)
+    model, x = build(name).double(), x.double()  # anew: LeViT keeps what it computed in float32
     randomise_constants(model)  # layer scales, among others
     random_statistics(model, seed=0)
     merged, theirs = rmfx.merge_branches(model, x), by_timm(name, model)
