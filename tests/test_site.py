@@ -113,11 +113,6 @@ def test_what_adds_no_two_tensors_is_no_site() -> None:
 @pytest.mark.parametrize(
     ("forward", "options", "reason"),
     [
-        (
-            lambda m, x: x + m.one(x) * torch.softmax(m.a(x), 1),
-            {"one": conv(4, 1)},
-            "1 channel meets one of 4",
-        ),
         (lambda m, x: x + torch.softmax(m.a(x), 1), {}, "softmax"),
         (lambda m, x: m.a(x) + x.abs(), {}, "abs"),
         (lambda m, x: x + m.one(x), {"one": conv(4, 1)}, "broadcasts"),
