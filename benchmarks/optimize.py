@@ -42,6 +42,7 @@ class Outcome:
 
     Attributes:
         network: its name.
+        runtime: where it was to be fast.
         code: which version of the compiler it was.
         form: what was returned: "folded", "merged" or "converted".
         claimed: what `optimize` measured for it.
@@ -50,6 +51,7 @@ class Outcome:
     """
 
     network: str
+    runtime: str
     code: str
     form: str
     claimed: float
@@ -75,6 +77,7 @@ def evaluate(name: str, runtime: str, settings: Settings) -> Outcome:
         measured = ratio(before, after)
     return Outcome(
         network=name,
+        runtime=runtime,
         code=code_version(),
         form=chosen.form if chosen else "folded",
         claimed=chosen.ratio if chosen else 1.0,
@@ -90,6 +93,7 @@ def row_of(outcome: Outcome) -> dict[str, Any]:
     median, low, high = outcome.measured
     return {
         "network": outcome.network,
+        "runtime": outcome.runtime,
         "returned": outcome.form,
         "claimed": f"{outcome.claimed:.2f}",
         "time over folded": f"{median:.2f} ({low:.2f} to {high:.2f})",
@@ -103,21 +107,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 1 if a limit is exceeded."""
     made = parser(str(__doc__))
     made.add_argument("--fresh", action="store_true", help="do again what is done")
-    made.add_argument("--runtime", default="inductor", help="default: %(default)s")
+    made.add_argument("--runtimes", default="eager,inductor", help="default: %(default)s")
     made.add_argument("--rounds", type=int, default=15, help="of timing; default: %(default)s")
     options, names = choose_models(made, (*TIMM, *OWN, *OTHERS), arguments)
     settings = Settings(threads=options.threads, rounds=options.rounds)
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    done = {row["network"]: row for row in found.get("networks", [])}
-    machine = machine_of(settings, [options.runtime])
-    for name in each(names):
-        if options.fresh or done.get(name, {}).get("code") != code_version():
-            done[name] = asdict(evaluate(name, options.runtime, settings))
-            kept = {"machine": machine, "networks": list(done.values())}
-            write(RESULTS, json.dumps(kept, indent=1) + "\n")
-    outcomes = [Outcome(**done[name]) for name in names]
+    done = {(row["network"], row["runtime"]): row for row in found.get("networks", [])}
+    runtimes = options.runtimes.split(",")
+    machine = machine_of(settings, runtimes)
+    for runtime in runtimes:
+        for name in each(names):
+            known = done.get((name, runtime), {})
+            if options.fresh or known.get("code") != code_version():
+                done[name, runtime] = asdict(evaluate(name, runtime, settings))
+                kept = {"machine": machine, "networks": list(done.values())}
+                write(RESULTS, json.dumps(kept, indent=1) + "\n")
+    outcomes = [Outcome(**done[name, runtime]) for runtime in runtimes for name in names]
     rows = [row_of(outcome) for outcome in outcomes]
-    title = f"What rmfx.optimize returns, in {options.runtime}"
+    title = "What rmfx.optimize returns"
     write(RESULTS.with_suffix(".md"), markdown(title, "optimize.py", rows, machine))
     return show(rows, limits_of(outcomes), as_json=options.json)
 
