@@ -106,13 +106,11 @@ def _write(gm: fx.GraphModule, node: fx.Node) -> _Write | None:
     if node.target is not aten.copy_.default or node.users or len(sides) != 1:
         return None
     value = _constant(gm, node.args[1]) if node.args[0] is nodes[-1] else None
-    channels = nodes[0].meta.get("shape", (None, None))[1]
-    if value is None or channels is None:
+    whole = nodes[0].meta.get("shape")
+    if value is None or whole is None:
         return None
-    shape = tuple(value.shape)
-    while shape[:1] == (1,) and len(shape) > 1:
-        shape = shape[1:]
-    if shape[0] != channels or math.prod(shape) != channels:
+    spread = (1,) * (len(whole) - value.dim()) + tuple(value.shape)
+    if spread != (1, whole[1], *(1 for _ in whole[2:])):  # one number for each channel
         return None
     return _Write((*nodes, node), sides[0], value.reshape(-1))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import chain, conv, conv_bn, image, ready, shapes, types
+from builders import Residual, chain, conv, conv_bn, image, ready, shapes, types
 from torch import Tensor, nn
 
 import rmfx
@@ -99,6 +99,25 @@ def test_other_borders_stay_as_they_are(value: Any, sides: str) -> None:
     gm = rmfx.merge_branches(model, image())
     assert_equivalent(model, gm, image())
     assert len(shapes(gm)) > 1
+
+
+class AlongTheRow(Filled):
+    """As many numbers as channels, but one for each column."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.pad(self.bn(self.point(x)), [1] * 4)
+        for index in (slice(0, 1), slice(-1, None)):
+            y[:, :, index, :] = self.value(self.bn)
+            y[:, :, :, index] = self.value(self.bn).view(-1, 1)
+        return self.last(y)  # type: ignore[no-any-return]
+
+
+def test_numbers_along_a_row_are_not_those_of_channels() -> None:
+    model = ready(Residual(AlongTheRow(conv(6, 4, padding=0), of_zero)))
+    x = image(2, 4, 4, 4)  # six by six once it is padded, as there are channels
+    gm = rmfx.merge_branches(model, x)
+    assert_equivalent(model, gm, x)
+    assert rmfx.report(gm).refused == 1
 
 
 class ReadBefore(Filled):
