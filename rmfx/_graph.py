@@ -24,7 +24,7 @@ from ._activation import Blockwise
 from ._affine import AffineConv, is_finite
 from ._dialect import attribute, has_hooks, must_stay
 from ._errors import Refusal, RmfxError, WeightError
-from ._infer import Inference
+from ._infer import Inference, succeed
 from ._input_guard import (
     InputGuard,
     SizeCondition,
@@ -248,9 +248,9 @@ class Net:
         first.args, first.kwargs = (source,), {}
         self.virtual[str(first.target)] = layer
         first.meta = {**like, **shape}
-        self.values.pop(first, None)
-        if second in self.values:
-            self.values[first] = self.values.pop(second)
+        for known in (self._inference, self.sizes):
+            known.succeed(first, second)
+        succeed(self.values, first, second)
 
     def _weights(self, node: fx.Node) -> int:
         made, module = self.replacement(node), self.module(node)

@@ -52,6 +52,13 @@ def on_demand(node: fx.Node, known: dict[fx.Node, T], compute: Callable[[fx.Node
     return known[node]
 
 
+def succeed(known: dict[fx.Node, T], node: fx.Node, other: fx.Node) -> None:
+    """Let what is known of a node be what is known of another one, or nothing."""
+    known.pop(node, None)
+    if other in known:
+        known[node] = known.pop(other)
+
+
 @dataclass(frozen=True)
 class Facts:
     """What the layers tell of a value: number of dimensions and channels, None if unknown.
@@ -70,6 +77,10 @@ class Inference:
     def __init__(self, net: Net) -> None:
         self._net = net
         self._known: dict[fx.Node, Facts] = {}
+
+    def succeed(self, node: fx.Node, other: fx.Node) -> None:
+        """Take note that a node holds another one's value from now on."""
+        succeed(self._known, node, other)
 
     def rank(self, node: fx.Node) -> int | None:
         """Number of dimensions of a node's value, None if unknown."""

@@ -19,7 +19,7 @@ from torch import fx, nn
 from ._affine import AffineConv, Ints
 from ._dialect import AVERAGE_POOLS, each
 from ._errors import Refusal
-from ._infer import on_demand
+from ._infer import on_demand, succeed
 from ._input_guard import SizeCondition
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ class Sizes:
     def law(self, node: fx.Node) -> SizeLaw | None:
         """The size law of a value, None if it is not known."""
         return on_demand(node, self._known, self._compute)
+
+    def succeed(self, node: fx.Node, other: fx.Node) -> None:
+        """Take note that a node holds another one's value from now on."""
+        succeed(self._known, node, other)
 
     def _compute(self, node: fx.Node) -> SizeLaw | None:
         from ._layers import is_tensor_node

@@ -14,9 +14,10 @@ from torch.nn.utils import parametrizations, parametrize
 
 import rmfx
 from rmfx._activation import Activation, Block, Blockwise
-from rmfx._affine import AffineConv
+from rmfx._affine import AffineConv, compose
 from rmfx._errors import Refusal, WeightError
 from rmfx._graph import Net, Virtual, check_weight, positions
+from rmfx._layers import read_affine
 
 CPU = torch.device("cpu")
 F64 = torch.float64
@@ -301,3 +302,18 @@ def test_a_refusal_blames_the_nodes_it_names_first() -> None:
     assert str(Refusal("why").at("a", "b")) == "a, b: why"
     assert str(Refusal("why", ("c",)).at("a")) == "c: why"
     assert str(Refusal("why")) == "why"
+
+
+def test_a_merged_layer_has_the_channels_of_its_last() -> None:
+    """Known without shapes, they decide what a slice of its value is."""
+    model = chain(conv(4, 3, 1), conv(3, 5, 1))
+    net = net_of(model)
+    first, second = (node for node in net.graph.nodes if node.op == "call_module")
+    assert (net.channels(first, 2), net.channels(second, 2)) == (3, 5)
+    layers = read_affine(net, first), read_affine(net, second)
+    assert isinstance(layers[0], AffineConv)
+    assert isinstance(layers[1], AffineConv)
+    merged = compose(layers[1], layers[0])
+    assert isinstance(merged, AffineConv)
+    net.merge(first, second, virtual(merged))
+    assert net.channels(first, 2) == 5
