@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import rmfx
-from rmfx.latency import Settings, compare_speed, machine_of, summary_of
+from rmfx.latency import Settings, compare_speed, machine_of, ratio_of
 from rmfx.testing import assert_equivalent, random_statistics
 
 TIMM = (
@@ -152,15 +152,10 @@ def measure(
     to_timm, to_trained = {}, {}
     for runtime in runtimes:
         trained, own, *rest = compare_speed(forms, (x,), runtime, settings)
-        to_trained[runtime] = ratio(trained, own)
+        to_trained[runtime] = ratio_of(trained, own)
         if rest:
-            to_timm[runtime] = ratio(rest[0], own)
+            to_timm[runtime] = ratio_of(rest[0], own)
     return to_timm, to_trained
-
-
-def ratio(before: Sequence[float], after: Sequence[float]) -> Ratio:
-    """Median and quartiles of the ratios of single rounds."""
-    return summary_of([b / a for a, b in zip(before, after, strict=True)])
 
 
 def row_of(outcome: Outcome) -> dict[str, Any]:

@@ -22,10 +22,10 @@ import torch
 from _branch_blocks import OWN
 from _common import Limit, choose_models, each, parser, show
 from _records import code_version, write
-from branches import TIMM, Ratio, build, markdown, ratio
+from branches import TIMM, Ratio, build, markdown
 
 import rmfx
-from rmfx.latency import Settings, compare_speed, machine_of
+from rmfx.latency import Settings, compare_speed, machine_of, ratio_of
 
 OTHERS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv2_100", "mobilenetv3_small_100"),
@@ -74,7 +74,7 @@ def evaluate(name: str, runtime: str, settings: Settings) -> Outcome:
     if chosen is not None and chosen.form != "folded":
         folded = rmfx.fold_batch_norm(rmfx.remove_noops(model, x), x)
         before, after = compare_speed([folded, fast], (x,), runtime, settings)
-        measured = ratio(before, after)
+        measured = ratio_of(before, after)
     return Outcome(
         network=name,
         runtime=runtime,

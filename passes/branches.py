@@ -37,7 +37,7 @@ from rmfx._state import undisturbed
 from rmfx.frontend import trace
 
 from .batch_norm import fold
-from .linear import LinearRule
+from .linear import LinearRule, affine_at
 from .noop import NoopRule
 from .residual import ResidualRule, check_strict, finish, joins_of
 
@@ -82,13 +82,13 @@ class ConcatenationRule:
         fork = max(shared)
         branches = [path[: path.index(fork)][::-1] for path in paths]
         nodes = sorted({n for branch in branches for n in branch})
-        kinds, dims = weight_types(net, nodes), {_affine(net, n).dims for n in nodes}
+        kinds, dims = weight_types(net, nodes), {affine_at(net, n).dims for n in nodes}
         if len(kinds) != 1 or len(dims) != 1:
             return None
         layer = _stacked(net, node, fork, branches, dims.pop())
         if isinstance(layer, Refusal):
             return layer
-        before = sum(_affine(net, n).weight.numel() for n in nodes)
+        before = sum(affine_at(net, n).weight.numel() for n in nodes)
         if layer.weight.numel() > before:
             return Refusal("one layer would cost more multiply-adds", by_choice=True)
         return Stack(fork, nodes, Virtual(layer, *kinds.pop()))
@@ -122,13 +122,6 @@ def _linear_path(net: Net, node: fx.Node, reader: fx.Node) -> list[fx.Node]:
         path.append(before)
 
 
-def _affine(net: Net, node: fx.Node) -> AffineConv:
-    layer = read_affine(net, node)
-    if isinstance(layer, Refusal):
-        raise TypeError(f"{node.name} is not linear: {layer}")
-    return layer
-
-
 def _stacked(
     net: Net, node: fx.Node, fork: fx.Node, branches: list[list[fx.Node]], dims: int
 ) -> AffineConv | Refusal:
@@ -141,7 +134,7 @@ def _stacked(
     layers = []
     for branch in branches:
         identity = AffineConv.identity(channels, dims)
-        layer = compose_chain([_affine(net, n) for n in branch] or [identity])
+        layer = compose_chain([affine_at(net, n) for n in branch] or [identity])
         if isinstance(layer, Refusal):
             return layer.at(*(n.name for n in branch))
         layers.append(layer)

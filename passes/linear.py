@@ -70,7 +70,7 @@ class LinearRule:
             return None
         if len(weight_types(net, nodes)) != 1:
             return None
-        segments, refusal = self._cheapest([_affine(net, n) for n in nodes])
+        segments, refusal = self._cheapest([affine_at(net, n) for n in nodes])
         if len(segments) == len(nodes):
             return refusal.at(*(n.name for n in nodes)) if refusal else None
         if callable(self._policy) and not self._policy(_row(net, nodes, segments)):
@@ -128,7 +128,8 @@ class LinearRule:
         return (1.0, work, size) if self._policy == "all" else (work, 1.0, size)
 
 
-def _affine(net: Net, node: fx.Node) -> AffineConv:
+def affine_at(net: Net, node: fx.Node) -> AffineConv:
+    """A node that is known to be linear, as a layer."""
     layer = read_affine(net, node)
     if isinstance(layer, Refusal):
         raise TypeError(f"{node.name} is not linear: {layer}")

@@ -176,14 +176,11 @@ def merge(site: Site) -> Plan | Refusal:
             return Refusal("a branch is not linear", (name,))
         if step.tapped:
             return Refusal("a value inside a branch is read elsewhere too", (name,))
-    identity = AffineConv.identity(site.channels, site.dims)
-    layers = []
-    for branch in site.branches:
-        layer = compose_chain([_affine(step) for step in branch] or [identity])
-        if isinstance(layer, Refusal):
-            return layer.at(*(n.name for step in branch for n in step.nodes))
-        layers.append(layer)
-    main, other = layers
+    main, other = (_as_one(site, branch) for branch in site.branches)
+    if isinstance(main, Refusal):
+        return main
+    if isinstance(other, Refusal):
+        return other
     other = _fitted(site, [main], other)
     steps = tuple(itertools.chain(*site.branches))
     columns = (Linear(main, other, steps=steps),)
@@ -191,6 +188,14 @@ def merge(site: Site) -> Plan | Refusal:
     if isinstance(work, Refusal):
         return work.at(site.join.name)
     return Plan(columns, work, layout="one layer")
+
+
+def _as_one(site: Site, branch: Chain) -> AffineConv | Refusal:
+    """A linear branch as one layer."""
+    identity = AffineConv.identity(site.channels, site.dims)
+    layer = compose_chain([_affine(step) for step in branch] or [identity])
+    nodes = (n.name for step in branch for n in step.nodes)
+    return layer.at(*nodes) if isinstance(layer, Refusal) else layer
 
 
 def _fitted(site: Site, linear: Sequence[AffineConv], shortcut: AffineConv) -> AffineConv:
@@ -206,10 +211,9 @@ def _fitted(site: Site, linear: Sequence[AffineConv], shortcut: AffineConv) -> A
 
 def _beside(site: Site, main: Chain, shortcut: Chain) -> list[Plan] | Refusal:
     """A shortcut that is one linear map, at each place where it fits beside the main branch."""
-    layers = [_affine(step) for step in shortcut]
-    single = compose_chain(layers or [AffineConv.identity(site.channels, site.dims)])
+    single = _as_one(site, shortcut)
     if isinstance(single, Refusal):
-        return single.at(*(n.name for step in shortcut for n in step.nodes))
+        return single
     main = _framed(site, main)
     linear, rigid = _geometry(site, main)
     single = _fitted(site, linear, single)

@@ -129,12 +129,12 @@ class Latency:
     @property
     def ratios(self) -> tuple[float, ...]:
         """Time of the converted form over that of the original, for each round."""
-        return tuple(b / a for a, b in zip(self.original, self.converted, strict=True))
+        return ratios_of(self.original, self.converted)
 
     @property
     def ratio(self) -> tuple[float, float, float]:
         """The median of the ratios, and their lower and upper quartile."""
-        return summary_of(self.ratios)
+        return ratio_of(self.original, self.converted)
 
     def to_dict(self) -> dict[str, Any]:
         """The attributes, and where there are times their summary under "ratio"."""
@@ -486,8 +486,14 @@ def compare_speed(
         raise LatencyError(f"{runtime}: {failure}") from failure
 
 
-def summary_of(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """Median, lower and upper quartile."""
+def ratios_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, ...]:
+    """after/before for each round."""
+    return tuple(b / a for a, b in zip(before, after, strict=True))
+
+
+def ratio_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """after/before: median, lower and upper quartile of the ratios of single rounds."""
+    ratios = ratios_of(before, after)
     if len(ratios) == 1:
         return (ratios[0],) * 3
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")

@@ -97,15 +97,14 @@ class MeasuredPolicy:
 
     def _measure(self, before: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Ratio:
         # These need the package to be there, which imports this file.
-        from .latency import Settings, compare_speed, summary_of
+        from .latency import Settings, compare_speed, ratio_of
         from .passes.noop import remove_noops
         from .passes.residual import remove_residuals
 
         # Both are made by a pass: what that puts around a network takes time itself.
         forms = [remove_noops(before, inputs), remove_residuals(before, inputs)]
         settings = Settings(runtimes=(self.runtime,), **self._options)
-        times = compare_speed(forms, inputs, self.runtime, settings)
-        return summary_of([b / a for a, b in zip(*times, strict=True)])
+        return ratio_of(*compare_speed(forms, inputs, self.runtime, settings))
 
 
 def cut_out(net: Net, site: Site) -> tuple[fx.GraphModule, tuple[Tensor, ...]] | None:

@@ -25,7 +25,7 @@ from ._rewrite import apply_rule
 from ._site import Site
 from ._state import undisturbed
 from .frontend import trace
-from .latency import Settings, compare_speed, summary_of
+from .latency import Settings, compare_speed, ratio_of
 from .passes.batch_norm import fold
 from .passes.branches import apply_to_joins, as_one_layer
 from .passes.linear import LinearRule
@@ -93,7 +93,7 @@ def optimize(
         seconds=seconds,
     )
     times = compare_speed(list(forms.values()), inputs, runtime, settings, step)
-    ratios = [summary_of([b / a for a, b in zip(times[0], own, strict=True)]) for own in times]
+    ratios = [ratio_of(times[0], own) for own in times]
     best, _ = min(zip(forms, ratios, strict=True), key=lambda form: form[1][0])
     timings = tuple(
         Timing(name, runtime, *ratio, chosen=name == best)
