@@ -34,7 +34,7 @@ from torch import Tensor, fx, nn
 
 from rmfx._activation import Interval
 from rmfx._affine import AffineConv
-from rmfx._graph import Net, copy_graph, with_channels
+from rmfx._graph import Net, copy_graph
 from rmfx._input_guard import guard_of, set_guard
 from rmfx._pinned import PinnedRanges
 from rmfx._range import check_range
@@ -245,7 +245,7 @@ def _cut(net: Net, region: Region, plan: Plan, ranges: PinnedRanges) -> None:
     maker = Inner(region.producer, region.block, region.layer.dims)
     for part in (maker, *region.inner):
         ranges.keep(part.node, of_channels(keep, part.block))
-        _note_channels(part, int(keep.sum()) * part.block)
+        net.resize(part.node, 1 if part.dims else -1, int(keep.sum()) * part.block)
 
 
 def _cut_leaf(
@@ -271,16 +271,6 @@ def _cut_inner(net: Net, part: Inner, keep: Tensor) -> None:
         put(net, part.node, cut_groups(part.layer, keep))
     elif part.layer is not None:
         put(net, part.node, cut_module(part.layer, of_channels(keep, part.block)))
-
-
-def _note_channels(part: Inner, channels: int) -> None:
-    """What tracing noted of a node's value holds no longer."""
-    meta = part.node.meta
-    for key in ("val", "example_value", "tensor_meta"):
-        meta.pop(key, None)
-    shape = meta.get("shape")
-    if shape is not None:
-        meta["shape"] = with_channels(shape, channels, part.dims)
 
 
 class Cleaner:

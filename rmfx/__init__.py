@@ -20,6 +20,7 @@ from .passes.branches import merge_branches
 from .passes.dead_channels import eliminate_dead_channels
 from .passes.linear import merge_convs
 from .passes.noop import remove_noops
+from .passes.pruning import PruningReport, prune_channels
 from .passes.residual import remove_residuals
 from .plain import is_plain, to_sequential
 from .report import Report, SiteReport, report
@@ -33,6 +34,7 @@ __all__ = [
     "MeasuredPolicy",
     "ModeError",
     "NotPlainError",
+    "PruningReport",
     "RefusedError",
     "Report",
     "RmfxError",
@@ -47,6 +49,7 @@ __all__ = [
     "merge_branches",
     "merge_convs",
     "optimize",
+    "prune_channels",
     "remove_noops",
     "remove_residuals",
     "report",

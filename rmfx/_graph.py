@@ -252,6 +252,16 @@ class Net:
             known.succeed(first, second)
         succeed(self.values, first, second)
 
+    def resize(self, node: fx.Node, axis: int, channels: int) -> None:
+        """Take note that a node's value has other channels now: what tracing noted is no more."""
+        for key in ("val", "example_value", "tensor_meta"):
+            node.meta.pop(key, None)
+        if "shape" in node.meta:
+            shape = list(node.meta["shape"])
+            shape[axis] = channels
+            node.meta["shape"] = tuple(shape)
+        self._inference.resize(node, channels)
+
     def _weights(self, node: fx.Node) -> int:
         made, module = self.replacement(node), self.module(node)
         if isinstance(made, Virtual):

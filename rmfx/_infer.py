@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -81,6 +81,12 @@ class Inference:
     def succeed(self, node: fx.Node, other: fx.Node) -> None:
         """Take note that a node holds another one's value from now on."""
         succeed(self._known, node, other)
+
+    def resize(self, node: fx.Node, channels: int) -> None:
+        """Take note that a node's value has another number of channels from now on."""
+        known = self._known.get(node)
+        if known is not None and known.channels is not None:
+            self._known[node] = replace(known, channels=channels)
 
     def rank(self, node: fx.Node) -> int | None:
         """Number of dimensions of a node's value, None if unknown."""

@@ -481,11 +481,25 @@ def _widths(columns: list[Column]) -> Iterator[Plan]:
     linear = [c for c in columns if isinstance(c, Linear)]
     groups = {1} | {c.main.block[0] for c in linear[1:-1] if c.main.block[0] == c.main.block[1]}
     for width in sorted(groups):
+        if width > 1 and not any(c.carry.out_channels % width for c in linear[:-1]):
+            continue  # nothing to pad
         padded = _padded(columns, width)
         work = work_of(padded)
         if not isinstance(work, Refusal):
-            layout = f", carry padded to groups of {width}" if width > 1 else ""
-            yield Plan(tuple(padded), work, layout=layout)
+            yield Plan(tuple(padded), work, layout=_layout(padded, width))
+
+
+def _layout(columns: Sequence[Column], width: int) -> str:
+    """How the carry stands beside the main block between the two ends."""
+    if width > 1:
+        return f", carry padded to groups of {width}"
+    inner = [c for c in columns if isinstance(c, Linear)][1:-1]
+    fits = {_groups_of(c) is not None for c in inner}
+    if not fits:
+        return ""
+    return (
+        ", carry partly grouped" if len(fits) == 2 else ", grouped" if True in fits else ", dense"
+    )
 
 
 def _padded(columns: list[Column], width: int) -> list[Column]:
@@ -549,9 +563,15 @@ def _size(column: Linear, *, first: bool, last: bool) -> int | Refusal:
         return sum(outs) * ins[0] * taps
     if last:
         return outs[0] * sum(ins) * taps
+    return sum(outs) * (_groups_of(column) or sum(ins)) * taps
+
+
+def _groups_of(column: Linear) -> int | None:
+    """Inputs of a group where main block and carry are one grouped layer; None if it is dense."""
+    pair = (column.main, column.carry)
     block = common_block([f.block for f in pair])
-    grouped = block and all(f.groups % (block[0] // f.block[0]) == 0 for f in pair)
-    return sum(outs) * (block[0] if block and grouped else sum(ins)) * taps
+    fits = block and all(f.groups % (block[0] // f.block[0]) == 0 for f in pair)
+    return block[0] if block and fits else None
 
 
 def build(columns: Sequence[Column]) -> list[Layer] | Refusal:

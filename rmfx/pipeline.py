@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,9 @@ def optimize(
     step: Callable[[str], object] = lambda text: None,
 ) -> fx.GraphModule:
     """Make a network faster without changing what it computes, or return it as fast as it was.
+
+    A form is returned if it was faster in three rounds of four, the fastest of them by the median;
+    else the original with its batch norm folded.
 
     Args:
         model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
@@ -94,12 +97,21 @@ def optimize(
     )
     times = compare_speed(list(forms.values()), inputs, runtime, settings, step)
     ratios = [ratio_of(times[0], own) for own in times]
-    best, _ = min(zip(forms, ratios, strict=True), key=lambda form: form[1][0])
+    best = _fastest(dict(zip(forms, ratios, strict=True)))
     timings = tuple(
         Timing(name, runtime, *ratio, chosen=name == best)
         for name, ratio in zip(forms, ratios, strict=True)
     )
     return _with_report(forms[best], Report(_rows(report(forms[best]), tried, timings), timings))
+
+
+def _fastest(ratios: Mapping[str, tuple[float, float, float]]) -> str:
+    """The form with the least median of those that were faster in three rounds of four.
+
+    With equal forms one would come out ahead half of the time; so it rarely does.
+    """
+    faster = {name: median for name, (median, _, high) in ratios.items() if high < 1}
+    return min(faster, key=lambda name: faster[name], default=next(iter(ratios)))
 
 
 def _rows(

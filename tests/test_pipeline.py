@@ -71,6 +71,18 @@ def test_what_is_not_faster_is_not_returned(pretend: Any) -> None:
     assert "1.02 times" in rmfx.report(fast).rows[0].reason
 
 
+@pytest.mark.parametrize(("slow_rounds", "best"), [(2, "merged"), (4, "folded")])
+def test_noise_is_not_taken_for_speed(
+    slow_rounds: int, best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The median is 0.9 in both cases.
+    rounds = (1.1,) * slow_rounds + (0.9,) * (11 - slow_rounds)
+    monkeypatch.setattr(pipeline, "compare_speed", lambda *_: [(1.0,) * 11, rounds])
+    fast = rmfx.optimize(network(), image())
+    (chosen,) = [timing for timing in rmfx.report(fast).timings if timing.chosen]
+    assert chosen.form == best
+
+
 def test_equal_forms_are_measured_once(pretend: Any) -> None:
     counts = pretend({"folded": 1.0, "merged": 0.5, "converted": 0.5})
     rmfx.optimize(network(), image())  # a carry would cost more than it saves

@@ -729,6 +729,17 @@ def test_second_run_finds_nothing_and_the_model_is_unchanged(name: str) -> None:
     assert_equivalent(once, twice, image())
 
 
+@pytest.mark.parametrize(
+    ("channels", "inner", "layout"),
+    [(16, 4, "grouped"), (10, 4, "carry padded to groups of 4"), (6, 16, "dense")],
+)
+def test_the_report_tells_how_the_carry_passes(channels: int, inner: int, layout: str) -> None:
+    branch = chain(conv(channels, inner, 1), nn.ReLU(), conv(inner, inner), nn.ReLU())
+    model = ready(Residual(chain(branch, conv(inner, channels, 1))))
+    (row,) = rmfx.report(rmfx.remove_residuals(model, image(1, channels, 6, 6))).rows
+    assert row.layout.startswith(f"shortcut in layer 3 of 3, {layout} (")
+
+
 def test_result_shares_no_memory_with_the_model() -> None:
     model = ready(chain(conv(), nn.GroupNorm(2, 4), Residual(conv_branch())))
     converted = rmfx.remove_residuals(model, image())

@@ -1,0 +1,268 @@
+"""Channel pruning: filters that matter least go, until the network costs no more than asked for.
+
+Which filters go together is read off the graph (`rmfx._channels`): the filters of all layers whose
+outputs meet in an addition, a product or a gate go at once, and with them the numbers of batch norm
+and of per-channel activations, and the columns of every layer that reads them. A network without
+residual connections has no such ties, so each filter goes alone, those that carry as well.
+
+What a filter gave on average goes into the bias of the layers that read it (or into the running
+mean of the batch norm behind them). A channel that is zero goes without a trace; so does one that
+is constant, except next to borders where it was padded with zeros: `eliminate_dead_channels` is
+exact there, too.
+
+Forms handled: Conv1d/2d/3d, transposed convs, Linear; batch norm, PReLU, activations, pools,
+paddings; sums, products, selections, concatenations, slices, flattening; constants per channel.
+Filters stay that reach an output, layer or group norm, attention, a reshape, or a layer that is
+shared, hooked or parametrized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+
+from rmfx._allocation import ALLOCATIONS, Demand, allocate
+from rmfx._channels import Channels
+from rmfx._cutting import cut
+from rmfx._errors import OptionError, ShapeError
+from rmfx._graph import Net
+from rmfx._importance import (
+    BY_DATA,
+    IMPORTANCES,
+    Batches,
+    Custom,
+    Loss,
+    Moments,
+    activation,
+    by_layer,
+    by_weight,
+    taylor,
+)
+from rmfx._state import undisturbed
+from rmfx._widths import Widths, multiply_adds, parameters
+from rmfx.frontend import trace
+from rmfx.report import META_KEY, short
+
+METERS = {"macs": multiply_adds, "parameters": parameters}
+
+
+@dataclass(frozen=True)
+class FamilyReport:
+    """Filters that went one by one.
+
+    Attributes:
+        layers: paths of the layers that make them; more than one where their outputs meet.
+        before, after: how many there were and are.
+    """
+
+    layers: tuple[str, ...]
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What `prune_channels` did. `str()` gives a table, `to_dict` what JSON can hold.
+
+    Attributes:
+        families: one for each set of filters that can go one by one.
+        macs_before, macs_after: multiply-adds.
+        parameters_before, parameters_after: of linear layers and of what goes with channels.
+        importance, allocation: as asked for.
+    """
+
+    families: tuple[FamilyReport, ...]
+    macs_before: int
+    macs_after: int
+    parameters_before: int
+    parameters_after: int
+    importance: str
+    allocation: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [(", ".join(f.layers), f.before, f.after) for f in self.families]
+        table = tabulate(rows, ("layers", "filters", "left"), maxcolwidths=[60, None, None])
+        macs, size = (
+            f"{short(before)} -> {short(after)} {name} ({after / max(before, 1):.3f})"
+            for before, after, name in (
+                (self.macs_before, self.macs_after, "multiply-adds"),
+                (self.parameters_before, self.parameters_after, "parameters"),
+            )
+        )
+        return f"{table}\n{macs}, {size}"
+
+
+@undisturbed
+def prune_channels(
+    model: nn.Module | Any,
+    example_inputs: Any,
+    *,
+    target: float | None = None,
+    budget: float | None = None,
+    of: str = "macs",
+    data: Batches | None = None,
+    loss: Loss = F.cross_entropy,
+    importance: str | Custom = "taylor",
+    allocation: str = "uniform",
+    floor: float = 0.1,
+    multiple: int = 1,
+    protect: Sequence[str] = (),
+    responses: bool = True,
+    seed: int = 0,
+    step: Callable[[str], object] = lambda text: None,
+) -> tuple[fx.GraphModule, PruningReport]:
+    """Remove the filters that matter least, with everything that is tied to them.
+
+    Args:
+        model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed. Batch norm
+            stays batch norm, so that the result can be trained on.
+        example_inputs: a tensor or a tuple of arguments.
+        target: share of the cost to keep, in (0, 1]; or
+        budget: what the result may cost, in units of `of`.
+        of: "macs" (multiply-adds on the example inputs) or "parameters".
+        data: batches of (inputs, targets) that can be gone through twice, such as a list or a
+            `DataLoader`; for "taylor" and "activation", and for what channels are on average.
+        loss: called with the model's output and the targets.
+        importance: "taylor", "activation", "bn_scale", "l1", "l2", "geometric_median", "random"; or
+            a function of the traced graph that gives a number for each output channel of layers,
+            by their paths; what it does not name counts as 0.
+        allocation: "uniform", "global" or "search", see `rmfx._allocation`.
+        floor: share of each family of filters that stays in any case; at least one filter does.
+        multiple: to which the filters of a family are rounded up.
+        protect: patterns such as "layer4.*" of the paths of layers whose filters stay.
+        responses: put what channels are on average into the next bias; needs data.
+        seed: for importance="random".
+        step: called with a few words before each step.
+
+    Returns:
+        The smaller network and a report.
+
+    Raises:
+        OptionError: an option makes no sense, or the target cannot be reached.
+        ShapeError: there are no example inputs, or the model does not run on a batch.
+        RmfxError: the model cannot be traced or its weights cannot be used.
+
+    Example:
+        >>> import rmfx, torch
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)
+        ... ).eval()
+        >>> small, report = rmfx.prune_channels(
+        ...     model, torch.randn(1, 3, 8, 8), target=0.5, importance="l2"
+        ... )
+        >>> [m.out_channels for m in small.children() if isinstance(m, torch.nn.Conv2d)]
+        [4, 4]
+    """
+    _check(target, budget, of, importance, allocation, floor, multiple, data)
+    if example_inputs is None:
+        raise ShapeError("prune_channels needs example inputs: it follows channels by their shapes")
+    step("find which channels go together")
+    net = Net(trace(model, example_inputs))
+    net.sweep()
+    widths = Widths(net, Channels(net), protect)
+    moments = None
+    if data is not None and (responses or importance in BY_DATA):
+        moments = Moments(net, widths, data, step)
+    scores = _scores(net, widths, importance, data, loss, moments, seed, step)
+    step("choose filters")
+    meter, everything = METERS[of], torch.ones(len(widths.roots), dtype=torch.bool)
+    allowed = budget if budget is not None else (target or 1) * widths.cost(everything, meter)
+    keep = allocate(allocation, widths, scores, Demand(meter, allowed, multiple, floor))
+    name = importance if isinstance(importance, str) else "custom"
+    report = _report(widths, keep, name, allocation)
+    means = moments.means if moments is not None and responses else {}
+    return without(net, widths, keep, means), report
+
+
+def without(
+    net: Net, widths: Widths, keep: Tensor, means: Mapping[fx.Node, Tensor]
+) -> fx.GraphModule:
+    """A net without some of its labels; keep: (labels,) booleans."""
+    constants = cut(net, widths.channels, widths.roots[~keep], means)
+    gm = net.finish()
+    gm.meta.pop(META_KEY, None)  # it names nodes that have lost channels
+    for target, value in constants.items():
+        path, _, name = target.rpartition(".")
+        setattr(gm.get_submodule(path), name, value)
+    return gm
+
+
+def _scores(
+    net: Net,
+    widths: Widths,
+    importance: str | Custom,
+    data: Batches | None,
+    loss: Loss,
+    moments: Moments | None,
+    seed: int,
+    step: Callable[[str], object],
+) -> Tensor:
+    if not isinstance(importance, str):
+        return by_layer(widths, importance(net.source))
+    if importance == "random":
+        drawn = torch.rand(len(widths.roots), generator=torch.Generator().manual_seed(seed))
+        return drawn.to(torch.float64)
+    if moments is not None and data is not None and importance in BY_DATA:
+        if importance == "taylor":
+            return taylor(net, widths, data, loss, moments.means, step)
+        return activation(net, widths, moments)
+    return by_weight(net, widths, importance)
+
+
+def _check(
+    target: float | None,
+    budget: float | None,
+    of: str,
+    importance: str | Custom,
+    allocation: str,
+    floor: float,
+    multiple: int,
+    data: Batches | None,
+) -> None:
+    if (target is None) == (budget is None):
+        raise OptionError("give either target, a share of the cost, or budget, a number")
+    if target is not None and not 0 < target <= 1:
+        raise OptionError(f"target={target!r}: a share of the cost lies above 0 and not above 1")
+    if budget is not None and not budget > 0:
+        raise OptionError(f"budget={budget!r} must be positive")
+    for name, value, known in (
+        ("of", of, tuple(METERS)),
+        ("allocation", allocation, ALLOCATIONS),
+        ("importance", importance, IMPORTANCES),
+    ):
+        if isinstance(value, str) and value not in known:
+            raise OptionError(f"{name}={value!r}: choose from {', '.join(known)}")
+    if not isinstance(importance, str) and not callable(importance):
+        raise OptionError(f"importance={importance!r} is neither a name nor a function")
+    if not 0 <= floor <= 1 or multiple < 1:
+        raise OptionError("floor must lie between 0 and 1, multiple must be 1 or more")
+    if data is None and importance in BY_DATA:
+        raise OptionError(f"importance={importance!r} needs data; or choose importance='l2'")
+    if data is not None and iter(data) is data:
+        raise OptionError("data is an iterator, which can be gone through once; pass a list")
+
+
+def _report(widths: Widths, keep: Tensor, importance: str, allocation: str) -> PruningReport:
+    families = tuple(
+        FamilyReport(f.layers, len(f.members), int(keep[f.members].sum())) for f in widths.families
+    )
+    everything = torch.ones_like(keep)
+    return PruningReport(
+        families,
+        macs_before=round(widths.cost(everything, multiply_adds)),
+        macs_after=round(widths.cost(keep, multiply_adds)),
+        parameters_before=round(widths.cost(everything, parameters)),
+        parameters_after=round(widths.cost(keep, parameters)),
+        importance=importance,
+        allocation=allocation,
+    )

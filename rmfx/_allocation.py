@@ -1,0 +1,168 @@
+"""Which filters go: from how much each matters to a network that costs no more than the target.
+
+uniform  every family loses the same share, of each family what matters least
+global   whatever matters least for what it costs goes, wherever it is, but of each family a
+         share stays: a global order without such a floor starves the layers of a plain chain
+search   a few filters at a time, always where the loss of importance is least for what is
+         saved at the widths reached so far
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._errors import OptionError
+from ._widths import Family, Meter, Widths
+
+ALLOCATIONS = ("uniform", "global", "search")
+HALVINGS = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Demand:
+    """What is asked for.
+
+    Attributes:
+        meter: what a part costs.
+        budget: what the network may cost.
+        multiple: of which each family's filters should be one, where it had as many.
+        floor: the share of each family that stays.
+    """
+
+    meter: Meter
+    budget: float
+    multiple: int
+    floor: float
+
+    def kept(self, family: Family, wanted: float) -> int:
+        """Filters of a family that stay where a share is wanted."""
+        total = len(family.members)
+        least = max(1, math.ceil(self.floor * total))
+        count = max(least, round(wanted * total))
+        return min(total, -(-count // self.multiple) * self.multiple)
+
+
+def allocate(name: str, widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
+    """Labels to keep, (labels,) booleans.
+
+    Raises:
+        OptionError: the target cannot be reached.
+    """
+    _check_reachable(widths, scores, demand)
+    if widths.cost(_all(widths), demand.meter) <= demand.budget:
+        return _all(widths)
+    rules = {"uniform": _uniform, "global": _global, "search": _search}
+    return rules[name](widths, scores, demand)
+
+
+def _all(widths: Widths) -> Tensor:
+    return torch.ones(len(widths.roots), dtype=torch.bool)
+
+
+def _check_reachable(widths: Widths, scores: Tensor, demand: Demand) -> None:
+    least = widths.cost(
+        _best(widths, scores, {f: demand.kept(f, 0) for f in widths.families}), demand.meter
+    )
+    if least > demand.budget:
+        whole = widths.cost(_all(widths), demand.meter)
+        raise OptionError(
+            f"the target of {demand.budget / whole:.3f} cannot be reached: with the filters that "
+            f"must stay the network still costs {least / whole:.3f} of what it did; lower the "
+            "floor or the multiple, protect fewer layers, or ask for less"
+        )
+
+
+def _best(widths: Widths, scores: Tensor, counts: dict[Family, int]) -> Tensor:
+    """The most important filters of each family, and what else must stay so that none is empty."""
+    keep = torch.zeros(len(widths.roots), dtype=torch.bool)
+    for family, count in counts.items():
+        order = scores[family.members].argsort(descending=True, stable=True)
+        keep[family.members[order[:count]]] = True
+    return spare(widths, scores, keep)
+
+
+def spare(widths: Widths, scores: Tensor, keep: Tensor) -> Tensor:
+    """Let the best label stay wherever all would go that a layer or a slice has."""
+    for places in widths.together:
+        if not bool(keep[places].any()):
+            keep[places[scores[places].argmax()]] = True
+    return keep
+
+
+def _halved(widths: Widths, demand: Demand, form: Callable[[float], Tensor]) -> Tensor:
+    """The most that fits: form(0) is the smallest network, form(1) the whole one."""
+    low, high = 0.0, 1.0
+    found = form(low)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        keep = form(middle)
+        if widths.cost(keep, demand.meter) <= demand.budget:
+            low, found = middle, keep
+        else:
+            high = middle
+    return found
+
+
+def _uniform(widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
+    def form(share: float) -> Tensor:
+        return _best(widths, scores, {f: demand.kept(f, share) for f in widths.families})
+
+    return _halved(widths, demand, form)
+
+
+def _global(widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
+    worth = scores / _savings(widths, demand.meter).clamp(min=1e-30)
+    order = worth.argsort(stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+
+    def form(share: float) -> Tensor:
+        stays = rank >= round((1 - share) * len(order))
+        counts = {
+            f: demand.kept(f, float(stays[f.members].to(torch.float64).mean()))
+            for f in widths.families
+        }
+        return _best(widths, scores, counts)
+
+    return _halved(widths, demand, form)
+
+
+def _savings(widths: Widths, meter: Meter) -> Tensor:
+    """What each label's filters cost in the whole network: the same for a family."""
+    whole = widths.cost(_all(widths), meter)
+    found = torch.zeros(len(widths.roots), dtype=torch.float64)
+    for family in widths.families:
+        keep = _all(widths)
+        half = family.members[: max(1, len(family.members) // 2)]
+        keep[half] = False
+        found[family.members] = (whole - widths.cost(keep, meter)) / len(half)
+    return found
+
+
+def _search(widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
+    counts = {family: len(family.members) for family in widths.families}
+    orders = {f: scores[f.members].sort(descending=True).values for f in widths.families}
+    cost = widths.cost(_all(widths), demand.meter)
+    while cost > demand.budget:
+        best: tuple[float, float, Family, int] | None = None
+        for family, count in counts.items():
+            fewer = demand.kept(family, (count - max(1, count // 16)) / len(family.members))
+            if fewer >= count:
+                fewer = max(demand.kept(family, 0), count - demand.multiple)
+            if fewer >= count:
+                continue
+            keep = _best(widths, scores, {**counts, family: fewer})
+            saved = cost - widths.cost(keep, demand.meter)
+            lost = float(orders[family][fewer:count].sum())
+            if saved > 0 and (best is None or lost / saved < best[0]):
+                best = (lost / saved, cost - saved, family, fewer)
+        if best is None:
+            raise OptionError("no filter that may still go saves anything; lower the floor")
+        _, cost, family, fewer = best
+        counts[family] = fewer
+    return _best(widths, scores, counts)

@@ -1,0 +1,251 @@
+"""Carries out which channels go: every layer, table and slice of a net loses its part of them.
+
+What a channel that goes was on average can go into the bias of the layers that read it: there it
+is taken for a channel that always has this value, also where the layer pads.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ._affine import TRANSPOSED, AffineConv, direct_sum
+from ._channels import Channels, Cut, Layer, Table
+from ._dialect import BATCH_NORMS
+from ._errors import Refusal, RmfxError
+from ._graph import Net, Virtual
+from ._regions import cut_module
+
+PAD_ARGUMENTS = ("pad", "mode", "value")
+
+
+class Keep:
+    """Which labels stay.
+
+    Args:
+        channels: of a net.
+        gone: the roots of the labels that go.
+    """
+
+    def __init__(self, channels: Channels, gone: Tensor) -> None:
+        self._channels = channels
+        self._gone = gone
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Which of some labels stay, (labels,) booleans."""
+        return ~torch.isin(self._channels.roots(ids), self._gone)
+
+    def count(self, ids: Tensor) -> int:
+        return int(self(ids).sum())
+
+
+def cut(
+    net: Net, channels: Channels, gone: Tensor, responses: Mapping[fx.Node, Tensor]
+) -> dict[str, Tensor]:
+    """Cut channels out of a net.
+
+    Args:
+        net: to be changed.
+        channels: of the net.
+        gone: the roots of the labels that go; no layer may lose all.
+        responses: for linear layers, what each channel that they read is to count for when it goes,
+            (in_channels,); 0 where a layer is not named.
+
+    Returns:
+        The constants that have changed, by target.
+    """
+    keep = Keep(channels, gone)
+    for layer in channels.layers:
+        if layer.node in responses:
+            _compensate(net, layer, keep, responses[layer.node])
+    constants: dict[str, Tensor] = {}
+    for table in channels.tables:
+        _cut_table(net, table, keep(table.ids), constants)
+    for layer in channels.layers:
+        _cut_layer(net, layer, keep(layer.ins), keep(layer.outs))
+    for place in channels.cuts:
+        _cut_place(place, keep)
+    for node, value in channels.values.items():
+        kept = keep(value.ids)
+        if not bool(kept.all()):
+            net.resize(node, value.axis, int(kept.sum()))
+    return constants
+
+
+# ---- responses ----------------------------------------------------------------------------------
+
+
+def mixes(layer: Layer) -> Tensor:
+    """Which channels a layer mixes with others, so that they can go and it stays: (in,)."""
+    mixed = ~layer.carries
+    if int(mixed.sum()) > 1:  # such groups go as a whole
+        mixed = torch.zeros_like(mixed)
+    return mixed.repeat_interleave(layer.ins.numel() // mixed.numel())
+
+
+def _compensate(net: Net, layer: Layer, keep: Keep, response: Tensor) -> None:
+    """Put what channels that go are taken for into a bias."""
+    gone = ~keep(layer.ins) & mixes(layer)
+    if not bool(gone.any()):
+        return
+    module = _current(net, layer.node)
+    weight = module.weight.detach().to(torch.float64)
+    taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    groups, n_out = layer.carries.numel(), layer.outs.numel()
+    if isinstance(module, TRANSPOSED):
+        # A place sees one tap of each stride in turn: this is their mean.
+        taps = taps.T / math.prod(module.stride)
+    lost = torch.where(gone, response.to(torch.float64), 0.0).to(taps.device)
+    block = taps.reshape(groups, n_out // groups, -1)
+    shift = torch.einsum("goi,gi->go", block, lost.reshape(groups, -1)).flatten()
+    norm = norm_behind(net, layer.node)
+    if module.bias is None and norm is not None:
+        copied = _own(net, norm)
+        copied.running_mean = copied.running_mean - shift.to(copied.running_mean)
+        return
+    copied = _own(net, layer.node)
+    bias = shift.to(weight.device)
+    if module.bias is not None:
+        bias = bias + module.bias.detach().to(torch.float64)
+    trained = module.weight.requires_grad
+    copied.bias = nn.Parameter(bias.to(module.weight.dtype), requires_grad=trained)
+
+
+def norm_behind(net: Net, node: fx.Node) -> fx.Node | None:
+    """The batch norm that alone reads a layer's value."""
+    user = next(iter(node.users))
+    module: Any = net.module(user)
+    if len(node.users) > 1 or type(module) not in BATCH_NORMS or net.guard(user) is not None:
+        return None
+    if isinstance(net.module(node), nn.Linear) and net.rank(node) != 2:
+        return None  # it normalises dimension 1, which does not hold the features
+    return user if module.running_mean is not None else None
+
+
+# ---- what is cut --------------------------------------------------------------------------------
+
+
+def _current(net: Net, node: fx.Node) -> Any:
+    return net.replacement(node) or net.module(node)
+
+
+def _own(net: Net, node: fx.Node) -> Any:
+    """The module that a node calls, as a copy that may be changed."""
+    target = str(node.target)
+    if target not in net.virtual:
+        module = net.module(node)
+        if module is None:
+            raise RmfxError(f"{node.name} calls no module")
+        net.virtual[target] = copy.deepcopy(module)
+    return net.virtual[target]
+
+
+def _put(net: Net, node: fx.Node, layer: Virtual | nn.Module) -> None:
+    net.virtual[str(node.target)] = layer
+
+
+def _cut_table(net: Net, table: Table, keep: Tensor, constants: dict[str, Tensor]) -> None:
+    if bool(keep.all()):
+        return
+    if table.node.op == "get_attr":
+        value: Any = net.attribute(table.node)
+        rows = keep.nonzero().flatten().to(value.device)
+        constants[str(table.node.target)] = _like(
+            value.detach().index_select(table.axis, rows), value
+        )
+    else:
+        _put(net, table.node, cut_module(_current(net, table.node), keep))
+
+
+def _like(value: Tensor, model: Tensor) -> Tensor:
+    if isinstance(model, nn.Parameter):
+        return nn.Parameter(value, requires_grad=model.requires_grad)
+    return value
+
+
+def _cut_layer(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
+    if bool(ins.all()) and bool(outs.all()):
+        return
+    if bool(layer.carries.any()):
+        _cut_carrying(net, layer, ins, outs)
+        return
+    module = _own(net, layer.node)
+    groups = layer.carries.numel()
+    rows, columns = (ins, outs) if isinstance(module, TRANSPOSED) else (outs, ins)
+    weight = module.weight.detach()[rows.to(module.weight.device)]
+    if groups == 1:
+        weight = weight[:, columns.to(weight.device)]
+    module.weight = _like(weight.clone(), module.weight)
+    if module.bias is not None:
+        module.bias = _like(module.bias.detach()[outs.to(module.bias.device)], module.bias)
+    if isinstance(module, nn.Linear):
+        module.in_features, module.out_features = int(ins.sum()), int(outs.sum())
+    else:
+        module.in_channels, module.out_channels = int(ins.sum()), int(outs.sum())
+        module.groups = int(ins.reshape(groups, -1).any(1).sum())
+
+
+def _cut_carrying(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
+    """A grouped convolution of which some groups work channel by channel."""
+    module = _current(net, layer.node)
+    whole = AffineConv.from_conv(module)
+    if isinstance(whole, Refusal):
+        raise RmfxError(f"{layer.node.name}: {whole.reason}")
+    parts: list[AffineConv] = []
+    for carry, run in groupby(range(layer.carries.numel()), lambda i: bool(layer.carries[i])):
+        places = list(run)
+        parts += _cut_run(whole, carry, slice(places[0], places[-1] + 1), ins, outs)
+    made = direct_sum(*parts)
+    if isinstance(made, Refusal):
+        raise RmfxError(f"{layer.node.name}: {made.reason}")
+    _put(net, layer.node, Virtual(made, module.weight.dtype, module.weight.device))
+
+
+def _cut_run(
+    whole: AffineConv, carry: bool, run: slice, ins: Tensor, outs: Tensor
+) -> list[AffineConv]:
+    """Some groups in a row, all carries or none, as a layer of their own."""
+    n_in, n_out = whole.block
+    columns = torch.arange(whole.in_channels)[run.start * n_in : run.stop * n_in]
+    rows = torch.arange(whole.out_channels)[run.start * n_out : run.stop * n_out]
+    keep, left = outs[rows], ins[columns]
+    if not bool(keep.any()):
+        return []
+    weight, bias = whole.weight[rows], whole.bias[rows]
+    count = run.stop - run.start
+    if carry:
+        weight = weight[torch.arange(len(rows)), torch.arange(len(rows)) % n_in].unsqueeze(1)
+        count = int(keep.sum())
+    elif count > 1:
+        count = int(keep.reshape(count, -1).any(1).sum())
+    else:
+        weight = weight[:, left]
+    return [replace(whole, weight=weight[keep], bias=bias[keep], groups=count)]
+
+
+def _cut_place(place: Cut, keep: Keep) -> None:
+    """Let a node that names places of channels name those that they have now."""
+    counts = [keep.count(part) for part in place.parts]
+    node = place.node
+    if place.adds:
+        given: dict[str, Any] = dict(zip(PAD_ARGUMENTS, node.args[1:], strict=False)) | node.kwargs
+        amounts = list(given["pad"])
+        rank = len(node.meta["shape"])
+        at = 2 * (rank - 1 - place.axis)
+        amounts[at : at + 2] = counts
+        node.args, node.kwargs = (node.args[0],), {**given, "pad": amounts}
+        return
+    index: Any = node.args[1]
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if ... in parts:
+        i = parts.index(...)
+        parts[i : i + 1] = [slice(None)] * (len(node.meta["shape"]) - len(parts) + 1)
+    parts[place.axis] = slice(counts[0], counts[0] + counts[1])
+    node.args = (node.args[0], tuple(parts))

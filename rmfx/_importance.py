@@ -1,0 +1,272 @@
+"""How much each filter matters: one number for every label that may go.
+
+taylor            mean over samples of |sum over positions of (a - mean a)·dL/da|, where the
+                  channel a is read (Molchanov et al., 2019, with the mean taken out, since the
+                  mean can go into the next bias)
+activation        standard deviation of the channel where it is read, times the norm of the
+                  weights that read it
+bn_scale          |γ| of the batch norm behind each layer (network slimming, Liu et al., 2017)
+l1, l2            norm of each filter with its batch norm folded (Li et al., 2017)
+geometric_median  distance of each filter to the others of its layer (He et al., 2019)
+random            the control
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ._affine import TRANSPOSED
+from ._channels import Layer
+from ._cutting import mixes, norm_behind
+from ._errors import OptionError, ShapeError
+from ._graph import Net
+from ._widths import Widths
+
+BY_DATA = ("taylor", "activation")
+BY_WEIGHT = ("bn_scale", "l1", "l2", "geometric_median")
+IMPORTANCES = (*BY_DATA, *BY_WEIGHT, "random")
+Loss = Callable[[Any, Any], Tensor]
+Custom = Callable[[fx.GraphModule], Mapping[str, Tensor]]
+Batches = Iterable[tuple[Any, Any]]
+
+
+class Readers(fx.Interpreter):
+    """Runs a net and looks at what its linear layers read.
+
+    Args:
+        net: none of whose layers is virtual.
+        layers: to look at.
+        look: called with each layer and its input; what it gives is read instead.
+    """
+
+    def __init__(
+        self, net: Net, layers: Iterable[Layer], look: Callable[[Layer, Tensor], Tensor]
+    ) -> None:
+        super().__init__(net.source, graph=net.graph)
+        self._layers = {layer.node: layer for layer in layers}
+        self._look = look
+
+    def run_node(self, n: fx.Node) -> Any:
+        layer = self._layers.get(n)
+        if layer is None:
+            return super().run_node(n)
+        source = n.all_input_nodes[0]
+        value = self.env[source]
+        self.env[source] = self._look(layer, value)
+        try:
+            return super().run_node(n)
+        finally:
+            self.env[source] = value
+
+
+def readers_of(widths: Widths) -> list[Layer]:
+    """The layers that mix channels which may go with others."""
+    end = len(widths.roots)
+    return [
+        layer
+        for layer in widths.channels.layers
+        if bool((mixes(layer) & (widths.places(layer.ins) < end)).any())
+    ]
+
+
+def _by_channel(layer: Layer, value: Tensor) -> Tensor:
+    """A value as (batch, channels, positions)."""
+    axis = value.dim() - 1 if isinstance(layer.module, nn.Linear) else 1
+    return value.movedim(axis, 1).flatten(2) if value.dim() > 2 else value.unsqueeze(2)
+
+
+class Moments:
+    """Mean and variance of every channel that a reader reads, over batches.
+
+    Args:
+        net: the net.
+        widths: what may go.
+        data: batches of (inputs, anything).
+        step: called with a few words before each batch.
+    """
+
+    def __init__(
+        self, net: Net, widths: Widths, data: Batches, step: Callable[[str], object]
+    ) -> None:
+        self.counts: dict[fx.Node, int] = {}
+        self.means: dict[fx.Node, Tensor] = {}
+        self._squares: dict[fx.Node, Tensor] = {}
+        runner = Readers(net, readers_of(widths), self._add)
+        with torch.no_grad():
+            for i, (inputs, _) in enumerate(data):
+                step(f"responses, batch {i + 1}")
+                _run(runner, inputs)
+        if not self.counts and readers_of(widths):
+            raise OptionError("data holds no batches")
+
+    def _add(self, layer: Layer, value: Tensor) -> Tensor:
+        """Chan's rule for the mean and the sum of squares of two sets together."""
+        x = _by_channel(layer, value.detach()).to(torch.float64)
+        count, mean = x.shape[0] * x.shape[2], x.mean((0, 2))
+        squares = (x - mean.reshape(1, -1, 1)).square().sum((0, 2))
+        node, seen = layer.node, self.counts.get(layer.node, 0)
+        if seen:
+            delta, total = mean - self.means[node], seen + count
+            mean = self.means[node] + delta * (count / total)
+            squares = self._squares[node] + squares + delta.square() * (seen * count / total)
+        self.counts[node], self.means[node], self._squares[node] = seen + count, mean, squares
+        return value
+
+    def deviation(self, node: fx.Node) -> Tensor:
+        """Standard deviation of each channel."""
+        return (self._squares[node] / self.counts[node]).sqrt()
+
+
+def _run(runner: Readers, inputs: Any) -> Any:
+    given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    try:
+        return runner.run(*given)
+    # The net runs the model's own operations, which may raise anything.
+    except Exception as error:
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in given]
+        raise ShapeError(f"the model does not run on a batch of data {shapes}: {error}") from error
+
+
+# ---- by data ------------------------------------------------------------------------------------
+
+
+def taylor(
+    net: Net,
+    widths: Widths,
+    data: Batches,
+    loss: Loss,
+    means: Mapping[fx.Node, Tensor],
+    step: Callable[[str], object],
+) -> Tensor:
+    """First-order change of the loss, per sample, if a channel were its mean: (labels,)."""
+    found = torch.zeros(len(widths.roots) + 1, dtype=torch.float64)
+    taken: list[tuple[Layer, Tensor, Tensor]] = []
+
+    def look(layer: Layer, value: Tensor) -> Tensor:
+        probe = torch.zeros_like(value, requires_grad=True)
+        taken.append((layer, value.detach(), probe))
+        return value + probe
+
+    runner, samples = Readers(net, readers_of(widths), look), 0
+    with torch.enable_grad():
+        for i, (inputs, target) in enumerate(data):
+            step(f"importance, batch {i + 1}")
+            taken.clear()
+            value = loss(_run(runner, inputs), target)
+            slopes = torch.autograd.grad(value, [probe for *_, probe in taken])
+            change, count = _changes(widths, taken, slopes, means)
+            found += change.abs().sum(0)
+            samples += count
+    return found[:-1] / samples
+
+
+def _changes(
+    widths: Widths,
+    taken: list[tuple[Layer, Tensor, Tensor]],
+    slopes: tuple[Tensor, ...],
+    means: Mapping[fx.Node, Tensor],
+) -> tuple[Tensor, int]:
+    """The change for each sample and label: (samples, labels + 1), and how many samples."""
+    change = torch.zeros(0)
+    for (layer, value, _), slope in zip(taken, slopes, strict=True):
+        x, g = _by_channel(layer, value), _by_channel(layer, slope)
+        mean = means[layer.node].to(x).reshape(1, -1, 1)
+        own = ((x - mean) * g).sum(2).to("cpu", torch.float64)
+        own[:, ~mixes(layer)] = 0
+        if not change.numel():
+            change = torch.zeros(len(own), len(widths.roots) + 1, dtype=torch.float64)
+        change.index_add_(1, widths.places(layer.ins), own)
+    return change, len(change)
+
+
+def activation(net: Net, widths: Widths, moments: Moments) -> Tensor:
+    """How much the readers would notice: (labels,)."""
+    found = torch.zeros(len(widths.roots) + 1, dtype=torch.float64)
+    for layer in readers_of(widths):
+        weight: Any = layer.module.weight
+        own = weight.detach().to("cpu", torch.float64)
+        n_out = layer.outs.numel() // layer.carries.numel()
+        if type(layer.module) not in TRANSPOSED:
+            own = own.reshape(layer.carries.numel(), n_out, -1, own[0, 0].numel())
+            norms = own.square().sum((1, 3)).flatten().sqrt()
+        else:
+            norms = own.flatten(1).square().sum(1).sqrt()  # transposed: inputs come first
+        effect = moments.deviation(layer.node).cpu() * norms * mixes(layer)
+        found.index_add_(0, widths.places(layer.ins), effect)
+    return found[:-1]
+
+
+# ---- by weights ---------------------------------------------------------------------------------
+
+
+def by_weight(net: Net, widths: Widths, name: str) -> Tensor:
+    """A number for each filter, summed over the layers that make a label: (labels,)."""
+    rules: dict[str, Callable[[Net, Layer], Tensor]] = {
+        "bn_scale": _scales,
+        "l1": lambda net, layer: _filters(net, layer).abs().sum(1),
+        "l2": lambda net, layer: _filters(net, layer).square().sum(1).sqrt(),
+        "geometric_median": lambda net, layer: _distances(_filters(net, layer)),
+    }
+    end = len(widths.roots)
+    makers = [f for f in widths.channels.layers if bool((widths.places(f.outs) < end).any())]
+    made = {str(layer.node.target): rules[name](net, layer) for layer in makers}
+    return by_layer(widths, made)
+
+
+def by_layer(widths: Widths, made: Mapping[str, Tensor]) -> Tensor:
+    """Numbers for the outputs of layers, as one number for each label.
+
+    Raises:
+        OptionError: a layer is not known, or has another number of outputs.
+    """
+    found = torch.zeros(len(widths.roots) + 1, dtype=torch.float64)
+    layers = {str(layer.node.target): layer for layer in widths.channels.layers}
+    for path, values in made.items():
+        outs = layers[path].outs if path in layers else None
+        if outs is None or values.shape != outs.shape:
+            wanted = "no such layer" if outs is None else f"it has {outs.numel()} outputs"
+            raise OptionError(f"importance of {path}: {tuple(values.shape)} numbers, but {wanted}")
+        if not bool(values.isfinite().all()):
+            raise OptionError(f"importance of {path}: NaN or Inf")
+        found.index_add_(0, widths.places(outs), values.detach().to("cpu", torch.float64))
+    return found[:-1]
+
+
+def _filters(net: Net, layer: Layer) -> Tensor:
+    """The filters of a layer with the batch norm behind it folded, (outputs, weights)."""
+    module: Any = layer.module
+    weight: Tensor = module.weight.detach().to("cpu", torch.float64)
+    if type(module) in TRANSPOSED:
+        groups = layer.carries.numel()  # transposed: (in, out of a group, ...)
+        own = weight.reshape(groups, -1, layer.outs.numel() // groups, *weight.shape[2:])
+        weight = own.transpose(1, 2).flatten(0, 1)
+    norm = norm_behind(net, layer.node)
+    rows = weight.flatten(1)
+    if norm is None:
+        return rows
+    statistics: Any = net.module(norm)
+    scale: Tensor = (statistics.running_var.to("cpu", torch.float64) + statistics.eps).rsqrt()
+    if statistics.weight is not None:
+        scale = scale * statistics.weight.detach().cpu()
+    return rows * scale.reshape(-1, 1)
+
+
+def _scales(net: Net, layer: Layer) -> Tensor:
+    norm = norm_behind(net, layer.node)
+    module: Any = None if norm is None else net.module(norm)
+    if module is None or module.weight is None:
+        raise OptionError(
+            f"{layer.node.target}: no batch norm with a scale reads it alone, so there is no "
+            "bn_scale; choose another importance, or call rmfx.insert_batch_norm first"
+        )
+    scale: Tensor = module.weight.detach().abs()
+    return scale
+
+
+def _distances(filters: Tensor) -> Tensor:
+    distances: Tensor = torch.cdist(filters, filters)
+    return distances.sum(1)

@@ -1,0 +1,424 @@
+"""Channel pruning: what goes together, that the numbers are right, and that targets are met.
+
+The oracle runs the network as it was, with every channel that goes replaced by its mean where a
+layer mixes it with others, in the padding as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import (
+    Apply,
+    Residual,
+    assert_same,
+    chain,
+    conv,
+    conv_bn,
+    image,
+    ready,
+    shapes,
+    snapshot,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+import rmfx
+from rmfx._affine import TRANSPOSED
+from rmfx._allocation import ALLOCATIONS, spare
+from rmfx._channels import Channels
+from rmfx._cutting import mixes
+from rmfx._graph import Net
+from rmfx._importance import IMPORTANCES, Moments, taylor
+from rmfx._widths import Widths, multiply_adds, parameters
+from rmfx.frontend import trace
+from rmfx.passes.pruning import without
+from rmfx.testing import NetworkSpec, residual_networks
+
+CONVS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+class Masked(fx.Interpreter):
+    """Runs a net with each channel that goes at its mean wherever a layer mixes it with others."""
+
+    def __init__(
+        self, net: Net, widths: Widths, keep: Tensor, means: Mapping[fx.Node, Tensor]
+    ) -> None:
+        super().__init__(net.source, graph=net.graph)
+        self._layers = {layer.node: layer for layer in widths.channels.layers}
+        self._widths, self._means = widths, means
+        self._kept = torch.cat((keep, keep.new_ones(1)))
+
+    def run_node(self, n: fx.Node) -> Any:
+        layer = self._layers.get(n)
+        if layer is None or n not in self._means:
+            return super().run_node(n)
+        gone = ~self._kept[self._widths.places(layer.ins)] & mixes(layer)
+        x, module = self.env[n.all_input_nodes[0]], layer.module
+        mean: Any = self._means[n].to(x)
+        if isinstance(module, nn.Linear):
+            return F.linear(torch.where(gone, mean, x), module.weight, module.bias)
+        own: Any = module
+        dims = x.dim() - 2
+        gone, mean = (t.reshape(-1, *[1] * dims) for t in (gone, mean))
+        if type(module) in TRANSPOSED:
+            return own(torch.where(gone, 0.0, x)) + response(own, torch.where(gone, mean, 0.0))
+        x = torch.where(gone, mean, F.pad(x, own._reversed_padding_repeated_twice))
+        return CONVS[dims - 1](x, own.weight, own.bias, own.stride, 0, own.dilation, own.groups)
+
+
+def response(layer: Any, constant: Tensor) -> Tensor:
+    """What a transposed conv gives for constant channels, on average away from the border."""
+    wide = constant.expand(1, -1, *[12] * (constant.dim() - 1))
+    inner = layer(wide) - layer(torch.zeros_like(wide))
+    for dim, step in enumerate(layer.stride, start=2):
+        inner = inner.narrow(dim, 4 * step, 4 * step)
+    return inner.mean(tuple(range(2, inner.dim())), keepdim=True)
+
+
+def prepared(model: nn.Module, *inputs: Tensor) -> tuple[Net, Widths]:
+    net = Net(trace(model, inputs))
+    net.sweep()
+    return net, Widths(net, Channels(net))
+
+
+def families(model: nn.Module, *inputs: Tensor) -> dict[tuple[str, ...], int]:
+    _, widths = prepared(model, *inputs)
+    return {family.layers: len(family.members) for family in widths.families}
+
+
+def assert_masks_hold(model: nn.Module, inputs: Sequence[Tensor], seed: int) -> int:
+    """Cut at random and compare; returns how many labels have gone."""
+    net, widths = prepared(model, *inputs)
+    if not len(widths.roots):
+        return 0
+    drawn = torch.rand(2, len(widths.roots), generator=torch.Generator().manual_seed(seed))
+    keep = spare(widths, drawn[1], drawn[0] > 0.4)
+    means = Moments(net, widths, [(tuple(inputs), None)], lambda text: None).means
+    with torch.no_grad():
+        expected = tree_leaves(Masked(net, widths, keep, means).run(*inputs))
+        found = tree_leaves(without(net, widths, keep, means)(*inputs))
+    for a, b in zip(expected, found, strict=True):
+        assert a.shape == b.shape
+        assert float((a - b).abs().max()) <= 1e-10 * float(a.abs().max()) + 1e-14
+    return int((~keep).sum())
+
+
+# ---- what goes together -------------------------------------------------------------------------
+
+
+def test_filters_that_meet_in_a_sum_go_together_and_those_of_a_plain_net_alone() -> None:
+    model = ready(chain(conv(3, 4), Residual(chain(conv(4, 8), nn.ReLU(), conv(8, 4))), conv(4, 2)))
+    x = image(1, 3, 8, 8)
+    found = families(model, x)
+    assert found == {("0", "1.branch.2"): 4, ("1.branch.0",): 8}
+    plain = rmfx.remove_residuals(model, x)
+    widths = families(plain, x)
+    assert all(len(layers) == 1 for layers in widths)
+    assert sum(widths.values()) == 4 + (8 + 4) + 4  # the carry's filters are filters like others
+
+
+def gated(m: Any, x: Any) -> Any:
+    y = m.start(x)
+    return m.end(y * torch.sigmoid(m.gate(y.mean((2, 3), keepdim=True))))
+
+
+def sliced(m: Any, x: Any) -> Any:
+    y = m.a(x)
+    return m.b(y[:, 2:5]) + m.c(y[:, :2])
+
+
+GATED = Apply(
+    gated,
+    start=conv(3, 6),
+    gate=chain(conv(6, 2, 1), nn.ReLU(), conv(2, 6, 1)),
+    end=conv(6, 2),
+)
+KINDS: dict[str, tuple[nn.Module, dict[tuple[str, ...], int]]] = {
+    "depthwise": (
+        chain(conv(3, 6), conv_bn(6, 6, groups=6), conv(6, 2)),
+        {("0", "1.0"): 6},
+    ),
+    "groups": (chain(conv(3, 8), conv(8, 12, groups=4), conv(12, 2)), {("0", "1"): 4}),
+    "gate": (GATED, {("start", "gate.2"): 6, ("gate.0",): 2}),
+    "flattened": (chain(conv(3, 4), nn.Flatten(), nn.Linear(4 * 64, 5)), {("0",): 4}),
+    "pooled": (
+        chain(conv(3, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)),
+        {("0",): 4},
+    ),
+    "concatenated": (
+        Apply(
+            lambda m, x: m.c(torch.cat((m.a(x), x, m.b(x)), 1)),
+            a=conv(3, 2),
+            b=conv(3, 5),
+            c=conv(10, 2),
+        ),
+        {("a",): 2, ("b",): 5},
+    ),
+    "sliced": (Apply(sliced, a=conv(3, 6), b=conv(3, 2), c=conv(2, 2)), {("a",): 6}),
+    "padded with channels": (
+        Apply(
+            lambda m, x: m.b(F.pad(m.a(x), (0, 0, 0, 0, 2, 1)) + m.c(x)),
+            a=conv(3, 3),
+            b=conv(6, 2),
+            c=conv(3, 6),
+        ),
+        {("c", "pad"): 3, ("a", "c"): 3},
+    ),
+    "layer norm": (
+        Apply(
+            lambda m, x: m.b(m.n(m.a(x).movedim(1, -1)).movedim(-1, 1)),
+            a=conv(3, 4),
+            b=conv(4, 2),
+            n=nn.LayerNorm(4),
+        ),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_families(name: str) -> None:
+    model, expected = KINDS[name]
+    model = ready(model)
+    assert families(model, image(1, 3, 8, 8)) == expected
+    if expected:
+        assert assert_masks_hold(model, (image(2, 3, 8, 8),), 3) > 0
+
+
+@pytest.mark.parametrize("layout", [(16, 4), (10, 4), (6, 16)])
+@pytest.mark.parametrize("seed", range(3))
+def test_carries_of_grouped_layers_go_one_by_one(layout: tuple[int, int], seed: int) -> None:
+    n, inner = layout
+    block = Residual(
+        chain(conv(n, inner, 1), nn.ReLU(), conv(inner, inner), nn.ReLU(), conv(inner, n, 1))
+    )
+    model = ready(chain(conv(3, n), block, nn.ReLU(), conv(n, 2)))
+    plain = rmfx.remove_residuals(model, image(1, 3, 6, 6)).double()
+    assert assert_masks_hold(plain, (image(2, 3, 6, 6),), seed) > 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(spec=residual_networks(), seed=st.integers(0, 99))
+def test_random_masks_are_means_in_place_of_channels(spec: NetworkSpec, seed: int) -> None:
+    assert_masks_hold(spec.build(seed=0).double(), spec.inputs(seed=0), seed)
+
+
+# ---- the verb -----------------------------------------------------------------------------------
+
+
+def small_net() -> nn.Module:
+    """A stem, two residual blocks and a classifier."""
+    blocks = [Residual(chain(conv_bn(8, 16), nn.ReLU(), conv_bn(16, 8))) for _ in range(2)]
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    return ready(chain(conv_bn(3, 8), nn.ReLU(), *blocks, *head))
+
+
+def batches(count: int = 2) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    draw = [torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64) for _ in range(count)]
+    return [(x, torch.arange(6) % 5) for x in draw]
+
+
+def pruned(model: nn.Module, **options: Any) -> tuple[fx.GraphModule, rmfx.PruningReport]:
+    before = snapshot(model)
+    result = rmfx.prune_channels(model, image(1, 3, 8, 8), **options)
+    assert_same(before, snapshot(model))
+    return result
+
+
+@pytest.mark.parametrize("of", ["macs", "parameters"])
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_targets_are_met_and_no_layer_is_empty(allocation: str, of: str) -> None:
+    model, x = small_net(), image(1, 3, 8, 8)
+    for target in (0.9, 0.5, 0.15):
+        small, report = pruned(
+            model, target=target, of=of, allocation=allocation, importance="l2", floor=0.0
+        )
+        cost = rmfx.cost.count(small, x)
+        assert cost.macs == report.macs_after
+        share = {
+            "macs": cost.macs / report.macs_before,
+            "parameters": report.parameters_after / report.parameters_before,
+        }
+        assert target - 0.15 <= share[of] <= target
+        assert min(min(shape[:2]) for shape in shapes(small)) >= 1
+        assert small(image(3, 3, 8, 8)).shape == (3, 5)
+
+
+def test_parameters_are_counted_as_they_are() -> None:
+    net, widths = prepared(small_net(), image(1, 3, 8, 8))
+    everything = torch.ones(len(widths.roots), dtype=torch.bool)
+    assert widths.cost(everything, parameters) == sum(p.numel() for p in net.source.parameters())
+    cost = rmfx.cost.count(net.source, image(1, 3, 8, 8))
+    assert widths.cost(everything, multiply_adds) == cost.macs
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_channels_that_do_nothing_go_first(importance: str) -> None:
+    model = small_net()
+    dead = (1, 4, 6, 7, 9, 12, 13, 15)
+    with torch.no_grad():
+        for block in (2, 3):
+            norm: Any = model[block].branch[0][1]  # type: ignore[index]
+            norm.weight[list(dead)] = 0
+            norm.bias[list(dead)] = 0
+    small, report = pruned(
+        model, target=0.55, importance=importance, data=batches(), protect=("0.*", "*.branch.2.0")
+    )
+    assert [f.after for f in report.families] == [8, 8]
+    if importance == "random":
+        return
+    x = image(4, 3, 8, 8)
+    torch.testing.assert_close(small(x), model(x), atol=1e-12, rtol=1e-12)
+
+
+def test_a_constant_channel_leaves_its_number_in_the_next_bias() -> None:
+    model = ready(chain(conv_bn(3, 6), nn.Tanh(), conv(6, 4, padding=0), nn.ReLU(), conv(4, 2)))
+    with torch.no_grad():
+        model[0][0].weight[2:5] = 0  # type: ignore[index]
+    x = image(4, 3, 8, 8)
+    small, _ = pruned(
+        model,
+        target=0.6,
+        data=[(x, None)],
+        protect=("2",),
+        importance=lambda gm: {"0.0": (gm.get_submodule("0.0").weight != 0).flatten(1).sum(1)},
+    )
+    assert shapes(small)[0][0] == 3
+    torch.testing.assert_close(small(x), model(x), atol=1e-12, rtol=1e-12)
+
+
+def test_means_go_into_the_running_mean_of_a_batch_norm() -> None:
+    model = ready(chain(conv(3, 6), nn.ReLU(), nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4)))
+    small, _ = pruned(model, target=0.5, data=batches(), importance="l1")
+    assert small.get_submodule("2").bias is None
+
+
+def test_taylor_is_the_slope_of_the_loss_towards_the_mean() -> None:
+    model = small_net()
+    net, widths = prepared(model, image(1, 3, 8, 8))
+    data = batches(1)
+    means = Moments(net, widths, data, lambda text: None).means
+    found = taylor(net, widths, data, F.cross_entropy, means, lambda text: None)
+    x, y = data[0]
+    step = 1e-6
+    for place in range(0, len(widths.roots), 5):
+        keep = torch.ones(len(widths.roots), dtype=torch.bool)
+        keep[place] = False
+        with torch.no_grad():
+            outputs = Towards(net, widths, keep, means, step).run(x), model(x)
+        after, before = (F.cross_entropy(output, y, reduction="none") for output in outputs)
+        change = after - before
+        expected = float((change / step).abs().sum()) / len(x) ** 2  # the loss is a mean
+        assert float(found[place]) == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+class Towards(Masked):
+    """Goes a step from what channels are towards their means, without those in the padding."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments[:-1])
+        self._step = arguments[-1]
+
+    def run_node(self, n: fx.Node) -> Any:
+        layer = self._layers.get(n)
+        if layer is None or n not in self._means:
+            return super().run_node(n)
+        source = n.all_input_nodes[0]
+        x = self.env[source]
+        shape = (-1, *[1] * (x.dim() - 2))
+        gone = ~self._kept[self._widths.places(layer.ins)] & mixes(layer)
+        mean = self._means[n].to(x).reshape(shape)
+        self.env[source] = torch.where(gone.reshape(shape), x + self._step * (mean - x), x)
+        result = fx.Interpreter.run_node(self, n)
+        self.env[source] = x
+        return result
+
+
+def test_the_result_can_be_trained() -> None:
+    small, _ = pruned(small_net(), target=0.5, importance="l2")
+    small.train()
+    (x, y), *_ = batches()
+    F.cross_entropy(small(x), y).backward()
+    assert all(p.grad is not None and p.requires_grad for p in small.parameters())
+    again, _ = rmfx.prune_channels(small.eval(), x, target=0.7, importance="l2")
+    assert rmfx.cost.count(again, x).macs <= 0.7 * rmfx.cost.count(small, x).macs
+
+
+def test_multiples_floors_and_protected_layers() -> None:
+    model = small_net()
+    _, report = pruned(model, target=0.5, importance="l2", multiple=4)
+    assert all(f.after % 4 == 0 for f in report.families)
+    _, report = pruned(model, target=0.6, importance="l2", floor=0.5, allocation="global")
+    assert all(f.after >= f.before / 2 for f in report.families)
+    _, report = pruned(model, target=0.6, importance="l2", protect=("2.branch.0.*",))
+    assert ("2.branch.0.0",) not in [f.layers for f in report.families]
+
+
+def test_the_table_tells_what_went() -> None:
+    _, report = pruned(small_net(), target=0.5, importance="l2")
+    text = str(report)
+    assert "2.branch.0.0" in text
+    assert "multiply-adds (0." in text
+    assert report.to_dict()["families"][0]["before"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either target"),
+        ({"target": 0.5, "budget": 3}, "either target"),
+        ({"target": 1.5}, "share of the cost"),
+        ({"budget": -1}, "must be positive"),
+        ({"target": 0.5, "of": "flops"}, "of='flops'"),
+        ({"target": 0.5, "importance": "best"}, "importance='best'"),
+        ({"target": 0.5, "importance": 3}, "neither a name nor a function"),
+        ({"target": 0.5, "allocation": "fair"}, "allocation='fair'"),
+        ({"target": 0.5, "floor": 2}, "floor"),
+        ({"target": 0.5}, "needs data"),
+        ({"target": 0.5, "data": iter([])}, "iterator"),
+        ({"target": 0.5, "data": []}, "no batches"),
+        ({"target": 0.001, "importance": "l2"}, "cannot be reached"),
+        ({"target": 0.5, "importance": lambda gm: {"nowhere": torch.ones(3)}}, "no such layer"),
+        ({"target": 0.5, "importance": lambda gm: {"0.0": torch.ones(3)}}, "has 8 outputs"),
+        ({"target": 0.5, "importance": lambda gm: {"0.0": torch.full((8,), torch.nan)}}, "NaN"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(rmfx.RmfxError, match=message):
+        pruned(small_net(), **options)
+
+
+def test_shapes_and_batches_are_needed_as_they_are() -> None:
+    with pytest.raises(rmfx.ShapeError, match="example inputs"):
+        rmfx.prune_channels(small_net(), None, target=0.5, importance="l2")
+    with pytest.raises(rmfx.ShapeError, match="batch of data"):
+        pruned(small_net(), target=0.5, data=[(image(1, 4, 8, 8), torch.zeros(1).long())])
+
+
+def test_bn_scale_needs_a_batch_norm() -> None:
+    with pytest.raises(rmfx.RmfxError, match="no batch norm with a scale"):
+        pruned(ready(chain(conv(3, 4), nn.ReLU(), conv(4, 2))), target=0.5, importance="bn_scale")
+
+
+def test_layers_that_are_shared_or_hooked_stay() -> None:
+    layer = conv(4, 4)
+    model = ready(chain(conv(3, 4), layer, nn.ReLU(), layer, conv(4, 2)))
+    assert families(model, image(1, 3, 8, 8)) == {}
+    hooked = ready(chain(conv(3, 4), conv(4, 4), conv(4, 2)))
+    hooked[1].register_forward_hook(lambda *arguments: None)  # type: ignore[index]
+    assert families(hooked, image(1, 3, 8, 8)) == {}
+
+
+def test_deep_networks() -> None:
+    blocks = [Residual(chain(conv_bn(8, 8), nn.ReLU(), conv_bn(8, 8))) for _ in range(150)]
+    model = ready(chain(conv_bn(3, 8), *blocks, conv(8, 2)))
+    small, _ = pruned(model, target=0.5, importance="l2")
+    assert rmfx.cost.count(small, image(1, 3, 8, 8)).macs > 0
