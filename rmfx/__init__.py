@@ -17,6 +17,7 @@ from .frontend import trace
 from .measured import MeasuredPolicy
 from .passes.batch_norm import fold_batch_norm
 from .passes.branches import merge_branches
+from .passes.carries import close_carries
 from .passes.dead_channels import eliminate_dead_channels
 from .passes.linear import merge_convs
 from .passes.noop import remove_noops
@@ -42,6 +43,7 @@ __all__ = [
     "SiteReport",
     "TraceError",
     "WeightError",
+    "close_carries",
     "cost",
     "eliminate_dead_channels",
     "fold_batch_norm",

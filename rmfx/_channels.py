@@ -82,6 +82,14 @@ class Layer:
     outs: Tensor
     carries: Tensor
 
+    @property
+    def mixes(self) -> Tensor:
+        """Which inputs it mixes with others, so that they can go and it stays: (in,) booleans."""
+        mixed = ~self.carries
+        if int(mixed.sum()) > 1:  # such groups go as a whole
+            mixed = torch.zeros_like(mixed)
+        return mixed.repeat_interleave(self.ins.numel() // mixed.numel())
+
 
 @dataclass(frozen=True, eq=False)
 class Table:

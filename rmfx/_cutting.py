@@ -82,17 +82,9 @@ def cut(
 # ---- responses ----------------------------------------------------------------------------------
 
 
-def mixes(layer: Layer) -> Tensor:
-    """Which channels a layer mixes with others, so that they can go and it stays: (in,)."""
-    mixed = ~layer.carries
-    if int(mixed.sum()) > 1:  # such groups go as a whole
-        mixed = torch.zeros_like(mixed)
-    return mixed.repeat_interleave(layer.ins.numel() // mixed.numel())
-
-
 def _compensate(net: Net, layer: Layer, keep: Keep, response: Tensor) -> None:
     """Put what channels that go are taken for into a bias."""
-    gone = ~keep(layer.ins) & mixes(layer)
+    gone = ~keep(layer.ins) & layer.mixes
     if not bool(gone.any()):
         return
     module = _current(net, layer.node)

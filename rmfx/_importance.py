@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from ._affine import TRANSPOSED
 from ._channels import Layer
-from ._cutting import mixes, norm_behind
+from ._cutting import norm_behind
 from ._errors import OptionError, ShapeError
 from ._graph import Net
 from ._widths import Widths
@@ -69,7 +69,7 @@ def readers_of(widths: Widths) -> list[Layer]:
     return [
         layer
         for layer in widths.channels.layers
-        if bool((mixes(layer) & (widths.places(layer.ins) < end)).any())
+        if bool((layer.mixes & (widths.places(layer.ins) < end)).any())
     ]
 
 
@@ -176,7 +176,7 @@ def _changes(
         x, g = _by_channel(layer, value), _by_channel(layer, slope)
         mean = means[layer.node].to(x).reshape(1, -1, 1)
         own = ((x - mean) * g).sum(2).to("cpu", torch.float64)
-        own[:, ~mixes(layer)] = 0
+        own[:, ~layer.mixes] = 0
         if not change.numel():
             change = torch.zeros(len(own), len(widths.roots) + 1, dtype=torch.float64)
         change.index_add_(1, widths.places(layer.ins), own)
@@ -195,7 +195,7 @@ def activation(net: Net, widths: Widths, moments: Moments) -> Tensor:
             norms = own.square().sum((1, 3)).flatten().sqrt()
         else:
             norms = own.flatten(1).square().sum(1).sqrt()  # transposed: inputs come first
-        effect = moments.deviation(layer.node).cpu() * norms * mixes(layer)
+        effect = moments.deviation(layer.node).cpu() * norms * layer.mixes
         found.index_add_(0, widths.places(layer.ins), effect)
     return found[:-1]
 

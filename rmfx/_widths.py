@@ -126,6 +126,18 @@ class Widths:
         kept = torch.cat((keep, keep.new_ones(1)))
         return sum(meter(part, part.size(kept)) for part in self.parts)
 
+    def used(self) -> Tensor:
+        """Labels of which some layer reads a channel with weights that are not 0: (labels,)."""
+        end = len(self.roots)
+        found = torch.zeros(end + 1, dtype=torch.bool)
+        found[end] = True
+        before = -1
+        while before != int(found.sum()):
+            before = int(found.sum())
+            for layer, part in reversed(list(zip(self.channels.layers, self.parts, strict=False))):
+                found[part.ins[_reads(layer, found[part.outs])]] = True
+        return found[:end]
+
     def _layer(self, layer: Layer) -> Part:
         weight: Any = layer.module.weight
         where = layer.node.all_input_nodes[0] if type(layer.module) in TRANSPOSED else layer.node
@@ -144,6 +156,18 @@ class Widths:
         module = net.module(table.node)
         rows = 0 if module is None else sum(p.dim() > 0 for p in module.parameters())
         return Part(table.node, places, places, alone, taps=0, positions=0, rows=rows)
+
+
+def _reads(layer: Layer, rows: Tensor) -> Tensor:
+    """Which inputs some outputs of a layer read, where it mixes channels: (in,) booleans."""
+    weight: Any = layer.module.weight
+    read: Tensor = weight.detach() != 0
+    read = read.flatten(2).any(2) if weight.dim() > 2 else read
+    groups = layer.carries.numel()
+    if type(layer.module) in TRANSPOSED:
+        read = read.reshape(groups, -1, read.shape[1]).transpose(1, 2)
+    own = read.reshape(groups, -1, layer.ins.numel() // groups).cpu()
+    return (own & rows.reshape(groups, -1, 1)).any(1).flatten() & layer.mixes
 
 
 def _makers(channels: Channels) -> list[tuple[str, Tensor]]:

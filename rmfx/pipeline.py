@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,8 +51,9 @@ def optimize(
 ) -> fx.GraphModule:
     """Make a network faster without changing what it computes, or return it as fast as it was.
 
-    A form is returned if it was faster in three rounds of four, the fastest of them by the median;
-    else the original with its batch norm folded.
+    A form is returned if it is faster beyond noise (a sign test on the rounds, of which there are
+    more where the first leave it open), the fastest of them by the median; else the original with
+    its batch norm folded.
 
     Args:
         model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
@@ -96,8 +98,12 @@ def optimize(
         seconds=seconds,
     )
     times = compare_speed(list(forms.values()), inputs, runtime, settings, step)
+    if any(_verdict(times[0], own) is None for own in times[1:]):
+        more = replace(settings, rounds=3 * rounds)
+        again = compare_speed(list(forms.values()), inputs, runtime, more, step)
+        times = [(*own, *others) for own, others in zip(times, again, strict=True)]
     ratios = [ratio_of(times[0], own) for own in times]
-    best = _fastest(dict(zip(forms, ratios, strict=True)))
+    best = _fastest(dict(zip(forms, times, strict=True)))
     timings = tuple(
         Timing(name, runtime, *ratio, chosen=name == best)
         for name, ratio in zip(forms, ratios, strict=True)
@@ -105,13 +111,24 @@ def optimize(
     return _with_report(forms[best], Report(_rows(report(forms[best]), tried, timings), timings))
 
 
-def _fastest(ratios: Mapping[str, tuple[float, float, float]]) -> str:
-    """The form with the least median of those that were faster in three rounds of four.
+def _verdict(before: Sequence[float], after: Sequence[float]) -> bool | None:
+    """Whether a form is faster, by the sign test on its rounds; None where that is open.
 
-    With equal forms one would come out ahead half of the time; so it rarely does.
+    Two equal forms are taken to differ in one case of fifty (or, of few rounds, if all agree).
     """
-    faster = {name: median for name, (median, _, high) in ratios.items() if high < 1}
-    return min(faster, key=lambda name: faster[name], default=next(iter(ratios)))
+    total = len(before)
+    wins = sum(own < other for own, other in zip(after, before, strict=True))
+    chance = sum(math.comb(total, k) for k in range(wins, total + 1)) / 2**total
+    if chance <= 0.02 or wins == total:
+        return True
+    return None if 2 * wins > total else False
+
+
+def _fastest(times: Mapping[str, Sequence[float]]) -> str:
+    """The form with the least median ratio of those that are surely faster, else the first."""
+    first = next(iter(times))
+    faster = [name for name in times if name != first and _verdict(times[first], times[name])]
+    return min(faster, key=lambda name: ratio_of(times[first], times[name])[0], default=first)
 
 
 def _rows(

@@ -71,16 +71,27 @@ def test_what_is_not_faster_is_not_returned(pretend: Any) -> None:
     assert "1.02 times" in rmfx.report(fast).rows[0].reason
 
 
-@pytest.mark.parametrize(("slow_rounds", "best"), [(2, "merged"), (4, "folded")])
+@pytest.mark.parametrize(
+    ("slow_rounds", "slow_later", "measured", "best"),
+    [(1, 0, 1, "merged"), (5, 20, 2, "folded"), (5, 8, 2, "merged"), (8, 0, 1, "folded")],
+)
 def test_noise_is_not_taken_for_speed(
-    slow_rounds: int, best: str, monkeypatch: pytest.MonkeyPatch
+    slow_rounds: int,
+    slow_later: int,
+    measured: int,
+    best: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # The median is 0.9 in both cases.
-    rounds = (1.1,) * slow_rounds + (0.9,) * (11 - slow_rounds)
-    monkeypatch.setattr(pipeline, "compare_speed", lambda *_: [(1.0,) * 11, rounds])
-    fast = rmfx.optimize(network(), image())
+    slow = [slow_later, slow_rounds]
+
+    def compare(forms: Any, inputs: Any, runtime: str, settings: Any, step: Any) -> list[Any]:
+        count, n = settings.rounds, slow.pop()
+        return [(1.0,) * count, (1.1,) * n + (0.9,) * (count - n)]
+
+    monkeypatch.setattr(pipeline, "compare_speed", compare)
+    fast = rmfx.optimize(network(), image(), rounds=15)
     (chosen,) = [timing for timing in rmfx.report(fast).timings if timing.chosen]
-    assert chosen.form == best
+    assert (chosen.form, 2 - len(slow)) == (best, measured)
 
 
 def test_equal_forms_are_measured_once(pretend: Any) -> None:

@@ -33,7 +33,6 @@ import rmfx
 from rmfx._affine import TRANSPOSED
 from rmfx._allocation import ALLOCATIONS, spare
 from rmfx._channels import Channels
-from rmfx._cutting import mixes
 from rmfx._graph import Net
 from rmfx._importance import IMPORTANCES, Moments, taylor
 from rmfx._widths import Widths, multiply_adds, parameters
@@ -59,7 +58,7 @@ class Masked(fx.Interpreter):
         layer = self._layers.get(n)
         if layer is None or n not in self._means:
             return super().run_node(n)
-        gone = ~self._kept[self._widths.places(layer.ins)] & mixes(layer)
+        gone = ~self._kept[self._widths.places(layer.ins)] & layer.mixes
         x, module = self.env[n.all_input_nodes[0]], layer.module
         mean: Any = self._means[n].to(x)
         if isinstance(module, nn.Linear):
@@ -334,7 +333,7 @@ class Towards(Masked):
         source = n.all_input_nodes[0]
         x = self.env[source]
         shape = (-1, *[1] * (x.dim() - 2))
-        gone = ~self._kept[self._widths.places(layer.ins)] & mixes(layer)
+        gone = ~self._kept[self._widths.places(layer.ins)] & layer.mixes
         mean = self._means[n].to(x).reshape(shape)
         self.env[source] = torch.where(gone.reshape(shape), x + self._step * (mean - x), x)
         result = fx.Interpreter.run_node(self, n)
