@@ -5,8 +5,10 @@ for itself. What it returns is then measured once more, in turn with the origina
 norm folded, in one process: median of the ratios and quartiles. Where it returned the folded
 original itself there is nothing to measure: 1.
 
-Limits: no median above 1.03; every network of branches.py below 1. Exit code 1 if one is exceeded.
-What is done stands in results/optimize.json and is not done again without --fresh.
+Limits: no median above 1.03; under inductor every network of branches.py below 1 (in eager mode
+merging a few small layers may save nothing that can be measured). Exit code 1 if one is exceeded.
+What is done stands in results/optimize.json, with the version of the compiler, and the same version
+does not do it again without --fresh; --table shows what is there.
 """
 
 from __future__ import annotations
@@ -100,6 +102,7 @@ def row_of(outcome: Outcome) -> dict[str, Any]:
         "adds removed": outcome.removed,
         "kept": outcome.kept,
         "refused": outcome.refused,
+        "compiler": outcome.code[:6],
     }
 
 
@@ -107,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 1 if a limit is exceeded."""
     made = parser(str(__doc__))
     made.add_argument("--fresh", action="store_true", help="do again what is done")
+    made.add_argument("--table", action="store_true", help="measure nothing")
     made.add_argument("--runtimes", default="eager,inductor", help="default: %(default)s")
     made.add_argument("--rounds", type=int, default=15, help="of timing; default: %(default)s")
     options, names = choose_models(made, (*TIMM, *OWN, *OTHERS), arguments)
@@ -118,11 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for runtime in runtimes:
         for name in each(names):
             known = done.get((name, runtime), {})
-            if options.fresh or known.get("code") != code_version():
+            is_done = known.get("code") == code_version() and not options.fresh
+            if not is_done and not options.table:
                 done[name, runtime] = asdict(evaluate(name, runtime, settings))
                 kept = {"machine": machine, "networks": list(done.values())}
                 write(RESULTS, json.dumps(kept, indent=1) + "\n")
-    outcomes = [Outcome(**done[name, runtime]) for runtime in runtimes for name in names]
+    wanted = [(name, runtime) for runtime in runtimes for name in names]
+    outcomes = [Outcome(**done[key]) for key in wanted if key in done]
     rows = [row_of(outcome) for outcome in outcomes]
     title = "What rmfx.optimize returns"
     write(RESULTS.with_suffix(".md"), markdown(title, "optimize.py", rows, machine))
@@ -131,11 +137,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def limits_of(outcomes: Sequence[Outcome]) -> list[Limit]:
     """What must hold."""
-    branches = [o.measured[0] for o in outcomes if o.network not in OTHERS]
+    compiled = [o for o in outcomes if o.runtime == "inductor" and o.network not in OTHERS]
     slowest = max(o.measured[0] for o in outcomes)
+    branches = max((o.measured[0] for o in compiled), default=0.0)
     return [
         Limit("time over the folded original, at most", slowest, TIME_LIMIT),
-        Limit("the same of networks with branches", max(branches, default=0.0), 0.999),
+        Limit("the same of networks with branches, under inductor", branches, 0.999),
     ]
 
 

@@ -149,8 +149,9 @@ class _Union:
     def fix(self, labels: Tensor) -> None:
         self.join(labels, torch.full_like(labels, FIXED))
 
-    def roots(self, labels: Tensor) -> Tensor:
-        return torch.tensor([self.find(i) for i in labels.tolist()], dtype=torch.int64)
+    def roots(self) -> Tensor:
+        """What each label was joined to."""
+        return torch.tensor([self.find(i) for i in range(len(self._parents))])
 
 
 class Channels:
@@ -177,10 +178,16 @@ class Channels:
             if found is not None:
                 self.values[node] = found
         self.tables += self._constants.values()
+        self._roots = self._union.roots()
 
     def roots(self, ids: Tensor) -> Tensor:
         """What labels were joined to, `FIXED` for those that cannot go."""
-        return self._union.roots(ids)
+        return self._roots[ids]
+
+    @property
+    def count(self) -> int:
+        """Labels that there are, joined or not."""
+        return self._roots.numel()
 
     # ---- node by node -----------------------------------------------------------------------
 

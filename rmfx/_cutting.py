@@ -36,11 +36,12 @@ class Keep:
 
     def __init__(self, channels: Channels, gone: Tensor) -> None:
         self._channels = channels
-        self._gone = gone
+        self._stays = torch.ones(channels.count, dtype=torch.bool)
+        self._stays[gone] = False
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Which of some labels stay, (labels,) booleans."""
-        return ~torch.isin(self._channels.roots(ids), self._gone)
+        return self._stays[self._channels.roots(ids)]
 
     def count(self, ids: Tensor) -> int:
         return int(self(ids).sum())

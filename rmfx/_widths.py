@@ -105,7 +105,8 @@ class Widths:
                 stay.update(labels)
         free = sorted(label for label in makers if label not in stay)
         self.roots = torch.tensor(free, dtype=torch.int64)
-        self._places = {label: place for place, label in enumerate(free)}
+        self._places = torch.full((channels.count,), len(free))
+        self._places[self.roots] = torch.arange(len(free))
         families: dict[tuple[str, ...], list[int]] = defaultdict(list)
         for place, label in enumerate(free):
             families[tuple(makers[label])].append(place)
@@ -118,8 +119,7 @@ class Widths:
 
     def places(self, ids: Tensor) -> Tensor:
         """Where labels stand among `roots`; those that stay come after the last."""
-        roots = self.channels.roots(ids).tolist()
-        return torch.tensor([self._places.get(i, len(self.roots)) for i in roots])
+        return self._places[self.channels.roots(ids)]
 
     def cost(self, keep: Tensor, meter: Meter) -> float:
         """What the net costs where only some labels stay; keep: (labels,) booleans."""

@@ -6,12 +6,13 @@ layer mixes it with others, in the padding as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from _masked import Masked
 from builders import (
     Apply,
     Residual,
@@ -30,7 +31,6 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 import rmfx
-from rmfx._affine import TRANSPOSED
 from rmfx._allocation import ALLOCATIONS, spare
 from rmfx._channels import Channels
 from rmfx._graph import Net
@@ -39,46 +39,6 @@ from rmfx._widths import Widths, multiply_adds, parameters
 from rmfx.frontend import trace
 from rmfx.passes.pruning import without
 from rmfx.testing import NetworkSpec, residual_networks
-
-CONVS = (F.conv1d, F.conv2d, F.conv3d)
-
-
-class Masked(fx.Interpreter):
-    """Runs a net with each channel that goes at its mean wherever a layer mixes it with others."""
-
-    def __init__(
-        self, net: Net, widths: Widths, keep: Tensor, means: Mapping[fx.Node, Tensor]
-    ) -> None:
-        super().__init__(net.source, graph=net.graph)
-        self._layers = {layer.node: layer for layer in widths.channels.layers}
-        self._widths, self._means = widths, means
-        self._kept = torch.cat((keep, keep.new_ones(1)))
-
-    def run_node(self, n: fx.Node) -> Any:
-        layer = self._layers.get(n)
-        if layer is None or n not in self._means:
-            return super().run_node(n)
-        gone = ~self._kept[self._widths.places(layer.ins)] & layer.mixes
-        x, module = self.env[n.all_input_nodes[0]], layer.module
-        mean: Any = self._means[n].to(x)
-        if isinstance(module, nn.Linear):
-            return F.linear(torch.where(gone, mean, x), module.weight, module.bias)
-        own: Any = module
-        dims = x.dim() - 2
-        gone, mean = (t.reshape(-1, *[1] * dims) for t in (gone, mean))
-        if type(module) in TRANSPOSED:
-            return own(torch.where(gone, 0.0, x)) + response(own, torch.where(gone, mean, 0.0))
-        x = torch.where(gone, mean, F.pad(x, own._reversed_padding_repeated_twice))
-        return CONVS[dims - 1](x, own.weight, own.bias, own.stride, 0, own.dilation, own.groups)
-
-
-def response(layer: Any, constant: Tensor) -> Tensor:
-    """What a transposed conv gives for constant channels, on average away from the border."""
-    wide = constant.expand(1, -1, *[12] * (constant.dim() - 1))
-    inner = layer(wide) - layer(torch.zeros_like(wide))
-    for dim, step in enumerate(layer.stride, start=2):
-        inner = inner.narrow(dim, 4 * step, 4 * step)
-    return inner.mean(tuple(range(2, inner.dim())), keepdim=True)
 
 
 def prepared(model: nn.Module, *inputs: Tensor) -> tuple[Net, Widths]:
@@ -327,15 +287,14 @@ class Towards(Masked):
         self._step = arguments[-1]
 
     def run_node(self, n: fx.Node) -> Any:
-        layer = self._layers.get(n)
-        if layer is None or n not in self._means:
+        if n not in self.layers or n not in self.means:
             return super().run_node(n)
         source = n.all_input_nodes[0]
         x = self.env[source]
-        shape = (-1, *[1] * (x.dim() - 2))
-        gone = ~self._kept[self._widths.places(layer.ins)] & layer.mixes
-        mean = self._means[n].to(x).reshape(shape)
-        self.env[source] = torch.where(gone.reshape(shape), x + self._step * (mean - x), x)
+        gone, mean = (
+            t.reshape(-1, *[1] * (x.dim() - 2)) for t in (self.gone(n), self.means[n].to(x))
+        )
+        self.env[source] = torch.where(gone, x + self._step * (mean - x), x)
         result = fx.Interpreter.run_node(self, n)
         self.env[source] = x
         return result
