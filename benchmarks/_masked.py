@@ -19,21 +19,28 @@ CONVS = (F.conv1d, F.conv2d, F.conv3d)
 class Masked(fx.Interpreter):
     """Runs a net with a number in place of each channel that goes wherever a layer mixes channels.
 
-    The number is in the padding, too. Behind a transposed convolution it is its mean effect.
+    Behind a transposed convolution it is the number's mean effect.
 
     Args:
         net: none of whose layers is virtual.
         widths: of the net.
         keep: (labels,) which stay.
         means: of the channels that layers read, by layer.
+        borders: whether padding stays 0; else it holds the number, too.
     """
 
     def __init__(
-        self, net: Net, widths: Widths, keep: Tensor, means: Mapping[fx.Node, Tensor]
+        self,
+        net: Net,
+        widths: Widths,
+        keep: Tensor,
+        means: Mapping[fx.Node, Tensor],
+        *,
+        borders: bool = False,
     ) -> None:
         super().__init__(net.source, graph=net.graph)
         self.layers = {layer.node: layer for layer in widths.channels.layers}
-        self.means = means
+        self.means, self._borders = means, borders
         self._widths, self._kept = widths, torch.cat((keep, keep.new_ones(1)))
 
     def gone(self, node: fx.Node) -> Tensor:
@@ -53,7 +60,9 @@ class Masked(fx.Interpreter):
         gone, mean = (t.reshape(-1, *[1] * dims) for t in (gone, mean))
         if type(module) in TRANSPOSED:
             return own(torch.where(gone, 0.0, x)) + _response(own, torch.where(gone, mean, 0.0))
-        x = torch.where(gone, mean, F.pad(x, own._reversed_padding_repeated_twice))
+        pads = own._reversed_padding_repeated_twice
+        x = F.pad(torch.where(gone, mean, x), pads)
+        x = x if self._borders and own.groups == 1 else torch.where(gone, mean, x)
         return CONVS[dims - 1](x, own.weight, own.bias, own.stride, 0, own.dilation, own.groups)
 
 

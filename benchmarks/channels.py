@@ -145,12 +145,14 @@ def free_filters(model: nn.Module, x: Tensor) -> tuple[int, int]:
     The filters of a depthwise convolution are not counted: they belong to the channels they read.
     """
     _, widths = widths_of(model, x)
-    makers = torch.zeros(len(widths.roots) + 1, dtype=torch.int64)
+    filters, makers = torch.zeros(2, len(widths.roots) + 1, dtype=torch.int64)
     for layer in widths.channels.layers:
-        if bool(layer.mixes.any()):
-            places = widths.places(layer.outs)
-            makers.index_add_(0, places, torch.ones_like(places))
-    return int((makers[:-1] == 1).sum()), int(makers[:-1].sum())
+        own = ~layer.carries.repeat_interleave(layer.outs.numel() // layer.carries.numel())
+        is_depthwise = layer.carries.numel() == layer.ins.numel() > 1
+        places = widths.places(layer.outs)[own & ~torch.tensor(is_depthwise)]
+        filters.index_add_(0, places, torch.ones_like(places))
+        makers[places.unique()] += 1
+    return int(filters[:-1][makers[:-1] == 1].sum()), int(filters[:-1].sum())
 
 
 def torch_pruning_filters(model: nn.Module, x: Tensor) -> tuple[int, int]:
@@ -166,7 +168,7 @@ def torch_pruning_filters(model: nn.Module, x: Tensor) -> tuple[int, int]:
             for dep, idxs in group
             if isinstance(dep.target.module, (nn.Conv2d, nn.Linear))
             and graph.is_out_channel_pruning_fn(dep.handler)
-            and getattr(dep.target.module, "groups", 1) == 1
+            and getattr(dep.target.module, "groups", 1) != dep.target.module.weight.shape[0]
         ]
         total += sum(n for _, n in makers)
         free += makers[0][1] if len({id(m) for m, _ in makers}) == 1 else 0
@@ -214,11 +216,10 @@ def shift_lost() -> dict[str, float]:
     family = next(f for f in widths.families if f.layers == ("layer1.0.conv1",))
     keep[family.members[:8]] = False
     means = Moments(traced, widths, [(x, None)], lambda text: None).means
+    exact = without(traced, widths, keep, means, borders=True)
     return {
         "Torch-Pruning": relative(expected, cut(x)),
-        "rmfx.prune_channels, means in the bias": relative(
-            expected, without(traced, widths, keep, means)(x)
-        ),
+        "rmfx.prune_channels, responses='borders'": relative(expected, exact(x)),
         "rmfx.eliminate_dead_channels": relative(expected, clean(x)),
     }
 

@@ -6,9 +6,9 @@ and of per-channel activations, and the columns of every layer that reads them. 
 residual connections has no such ties, so each filter goes alone, those that carry as well.
 
 What a filter gave on average goes into the bias of the layers that read it (or into the running
-mean of the batch norm behind them). A channel that is zero goes without a trace; so does one that
-is constant, except next to borders where it was padded with zeros: `eliminate_dead_channels` is
-exact there, too.
+mean of the batch norm behind them). So a channel that is constant goes without a trace, except next
+to borders where it was padded with zeros; with `responses="borders"` there as well, for one more
+channel, of ones, at each layer that pads.
 
 Forms handled: Conv1d/2d/3d, transposed convs, Linear; batch norm, PReLU, activations, pools,
 paddings; sums, products, selections, concatenations, slices, flattening; constants per channel.
@@ -49,6 +49,7 @@ from rmfx._widths import Widths, multiply_adds, parameters
 from rmfx.frontend import trace
 from rmfx.report import META_KEY, short
 
+RESPONSES = ("bias", "borders", "none")
 METERS = {"macs": multiply_adds, "parameters": parameters}
 
 
@@ -117,7 +118,7 @@ def prune_channels(
     floor: float = 0.1,
     multiple: int = 1,
     protect: Sequence[str] = (),
-    responses: bool = True,
+    responses: str = "bias",
     seed: int = 0,
     step: Callable[[str], object] = lambda text: None,
 ) -> tuple[fx.GraphModule, PruningReport]:
@@ -140,7 +141,8 @@ def prune_channels(
         floor: share of each family of filters that stays in any case; at least one filter does.
         multiple: to which the filters of a family are rounded up.
         protect: patterns such as "layer4.*" of the paths of layers whose filters stay.
-        responses: put what channels are on average into the next bias; needs data.
+        responses: "bias" puts what channels are on average into the next bias, if there are data;
+            "borders" adds that padding stays 0; "none" takes them for 0.
         seed: for importance="random".
         step: called with a few words before each step.
 
@@ -163,7 +165,7 @@ def prune_channels(
         >>> [m.out_channels for m in small.children() if isinstance(m, torch.nn.Conv2d)]
         [4, 4]
     """
-    _check(target, budget, of, importance, allocation, floor, multiple, data)
+    _check(target, budget, of, importance, allocation, floor, multiple, data, responses)
     if example_inputs is None:
         raise ShapeError("prune_channels needs example inputs: it follows channels by their shapes")
     step("find which channels go together")
@@ -171,7 +173,7 @@ def prune_channels(
     net.sweep()
     widths = Widths(net, Channels(net), protect)
     moments = None
-    if data is not None and (responses or importance in BY_DATA):
+    if data is not None and (responses != "none" or importance in BY_DATA):
         moments = Moments(net, widths, data, step)
     scores = _scores(net, widths, importance, data, loss, moments, seed, step)
     step("choose filters")
@@ -180,15 +182,20 @@ def prune_channels(
     keep = allocate(allocation, widths, scores, Demand(meter, allowed, multiple, floor))
     name = importance if isinstance(importance, str) else "custom"
     report = _report(widths, keep, name, allocation)
-    means = moments.means if moments is not None and responses else {}
-    return without(net, widths, keep, means), report
+    means = moments.means if moments is not None and responses != "none" else {}
+    return without(net, widths, keep, means, borders=responses == "borders"), report
 
 
 def without(
-    net: Net, widths: Widths, keep: Tensor, means: Mapping[fx.Node, Tensor]
+    net: Net,
+    widths: Widths,
+    keep: Tensor,
+    means: Mapping[fx.Node, Tensor],
+    *,
+    borders: bool = False,
 ) -> fx.GraphModule:
-    """A net without some of its labels; keep: (labels,) booleans."""
-    constants = cut(net, widths.channels, widths.roots[~keep], means)
+    """A net without some of its labels; keep: (labels,) booleans, the rest as in `cut`."""
+    constants = cut(net, widths.channels, widths.roots[~keep], means, borders=borders)
     gm = net.finish()
     gm.meta.pop(META_KEY, None)  # it names nodes that have lost channels
     for target, value in constants.items():
@@ -228,6 +235,7 @@ def _check(
     floor: float,
     multiple: int,
     data: Batches | None,
+    responses: str,
 ) -> None:
     if (target is None) == (budget is None):
         raise OptionError("give either target, a share of the cost, or budget, a number")
@@ -239,6 +247,7 @@ def _check(
         ("of", of, tuple(METERS)),
         ("allocation", allocation, ALLOCATIONS),
         ("importance", importance, IMPORTANCES),
+        ("responses", responses, RESPONSES),
     ):
         if isinstance(value, str) and value not in known:
             raise OptionError(f"{name}={value!r}: choose from {', '.join(known)}")
@@ -248,6 +257,8 @@ def _check(
         raise OptionError("floor must lie between 0 and 1, multiple must be 1 or more")
     if data is None and importance in BY_DATA:
         raise OptionError(f"importance={importance!r} needs data; or choose importance='l2'")
+    if data is None and responses == "borders":
+        raise OptionError("responses='borders' needs data")
     if data is not None and iter(data) is data:
         raise OptionError("data is an iterator, which can be gone through once; pass a list")
 

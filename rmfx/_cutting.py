@@ -1,7 +1,8 @@
 """Carries out which channels go: every layer, table and slice of a net loses its part of them.
 
 What a channel that goes was on average can go into the bias of the layers that read it: there it
-is taken for a channel that always has this value, also where the layer pads.
+is taken for a channel that always has this value, also where the layer pads. Where it should be 0
+in the padding, the layer reads a channel of ones instead, which stands for all that have gone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ._affine import TRANSPOSED, AffineConv, direct_sum
@@ -48,7 +50,12 @@ class Keep:
 
 
 def cut(
-    net: Net, channels: Channels, gone: Tensor, responses: Mapping[fx.Node, Tensor]
+    net: Net,
+    channels: Channels,
+    gone: Tensor,
+    responses: Mapping[fx.Node, Tensor],
+    *,
+    borders: bool = False,
 ) -> dict[str, Tensor]:
     """Cut channels out of a net.
 
@@ -58,6 +65,8 @@ def cut(
         gone: the roots of the labels that go; no layer may lose all.
         responses: for linear layers, what each channel that they read is to count for when it goes,
             (in_channels,); 0 where a layer is not named.
+        borders: let padding stay 0 where channels go, at the price of a channel of ones for each
+            layer that pads.
 
     Returns:
         The constants that have changed, by target.
@@ -65,7 +74,7 @@ def cut(
     keep = Keep(channels, gone)
     for layer in channels.layers:
         if layer.node in responses:
-            _compensate(net, layer, keep, responses[layer.node])
+            _compensate(net, layer, keep, responses[layer.node], borders=borders)
     constants: dict[str, Tensor] = {}
     for table in channels.tables:
         _cut_table(net, table, keep(table.ids), constants)
@@ -83,13 +92,16 @@ def cut(
 # ---- responses ----------------------------------------------------------------------------------
 
 
-def _compensate(net: Net, layer: Layer, keep: Keep, response: Tensor) -> None:
+def _compensate(net: Net, layer: Layer, keep: Keep, response: Tensor, *, borders: bool) -> None:
     """Put what channels that go are taken for into a bias."""
     gone = ~keep(layer.ins) & layer.mixes
-    if not bool(gone.any()):
+    if not bool((gone & (response.cpu() != 0)).any()):
         return
     module = _current(net, layer.node)
     weight = module.weight.detach().to(torch.float64)
+    if borders and layer.carries.numel() == 1 and _pads(module):
+        _read_ones(net, layer.node, torch.where(gone, response, 0.0).to(weight))
+        return
     taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
     groups, n_out = layer.carries.numel(), layer.outs.numel()
     if isinstance(module, TRANSPOSED):
@@ -109,6 +121,27 @@ def _compensate(net: Net, layer: Layer, keep: Keep, response: Tensor) -> None:
         bias = bias + module.bias.detach().to(torch.float64)
     trained = module.weight.requires_grad
     copied.bias = nn.Parameter(bias.to(module.weight.dtype), requires_grad=trained)
+
+
+def _pads(module: nn.Module) -> bool:
+    is_conv = isinstance(module, nn.modules.conv._ConvNd) and type(module) not in TRANSPOSED
+    return is_conv and any(getattr(module, "_reversed_padding_repeated_twice", ()))
+
+
+def _read_ones(net: Net, node: fx.Node, constants: Tensor) -> None:
+    """Let a layer read a channel of ones, with the weights of channels that are constant."""
+    module = _own(net, node)
+    weight = module.weight.detach()
+    own = torch.einsum("oi...,i->o...", weight.to(torch.float64), constants).unsqueeze(1)
+    module.weight = _like(torch.cat((weight, own.to(weight)), 1), module.weight)
+    module.in_channels += 1
+    (source,) = node.all_input_nodes
+    with net.graph.inserting_before(node):
+        amounts = [0] * (2 * (weight.dim() - 2) + 1) + [1]
+        ones = net.graph.call_function(F.pad, (source, amounts), {"value": 1.0})
+    shape = source.meta["shape"]
+    ones.meta = {**source.meta, "shape": (shape[0], shape[1] + 1, *shape[2:])}
+    node.args, node.kwargs = (ones,), {}
 
 
 def norm_behind(net: Net, node: fx.Node) -> fx.Node | None:
@@ -172,6 +205,8 @@ def _cut_layer(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
     module = _own(net, layer.node)
     groups = layer.carries.numel()
     rows, columns = (ins, outs) if isinstance(module, TRANSPOSED) else (outs, ins)
+    more = module.weight.shape[1] - columns.numel() if groups == 1 else 0  # of ones, which stay
+    columns = torch.cat((columns, columns.new_ones(more)))
     weight = module.weight.detach()[rows.to(module.weight.device)]
     if groups == 1:
         weight = weight[:, columns.to(weight.device)]
@@ -181,7 +216,7 @@ def _cut_layer(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
     if isinstance(module, nn.Linear):
         module.in_features, module.out_features = int(ins.sum()), int(outs.sum())
     else:
-        module.in_channels, module.out_channels = int(ins.sum()), int(outs.sum())
+        module.in_channels, module.out_channels = int(ins.sum()) + more, int(outs.sum())
         module.groups = int(ins.reshape(groups, -1).any(1).sum())
 
 

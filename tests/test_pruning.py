@@ -52,8 +52,10 @@ def families(model: nn.Module, *inputs: Tensor) -> dict[tuple[str, ...], int]:
     return {family.layers: len(family.members) for family in widths.families}
 
 
-def assert_masks_hold(model: nn.Module, inputs: Sequence[Tensor], seed: int) -> int:
-    """Cut at random and compare; returns how many labels have gone."""
+def assert_masks_hold(
+    model: nn.Module, inputs: Sequence[Tensor], seed: int, *, borders: bool = False
+) -> int:
+    """Cut at random and compare, in both ways; returns how many labels have gone."""
     net, widths = prepared(model, *inputs)
     if not len(widths.roots):
         return 0
@@ -61,8 +63,11 @@ def assert_masks_hold(model: nn.Module, inputs: Sequence[Tensor], seed: int) -> 
     keep = spare(widths, drawn[1], drawn[0] > 0.4)
     means = Moments(net, widths, [(tuple(inputs), None)], lambda text: None).means
     with torch.no_grad():
-        expected = tree_leaves(Masked(net, widths, keep, means).run(*inputs))
-        found = tree_leaves(without(net, widths, keep, means)(*inputs))
+        masked = Masked(net, widths, keep, means, borders=borders)
+        expected = tree_leaves(masked.run(*inputs))
+        found = tree_leaves(without(net, widths, keep, means, borders=borders)(*inputs))
+    if not borders:
+        assert_masks_hold(model, inputs, seed, borders=True)
     for a, b in zip(expected, found, strict=True):
         assert a.shape == b.shape
         assert float((a - b).abs().max()) <= 1e-10 * float(a.abs().max()) + 1e-14
@@ -239,19 +244,25 @@ def test_channels_that_do_nothing_go_first(importance: str) -> None:
 
 
 def test_a_constant_channel_leaves_its_number_in_the_next_bias() -> None:
-    model = ready(chain(conv_bn(3, 6), nn.Tanh(), conv(6, 4, padding=0), nn.ReLU(), conv(4, 2)))
-    with torch.no_grad():
-        model[0][0].weight[2:5] = 0  # type: ignore[index]
     x = image(4, 3, 8, 8)
-    small, _ = pruned(
-        model,
-        target=0.6,
-        data=[(x, None)],
-        protect=("2",),
-        importance=lambda gm: {"0.0": (gm.get_submodule("0.0").weight != 0).flatten(1).sum(1)},
-    )
-    assert shapes(small)[0][0] == 3
-    torch.testing.assert_close(small(x), model(x), atol=1e-12, rtol=1e-12)
+    for padding, responses in ((0, "bias"), (1, "borders"), (0, "borders")):
+        last = (conv(6, 4, padding=padding), nn.ReLU(), conv(4, 2))
+        model = ready(chain(conv_bn(3, 6), nn.Tanh(), *last))
+        with torch.no_grad():
+            model[0][0].weight[2:5] = 0
+        small, _ = pruned(
+            model,
+            target=0.7,
+            data=[(x, None)],
+            protect=("2",),
+            importance=lambda gm: {"0.0": (gm.get_submodule("0.0").weight != 0).flatten(1).sum(1)},
+            responses=responses,
+        )
+        assert shapes(small)[0][0] == 3
+        assert shapes(small)[1][1] == 3 + padding  # the channel of ones
+        torch.testing.assert_close(small(x), model(x), atol=1e-12, rtol=1e-12)
+        again, _ = rmfx.prune_channels(small, x, target=0.9, importance="l2")
+        assert again(x).shape == small(x).shape
 
 
 def test_means_go_into_the_running_mean_of_a_batch_norm() -> None:
@@ -342,6 +353,8 @@ def test_the_table_tells_what_went() -> None:
         ({"target": 0.5, "floor": 2}, "floor"),
         ({"target": 0.5}, "needs data"),
         ({"target": 0.5, "data": iter([])}, "iterator"),
+        ({"target": 0.5, "importance": "l2", "responses": "all"}, "responses='all'"),
+        ({"target": 0.5, "importance": "l2", "responses": "borders"}, "needs data"),
         ({"target": 0.5, "data": []}, "no batches"),
         ({"target": 0.001, "importance": "l2"}, "cannot be reached"),
         ({"target": 0.5, "importance": lambda gm: {"nowhere": torch.ones(3)}}, "no such layer"),
