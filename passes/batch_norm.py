@@ -1,4 +1,4 @@
-"""Batch norm folding: in eval mode a batch norm is a scale and a shift per channel.
+"""Batch norm folding and its inverse: in eval mode it is a scale and a shift per channel.
 
     conv, BN:  W' = t·W,  b' = t·b + β − t·μ,  t = γ/√(σ² + ε)           always
     BN, conv:  W' = W·t,  b' = b + Σ W·(β − t·μ)                         if the conv does not pad
@@ -13,13 +13,15 @@ would read the shift where it now reads zeros.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from rmfx._affine import AffineConv, compose
+from rmfx._affine import CONVS, AffineConv, compose
 from rmfx._dialect import BATCH_NORMS
 from rmfx._errors import Refusal
 from rmfx._graph import Net, Virtual
@@ -28,6 +30,8 @@ from rmfx._rewrite import apply_rule
 from rmfx._site import weight_types
 from rmfx._state import undisturbed
 from rmfx.frontend import trace
+
+from .calibration import identity_norm, measure
 
 RESHAPES = (
     "reshape_as",
@@ -188,3 +192,58 @@ def fold_batch_norm(model: nn.Module | Any, example_inputs: Any = None) -> fx.Gr
     net = Net(trace(model, example_inputs))
     fold(net)
     return net.finish()
+
+
+@undisturbed
+def insert_batch_norm(
+    model: nn.Module | Any, data: Iterable[Any], *, layers: Sequence[str] = ("*",)
+) -> fx.GraphModule:
+    """Put a batch norm behind every convolution that has none, without changing the output.
+
+    With γ = √(σ² + ε) and β = μ a batch norm is the identity for any μ and σ²; they are measured on
+    the data, so that training that goes on from there starts well. A network whose batch norm was
+    folded, as `remove_residuals` leaves it, can be trained and pruned like one that never was.
+
+    Args:
+        model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
+        data: batches of inputs, each a tensor or a tuple of arguments.
+        layers: patterns such as "layer4.*" of the paths of convolutions.
+
+    Returns:
+        A new module that computes the same up to rounding.
+
+    Raises:
+        ShapeError: there is no batch, or the model does not run on one.
+        RmfxError: the model cannot be traced or its weights cannot be used.
+
+    Example:
+        >>> import rmfx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+        >>> x = torch.randn(4, 3, 8, 8)
+        >>> [type(m).__name__ for m in rmfx.insert_batch_norm(model, [x]).children()]
+        ['Conv2d', 'BatchNorm2d', 'ReLU']
+    """
+    batches = list(data)
+    net = Net(trace(model, batches[0] if batches else None))
+    wanted = {n.name for n in net.graph.nodes if _has_no_norm(net, n, layers)}
+    found = measure(net.source, batches, wanted=lambda node: node.name in wanted).moments
+    for node in list(net.graph.nodes):
+        module: Any = net.module(node)
+        if node.name not in found:
+            continue
+        kind = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[module.weight.dim() - 3]
+        empty = kind(0).to(module.weight.device, module.weight.dtype)
+        norm = identity_norm(empty, module.out_channels, found[node.name])
+        with net.graph.inserting_after(node):
+            made = net.put(norm, node, f"{node.target}_norm", node)
+        node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+    return net.finish()
+
+
+def _has_no_norm(net: Net, node: fx.Node, layers: Sequence[str]) -> bool:
+    """Whether a node is a convolution that no batch norm reads."""
+    module = net.module(node)
+    named = any(fnmatchcase(str(node.target), pattern) for pattern in layers)
+    if type(module) not in CONVS[1:] or not named or net.rank(node) != module.weight.dim():  # type: ignore[union-attr, operator]
+        return False
+    return not any(type(net.module(user)) in BATCH_NORMS for user in node.users)

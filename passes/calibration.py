@@ -6,7 +6,7 @@ section 3). With μ and σ² of the carried values, training that goes on from t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmfx._errors import ShapeError
+from rmfx._moments import Moments
 from rmfx._range import Range
 from rmfx.frontend import as_inputs
-
-
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """Mean and biased variance per channel, float64, shape (channels,)."""
-
-    mean: Tensor
-    variance: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +24,7 @@ class Measured:
     """What was measured, by node name.
 
     Attributes:
-        moments: of every value that is read more than once.
+        moments: of the values that were wanted.
         extremes: if wanted, least and greatest value per channel of every value, once with the
             channels in dimension 1 and once with the channels last.
     """
@@ -41,12 +34,15 @@ class Measured:
 
 
 class _Recorder(fx.Interpreter):
-    """Finds the extremes of all values, and moments of those that are read more than once."""
+    """Finds the extremes of all values, and the moments of some."""
 
-    def __init__(self, gm: fx.GraphModule, *, extremes: bool) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, *, extremes: bool, wanted: Callable[[fx.Node], bool]
+    ) -> None:
         super().__init__(gm)
         self._wants_extremes = extremes
-        self.sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+        self._wanted = wanted
+        self.moments: dict[str, Moments] = {}
         self.extremes: dict[str, tuple[Range, Range]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -54,20 +50,15 @@ class _Recorder(fx.Interpreter):
         is_image = isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
         if is_image and self._wants_extremes:
             self._widen(n.name, value.detach())
-        if is_image and (len(n.users) > 1 or n.name in self.sums):
-            rows = value.detach().to(torch.float64).transpose(0, 1).flatten(1)
-            nothing = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-            total, squares, count = self.sums.get(n.name, (nothing, nothing, 0))
-            if len(total) != len(rows):
+        if is_image and self._wanted(n):
+            rows = value.transpose(0, 1).flatten(1)
+            known = self.moments.setdefault(n.name, Moments())
+            if known.count and len(known.mean) != len(rows):
                 raise ShapeError(
-                    f"{n.name} has {len(total)} channels in one calibration batch and {len(rows)} "
-                    "in another; pass batches of one size"
+                    f"{n.name} has {len(known.mean)} channels in one calibration batch and "
+                    f"{len(rows)} in another; pass batches of one size"
                 )
-            self.sums[n.name] = (
-                total + rows.sum(1),
-                squares + rows.square().sum(1),
-                count + rows.shape[1],
-            )
+            known.add(rows)
         return value
 
     def _widen(self, name: str, value: Tensor) -> None:
@@ -82,13 +73,29 @@ class _Recorder(fx.Interpreter):
         self.extremes[name] = (found[0], found[1])
 
 
-def measure(gm: fx.GraphModule, batches: Iterable[Any], *, extremes: bool = False) -> Measured:
+def _forks(node: fx.Node) -> bool:
+    return len(node.users) > 1
+
+
+def measure(
+    gm: fx.GraphModule,
+    batches: Iterable[Any],
+    *,
+    extremes: bool = False,
+    wanted: Callable[[fx.Node], bool] = _forks,
+) -> Measured:
     """Moments, and if wanted extremes, of the values of a graph over some batches.
+
+    Args:
+        gm: the graph.
+        batches: of inputs.
+        extremes: whether to note those of every value.
+        wanted: of which nodes to take the moments, by default those that are read more than once.
 
     Raises:
         ShapeError: there is no batch, or values change their channels from batch to batch.
     """
-    recorder = _Recorder(gm, extremes=extremes)
+    recorder = _Recorder(gm, extremes=extremes, wanted=wanted)
     count = 0
     with torch.no_grad():
         for batch in batches:
@@ -96,11 +103,7 @@ def measure(gm: fx.GraphModule, batches: Iterable[Any], *, extremes: bool = Fals
             count += 1
     if not count:
         raise ShapeError("calibration holds no batch; pass at least one")
-    moments = {}
-    for name, (total, squares, n) in recorder.sums.items():
-        mean = total / n
-        moments[name] = Moments(mean, (squares / n - mean.square()).clamp(min=0))
-    return Measured(moments, recorder.extremes)
+    return Measured(recorder.moments, recorder.extremes)
 
 
 def _run(recorder: _Recorder, inputs: tuple[Any, ...]) -> None:

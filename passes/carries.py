@@ -42,8 +42,9 @@ from rmfx._site import weight_types
 from rmfx._state import undisturbed
 from rmfx._widths import Widths
 from rmfx.frontend import trace
-from rmfx.passes.pruning import without
 from rmfx.report import META_KEY
+
+from .pruning import without
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ from rmfx._importance import (
     Batches,
     Custom,
     Loss,
-    Moments,
+    Responses,
     activation,
     by_layer,
     by_weight,
@@ -172,17 +172,17 @@ def prune_channels(
     net = Net(trace(model, example_inputs))
     net.sweep()
     widths = Widths(net, Channels(net), protect)
-    moments = None
+    found = None
     if data is not None and (responses != "none" or importance in BY_DATA):
-        moments = Moments(net, widths, data, step)
-    scores = _scores(net, widths, importance, data, loss, moments, seed, step)
+        found = Responses(net, widths, data, step)
+    scores = _scores(net, widths, importance, data, loss, found, seed, step)
     step("choose filters")
     meter, everything = METERS[of], torch.ones(len(widths.roots), dtype=torch.bool)
     allowed = budget if budget is not None else (target or 1) * widths.cost(everything, meter)
     keep = allocate(allocation, widths, scores, Demand(meter, allowed, multiple, floor))
     name = importance if isinstance(importance, str) else "custom"
     report = _report(widths, keep, name, allocation)
-    means = moments.means if moments is not None and responses != "none" else {}
+    means = found.means if found is not None and responses != "none" else {}
     return without(net, widths, keep, means, borders=responses == "borders"), report
 
 
@@ -210,7 +210,7 @@ def _scores(
     importance: str | Custom,
     data: Batches | None,
     loss: Loss,
-    moments: Moments | None,
+    found: Responses | None,
     seed: int,
     step: Callable[[str], object],
 ) -> Tensor:
@@ -219,10 +219,10 @@ def _scores(
     if importance == "random":
         drawn = torch.rand(len(widths.roots), generator=torch.Generator().manual_seed(seed))
         return drawn.to(torch.float64)
-    if moments is not None and data is not None and importance in BY_DATA:
+    if found is not None and data is not None and importance in BY_DATA:
         if importance == "taylor":
-            return taylor(net, widths, data, loss, moments.means, step)
-        return activation(net, widths, moments)
+            return taylor(net, widths, data, loss, found.means, step)
+        return activation(net, widths, found)
     return by_weight(net, widths, importance)
 
 

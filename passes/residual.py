@@ -38,6 +38,7 @@ from rmfx._errors import OptionError, Refusal, RefusedError, RmfxError
 from rmfx._graph import Net, Shape, Virtual, put_in_order
 from rmfx._layers import read_join
 from rmfx._linked import linked
+from rmfx._moments import Moments
 from rmfx._plan import (
     Column,
     Layer,
@@ -63,7 +64,7 @@ from rmfx.frontend import trace, with_constants
 from rmfx.report import META_KEY, Report, SiteReport
 
 from .batch_norm import fold
-from .calibration import Moments, identity_norm, measure
+from .calibration import identity_norm, measure
 from .linear import LinearRule
 from .noop import NoopRule
 

@@ -15,7 +15,7 @@ from ._errors import (
 )
 from .frontend import trace
 from .measured import MeasuredPolicy
-from .passes.batch_norm import fold_batch_norm
+from .passes.batch_norm import fold_batch_norm, insert_batch_norm
 from .passes.branches import merge_branches
 from .passes.carries import close_carries
 from .passes.dead_channels import eliminate_dead_channels
@@ -47,6 +47,7 @@ __all__ = [
     "cost",
     "eliminate_dead_channels",
     "fold_batch_norm",
+    "insert_batch_norm",
     "is_plain",
     "merge_branches",
     "merge_convs",

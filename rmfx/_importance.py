@@ -24,6 +24,7 @@ from ._channels import Layer
 from ._cutting import norm_behind
 from ._errors import OptionError, ShapeError
 from ._graph import Net
+from ._moments import Moments
 from ._widths import Widths
 
 BY_DATA = ("taylor", "activation")
@@ -79,7 +80,7 @@ def _by_channel(layer: Layer, value: Tensor) -> Tensor:
     return value.movedim(axis, 1).flatten(2) if value.dim() > 2 else value.unsqueeze(2)
 
 
-class Moments:
+class Responses:
     """Mean and variance of every channel that a reader reads, over batches.
 
     Args:
@@ -92,33 +93,28 @@ class Moments:
     def __init__(
         self, net: Net, widths: Widths, data: Batches, step: Callable[[str], object]
     ) -> None:
-        self.counts: dict[fx.Node, int] = {}
-        self.means: dict[fx.Node, Tensor] = {}
-        self._squares: dict[fx.Node, Tensor] = {}
+        self._moments: dict[fx.Node, Moments] = {}
         runner = Readers(net, readers_of(widths), self._add)
         with torch.no_grad():
             for i, (inputs, _) in enumerate(data):
                 step(f"responses, batch {i + 1}")
                 _run(runner, inputs)
-        if not self.counts and readers_of(widths):
+        if not self._moments and readers_of(widths):
             raise OptionError("data holds no batches")
 
     def _add(self, layer: Layer, value: Tensor) -> Tensor:
-        """Chan's rule for the mean and the sum of squares of two sets together."""
-        x = _by_channel(layer, value.detach()).to(torch.float64)
-        count, mean = x.shape[0] * x.shape[2], x.mean((0, 2))
-        squares = (x - mean.reshape(1, -1, 1)).square().sum((0, 2))
-        node, seen = layer.node, self.counts.get(layer.node, 0)
-        if seen:
-            delta, total = mean - self.means[node], seen + count
-            mean = self.means[node] + delta * (count / total)
-            squares = self._squares[node] + squares + delta.square() * (seen * count / total)
-        self.counts[node], self.means[node], self._squares[node] = seen + count, mean, squares
+        rows = _by_channel(layer, value).transpose(0, 1).flatten(1)
+        self._moments.setdefault(layer.node, Moments()).add(rows)
         return value
 
+    @property
+    def means(self) -> dict[fx.Node, Tensor]:
+        """Mean of each channel that a layer reads, (in_channels,)."""
+        return {node: found.mean for node, found in self._moments.items()}
+
     def deviation(self, node: fx.Node) -> Tensor:
-        """Standard deviation of each channel."""
-        return (self._squares[node] / self.counts[node]).sqrt()
+        """Standard deviation of each channel that a layer reads, (in_channels,)."""
+        return self._moments[node].variance.sqrt()
 
 
 def _run(runner: Readers, inputs: Any) -> Any:
@@ -183,7 +179,7 @@ def _changes(
     return change, len(change)
 
 
-def activation(net: Net, widths: Widths, moments: Moments) -> Tensor:
+def activation(net: Net, widths: Widths, responses: Responses) -> Tensor:
     """How much the readers would notice: (labels,)."""
     found = torch.zeros(len(widths.roots) + 1, dtype=torch.float64)
     for layer in readers_of(widths):
@@ -195,7 +191,7 @@ def activation(net: Net, widths: Widths, moments: Moments) -> Tensor:
             norms = own.square().sum((1, 3)).flatten().sqrt()
         else:
             norms = own.flatten(1).square().sum(1).sqrt()  # transposed: inputs come first
-        effect = moments.deviation(layer.node).cpu() * norms * layer.mixes
+        effect = responses.deviation(layer.node).cpu() * norms * layer.mixes
         found.index_add_(0, widths.places(layer.ins), effect)
     return found[:-1]
 

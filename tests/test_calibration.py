@@ -56,7 +56,7 @@ def test_widened_norm_is_the_identity_on_the_carry(dtype: torch.dtype, scale: fl
     norm = ready(nn.BatchNorm2d(3), dtype)
     carry = scale * image(2, 2, 4, 4, dtype=dtype) + scale
     rows = carry.double().transpose(0, 1).flatten(1)
-    wide = identity_norm(norm, 2, Moments(rows.mean(1), rows.var(1, unbiased=False)))
+    wide = identity_norm(norm, 2, Moments(1, rows.mean(1), rows.var(1, unbiased=False)))
     x = image(2, 3, 4, 4, dtype=dtype)
     with torch.no_grad():
         out = wide(torch.cat([x, carry], 1))
@@ -74,7 +74,7 @@ def test_widened_norm_without_statistics_is_the_identity_too() -> None:
 
 
 def test_statistics_cover_zero_padded_carries() -> None:
-    moments = Moments(torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64) * 4)
+    moments = Moments(1, torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64) * 4)
     wide = identity_norm(ready(nn.BatchNorm2d(3)), 4, moments)
     assert wide.running_mean[3:].tolist() == [1, 1, 0, 0]
     assert wide.running_var[3:].tolist() == [4, 4, 1, 1]

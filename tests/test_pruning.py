@@ -34,7 +34,7 @@ import rmfx
 from rmfx._allocation import ALLOCATIONS, spare
 from rmfx._channels import Channels
 from rmfx._graph import Net
-from rmfx._importance import IMPORTANCES, Moments, taylor
+from rmfx._importance import IMPORTANCES, Responses, taylor
 from rmfx._widths import Widths, multiply_adds, parameters
 from rmfx.frontend import trace
 from rmfx.passes.pruning import without
@@ -61,7 +61,7 @@ def assert_masks_hold(
         return 0
     drawn = torch.rand(2, len(widths.roots), generator=torch.Generator().manual_seed(seed))
     keep = spare(widths, drawn[1], drawn[0] > 0.4)
-    means = Moments(net, widths, [(tuple(inputs), None)], lambda text: None).means
+    means = Responses(net, widths, [(tuple(inputs), None)], lambda text: None).means
     with torch.no_grad():
         masked = Masked(net, widths, keep, means, borders=borders)
         expected = tree_leaves(masked.run(*inputs))
@@ -275,7 +275,7 @@ def test_taylor_is_the_slope_of_the_loss_towards_the_mean() -> None:
     model = small_net()
     net, widths = prepared(model, image(1, 3, 8, 8))
     data = batches(1)
-    means = Moments(net, widths, data, lambda text: None).means
+    means = Responses(net, widths, data, lambda text: None).means
     found = taylor(net, widths, data, F.cross_entropy, means, lambda text: None)
     x, y = data[0]
     step = 1e-6

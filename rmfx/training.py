@@ -1,0 +1,177 @@
+"""What training needs around pruning; each works in any training loop.
+
+    slimming = Slimming(model, strength=1e-4)
+    for inputs, targets in loader:
+        loss(model(inputs), targets).backward()
+        optimizer.step()
+        slimming.step(learning_rate)
+
+For the statistics of batch norm after pruning there is `torch.optim.swa_utils.update_bn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ._activation import ChannelPReLU
+from ._affine import CONVS
+from ._dialect import BATCH_NORMS
+from ._errors import OptionError
+
+
+class Slimming:
+    """L1 on the scales of batch norms, by the proximal step, which reaches 0 (a gradient does not).
+
+    Network slimming (Liu et al., 2017): what is 0 afterwards can go for nothing.
+
+    Args:
+        model: to be trained.
+        strength: of the penalty strength·Σ|γ|.
+    """
+
+    def __init__(self, model: nn.Module, strength: float) -> None:
+        if not strength >= 0:
+            raise OptionError(f"strength={strength!r} must not be negative")
+        self.strength = strength
+        norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
+        self.scales: list[Tensor] = [m.weight for m in norms if m.weight is not None]
+        if not self.scales:
+            raise OptionError(
+                f"{type(model).__name__} has no batch norm with a scale; "
+                "rmfx.insert_batch_norm puts one behind every convolution"
+            )
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """γ ← sign(γ)·max(|γ| − learning_rate·strength, 0); to be called after the optimiser."""
+        for scale in self.scales:
+            scale.copy_(F.softshrink(scale, learning_rate * self.strength))
+
+    def zeros(self) -> int:
+        """Scales that are 0."""
+        return sum(int((scale == 0).sum()) for scale in self.scales)
+
+
+def gradual_targets(final: float, steps: int, start: float = 1.0) -> Iterator[float]:
+    """Shares of the cost to prune to, one after the other, fast at first (Zhu and Gupta, 2017).
+
+    Each is a share of the whole network's cost: divide by the one before it to prune what is left.
+
+    >>> [round(share, 3) for share in gradual_targets(0.5, 3)]
+    [0.648, 0.519, 0.5]
+    """
+    if steps < 1 or not 0 < final <= start <= 1:
+        raise OptionError("gradual_targets needs steps of 1 or more and 0 < final <= start <= 1")
+    for step in range(1, steps + 1):
+        yield final + (start - final) * (1 - step / steps) ** 3
+
+
+class Distillation:
+    """A loss that also follows a teacher, such as the network before pruning (Hinton et al., 2015).
+
+    (1 − weight)·loss(output, target) + weight·T²·KL(teacher/T, output/T)
+
+    Args:
+        teacher: gives logits; is put in eval mode and not trained.
+        weight: of the teacher, between 0 and 1.
+        temperature: T.
+        loss: against the targets.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        weight: float = 0.5,
+        temperature: float = 4.0,
+        loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
+    ) -> None:
+        if not 0 <= weight <= 1 or not temperature > 0:
+            raise OptionError("weight must lie between 0 and 1, temperature must be positive")
+        self.teacher = teacher.eval()
+        self.weight, self.temperature, self.loss = weight, temperature, loss
+
+    def __call__(self, inputs: Tensor, output: Tensor, target: Any) -> Tensor:
+        """The loss of a batch."""
+        with torch.no_grad():
+            taught = self.teacher(inputs) / self.temperature
+        following = F.kl_div(
+            F.log_softmax(output / self.temperature, 1),
+            F.log_softmax(taught, 1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        own = self.loss(output, target)
+        return (1 - self.weight) * own + self.weight * self.temperature**2 * following
+
+
+class _Kept(nn.Module):
+    """Gives a parameter with some of its values as they were."""
+
+    kept: Tensor
+    values: Tensor
+
+    def __init__(self, kept: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("kept", kept)
+        self.register_buffer("values", values)
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        return torch.where(self.kept, self.values, parameter)
+
+
+def freeze_carries(model: nn.Module) -> int:
+    """Hold the filters that only hand a channel on, whatever the optimiser does, weight decay too.
+
+    Slopes of 1 are held as well, with which a PReLU hands a channel on.
+
+    So a carry stays one while the network is trained, and `close_carries` can close it afterwards;
+    call `thaw_carries` first, since passes refuse parametrized layers.
+
+    Args:
+        model: with weights as `remove_residuals` leaves them; is changed.
+
+    Returns:
+        How many filters are held.
+    """
+    count = 0
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            continue
+        if isinstance(module, (nn.PReLU, ChannelPReLU)):
+            slope: Tensor = module.weight.detach()
+            _hold(module, "weight", slope == 1, slope.clone())
+        if type(module) not in CONVS:
+            continue
+        weight: Tensor = module.weight.detach()  # type: ignore[operator]
+        bias: Any = module.bias
+        rows = (weight != 0).flatten(1).sum(1) == 1
+        if bias is not None:
+            rows = rows & (bias.detach() == 0)
+        if not bool(rows.any()):
+            continue
+        count += int(rows.sum())
+        everywhere = rows.reshape(-1, *[1] * (weight.dim() - 1)).expand_as(weight)
+        _hold(module, "weight", everywhere.clone(), weight.clone())
+        if bias is not None:
+            _hold(module, "bias", rows.clone(), bias.detach().clone())
+    return count
+
+
+def _hold(module: nn.Module, name: str, kept: Tensor, values: Tensor) -> None:
+    parametrize.register_parametrization(module, name, _Kept(kept, values))
+
+
+def thaw_carries(model: nn.Module) -> None:
+    """Undo `freeze_carries`: the values that were held become ordinary parameters."""
+    for module in list(model.modules()):
+        held = getattr(module, "parametrizations", None)
+        for name in list(held) if isinstance(held, nn.ModuleDict) else ():
+            if any(isinstance(part, _Kept) for part in held[name]):  # type: ignore[index]
+                parametrize.remove_parametrizations(module, name)
