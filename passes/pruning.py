@@ -45,8 +45,9 @@ from rmfx._importance import (
     taylor,
 )
 from rmfx._state import undisturbed
-from rmfx._widths import Widths, multiply_adds, parameters
+from rmfx._widths import Meter, Widths, multiply_adds, parameters
 from rmfx.frontend import trace
+from rmfx.latency_table import LatencyTable
 from rmfx.report import META_KEY, short
 
 RESPONSES = ("bias", "borders", "none")
@@ -110,7 +111,7 @@ def prune_channels(
     *,
     target: float | None = None,
     budget: float | None = None,
-    of: str = "macs",
+    of: str | LatencyTable = "macs",
     data: Batches | None = None,
     loss: Loss = F.cross_entropy,
     importance: str | Custom = "taylor",
@@ -130,7 +131,8 @@ def prune_channels(
         example_inputs: a tensor or a tuple of arguments.
         target: share of the cost to keep, in (0, 1]; or
         budget: what the result may cost, in units of `of`.
-        of: "macs" (multiply-adds on the example inputs) or "parameters".
+        of: "macs" (multiply-adds on the example inputs), "parameters", "latency" (seconds under
+            inductor, measured layer by layer), or a `LatencyTable` of another runtime.
         data: batches of (inputs, targets) that can be gone through twice, such as a list or a
             `DataLoader`; for "taylor" and "activation", and for what channels are on average.
         loss: called with the model's output and the targets.
@@ -177,7 +179,8 @@ def prune_channels(
         found = Responses(net, widths, data, step)
     scores = _scores(net, widths, importance, data, loss, found, seed, step)
     step("choose filters")
-    meter, everything = METERS[of], torch.ones(len(widths.roots), dtype=torch.bool)
+    meter = _meter(of, step)
+    everything = torch.ones(len(widths.roots), dtype=torch.bool)
     allowed = budget if budget is not None else (target or 1) * widths.cost(everything, meter)
     keep = allocate(allocation, widths, scores, Demand(meter, allowed, multiple, floor))
     name = importance if isinstance(importance, str) else "custom"
@@ -226,10 +229,16 @@ def _scores(
     return by_weight(net, widths, importance)
 
 
+def _meter(of: str | LatencyTable, step: Callable[[str], object]) -> Meter:
+    if not isinstance(of, str):
+        return of
+    return LatencyTable(step=step) if of == "latency" else METERS[of]
+
+
 def _check(
     target: float | None,
     budget: float | None,
-    of: str,
+    of: str | LatencyTable,
     importance: str | Custom,
     allocation: str,
     floor: float,
@@ -244,7 +253,7 @@ def _check(
     if budget is not None and not budget > 0:
         raise OptionError(f"budget={budget!r} must be positive")
     for name, value, known in (
-        ("of", of, tuple(METERS)),
+        ("of", of, (*METERS, "latency")),
         ("allocation", allocation, ALLOCATIONS),
         ("importance", importance, IMPORTANCES),
         ("responses", responses, RESPONSES),

@@ -14,6 +14,7 @@ from ._errors import (
     WeightError,
 )
 from .frontend import trace
+from .latency_table import LatencyTable
 from .measured import MeasuredPolicy
 from .passes.batch_norm import fold_batch_norm, insert_batch_norm
 from .passes.branches import merge_branches
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LatencyTable",
     "MeasuredPolicy",
     "ModeError",
     "NotPlainError",

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ._affine import TRANSPOSED, common_block
 from ._channels import FIXED, Channels, Layer, Table
@@ -51,6 +51,7 @@ class Part:
 
     Attributes:
         node: that calls or holds it.
+        module: of a layer; None for numbers per channel.
         ins: places of its inputs' labels among `Widths.roots`; those that stay are at the end.
         outs: the same of its outputs.
         carries: as in `Layer`.
@@ -60,6 +61,7 @@ class Part:
     """
 
     node: fx.Node
+    module: nn.Module | None
     ins: Tensor
     outs: Tensor
     carries: Tensor
@@ -143,6 +145,7 @@ class Widths:
         where = layer.node.all_input_nodes[0] if type(layer.module) in TRANSPOSED else layer.node
         return Part(
             layer.node,
+            layer.module,
             self.places(layer.ins),
             self.places(layer.outs),
             layer.carries,
@@ -155,7 +158,7 @@ class Widths:
         places, alone = self.places(table.ids), torch.zeros(1, dtype=torch.bool)
         module = net.module(table.node)
         rows = 0 if module is None else sum(p.dim() > 0 for p in module.parameters())
-        return Part(table.node, places, places, alone, taps=0, positions=0, rows=rows)
+        return Part(table.node, None, places, places, alone, taps=0, positions=0, rows=rows)
 
 
 def _reads(layer: Layer, rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 # `pytest tests/test_fuzz.py --hypothesis-profile=ci`: bounded, and the same in every run; two tests
-# of 400 networks each.
+# of 300 networks each.
 settings.register_profile(
     "ci", settings.get_profile("default"), max_examples=300, derandomize=True, print_blob=True
 )

@@ -113,7 +113,7 @@ def test_a_network_without_carries_is_the_same() -> None:
         rmfx.close_carries(model, None)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=15)
 @given(spec=residual_networks())
 def test_random_networks_keep_their_function(spec: NetworkSpec) -> None:
     model, inputs = spec.build(seed=0), spec.inputs(seed=0)
