@@ -24,6 +24,7 @@ from .passes.linear import merge_convs
 from .passes.noop import remove_noops
 from .passes.pruning import PruningReport, prune_channels
 from .passes.residual import remove_residuals
+from .passes.sites import ChoiceReport, choose_sites
 from .plain import is_plain, to_sequential
 from .report import Report, SiteReport, report
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChoiceReport",
     "LatencyTable",
     "MeasuredPolicy",
     "ModeError",
@@ -45,6 +47,7 @@ __all__ = [
     "SiteReport",
     "TraceError",
     "WeightError",
+    "choose_sites",
     "close_carries",
     "cost",
     "eliminate_dead_channels",

@@ -13,8 +13,6 @@ Activations and additions are not counted: runtimes fuse most of them into the l
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ._affine import TRANSPOSED
+from ._timing_cache import TimingCache
 from ._widths import Part, Size
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -40,9 +39,6 @@ class LatencyTable:
         rounds: how often each size is timed.
         seconds: how long each timing takes at least.
         step: called with a few words before each layer is timed.
-
-    Attributes:
-        timings: by a hash of layer, size and runtime: seconds by "inputs,outputs".
     """
 
     def __init__(
@@ -56,16 +52,18 @@ class LatencyTable:
         step: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.runtime = runtime
-        self.timings: dict[str, Grid] = {}
-        self._cache = None if cache is None else Path(cache)
+        self._cache = TimingCache(cache)
         self._options: dict[str, Any] = {
             "threads": threads or torch.get_num_threads(),
             "rounds": rounds,
             "seconds": seconds,
         }
         self._step = step
-        if self._cache is not None and self._cache.exists():
-            self.timings = json.loads(self._cache.read_text(encoding="utf-8"))
+
+    @property
+    def timings(self) -> dict[str, Grid]:
+        """Seconds by "inputs,outputs", by a hash of layer, size and runtime."""
+        return self._cache.known
 
     def __call__(self, part: Part, size: Size) -> float:
         """Seconds of a part of a network that has so many channels."""
@@ -86,20 +84,13 @@ class LatencyTable:
         return total
 
     def _grid(self, part: Part) -> Grid:
-        key = self._key(part)
-        if key not in self.timings:
-            self._step(f"time {part.node.target} in {self.runtime}")
-            self.timings[key] = self._measure(part)
-            if self._cache is not None:
-                self._cache.write_text(json.dumps(self.timings, indent=1), encoding="utf-8")
-        return self.timings[key]
-
-    def _key(self, part: Part) -> str:
         options = (self.runtime, self._options["threads"], torch.__version__)
-        told = repr((str(part.module), _shape_read(part), str(_dtype(part)), options))
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        told = (str(part.module), _shape_read(part), str(_dtype(part)), options)
+        grid: Grid = self._cache.get(told, lambda: self._measure(part))
+        return grid
 
     def _measure(self, part: Part) -> Grid:
+        self._step(f"time {part.node.target} in {self.runtime}")
         # This needs the package to be there, which imports this file.
         from .latency import Settings, compare_speed
 

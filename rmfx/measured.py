@@ -10,8 +10,6 @@ are alike are timed once; with a cache file once for ever, on this machine and t
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ from torch import Tensor, fx, nn
 from ._activation import Blockwise
 from ._errors import Refusal
 from ._graph import Net, Virtual, data_input
+from ._timing_cache import TimingCache
 
 if TYPE_CHECKING:
     from ._site import Site
@@ -39,10 +38,6 @@ class MeasuredPolicy:
         rounds: how often each form of a site is timed.
         seconds: how long each timing takes at least.
         step: called with a few words before each site is timed.
-
-    Attributes:
-        timings: by a hash of site, shapes and runtime: the median of the ratios after/before and
-            their quartiles.
     """
 
     def __init__(
@@ -56,17 +51,18 @@ class MeasuredPolicy:
         step: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.runtime = runtime
-        self.timings: dict[str, Ratio] = {}
-        self._cache = None if cache is None else Path(cache)
+        self._cache = TimingCache(cache)
         self._options: dict[str, Any] = {
             "threads": threads or torch.get_num_threads(),
             "rounds": rounds,
             "seconds": seconds,
         }
         self._step = step
-        if self._cache is not None and self._cache.exists():
-            known = json.loads(self._cache.read_text(encoding="utf-8"))
-            self.timings = {key: tuple(ratio) for key, ratio in known.items()}
+
+    @property
+    def timings(self) -> dict[str, Ratio]:
+        """Median ratio after/before and quartiles, by a hash of site, shapes and runtime."""
+        return self._cache.known
 
     def reason_to_keep(self, net: Net, site: Site) -> Refusal | None:
         """Why a site stays, None if it goes."""
@@ -80,31 +76,28 @@ class MeasuredPolicy:
         return Refusal(f"it would not pay: {cause}", by_choice=True)
 
     def _timing(self, name: str, before: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Ratio:
-        key = self._key(before, inputs)
-        if key not in self.timings:
-            self._step(f"time {name} in {self.runtime}")
-            self.timings[key] = self._measure(before, inputs)
-            if self._cache is not None:
-                self._cache.write_text(json.dumps(self.timings, indent=1), encoding="utf-8")
-        return self.timings[key]
-
-    def _key(self, gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> str:
-        layers = [str(m) for m in gm.modules() if not list(m.children())]
-        sizes = [(tuple(x.shape), str(x.dtype)) for x in inputs]
         options = (self.runtime, self._options["threads"], torch.__version__)
-        told = repr((gm.code, layers, sizes, options))
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        told = (*looks(before, inputs), options)
+        median, low, high = self._cache.get(told, lambda: self._measure(name, before, inputs))
+        return median, low, high
 
-    def _measure(self, before: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Ratio:
+    def _measure(self, name: str, before: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Ratio:
         # These need the package to be there, which imports this file.
         from .latency import Settings, compare_speed, ratio_of
         from .passes.noop import remove_noops
         from .passes.residual import remove_residuals
 
+        self._step(f"time {name} in {self.runtime}")
         # Both are made by a pass: what that puts around a network takes time itself.
         forms = [remove_noops(before, inputs), remove_residuals(before, inputs)]
         settings = Settings(runtimes=(self.runtime,), **self._options)
         return ratio_of(*compare_speed(forms, inputs, self.runtime, settings))
+
+
+def looks(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[object, ...]:
+    """What two graphs that take the same time have in common."""
+    layers = [str(m) for m in gm.modules() if not list(m.children())]
+    return gm.code, layers, [(tuple(x.shape), str(x.dtype)) for x in inputs]
 
 
 def cut_out(net: Net, site: Site) -> tuple[fx.GraphModule, tuple[Tensor, ...]] | None:

@@ -1,0 +1,406 @@
+"""Choosing for each residual connection: keep it, open it into a carry, or cut it.
+
+    keep   nothing happens
+    open   `remove_residuals` there: exact, faster or slower as it comes
+    cut    the branch alone is left, without shortcut and addition: faster, and another function
+
+Each site is timed alone in all three forms in the runtime at hand. What cutting costs is measured
+on data: the loss of the whole network without that one shortcut, after its batch norms have seen
+the data anew, less the loss with it. Of all choices whose losses add up to no more than is allowed,
+the one that saves the most time is taken (a knapsack, solved exactly for these numbers). That
+losses add up is an approximation; the loss of the result is measured in the end.
+
+Cut can be what adds two values of which one is its fork passed on by linear layers only; `x - f(x)`
+and scaled sums cannot. What may be opened is what `remove_residuals` can remove.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+from torch.optim.swa_utils import update_bn
+
+from rmfx._activation import Activation, Blockwise
+from rmfx._dialect import module_path
+from rmfx._errors import OptionError, Refusal, ShapeError
+from rmfx._graph import Net
+from rmfx._importance import Batches, Loss
+from rmfx._layers import CHANNEL_BY_CHANNEL, Lateral, read_join
+from rmfx._rewrite import apply_rule
+from rmfx._site import Site, find_sites
+from rmfx._state import undisturbed
+from rmfx._timing_cache import TimingCache
+from rmfx.frontend import trace
+from rmfx.measured import cut_out, looks
+from rmfx.report import META_KEY
+
+from .batch_norm import fold_batch_norm
+from .noop import NoopRule
+from .residual import remove_residuals
+
+CHOICES = ("keep", "open", "cut")
+
+
+@dataclass(frozen=True)
+class SiteChoice:
+    """What became of one site.
+
+    Attributes:
+        place: path of the module whose code adds, "" for the root.
+        join: name of the addition.
+        choice: "keep", "open" or "cut".
+        seconds: it takes alone as it is.
+        seconds_open, seconds_cut: in the other forms, None where there is none.
+        loss_cut: what cutting it adds to the loss.
+    """
+
+    place: str
+    join: str
+    choice: str
+    seconds: float
+    seconds_open: float | None
+    seconds_cut: float | None
+    loss_cut: float | None
+
+
+@dataclass(frozen=True)
+class ChoiceReport:
+    """What `choose_sites` did. `str()` gives a table, `to_dict` what JSON can hold.
+
+    Attributes:
+        sites: one row each.
+        loss_before, loss_after: of the network on the data, its batch norms having seen them anew.
+        runtime: in which the sites were timed.
+    """
+
+    sites: tuple[SiteChoice, ...]
+    loss_before: float
+    loss_after: float
+    runtime: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        headers = ("site", "choice", "as it is", "open", "cut", "loss by cutting")
+        rows = [
+            (
+                site.place or site.join,
+                site.choice,
+                *map(_microseconds, (site.seconds, site.seconds_open, site.seconds_cut)),
+                "" if site.loss_cut is None else f"{site.loss_cut:+.4f}",
+            )
+            for site in self.sites
+        ]
+        align = ("left", "left", *["right"] * 4)
+        table = tabulate(rows, headers, disable_numparse=True, colalign=align) if rows else ""
+        loss = f"loss {self.loss_before:.4f} -> {self.loss_after:.4f}, times in {self.runtime}"
+        return f"{table}\n{loss}" if rows else "no residual connections"
+
+
+def _microseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e6:.0f} us"
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A site, and which operand of its join is left when it is cut, None if it cannot be."""
+
+    site: Site
+    main: int | None
+
+
+# ---- the verb -----------------------------------------------------------------------------------
+
+
+@undisturbed
+def choose_sites(
+    model: nn.Module | Any,
+    example_inputs: Any,
+    data: Batches,
+    *,
+    budget: float = 0.05,
+    loss: Loss = F.cross_entropy,
+    choices: Sequence[str] = CHOICES,
+    runtime: str = "inductor",
+    cache: str | Path | None = None,
+    threads: int | None = None,
+    rounds: int = 5,
+    seconds: float = 0.05,
+    step: Callable[[str], object] = lambda text: None,
+) -> tuple[fx.GraphModule, ChoiceReport]:
+    """Keep, open or cut each residual connection: the fastest choice that the loss allows.
+
+    Args:
+        model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
+        example_inputs: a tensor or a tuple of tensors of the size that matters.
+        data: batches of (inputs, targets), gone through once for each site that may be cut.
+        budget: how much cutting may add to the mean loss; training afterwards wins some of it back.
+        loss: called with the model's output and the targets, a mean over the batch.
+        choices: what may be done, "keep" included.
+        runtime: "eager", "inductor", "onnxruntime" or "openvino": where it is to be fast.
+        cache: a JSON file for the timings.
+        threads: for one inference; by default torch's.
+        rounds: how often each form of a site is timed.
+        seconds: how long each timing takes at least.
+        step: called with a few words before each step.
+
+    Returns:
+        The network and a report. Its batch norms have statistics of the data where something was
+        cut; where something was opened they stay batch norms, to be trained further.
+
+    Raises:
+        OptionError: an option makes no sense.
+        ShapeError: there are no example inputs, or the model does not run on a batch.
+        RmfxError: the model cannot be traced or its weights cannot be used.
+    """
+    unknown = [name for name in choices if name not in CHOICES]
+    if unknown or "keep" not in choices:
+        raise OptionError(f"choices={choices!r}: 'keep', and any of 'open' and 'cut'")
+    if not budget >= 0:
+        raise OptionError(f"budget={budget!r}: what cutting may add to the loss is not negative")
+    if example_inputs is None:
+        raise ShapeError("choose_sites needs example inputs: it times sites at their sizes")
+    batches = [*data]
+    if not batches:
+        raise OptionError("data holds no batches")
+    source = trace(model, example_inputs)
+    net = Net(source)
+    apply_rule(net, NoopRule())
+    candidates = _candidates(net, can_cut="cut" in choices)
+    timer = _Timer(runtime, TimingCache(cache), threads, rounds, seconds, step)
+    before = _loss_of(_reestimated(copy.deepcopy(source), batches), batches, loss)
+    rows = []
+    for i, candidate in enumerate(candidates):
+        step(f"site {i + 1} of {len(candidates)}")
+        rows.append(_measure(net, source, candidate, timer, batches, (loss, before), choices))
+    chosen = _knapsack(rows, budget)
+    rows = [_chosen(row, choice) for row, choice in zip(rows, chosen, strict=True)]
+    gm = _with_choices(source, candidates, rows, example_inputs, batches)
+    after = _loss_of(gm, batches, loss)
+    return gm, ChoiceReport(tuple(rows), before, after, runtime)
+
+
+def _chosen(row: SiteChoice, choice: str) -> SiteChoice:
+    return SiteChoice(**{**asdict(row), "choice": choice})
+
+
+def _with_choices(
+    source: fx.GraphModule,
+    candidates: Sequence[_Candidate],
+    rows: Sequence[SiteChoice],
+    example_inputs: Any,
+    batches: Sequence[Any],
+) -> fx.GraphModule:
+    by_choice: dict[str, list[_Candidate]] = {choice: [] for choice in CHOICES}
+    for candidate, row in zip(candidates, rows, strict=True):
+        by_choice[row.choice].append(candidate)
+    gm = source
+    if by_choice["cut"]:
+        gm = _reestimated(_without(source, by_choice["cut"]), batches)
+    names = {candidate.site.join.name for candidate in by_choice["open"]}
+    opened = remove_residuals(
+        gm,
+        example_inputs,
+        fold_batch_norm=False,
+        calibration=[inputs for inputs, _ in batches],
+        policy=lambda row: row.join in names,
+    )
+    opened.meta.pop(META_KEY, None)  # the report of this pass is another one
+    return opened
+
+
+# ---- what can be done ---------------------------------------------------------------------------
+
+
+def _candidates(net: Net, *, can_cut: bool) -> list[_Candidate]:
+    """The sites of a net, the innermost of each join."""
+    found = []
+    for node in net.graph.nodes:
+        sites = find_sites(net, node, keep_norms=False)
+        if isinstance(sites, list):
+            site = min(sites, key=lambda site: len(site.nodes))
+            found.append(_Candidate(site, _main_operand(net, site) if can_cut else None))
+    return found
+
+
+def _main_operand(net: Net, site: Site) -> int | None:
+    """Which operand of a join is its branch, where the other one is a shortcut."""
+    terms = read_join(net, site.join)
+    if terms is None or isinstance(terms, Refusal) or any(factor != 1 for _, factor in terms):
+        return None
+    curved = (Activation, Blockwise, Lateral, *CHANNEL_BY_CHANNEL)
+    linear = [
+        not any(isinstance(layer.layer, curved) for layer in chain) for chain in site.branches
+    ]
+    return linear.index(False) if linear[0] != linear[1] else None
+
+
+def _without(source: fx.GraphModule, candidates: Iterable[_Candidate]) -> fx.GraphModule:
+    """A graph with the shortcuts of some sites cut."""
+    net = Net(source)
+    nodes = {node.name: node for node in net.graph.nodes}
+    for candidate in candidates:
+        join = nodes[candidate.site.join.name]
+        join.replace_all_uses_with(_operands(join)[candidate.main or 0])
+    gm = net.finish()
+    gm.meta.pop(META_KEY, None)
+    return gm
+
+
+def _operands(join: fx.Node) -> list[fx.Node]:
+    given = (*join.args, *(join.kwargs.get(name) for name in ("input", "other")))
+    return [value for value in given if isinstance(value, fx.Node)]
+
+
+# ---- what it costs ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Timer:
+    runtime: str
+    cache: TimingCache
+    threads: int | None
+    rounds: int
+    seconds: float
+    step: Callable[[str], object]
+
+    def times(self, forms: Sequence[nn.Module], inputs: tuple[Tensor, ...]) -> list[float]:
+        """Median seconds of each form."""
+        from rmfx.latency import Settings, compare_speed  # loads much
+
+        settings = Settings(
+            runtimes=(self.runtime,),
+            threads=self.threads or torch.get_num_threads(),
+            rounds=self.rounds,
+            seconds=self.seconds,
+        )
+        told = [looks(gm, inputs) for gm in forms if isinstance(gm, fx.GraphModule)]
+        options = (self.runtime, settings.threads, torch.__version__)
+
+        def measure() -> list[float]:
+            measured = compare_speed(forms, inputs, self.runtime, settings, self.step)
+            return [statistics.median(own) for own in measured]
+
+        found: list[float] = self.cache.get((told, options), measure)
+        return found
+
+
+def _measure(
+    net: Net,
+    source: fx.GraphModule,
+    candidate: _Candidate,
+    timer: _Timer,
+    batches: Sequence[Any],
+    baseline: tuple[Loss, float],
+    choices: Sequence[str],
+) -> SiteChoice:
+    """What each choice would cost at one site."""
+    site = candidate.site
+    alone = cut_out(net, site)
+    if alone is None:
+        raise ShapeError(f"{site.join.name}: its shapes are unknown")
+    graph, inputs = alone
+    forms: dict[str, nn.Module] = {"keep": fold_batch_norm(graph, inputs)}
+    if "open" in choices:
+        opened = remove_residuals(graph, inputs)
+        forms |= {"open": opened} if opened.meta[META_KEY].removed else {}
+    loss_cut = None
+    if candidate.main is not None:
+        forms["cut"] = fold_batch_norm(_branch_alone(graph, candidate.main), inputs)
+        loss, before = baseline
+        gm = _reestimated(_without(source, [candidate]), batches)
+        loss_cut = _loss_of(gm, batches, loss) - before
+    seconds = dict(zip(forms, timer.times([*forms.values()], inputs), strict=True))
+    return SiteChoice(
+        place=module_path(site.join),
+        join=site.join.name,
+        choice="keep",
+        seconds=seconds["keep"],
+        seconds_open=seconds.get("open"),
+        seconds_cut=seconds.get("cut"),
+        loss_cut=loss_cut,
+    )
+
+
+def _branch_alone(graph: fx.GraphModule, main: int) -> fx.GraphModule:
+    """A site that was cut out, without its shortcut."""
+    net = Net(graph)
+    (output,) = (node for node in net.graph.nodes if node.op == "output")
+    join = output.all_input_nodes[0]
+    join.replace_all_uses_with(_operands(join)[main])
+    return net.finish()
+
+
+def _reestimated(gm: fx.GraphModule, batches: Sequence[Any]) -> fx.GraphModule:
+    """The graph, its batch norms with the statistics of the data."""
+    # It calls its network with the first part of each batch.
+    update_bn([(inputs,) for inputs, _ in batches], _Unpacked(gm))
+    return gm.eval()
+
+
+class _Unpacked(nn.Module):
+    """Calls a network with the inputs of a batch, be they one tensor or several."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Any) -> Any:
+        return self.network(*inputs) if isinstance(inputs, (tuple, list)) else self.network(inputs)
+
+
+@torch.no_grad()
+def _loss_of(gm: fx.GraphModule, batches: Sequence[Any], loss: Loss) -> float:
+    network = _Unpacked(gm)
+    return statistics.fmean(float(loss(network(inputs), target)) for inputs, target in batches)
+
+
+# ---- the choice ---------------------------------------------------------------------------------
+
+
+def _knapsack(rows: Sequence[SiteChoice], budget: float) -> list[str]:
+    """One choice for each site: the most time saved for a loss within the budget.
+
+    States that lose more and save less than another one are dropped, so what is left is exact.
+    """
+    states: list[tuple[float, float, tuple[str, ...]]] = [(0.0, 0.0, ())]
+    # What may yet be won back by cuts that lower the loss.
+    slack = sum(min(0.0, row.loss_cut or 0.0) for row in rows)
+    for row in rows:
+        slack -= min(0.0, row.loss_cut or 0.0)
+        options = [("keep", 0.0, 0.0)]
+        if row.seconds_open is not None:
+            options.append(("open", 0.0, row.seconds - row.seconds_open))
+        if row.seconds_cut is not None and row.loss_cut is not None:
+            options.append(("cut", row.loss_cut, row.seconds - row.seconds_cut))
+        grown = [
+            (lost + more, saved + gained, (*made, choice))
+            for lost, saved, made in states
+            for choice, more, gained in options
+            if lost + more + slack <= budget
+        ]
+        states = _best_of(grown)
+    within = [state for state in states if state[0] <= budget]
+    return list(max(within, key=lambda state: state[1])[2])
+
+
+def _best_of(
+    states: list[tuple[float, float, tuple[str, ...]]],
+) -> list[tuple[float, float, tuple[str, ...]]]:
+    """The states of which none is better in both loss and time."""
+    kept: list[tuple[float, float, tuple[str, ...]]] = []
+    for state in sorted(states, key=lambda state: (state[0], -state[1])):
+        if not kept or state[1] > kept[-1][1]:
+            kept.append(state)
+    return kept
