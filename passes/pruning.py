@@ -52,6 +52,7 @@ from rmfx.report import META_KEY, short
 
 RESPONSES = ("bias", "borders", "none")
 METERS = {"macs": multiply_adds, "parameters": parameters}
+OF = (*METERS, "latency")
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def _check(
     if budget is not None and not budget > 0:
         raise OptionError(f"budget={budget!r} must be positive")
     for name, value, known in (
-        ("of", of, (*METERS, "latency")),
+        ("of", of, OF),
         ("allocation", allocation, ALLOCATIONS),
         ("importance", importance, IMPORTANCES),
         ("responses", responses, RESPONSES),

@@ -1,4 +1,4 @@
-"""The command `rmfx`: `demo`, `convert`, `report`, `bench` and `fuzz`.
+"""The command `rmfx`: `demo`, `convert`, `report`, `prune`, `bench` and `fuzz`.
 
 Exit codes: 0 done, 1 it could not be done (one line on stderr says why), 2 wrong usage,
 130 interrupted. With `--json`, stdout holds one JSON object and nothing else.
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ._allocation import ALLOCATIONS
 from ._errors import OptionError, RmfxError
+from ._importance import BY_DATA, IMPORTANCES
 from ._strategy import STRATEGIES
 from .conversion import Conversion, compare, convert
 from .fuzz import FRONTENDS, PASSES, fuzz
@@ -39,7 +41,10 @@ from .latency import (
     measure_latency,
     plot,
 )
-from .loading import LoadedModel, load_model
+from .loading import LoadedModel, load_model, named_object
+from .passes.pruning import OF
+from .pruning_curve import plot as draw_curve
+from .pruning_curve import pruning_curve
 from .saving import SUFFIXES, SavedFile, as_function, check_output, check_place, save, whole_file
 from .testing import Equivalence
 
@@ -118,6 +123,12 @@ def _make_parser() -> argparse.ArgumentParser:
             (_add_model_options, _add_conversion_options, _add_page_options),
         ),
         (
+            "prune",
+            _run_prune,
+            "remove the filters that matter least, until the network is as small as asked for",
+            (_add_model_options, _add_pruning_options),
+        ),
+        (
             "bench",
             _run_bench,
             "time networks before and after the conversion, in several runtimes",
@@ -194,6 +205,22 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     add("--tolerance", type=float, help="largest relative error accepted in the written file")
 
 
+def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    text = "share of the cost to keep, in (0, 1]; several for a table or a plot"
+    add("--target", metavar="SHARE,...", type=_parse_shares, required=True, help=text)
+    add("--of", choices=OF, default=OF[0], help="the cost that is meant (macs)")
+    text = "package.module:function that gives batches of (inputs, classes)"
+    add("--data", metavar="NAME", help=text)
+    text = "how much a filter matters (taylor with --data, else l2)"
+    add("--importance", choices=IMPORTANCES, help=text)
+    add("--allocation", choices=ALLOCATIONS, default=ALLOCATIONS[0], help="how layers share it")
+    add("--protect", metavar="PATTERN", action="append", default=[], help="layers to leave alone")
+    add("--multiple", type=_parse_count, default=1, help="round the filters up to it (1)")
+    add("-o", "--output", metavar="OUT", help="file to write: .pt2 or .onnx; for one target")
+    add("--plot", metavar="FILE", help="file to draw the accuracy to: .svg or .png; needs --data")
+
+
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("models", metavar="MODEL", nargs="+", help="what to measure, see below")
@@ -246,6 +273,16 @@ def _parse_sizes(text: str, example: str) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes like {example}")
     return sizes
+
+
+def _parse_shares(text: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(share) for share in text.split(","))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of shares like 0.75,0.5")
+    return shares
 
 
 def _parse_ways(text: str) -> str | tuple[str, ...]:
@@ -342,6 +379,72 @@ def _run_convert(options: argparse.Namespace) -> None:
         **conversion.to_dict(),
     }
     _show(options, f"{head}\n{conversion}\n\n{_describe_checks(found, saved)}", result)
+
+
+def _run_prune(options: argparse.Namespace) -> None:
+    _check_pruning_files(options)
+    data = None if options.data is None else _batches(options.data)
+    with _quiet_stdout(), _progress(None, width=40) as step:
+        step("load")
+        loaded, inputs = _load(options, options.model)
+        inputs = _require(inputs)
+        curve = pruning_curve(
+            loaded.model,
+            inputs,
+            options.target,
+            data=data,
+            loss=torch.nn.functional.cross_entropy,
+            step=step,
+            of=options.of,
+            importance=options.importance or ("l2" if data is None else "taylor"),
+            allocation=options.allocation,
+            protect=options.protect,
+            multiple=options.multiple,
+        )
+        if options.output is not None:
+            step("write and check")
+            save(curve.networks[0], options.output, inputs)
+    if options.plot is not None:
+        with whole_file(Path(options.plot)) as path:
+            draw_curve(curve, path, options.model)
+    head = _describe(options, loaded, inputs)
+    _show(options, f"{head}\n{curve}", {"model": options.model, **curve.to_dict()})
+
+
+def _check_pruning_files(options: argparse.Namespace) -> None:
+    """Finds out before anything is measured whether the results can be written."""
+    if options.output is not None:
+        if len(options.target) > 1:
+            raise _UsageError("argument -o: give one --target to write a file")
+        if not options.output.endswith(SUFFIXES):
+            raise _UsageError(f"argument -o: {options.output} must end in {' or '.join(SUFFIXES)}")
+        check_output(options.output)
+    if options.plot is not None:
+        if options.data is None:
+            raise _UsageError("argument --plot: needs --data")
+        if not options.plot.endswith(PLOT_SUFFIXES):
+            text = f"{options.plot} must end in {' or '.join(PLOT_SUFFIXES)}"
+            raise _UsageError(f"argument --plot: {text}")
+        check_place(options.plot, PLOT_SUFFIXES)
+        check_plotting()
+    if options.importance in BY_DATA and options.data is None:
+        raise _UsageError(f"argument --importance: {options.importance} needs --data")
+
+
+def _batches(name: str) -> list[Any]:
+    """What a function gives, as batches of (inputs, classes)."""
+    function = named_object(name)
+    if not callable(function):
+        raise RmfxError(f"{name} is a {type(function).__name__}, not a function")
+    try:
+        batches = list(function())
+    # The caller's own code, which may raise anything.
+    except Exception as error:
+        raise RmfxError(f"{name}() raised {type(error).__name__}: {error}") from error
+    pairs = [isinstance(batch, (tuple, list)) and len(batch) == 2 for batch in batches]
+    if not batches or not all(pairs):
+        raise RmfxError(f"{name}() must give batches of (inputs, classes)")
+    return batches
 
 
 def _describe_checks(found: Equivalence, saved: SavedFile) -> str:

@@ -224,8 +224,15 @@ def _import_optional(name: str, command: str) -> ModuleType:
         raise LoadError(f"this model needs {package}: {command}") from error
 
 
-def _call_factory(module_name: str, attribute: str) -> nn.Module:
-    text = f"{module_name}:{attribute}"
+def named_object(text: str) -> object:
+    """What `package.module:name` names; modules are looked for in the current folder first.
+
+    Raises:
+        LoadError: there is no such thing.
+    """
+    module_name, _, attribute = text.partition(":")
+    if not module_name or not attribute:
+        raise LoadError(f"{text!r} names nothing: write package.module:name")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -242,6 +249,12 @@ def _call_factory(module_name: str, attribute: str) -> nn.Module:
         if not hasattr(found, part):
             raise LoadError(f"{text}: there is no {part!r}{_suggest(part, dir(found))}")
         found = getattr(found, part)
+    return found
+
+
+def _call_factory(module_name: str, attribute: str) -> nn.Module:
+    text = f"{module_name}:{attribute}"
+    found = named_object(text)
     if isinstance(found, nn.Module):
         return copy.deepcopy(found)
     if not callable(found):
