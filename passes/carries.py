@@ -19,13 +19,21 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx._activation import Activation, ChannelClamp, ChannelPReLU, Interval, MaskedActivation
+from rmfx._activation import (
+    OWN_ACTIVATIONS,
+    Activation,
+    ChannelClamp,
+    ChannelPReLU,
+    Interval,
+    MaskedActivation,
+)
 from rmfx._affine import AffineConv, compose
 from rmfx._affine import chain as compose_chain
 from rmfx._allocation import spare
@@ -92,14 +100,17 @@ class _Origins:
             return ()
         element = read(self._net, node)
         if isinstance(element, AffineConv):
-            return _through_layer(element, source, self._known[source])
-        left = [c.only(self._passed(node, source, len(c.rows))) for c in self._known[source]]
+            before = [c for c in self._known[source] if c.first.dims == element.dims]
+            return _through_layer(element, source, before)
+        left = [c.only(self._passed(node, source, c)) for c in self._known[source]]
         return tuple(c for c in left if bool((c.rows >= 0).any()))
 
     def _gated(self, node: fx.Node) -> Carries:
         """Behind a product: what the other factor provably multiplies by 1."""
         found: list[Carry] = []
         for value, gate in itertools.permutations(node.all_input_nodes):
+            if value.meta.get("shape") != node.meta.get("shape"):
+                continue  # it is repeated over space
             for carry in self._known[value]:
                 count = len(carry.rows)
                 number, size = self._ranges.numbers(gate, count, carry.first.dims)
@@ -107,17 +118,17 @@ class _Origins:
                 found += [left] if bool((left.rows >= 0).any()) else []
         return tuple(found)
 
-    def _passed(self, node: fx.Node, source: fx.Node, count: int) -> Tensor:
-        """Which channels an activation provably leaves as they are, (count,) booleans."""
+    def _passed(self, node: fx.Node, source: fx.Node, carry: Carry) -> Tensor:
+        """Which channels an activation provably leaves as they are, (channels,) booleans."""
+        count, dims = len(carry.rows), carry.first.dims
         nothing = torch.zeros(count, dtype=torch.bool)
         module: Any = self._net.replacement(node) or self._net.module(node)
-        rank = self._net.rank(source)
-        if self._net.guard(node) is not None or rank is None:
+        if self._net.guard(node) is not None:
             return nothing
         if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
             return ~nothing
-        x = self._ranges.of(source).on_axis(last=rank == 2)
-        if x.low.numel() not in (1, count):
+        x = self._ranges.of(source).on_axis(last=not dims)
+        if x.low.numel() not in (1, count) or not self._is_on_axis(module, source, carry):
             return nothing
         low, high = x.low.expand(count), x.high.expand(count)
         if isinstance(module, (nn.PReLU, ChannelPReLU)):
@@ -135,8 +146,20 @@ class _Origins:
         begin, end = element.identity
         return (begin <= low) & (high <= end)
 
+    def _is_on_axis(self, module: nn.Module | None, source: fx.Node, carry: Carry) -> bool:
+        """Whether what an activation has for each channel belongs to the carry's channels."""
+        own = [*module.parameters(), *module.buffers()] if module is not None else []
+        sizes = {t.numel() for t in own if t.dim()}
+        if sizes <= {1}:
+            return True
+        if isinstance(module, OWN_ACTIVATIONS):
+            placed = all(t.dim() == carry.first.dims + 1 for t in own if t.numel() > 1)
+        else:  # dimension 1
+            placed = carry.first.dims > 0 or self._net.rank(source) == 2
+        return placed and sizes <= {1, len(carry.rows)}
 
-def _through_layer(layer: AffineConv, x: fx.Node, before: Carries) -> Carries:
+
+def _through_layer(layer: AffineConv, x: fx.Node, before: Sequence[Carry]) -> Carries:
     """The carries behind a layer: it begins one, and outputs of one weight hand channels on."""
     total = layer.out_channels
     nowhere = torch.full((total,), -1)
@@ -229,7 +252,7 @@ class _Split:
 
 def _split(layer: AffineConv, carry: Carry) -> _Split | None:
     """Take a layer apart into what it reads of a carry and what else; None if that is nothing."""
-    if layer.groups != 1:
+    if layer.groups != 1 or carry.first.dims != layer.dims:
         return None
     mixing = torch.ones(layer.out_channels, dtype=torch.bool)
     mixing[[row for row, *_ in _single_weights(layer)]] = False  # those hand a channel on

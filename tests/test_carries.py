@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torchvision
-from builders import Residual, assert_same, chain, conv, conv_bn, image, ready, snapshot, types
+from builders import (
+    Apply,
+    Residual,
+    assert_same,
+    chain,
+    conv,
+    conv_bn,
+    image,
+    ready,
+    snapshot,
+    types,
+)
 from hypothesis import given, settings
 from torch import fx, nn
 
@@ -119,3 +132,28 @@ def test_random_networks_keep_their_function(spec: NetworkSpec) -> None:
     model, inputs = spec.build(seed=0), spec.inputs(seed=0)
     plain = rmfx.remove_residuals(model, inputs)
     assert_equivalent(plain, rmfx.close_carries(plain, inputs), inputs)
+
+
+def test_slopes_of_tokens_are_not_those_of_features() -> None:
+    # Both are four: PReLU's slopes belong to dimension 1, the carry to the last one.
+    slopes = nn.PReLU(4)
+    first, second = nn.Linear(4, 4), nn.Linear(4, 3)
+    model = ready(chain(nn.Linear(2, 4), first, slopes, second))
+    with torch.no_grad():
+        slopes.weight.copy_(torch.tensor([0.5, 0.5, 1.0, 1.0]))
+    x = image(3, 4, 2)
+    assert rmfx.cost.count(closed(rmfx.trace(model), x), x).adds == 0
+
+
+def test_a_value_that_a_product_repeats_over_space_is_not_carried() -> None:
+    def forward(m: Any, x: Any) -> Any:
+        y = m.start(x)
+        return m.end(m.first(y.mean((2, 3), keepdim=True)) * m.gate(y))
+
+    ones, first = conv(4, 6), conv(4, 6, 1)
+    with torch.no_grad():
+        ones.weight[:5], ones.bias[:5], first.bias[:] = 0, 1, 0
+    layers = {"start": conv(3, 4), "first": first, "end": conv(6, 4), "gate": ones}
+    model = ready(Apply(forward, **layers))
+    x = image(2, 3, 9, 9)
+    closed(rmfx.trace(model), x)
