@@ -226,6 +226,17 @@ def _cut_carrying(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
     whole = AffineConv.from_conv(module)
     if isinstance(whole, Refusal):
         raise RmfxError(f"{layer.node.name}: {whole.reason}")
+    own = ~layer.carries.repeat_interleave(layer.ins.numel() // layer.carries.numel())
+    if bool(ins[own].any()) != bool(outs[own].any()):
+        # The main block is there on one side only.
+        dense = whole.regroup(1)
+        made = replace(dense, weight=dense.weight[outs][:, ins], bias=dense.bias[outs])
+    else:
+        made = _direct_sum_of_runs(layer, whole, ins, outs)
+    _put(net, layer.node, Virtual(made, module.weight.dtype, module.weight.device))
+
+
+def _direct_sum_of_runs(layer: Layer, whole: AffineConv, ins: Tensor, outs: Tensor) -> AffineConv:
     parts: list[AffineConv] = []
     for carry, run in groupby(range(layer.carries.numel()), lambda i: bool(layer.carries[i])):
         places = list(run)
@@ -233,7 +244,7 @@ def _cut_carrying(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
     made = direct_sum(*parts)
     if isinstance(made, Refusal):
         raise RmfxError(f"{layer.node.name}: {made.reason}")
-    _put(net, layer.node, Virtual(made, module.weight.dtype, module.weight.device))
+    return made
 
 
 def _cut_run(

@@ -188,6 +188,8 @@ def _groups_left(carries: Tensor, ins: Tensor, outs: Tensor) -> int:
     for carry, run in groupby(range(carries.numel()), lambda i: bool(carries[i])):
         own = list(run)
         total, made = int(ins[own].sum()), int(outs[own].sum())
+        if bool(total) != bool(made):
+            return 1  # what it reads is there for others, or what it gives is a number
         groups = total if carry else int(ins[own].any(1).sum())
         if groups:
             runs.append(((total // groups, made // groups), groups))

@@ -168,6 +168,32 @@ def test_carries_of_grouped_layers_go_one_by_one(layout: tuple[int, int], seed: 
     assert assert_masks_hold(plain, (image(2, 3, 6, 6),), seed) > 0
 
 
+def test_the_main_block_of_a_grouped_layer_may_go_on_one_side() -> None:
+    # A group that mixes and two channels that are carried; others read what the group reads.
+    grouped = conv(4, 4, groups=2)
+    with torch.no_grad():
+        grouped.weight[0, 1], grouped.weight[1, 0] = 0, 0
+
+    def forward(m: Any, x: Any) -> Any:
+        y = m.start(x)
+        return m.end(torch.relu(m.grouped(y))) + m.other(y)
+
+    layers = {"start": conv(3, 4), "grouped": grouped, "end": conv(4, 2), "other": conv(4, 2)}
+    model, x = ready(Apply(forward, **layers)), image(2, 3, 8, 8)
+    net, widths = prepared(model, x)
+    (part,) = [part for part in widths.parts if bool(part.carries.any())]
+    for side in (part.outs, part.ins):
+        keep = torch.ones(len(widths.roots), dtype=torch.bool)
+        keep[side[2:]] = False
+        net, widths = prepared(model, x)
+        means = Responses(net, widths, [(x, None)], lambda text: None).means
+        expected = Masked(net, widths, keep, means).run(x)
+        cost = widths.cost(keep, multiply_adds)
+        small = without(net, widths, keep, means)
+        torch.testing.assert_close(small(x), expected, rtol=1e-10, atol=1e-10)
+        assert rmfx.cost.count(small, x).macs == cost
+
+
 @settings(max_examples=20)
 @given(spec=residual_networks(), seed=st.integers(0, 99))
 def test_random_masks_are_means_in_place_of_channels(spec: NetworkSpec, seed: int) -> None:
