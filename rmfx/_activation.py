@@ -77,9 +77,10 @@ def _softplus_image(m: nn.Module) -> Interval:
 
 
 def _threshold_identity(m: nn.Module) -> Interval:
-    # Strictly above the threshold; at the threshold itself only if the value is the same.
+    # Where it jumps no rounding, be it of bfloat16, may take a value from above to the threshold.
     threshold, value = float(m.threshold), float(m.value)  # type: ignore[arg-type]
-    return (threshold if threshold == value else math.nextafter(threshold, INF), INF)
+    room = 0.0 if threshold == value else max(abs(threshold), 1.0) / 64
+    return (threshold + room, INF)
 
 
 TABLE: dict[type[nn.Module], Row] = {

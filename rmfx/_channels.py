@@ -235,12 +235,7 @@ class Channels:
         if type(module) is nn.Flatten:
             return _flattened(value, module, _shape(source))
         if type(module) in PER_CHANNEL:
-            sizes = {t.numel() for t in (*module.parameters(), *module.buffers()) if t.dim()}
-            if value.axis != _axis_of(module, len(_shape(source))):
-                return None
-            if value.ids.numel() in sizes - {1}:
-                self.tables.append(Table(node, value.ids))
-            return value if sizes <= {1, value.ids.numel()} else None
+            return self._per_channel(node, module, value, len(_shape(source)))
         if type(module) in SPATIAL:
             dims = int(type(module).__name__[-2])
             return value if (value.axis, len(_shape(source))) == (1, dims + 2) else None
@@ -248,6 +243,20 @@ class Channels:
             return value if value.axis == 1 else None
         same = isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
         return value if same or is_activation(module) else None
+
+    def _per_channel(
+        self, node: fx.Node, module: nn.Module, value: Labels, rank: int
+    ) -> Labels | None:
+        """Behind a module with numbers for each channel, or one for all."""
+        sizes = {t.numel() for t in (*module.parameters(), *module.buffers()) if t.dim()}
+        several = sizes - {1}
+        if not several and type(module) not in BATCH_NORMS:
+            return value
+        if value.axis != _axis_of(module, rank) or several - {value.ids.numel()}:
+            return None
+        if several:
+            self.tables.append(Table(node, value.ids))
+        return value
 
     def _linear(self, node: fx.Node, module: Any, source: fx.Node) -> Labels | None:
         rank = len(_shape(source))

@@ -135,6 +135,14 @@ KINDS: dict[str, tuple[nn.Module, dict[tuple[str, ...], int]]] = {
         ),
         {("c", "pad"): 3, ("a", "c"): 3},
     ),
+    "one slope on tokens": (
+        chain(nn.Flatten(2), nn.Linear(64, 6), nn.PReLU(), nn.Linear(6, 5)),
+        {("1",): 6},
+    ),
+    "slopes of the tokens": (
+        chain(nn.Flatten(2), nn.Linear(64, 6), nn.PReLU(3), nn.Linear(6, 5)),
+        {},
+    ),
     "layer norm": (
         Apply(
             lambda m, x: m.b(m.n(m.a(x).movedim(1, -1)).movedim(-1, 1)),

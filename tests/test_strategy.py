@@ -318,6 +318,20 @@ def test_an_activation_that_fixes_the_carry_acts_on_everything() -> None:
     assert same.carry is None
 
 
+@pytest.mark.parametrize("threshold", [0.5, -20.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_no_carry_comes_near_the_jump_of_a_threshold(threshold: float, dtype: torch.dtype) -> None:
+    # The clamp gives its lowest value often; shifted to the threshold, rounding decides.
+    block = Residual(nn.Threshold(threshold, -1.0))
+    for low in (-1.0, threshold, threshold + 1e-12):
+        model = ready(chain(conv(), nn.Hardtanh(low, low + 3), block, conv(4, 4, 1)), dtype)
+        x = image(dtype=dtype)
+        for ways in ("relu", "auto"):
+            gm = rmfx.remove_residuals(model, x, activation=ways, calibration=[x])
+            tolerance = 1e-8 if dtype == torch.float64 else 1e-4
+            assert_equivalent(model, gm, x, tolerance=tolerance)
+
+
 def test_slopes_per_channel_never_act_on_the_carry() -> None:
     plan = plan_of(lambda m, x: x + m.b(m.p(m.a(x))), a=conv(), b=conv(), p=nn.PReLU(4))
     (column,) = settled(plan, proven=True)
