@@ -77,7 +77,7 @@ def test_what_was_opened_is_closed_at_the_same_cost(name: str) -> None:
     assert_equivalent(model, back, x)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "efficientnet_b0"])
 def test_networks_come_back(name: str) -> None:
     model = ready(getattr(torchvision.models, name)())
     x = image(1, 3, 64, 64)

@@ -423,7 +423,7 @@ def test_layers_that_are_shared_or_hooked_stay() -> None:
 
 
 def test_deep_networks() -> None:
-    blocks = [Residual(chain(conv_bn(8, 8), nn.ReLU(), conv_bn(8, 8))) for _ in range(150)]
+    blocks = [Residual(chain(conv_bn(8, 8), nn.ReLU(), conv_bn(8, 8))) for _ in range(60)]
     model = ready(chain(conv_bn(3, 8), *blocks, conv(8, 2)))
     small, _ = pruned(model, target=0.5, importance="l2")
     assert rmfx.cost.count(small, image(1, 3, 8, 8)).macs > 0
