@@ -173,7 +173,7 @@ def row_of(outcome: Outcome) -> dict[str, Any]:
     for title, ratios in (("timm", outcome.to_timm), ("trained", outcome.to_trained)):
         for runtime, (median, low, high) in ratios.items():
             row[f"{runtime}, rmfx/{title}"] = f"{median:.2f} ({low:.2f} to {high:.2f})"
-    return row
+    return row | {"compiler": outcome.code[:6]}
 
 
 def limits_of(outcomes: Sequence[Outcome]) -> list[Limit]:
@@ -194,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 1 if a limit is exceeded."""
     made = parser(str(__doc__))
     made.add_argument("--fresh", action="store_true", help="do again what is done")
+    made.add_argument("--table", action="store_true", help="measure nothing")
     made.add_argument("--runtimes", default="eager,inductor", help="default: %(default)s")
     made.add_argument("--rounds", type=int, default=25, help="of timing; default: %(default)s")
     options, names = choose_models(made, (*TIMM, *OWN), arguments)
@@ -202,11 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     done = {row["network"]: row for row in found.get("networks", [])}
     for name in each(names):
-        if options.fresh or done.get(name, {}).get("code") != code_version():
+        is_done = done.get(name, {}).get("code") == code_version() and not options.fresh
+        if not is_done and not options.table:
             done[name] = asdict(evaluate(name, runtimes, settings))
             kept = {"machine": machine_of(settings, runtimes), "networks": list(done.values())}
             write(RESULTS, json.dumps(kept, indent=1) + "\n")
-    outcomes = [Outcome(**done[name]) for name in names]
+    outcomes = [Outcome(**done[name]) for name in names if name in done]
     rows = [row_of(outcome) for outcome in outcomes]
     machine = machine_of(settings, runtimes)
     title = "Parallel linear branches"
