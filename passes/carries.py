@@ -295,7 +295,7 @@ def _close(net: Net, node: fx.Node, split: _Split, source: fx.Node) -> fx.Node:
             beside.meta |= known
     with net.graph.inserting_after(node if beside is source else beside):
         total = net.graph.call_function(torch.add, (node, beside))
-    total.meta = {**node.meta, **known}
+    total.meta = dict(node.meta)
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
     net.values.pop(node, None)
     return total

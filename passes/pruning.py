@@ -181,7 +181,7 @@ def prune_channels(
     scores = _scores(net, widths, importance, data, loss, found, seed, step)
     step("choose filters")
     meter = _meter(of, step)
-    everything = torch.ones(len(widths.roots), dtype=torch.bool)
+    everything = widths.everything()
     allowed = budget if budget is not None else (target or 1) * widths.cost(everything, meter)
     keep = allocate(allocation, widths, scores, Demand(meter, allowed, multiple, floor))
     name = importance if isinstance(importance, str) else "custom"
@@ -277,7 +277,7 @@ def _report(widths: Widths, keep: Tensor, importance: str, allocation: str) -> P
     families = tuple(
         FamilyReport(f.layers, len(f.members), int(keep[f.members].sum())) for f in widths.families
     )
-    everything = torch.ones_like(keep)
+    everything = widths.everything()
     return PruningReport(
         families,
         macs_before=round(widths.cost(everything, multiply_adds)),

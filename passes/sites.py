@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,14 +185,10 @@ def choose_sites(
         step(f"site {i + 1} of {len(candidates)}")
         rows.append(_measure(net, source, candidate, timer, batches, (loss, before), choices))
     chosen = _knapsack(rows, budget)
-    rows = [_chosen(row, choice) for row, choice in zip(rows, chosen, strict=True)]
+    rows = [replace(row, choice=choice) for row, choice in zip(rows, chosen, strict=True)]
     gm = _with_choices(source, candidates, rows, example_inputs, batches)
     after = _loss_of(gm, batches, loss)
     return gm, ChoiceReport(tuple(rows), before, after, runtime)
-
-
-def _chosen(row: SiteChoice, choice: str) -> SiteChoice:
-    return SiteChoice(**{**asdict(row), "choice": choice})
 
 
 def _with_choices(

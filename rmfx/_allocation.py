@@ -54,14 +54,10 @@ def allocate(name: str, widths: Widths, scores: Tensor, demand: Demand) -> Tenso
         OptionError: the target cannot be reached.
     """
     _check_reachable(widths, scores, demand)
-    if widths.cost(_all(widths), demand.meter) <= demand.budget:
-        return _all(widths)
+    if widths.cost(widths.everything(), demand.meter) <= demand.budget:
+        return widths.everything()
     rules = {"uniform": _uniform, "global": _global, "search": _search}
     return rules[name](widths, scores, demand)
-
-
-def _all(widths: Widths) -> Tensor:
-    return torch.ones(len(widths.roots), dtype=torch.bool)
 
 
 def _check_reachable(widths: Widths, scores: Tensor, demand: Demand) -> None:
@@ -69,7 +65,7 @@ def _check_reachable(widths: Widths, scores: Tensor, demand: Demand) -> None:
         _best(widths, scores, {f: demand.kept(f, 0) for f in widths.families}), demand.meter
     )
     if least > demand.budget:
-        whole = widths.cost(_all(widths), demand.meter)
+        whole = widths.cost(widths.everything(), demand.meter)
         raise OptionError(
             f"the target of {demand.budget / whole:.3f} cannot be reached: with the filters that "
             f"must stay the network still costs {least / whole:.3f} of what it did; lower the "
@@ -134,10 +130,10 @@ def _global(widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
 
 def _savings(widths: Widths, meter: Meter) -> Tensor:
     """What each label's filters cost in the whole network: the same for a family."""
-    whole = widths.cost(_all(widths), meter)
+    whole = widths.cost(widths.everything(), meter)
     found = torch.zeros(len(widths.roots), dtype=torch.float64)
     for family in widths.families:
-        keep = _all(widths)
+        keep = widths.everything()
         half = family.members[: max(1, len(family.members) // 2)]
         keep[half] = False
         found[family.members] = (whole - widths.cost(keep, meter)) / len(half)
@@ -147,7 +143,7 @@ def _savings(widths: Widths, meter: Meter) -> Tensor:
 def _search(widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
     counts = {family: len(family.members) for family in widths.families}
     orders = {f: scores[f.members].sort(descending=True).values for f in widths.families}
-    cost = widths.cost(_all(widths), demand.meter)
+    cost = widths.cost(widths.everything(), demand.meter)
     while cost > demand.budget:
         best: tuple[float, float, Family, int] | None = None
         for family, count in counts.items():

@@ -35,6 +35,7 @@ from ._layers import MEANS
 from ._sizes import MAX_POOLS
 
 FIXED = 0
+PAD_ARGUMENTS = ("pad", "mode", "value")
 SPATIAL = (  # channel by channel, on dimension 1, by the dimensions in their name
     *(*AVERAGE_POOLS, *MAX_POOLS, *PADS, *BORDERS),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
@@ -404,7 +405,7 @@ class Channels:
             isinstance(i, (slice, type(...))) for i in parts
         ):
             return None
-        whole = _expanded(parts, rank)
+        whole = expanded(parts, rank)
         own = whole[value.axis]
         if own == slice(None):
             return value
@@ -419,7 +420,7 @@ class Channels:
         return Labels(parts[1], value.axis)
 
     def _padding(self, node: fx.Node, value: Labels, rank: int) -> Labels | None:
-        given = dict(zip(("pad", "mode", "value"), node.args[1:], strict=False)) | node.kwargs
+        given = dict(zip(PAD_ARGUMENTS, node.args[1:], strict=False)) | node.kwargs
         amounts = given.get("pad")
         if not isinstance(amounts, (list, tuple)):
             return None
@@ -537,7 +538,7 @@ def _moved(node: fx.Node, name: str, value: Labels, rank: int) -> Labels | None:
     return Labels(value.ids, order.index(value.axis))
 
 
-def _expanded(parts: Sequence[Any], rank: int) -> list[slice]:
+def expanded(parts: Sequence[Any], rank: int) -> list[slice]:
     """One slice for each dimension."""
     if ... in parts:
         i = list(parts).index(...)

@@ -19,13 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ._affine import TRANSPOSED, AffineConv, direct_sum
-from ._channels import Channels, Cut, Layer, Table
+from ._channels import PAD_ARGUMENTS, Channels, Cut, Layer, Table, expanded
 from ._dialect import BATCH_NORMS
 from ._errors import Refusal, RmfxError
 from ._graph import Net, Virtual
 from ._regions import cut_module
-
-PAD_ARGUMENTS = ("pad", "mode", "value")
 
 
 class Keep:
@@ -173,10 +171,6 @@ def _own(net: Net, node: fx.Node) -> Any:
     return net.virtual[target]
 
 
-def _put(net: Net, node: fx.Node, layer: Virtual | nn.Module) -> None:
-    net.virtual[str(node.target)] = layer
-
-
 def _cut_table(net: Net, table: Table, keep: Tensor, constants: dict[str, Tensor]) -> None:
     if bool(keep.all()):
         return
@@ -187,7 +181,7 @@ def _cut_table(net: Net, table: Table, keep: Tensor, constants: dict[str, Tensor
             value.detach().index_select(table.axis, rows), value
         )
     else:
-        _put(net, table.node, cut_module(_current(net, table.node), keep))
+        net.virtual[str(table.node.target)] = cut_module(_current(net, table.node), keep)
 
 
 def _like(value: Tensor, model: Tensor) -> Tensor:
@@ -233,7 +227,8 @@ def _cut_carrying(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
         made = replace(dense, weight=dense.weight[outs][:, ins], bias=dense.bias[outs])
     else:
         made = _direct_sum_of_runs(layer, whole, ins, outs)
-    _put(net, layer.node, Virtual(made, module.weight.dtype, module.weight.device))
+    kind = (module.weight.dtype, module.weight.device)
+    net.virtual[str(layer.node.target)] = Virtual(made, *kind)
 
 
 def _direct_sum_of_runs(layer: Layer, whole: AffineConv, ins: Tensor, outs: Tensor) -> AffineConv:
@@ -282,9 +277,6 @@ def _cut_place(place: Cut, keep: Keep) -> None:
         node.args, node.kwargs = (node.args[0],), {**given, "pad": amounts}
         return
     index: Any = node.args[1]
-    parts = list(index) if isinstance(index, tuple) else [index]
-    if ... in parts:
-        i = parts.index(...)
-        parts[i : i + 1] = [slice(None)] * (len(node.meta["shape"]) - len(parts) + 1)
+    parts = expanded(index if isinstance(index, tuple) else (index,), len(node.meta["shape"]))
     parts[place.axis] = slice(counts[0], counts[0] + counts[1])
     node.args = (node.args[0], tuple(parts))

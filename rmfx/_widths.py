@@ -128,6 +128,10 @@ class Widths:
         kept = torch.cat((keep, keep.new_ones(1)))
         return sum(meter(part, part.size(kept)) for part in self.parts)
 
+    def everything(self) -> Tensor:
+        """All labels stay: (labels,) booleans."""
+        return torch.ones(len(self.roots), dtype=torch.bool)
+
     def used(self) -> Tensor:
         """Labels of which some layer reads a channel with weights that are not 0: (labels,)."""
         end = len(self.roots)
