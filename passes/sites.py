@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.optim.swa_utils import update_bn
 
 from rmfx._activation import Activation, Blockwise
@@ -38,7 +38,7 @@ from rmfx._layers import CHANNEL_BY_CHANNEL, Lateral, read_join
 from rmfx._rewrite import apply_rule
 from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed
-from rmfx._timing_cache import TimingCache
+from rmfx._timer import Timer
 from rmfx.frontend import trace
 from rmfx.measured import cut_out, looks
 from rmfx.report import META_KEY
@@ -178,7 +178,7 @@ def choose_sites(
     net = Net(source)
     apply_rule(net, NoopRule())
     candidates = _candidates(net, can_cut="cut" in choices)
-    timer = _Timer(runtime, TimingCache(cache), threads, rounds, seconds, step)
+    timer = Timer(runtime, cache, threads, rounds, seconds, step)
     before = _loss_of(_reestimated(copy.deepcopy(source), batches), batches, loss)
     rows = []
     for i, candidate in enumerate(candidates):
@@ -262,41 +262,11 @@ def _operands(join: fx.Node) -> list[fx.Node]:
 # ---- what it costs ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Timer:
-    runtime: str
-    cache: TimingCache
-    threads: int | None
-    rounds: int
-    seconds: float
-    step: Callable[[str], object]
-
-    def times(self, forms: Sequence[nn.Module], inputs: tuple[Tensor, ...]) -> list[float]:
-        """Median seconds of each form."""
-        from rmfx.latency import Settings, compare_speed  # loads much
-
-        settings = Settings(
-            runtimes=(self.runtime,),
-            threads=self.threads or torch.get_num_threads(),
-            rounds=self.rounds,
-            seconds=self.seconds,
-        )
-        told = [looks(gm, inputs) for gm in forms if isinstance(gm, fx.GraphModule)]
-        options = (self.runtime, settings.threads, torch.__version__)
-
-        def measure() -> list[float]:
-            measured = compare_speed(forms, inputs, self.runtime, settings, self.step)
-            return [statistics.median(own) for own in measured]
-
-        found: list[float] = self.cache.get((told, options), measure)
-        return found
-
-
 def _measure(
     net: Net,
     source: fx.GraphModule,
     candidate: _Candidate,
-    timer: _Timer,
+    timer: Timer,
     batches: Sequence[Any],
     baseline: tuple[Loss, float],
     choices: Sequence[str],
@@ -307,7 +277,7 @@ def _measure(
     if alone is None:
         raise ShapeError(f"{site.join.name}: its shapes are unknown")
     graph, inputs = alone
-    forms: dict[str, nn.Module] = {"keep": fold_batch_norm(graph, inputs)}
+    forms: dict[str, fx.GraphModule] = {"keep": fold_batch_norm(graph, inputs)}
     if "open" in choices:
         opened = remove_residuals(graph, inputs)
         forms |= {"open": opened} if opened.meta[META_KEY].removed else {}
@@ -317,7 +287,12 @@ def _measure(
         loss, before = baseline
         gm = _reestimated(_without(source, [candidate]), batches)
         loss_cut = _loss_of(gm, batches, loss) - before
-    seconds = dict(zip(forms, timer.times([*forms.values()], inputs), strict=True))
+
+    def medians() -> list[float]:
+        return [statistics.median(own) for own in timer.times([*forms.values()], inputs)]
+
+    told = tuple(looks(gm, inputs) for gm in forms.values())
+    seconds = dict(zip(forms, timer.once(site.join.name, told, medians), strict=True))
     return SiteChoice(
         place=module_path(site.join),
         join=site.join.name,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ._affine import TRANSPOSED
-from ._timing_cache import TimingCache
+from ._timer import Timer
 from ._widths import Part, Size
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -52,18 +52,12 @@ class LatencyTable:
         step: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.runtime = runtime
-        self._cache = TimingCache(cache)
-        self._options: dict[str, Any] = {
-            "threads": threads or torch.get_num_threads(),
-            "rounds": rounds,
-            "seconds": seconds,
-        }
-        self._step = step
+        self._timer = Timer(runtime, cache, threads, rounds, seconds, step)
 
     @property
     def timings(self) -> dict[str, Grid]:
         """Seconds by "inputs,outputs", by a hash of layer, size and runtime."""
-        return self._cache.known
+        return self._timer.known
 
     def __call__(self, part: Part, size: Size) -> float:
         """Seconds of a part of a network that has so many channels."""
@@ -84,17 +78,11 @@ class LatencyTable:
         return total
 
     def _grid(self, part: Part) -> Grid:
-        options = (self.runtime, self._options["threads"], torch.__version__)
-        told = (str(part.module), _shape_read(part), str(_dtype(part)), options)
-        grid: Grid = self._cache.get(told, lambda: self._measure(part))
+        told = (str(part.module), _shape_read(part), str(_dtype(part)))
+        grid: Grid = self._timer.once(str(part.node.target), told, lambda: self._measure(part))
         return grid
 
     def _measure(self, part: Part) -> Grid:
-        self._step(f"time {part.node.target} in {self.runtime}")
-        # This needs the package to be there, which imports this file.
-        from .latency import Settings, compare_speed
-
-        settings = Settings(runtimes=(self.runtime,), **self._options)
         groups = part.carries.numel()
         n_in, n_out = part.ins.numel(), part.outs.numel()
         grid: Grid = {}
@@ -104,7 +92,7 @@ class LatencyTable:
             sizes = [_rounded(share, n_out, groups)] if groups > 1 else _points(n_out)
             forms = [_resized(part, ins, outs) for outs in sizes]
             x = _example(part, ins)
-            times = compare_speed(forms, (x,), self.runtime, settings)
+            times = self._timer.times(forms, (x,))
             for outs, own in zip(sizes, times, strict=True):
                 at = f"{_place(share, n_in)},{0 if groups > 1 else outs}"
                 grid[at] = statistics.median(own)

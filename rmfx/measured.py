@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from ._activation import Blockwise
 from ._errors import Refusal
 from ._graph import Net, Virtual, data_input
-from ._timing_cache import TimingCache
+from ._timer import Timer
 
 if TYPE_CHECKING:
     from ._site import Site
@@ -51,18 +51,12 @@ class MeasuredPolicy:
         step: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.runtime = runtime
-        self._cache = TimingCache(cache)
-        self._options: dict[str, Any] = {
-            "threads": threads or torch.get_num_threads(),
-            "rounds": rounds,
-            "seconds": seconds,
-        }
-        self._step = step
+        self._timer = Timer(runtime, cache, threads, rounds, seconds, step)
 
     @property
     def timings(self) -> dict[str, Ratio]:
         """Median ratio after/before and quartiles, by a hash of site, shapes and runtime."""
-        return self._cache.known
+        return self._timer.known
 
     def reason_to_keep(self, net: Net, site: Site) -> Refusal | None:
         """Why a site stays, None if it goes."""
@@ -76,22 +70,19 @@ class MeasuredPolicy:
         return Refusal(f"it would not pay: {cause}", by_choice=True)
 
     def _timing(self, name: str, before: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Ratio:
-        options = (self.runtime, self._options["threads"], torch.__version__)
-        told = (*looks(before, inputs), options)
-        median, low, high = self._cache.get(told, lambda: self._measure(name, before, inputs))
+        told = looks(before, inputs)
+        median, low, high = self._timer.once(name, told, lambda: self._measure(before, inputs))
         return median, low, high
 
-    def _measure(self, name: str, before: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Ratio:
+    def _measure(self, before: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Ratio:
         # These need the package to be there, which imports this file.
-        from .latency import Settings, compare_speed, ratio_of
+        from .latency import ratio_of
         from .passes.noop import remove_noops
         from .passes.residual import remove_residuals
 
-        self._step(f"time {name} in {self.runtime}")
         # Both are made by a pass: what that puts around a network takes time itself.
         forms = [remove_noops(before, inputs), remove_residuals(before, inputs)]
-        settings = Settings(runtimes=(self.runtime,), **self._options)
-        return ratio_of(*compare_speed(forms, inputs, self.runtime, settings))
+        return ratio_of(*self._timer.times(forms, inputs))
 
 
 def looks(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[object, ...]:

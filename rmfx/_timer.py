@@ -1,0 +1,71 @@
+"""Times networks in a runtime; what is alike is timed once, with a file once for ever."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Timer:
+    """Times networks in one runtime.
+
+    Args:
+        runtime: "eager", "inductor", "onnxruntime" or "openvino".
+        cache: a JSON file for the timings, read if it is there and written after each.
+        threads: for one inference; by default torch's.
+        rounds: how often each form is timed.
+        seconds: how long each timing takes at least.
+        step: called with a few words before something is timed.
+
+    Attributes:
+        known: what was measured, by a hash of what it was measured of and how.
+    """
+
+    def __init__(
+        self,
+        runtime: str,
+        cache: str | Path | None,
+        threads: int | None,
+        rounds: int,
+        seconds: float,
+        step: Callable[[str], object],
+    ) -> None:
+        self.runtime = runtime
+        self.known: dict[str, Any] = {}
+        self._path = None if cache is None else Path(cache)
+        self._threads = threads or torch.get_num_threads()
+        self._rounds, self._seconds, self._step = rounds, seconds, step
+        if self._path is not None and self._path.exists():
+            self.known = json.loads(self._path.read_text(encoding="utf-8"))
+
+    def once(self, name: str, told: tuple[object, ...], measure: Callable[[], Any]) -> Any:
+        """What `measure` gives, unless it is known of the same `told`, runtime and threads."""
+        options = (self.runtime, self._threads, torch.__version__)
+        key = hashlib.sha256(repr((*told, options)).encode()).hexdigest()[:16]
+        if key not in self.known:
+            self._step(f"time {name} in {self.runtime}")
+            self.known[key] = measure()
+            if self._path is not None:
+                self._path.write_text(json.dumps(self.known, indent=1), encoding="utf-8")
+        return self.known[key]
+
+    def times(
+        self, forms: Sequence[nn.Module], inputs: tuple[Tensor, ...]
+    ) -> list[tuple[float, ...]]:
+        """Seconds of a call of each form, a number for each round."""
+        # This needs the package to be there, which imports those who time.
+        from .latency import Settings, compare_speed
+
+        settings = Settings(
+            runtimes=(self.runtime,),
+            threads=self._threads,
+            rounds=self._rounds,
+            seconds=self._seconds,
+        )
+        return compare_speed(forms, inputs, self.runtime, settings)
