@@ -19,6 +19,8 @@ from torch import Tensor
 from ._errors import OptionError
 from ._widths import Family, Meter, Widths
 
+Counts = dict[Family, int]  # filters that stay
+
 ALLOCATIONS = ("uniform", "global", "search")
 HALVINGS = 40
 
@@ -73,7 +75,7 @@ def _check_reachable(widths: Widths, scores: Tensor, demand: Demand) -> None:
         )
 
 
-def _best(widths: Widths, scores: Tensor, counts: dict[Family, int]) -> Tensor:
+def _best(widths: Widths, scores: Tensor, counts: Counts) -> Tensor:
     """The most important filters of each family, and what else must stay so that none is empty."""
     keep = torch.zeros(len(widths.roots), dtype=torch.bool)
     for family, count in counts.items():
@@ -90,25 +92,36 @@ def spare(widths: Widths, scores: Tensor, keep: Tensor) -> Tensor:
     return keep
 
 
-def _halved(widths: Widths, demand: Demand, form: Callable[[float], Tensor]) -> Tensor:
+def _halved(
+    widths: Widths, scores: Tensor, demand: Demand, form: Callable[[float], Counts]
+) -> Tensor:
     """The most that fits: form(0) is the smallest network, form(1) the whole one."""
     low, high = 0.0, 1.0
     found = form(low)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        keep = form(middle)
-        if widths.cost(keep, demand.meter) <= demand.budget:
-            low, found = middle, keep
+        counts = form(middle)
+        if widths.cost(_best(widths, scores, counts), demand.meter) <= demand.budget:
+            low, found = middle, counts
         else:
             high = middle
-    return found
+    return _best(widths, scores, _filled(widths, scores, demand, found))
+
+
+def _filled(widths: Widths, scores: Tensor, demand: Demand, counts: Counts) -> Counts:
+    """Where rounding left some of the budget: a step more for families that have the least."""
+    for family in sorted(counts, key=lambda f: counts[f] / len(f.members)):
+        more = counts | {family: min(len(family.members), counts[family] + demand.multiple)}
+        if widths.cost(_best(widths, scores, more), demand.meter) <= demand.budget:
+            counts = more
+    return counts
 
 
 def _uniform(widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
-    def form(share: float) -> Tensor:
-        return _best(widths, scores, {f: demand.kept(f, share) for f in widths.families})
+    def form(share: float) -> Counts:
+        return {f: demand.kept(f, share) for f in widths.families}
 
-    return _halved(widths, demand, form)
+    return _halved(widths, scores, demand, form)
 
 
 def _global(widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
@@ -117,15 +130,14 @@ def _global(widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
 
-    def form(share: float) -> Tensor:
+    def form(share: float) -> Counts:
         stays = rank >= round((1 - share) * len(order))
-        counts = {
+        return {
             f: demand.kept(f, float(stays[f.members].to(torch.float64).mean()))
             for f in widths.families
         }
-        return _best(widths, scores, counts)
 
-    return _halved(widths, demand, form)
+    return _halved(widths, scores, demand, form)
 
 
 def _savings(widths: Widths, meter: Meter) -> Tensor:

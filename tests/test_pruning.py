@@ -365,6 +365,17 @@ def test_multiples_floors_and_protected_layers() -> None:
     assert ("2.branch.0.0",) not in [f.layers for f in report.families]
 
 
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_what_rounding_leaves_of_the_budget_is_used(allocation: str) -> None:
+    layers = [nn.Conv2d(3, 16, 1), *(nn.Conv2d(16, 16, 1) for _ in range(6))]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(1, 3, 8, 8)
+    options = {"importance": "l2", "multiple": 8, "floor": 0.0, "allocation": allocation}
+    for target in (0.9, 0.7, 0.5, 0.35):
+        small, _ = rmfx.prune_channels(model, x, target=target, **options)
+        used = rmfx.cost.count(small, x).macs / rmfx.cost.count(model, x).macs
+        assert target - 0.18 < used <= target  # a step of one layer is less than 0.18 of the cost
+
+
 def test_the_table_tells_what_went() -> None:
     _, report = pruned(small_net(), target=0.5, importance="l2")
     text = str(report)
