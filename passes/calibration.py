@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rmfx._affine import in_turn
 from rmfx._errors import ShapeError
 from rmfx._moments import Moments
 from rmfx._range import Range
@@ -119,12 +120,15 @@ def _run(recorder: _Recorder, inputs: tuple[Any, ...]) -> None:
         ) from error
 
 
-def identity_norm(module: nn.Module, carried: int, moments: Moments | None) -> nn.Module:
+def identity_norm(
+    module: nn.Module, carried: int, moments: Moments | None, runs: int = 1
+) -> nn.Module:
     """A copy of a batch norm, widened by `carried` channels on which it is the identity.
 
     Args:
         moments: of the carried values; mean 0 and variance 1 if None. Channels beyond those
             measured (zero padding of the carry) get mean 0 and variance 1.
+        runs: in so many its own channels and the carried ones take turns.
     """
     eps = float(module.eps)  # type: ignore[arg-type]
     mean, variance = (
@@ -150,5 +154,5 @@ def identity_norm(module: nn.Module, carried: int, moments: Moments | None) -> n
             (wide.running_mean, own_mean, mean),
             (wide.running_var, module.running_var, stored),
         ):
-            target.copy_(torch.cat([own.detach(), carry.to(own_mean)]))  # type: ignore[operator]
+            target.copy_(in_turn([own.detach(), carry.to(own_mean)], runs))  # type: ignore[operator]
     return wide.eval()

@@ -394,7 +394,7 @@ def close_carries(
     closed.meta.pop(META_KEY, None)  # its nodes may hold other values now
     if not splits:
         return closed
-    net = Net(trace(closed, example_inputs))
+    net = Net(trace(_ungrouped(Net(trace(closed, example_inputs))), example_inputs))
     net.sweep()
     widths = Widths(net, Channels(net))
     keep = widths.used()
@@ -402,8 +402,22 @@ def close_carries(
     return _tidied(Net(trace(smaller, example_inputs)))
 
 
+def _ungrouped(net: Net) -> fx.GraphModule:
+    """With dense layers where groups hold both a carry and something else, so that each may go."""
+    for node in list(net.graph.nodes):
+        layer = read(net, node) if node.op == "call_module" else None
+        if not isinstance(layer, AffineConv) or layer.groups == 1 or net.guard(node) is not None:
+            continue
+        carried = torch.zeros(layer.out_channels)
+        carried[[row for row, *_ in _single_weights(layer)]] = 1
+        share = carried.reshape(layer.groups, -1).mean(1)
+        if bool(((share > 0) & (share < 1)).any()):
+            put(net, node, layer.regroup(1))
+    return net.finish()
+
+
 def _tidied(net: Net) -> fx.GraphModule:
-    """Without what was there for the carries only: identities, activations per channel."""
+    """Without what was there for the carries only: identities, activations per channel, zeros."""
     for node in list(net.graph.nodes):
         module = net.module(node)
         if module is None or net.guard(node) is not None:
@@ -412,6 +426,8 @@ def _tidied(net: Net) -> fx.GraphModule:
         if plain is not None:
             net.virtual[str(node.target)] = plain.eval()
         layer, source = read(net, node), input_of(node)
+        if isinstance(layer, AffineConv) and layer.split_into_groups().groups > layer.groups:
+            put(net, node, layer.split_into_groups())
         does_nothing = isinstance(layer, AffineConv) and _is_identity(_trimmed(layer))
         if source is not None and (does_nothing or type(plain) is nn.Identity):
             node.replace_all_uses_with(source)

@@ -177,7 +177,7 @@ class ResidualRule:
                 elif isinstance(column, Shared):
                     made = call_again(net, column.layer, source, sum(widths))
                 else:
-                    made = net.put(self._make(net, site, column, layer), source, target, like)
+                    made = net.put(self._make(net, site, layer), source, target, like)
             widths = _widths_behind(net, column, widths, site.dims)
             _note_shape(site, column, source, made, sum(widths) if not is_last else widths[0])
             for value, block in column.taps:
@@ -204,21 +204,19 @@ class ResidualRule:
             net.values[part] = net.values[value]
         return part
 
-    def _make(
-        self, net: Net, site: Site, column: Column, layer: AffineConv | Column
-    ) -> Virtual | nn.Module:
+    def _make(self, net: Net, site: Site, layer: AffineConv | Column) -> Virtual | nn.Module:
         """What is to stand at a column's node."""
         if isinstance(layer, AffineConv):
             return Virtual(layer, site.dtype, site.device)
-        if isinstance(column, Pointwise):
-            whole = Blockwise(column.blocks, site.dims)
+        if isinstance(layer, Pointwise):
+            whole = Blockwise(layer.blocks, site.dims)
             if way_of(whole.blocks) == "identity":
                 return whole.to_module(site.dtype, site.device)
             return Virtual(whole, site.dtype, site.device)
-        if not isinstance(column, Normalised):
-            raise TypeError(f"a {type(column).__name__} column is no module")
+        if not isinstance(layer, Normalised):
+            raise TypeError(f"a {type(layer).__name__} column is no module")
         moments = self._moments.get(net.values.get(site.fork, ""))
-        return identity_norm(column.main.module, column.carried, moments)
+        return identity_norm(layer.main.module, layer.carried, moments, layer.runs)
 
     def _take_place(
         self,

@@ -322,6 +322,24 @@ class AffineConv:
             return replace(self, weight=weight, bias=bias, groups=n_out)
         return _assemble([self], [(0, 0)], n_out, n_in)
 
+    def split_into_groups(self) -> AffineConv:
+        """The same map with as many groups as its zeros allow; for a layer with one group."""
+        if self.groups != 1 or not self.dims:
+            return self
+        rows, columns = (self.weight != 0).flatten(2).any(2).nonzero().unbind(1)
+        n_out, n_in = self.out_channels, self.in_channels
+        for groups in range(math.gcd(n_out, n_in), 1, -1):
+            fits = n_out % groups == 0 == n_in % groups
+            if fits and bool((rows * groups // n_out == columns * groups // n_in).all()):
+                blocks = self.weight.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
+                weight = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0).flatten(0, 1)
+                return replace(self, weight=weight.contiguous(), groups=groups)
+        return self
+
+    def reading(self, order: Tensor) -> AffineConv:
+        """The same map of inputs in another order, for a layer with one group."""
+        return replace(self, weight=self.weight[:, order.to(self.weight.device)])
+
     @property
     def _left(self) -> Ints:
         return tuple(left for left, _ in self.padding)
@@ -425,14 +443,24 @@ def chain(layers: Iterable[AffineConv]) -> AffineConv | Refusal:
     return result
 
 
-def stack(*layers: AffineConv) -> AffineConv | Refusal:
-    """x ↦ [f(x); g(x); …], outputs one below the other."""
+def stack(*layers: AffineConv, runs: int = 1) -> AffineConv | Refusal:
+    """x ↦ [f(x); g(x); …], outputs one below the other.
+
+    Args:
+        runs: in so many runs the layers take turns, each with an equal part of its outputs; where
+            all layers have as many groups, or a multiple of it, so has the result.
+    """
     same = common_window(layers)
     if isinstance(same, Refusal):
         return same
-    starts = itertools.accumulate((f.out_channels for f in same), initial=0)
-    total = sum(f.out_channels for f in same)
-    return _assemble(same, [(o, 0) for o in list(starts)[:-1]], total, same[0].in_channels)
+    parts = _in_one_type([f.regroup(runs) for f in same])
+    weight = in_turn([f.weight for f in parts], runs)
+    return replace(parts[0], weight=weight, bias=in_turn([f.bias for f in parts], runs))
+
+
+def in_turn(parts: Sequence[Tensor], runs: int) -> Tensor:
+    """Tensors put together along their first dimension, taking turns in so many runs."""
+    return torch.cat([_grouped(part, 0, runs) for part in parts], 1).flatten(0, 1)
 
 
 def join(*layers: AffineConv) -> AffineConv | Refusal:

@@ -19,13 +19,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from ._activation import Activation, Block, Blockwise
 from ._affine import (
     AffineConv,
     common_block,
     direct_sum,
+    in_turn,
     join,
     plus,
     stack,
@@ -72,17 +74,26 @@ class Linear(_Column):
 class Pointwise(_Column):
     """An activation column; None leaves a block unchanged.
 
-    `carried` is the node whose value the carry holds here, None if it is not a node's value.
+    `carried` is the node whose value the carry holds here, None if it is not a node's value. In so
+    many `runs` the blocks take turns.
     """
 
     main: Activation | Blockwise | None
     carry: Activation | Blockwise | None
     widths: tuple[int, int]
     carried: fx.Node | None = None
+    runs: int = 1
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        return _blocks(self.widths[0], self.main) + _blocks(self.widths[1], self.carry)
+        main, carry = (width // self.runs for width in self.widths)
+        return (_blocks(main, self.main) + _blocks(carry, self.carry)) * self.runs
+
+    @property
+    def may_take_turns(self) -> bool:
+        """Whether the same function applies to all channels of a block."""
+        layers = [layer for layer in (self.main, self.carry) if layer is not None]
+        return not any(isinstance(f, Blockwise) or f.is_per_channel for f in layers)
 
 
 def _blocks(width: int, layer: Activation | Blockwise | None) -> tuple[Block, ...]:
@@ -91,10 +102,11 @@ def _blocks(width: int, layer: Activation | Blockwise | None) -> tuple[Block, ..
 
 @dataclass(frozen=True, eq=False)
 class Normalised(_Column):
-    """A batch norm on the main block, the identity on the carry."""
+    """A batch norm on the main block, the identity on the carry; `runs` as in `Pointwise`."""
 
     main: Norm
     carried: int
+    runs: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -493,13 +505,13 @@ def _layout(columns: Sequence[Column], width: int) -> str:
     """How the carry stands beside the main block between the two ends."""
     if width > 1:
         return f", carry padded to groups of {width}"
+    turns = ", in turns with the branch" if runs_of(columns) > 1 else ""
     inner = [c for c in columns if isinstance(c, Linear)][1:-1]
     fits = {_groups_of(c) is not None for c in inner}
     if not fits:
-        return ""
-    return (
-        ", carry partly grouped" if len(fits) == 2 else ", grouped" if True in fits else ", dense"
-    )
+        return turns
+    how = "carry partly grouped" if len(fits) == 2 else "grouped" if True in fits else "dense"
+    return f"{turns}, {how}"
 
 
 def _padded(columns: list[Column], width: int) -> list[Column]:
@@ -530,26 +542,27 @@ def _up(n: int, width: int) -> int:
 def work_of(columns: Sequence[Column]) -> float | Refusal:
     """Multiply-adds per position of the fork, without building any weight."""
     linear = [c for c in columns if isinstance(c, Linear)]
+    runs = runs_of(columns)
     total = 0.0
     for i, (column, area) in enumerate(
         zip(linear, area_after([c.main for c in linear]), strict=True)
     ):
-        size = _size(column, first=i == 0, last=i == len(linear) - 1)
+        size = _size(column, first=i == 0, last=i == len(linear) - 1, runs=runs)
         if isinstance(size, Refusal):
             return size
         total += size * area
     return total
 
 
-def weights_of(column: Linear, *, first: bool, last: bool) -> int:
-    """Weights of a linear column of a plan, once it is built."""
-    size = _size(column, first=first, last=last)
+def weights_of(column: Linear, *, first: bool, last: bool, runs: int) -> int:
+    """Weights of a linear column of a plan, once it is built; runs: of the plan."""
+    size = _size(column, first=first, last=last, runs=runs)
     if isinstance(size, Refusal):  # the plan was made with the same laws
         raise RmfxError(f"a planned layer cannot be built: {size.reason}")
     return size
 
 
-def _size(column: Linear, *, first: bool, last: bool) -> int | Refusal:
+def _size(column: Linear, *, first: bool, last: bool, runs: int) -> int | Refusal:
     """Weights of a linear column once it is built."""
     pair = (column.main, column.carry)
     window = window_of(pair)
@@ -560,7 +573,7 @@ def _size(column: Linear, *, first: bool, last: bool) -> int | Refusal:
     if first and last:
         return outs[0] * ins[0] // math.gcd(*(f.groups for f in pair)) * taps
     if first:
-        return sum(outs) * ins[0] * taps
+        return sum(outs) * ins[0] // runs * taps
     if last:
         return outs[0] * sum(ins) * taps
     return sum(outs) * (_groups_of(column) or sum(ins)) * taps
@@ -574,17 +587,51 @@ def _groups_of(column: Linear) -> int | None:
     return block[0] if block and fits else None
 
 
+def runs_of(columns: Sequence[Column]) -> int:
+    """In how many runs main block and carry take turns behind the first layer; 1: they do not.
+
+    One below the other, a depthwise layer and a carry are a dense layer. With what each group gives
+    put together they are a grouped one. So they stand where whatever comes before the next layer
+    acts on each channel alone, and that layer is dense and can read channels in any order.
+    """
+    linear = [i for i, c in enumerate(columns) if isinstance(c, Linear)]
+    start, end = columns[linear[0]], columns[linear[min(1, len(linear) - 1)]]
+    if start is end or not isinstance(start, Linear) or not isinstance(end, Linear):
+        return 1
+    if linear[1] != linear[-1] and _groups_of(end) is not None:
+        return 1
+    between = columns[linear[0] : linear[1]]
+    if not start.main.dims or any(c.taps or isinstance(c, Sided) for c in between):
+        return 1
+    if not all(c.may_take_turns for c in between if isinstance(c, Pointwise)):
+        return 1
+    return math.gcd(start.main.groups, start.carry.groups)
+
+
 def build(columns: Sequence[Column]) -> list[Layer] | Refusal:
     """The layers of the plain chain."""
-    last = max(i for i, c in enumerate(columns) if isinstance(c, Linear))
+    linear = [i for i, c in enumerate(columns) if isinstance(c, Linear)]
+    first, last, runs = linear[0], linear[-1], runs_of(columns)
+    order: Tensor | None = None  # in which the next linear layer meets what it reads
     layers: list[Layer] = []
     for i, column in enumerate(columns):
         if not isinstance(column, Linear):
+            if order is not None and isinstance(column, (Pointwise, Normalised)):
+                column = replace(column, runs=runs)
             layers.append(column)
             continue
-        law = plus if i == 0 == last else stack if i == 0 else join if i == last else direct_sum
-        layer = law(column.main, column.carry)
+        pair = (column.main, column.carry)
+        if first == last:
+            layer = plus(*pair)
+        elif i == first:
+            layer = stack(*pair, runs=runs)
+        else:
+            layer = join(*pair) if i == last else direct_sum(*pair)
         if isinstance(layer, Refusal):
             return layer
-        layers.append(layer)
+        layers.append(layer if order is None else layer.reading(order))
+        order = None
+        if i == first and runs > 1:
+            main, carry = (f.out_channels for f in pair)
+            order = in_turn([torch.arange(main), main + torch.arange(carry)], runs)
     return layers

@@ -15,7 +15,7 @@ from ._carry import area_after
 from ._dialect import module_path
 from ._errors import Refusal
 from ._graph import Net, Shape, Virtual, positions
-from ._plan import Column, Linear, Pointwise, weights_of
+from ._plan import Column, Linear, Pointwise, runs_of, weights_of
 from ._site import Site
 from ._strategy import Settled
 from .report import SiteReport
@@ -78,13 +78,14 @@ def _numel(shape: Shape | None) -> int | None:
 def expected_expense(site: Site, columns: Sequence[Column]) -> Expense:
     """What the columns of a plan will cost, once they are built."""
     linear = [c for c in columns if isinstance(c, Linear)]
-    areas = iter(area_after([c.main for c in linear]))
+    areas, runs = iter(area_after([c.main for c in linear])), runs_of(columns)
     work, moved, size, area, width = 0.0, 0.0, 0, 1.0, site.channels
     for column in columns:
         moved += width * area
         if isinstance(column, Linear):
             area = next(areas)
-            weights = weights_of(column, first=column is linear[0], last=column is linear[-1])
+            first, last = column is linear[0], column is linear[-1]
+            weights = weights_of(column, first=first, last=last, runs=runs)
             work += weights * area
             size += weights
             width = column.main.out_channels

@@ -20,6 +20,7 @@ from rmfx._affine import (
     common_window,
     compose,
     direct_sum,
+    in_turn,
     join,
     plus,
     stack,
@@ -306,6 +307,15 @@ def test_stack_puts_outputs_one_below_the_other(found: list[AffineConv]) -> None
     assert same(apply(merged(stack(*found)), x), torch.cat([apply(f, x) for f in found], 1))
 
 
+@given(siblings(same_ins=True))
+def test_a_stack_may_take_turns_and_stay_grouped(found: list[AffineConv]) -> None:
+    x, runs = inputs_of_each(found)[0], math.gcd(*(f.groups for f in found))
+    together = merged(stack(*found, runs=runs))
+    parts = [apply(f, x).transpose(0, 1) for f in found]
+    assert together.groups == runs
+    assert same(apply(together, x), in_turn(parts, runs).transpose(0, 1))
+
+
 @given(siblings(same_outs=True, count=3))
 def test_join_adds_the_layers_of_the_blocks(found: list[AffineConv]) -> None:
     xs = inputs_of_each(found)
@@ -452,6 +462,13 @@ def test_regroup_keeps_the_function(layer: AffineConv, data: st.DataObject) -> N
     found = layer.regroup(groups)
     assert found.groups == groups
     assert equal_maps(layer, found)
+
+
+@given(layers())
+def test_splitting_into_groups_undoes_regrouping(layer: AffineConv) -> None:
+    found = layer.regroup(1).split_into_groups()
+    assert equal_maps(layer, found)
+    assert found.groups >= layer.groups or not layer.dims
 
 
 @given(layers(), st.data())

@@ -42,6 +42,10 @@ BLOCKS: dict[str, nn.Module] = {
             conv_bn(12, 4, 1),
         )
     ),
+    "depthwise first": Residual(
+        chain(conv_bn(4, 4, groups=4), nn.ReLU6(), conv_bn(4, 4, 1)),
+    ),
+    "grouped first": Residual(chain(conv_bn(4, 6, groups=2), nn.PReLU(), conv_bn(6, 4, 1))),
     "masked": Residual(chain(conv_bn(4, 6), nn.SiLU(), conv_bn(6, 4))),
     "nested": Residual(
         chain(conv_bn(4, 4), nn.ReLU(), Residual(chain(conv_bn(4, 4), nn.ReLU(), conv_bn(4, 4))))
@@ -77,7 +81,7 @@ def test_what_was_opened_is_closed_at_the_same_cost(name: str) -> None:
     assert_equivalent(model, back, x)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_large"])
 def test_networks_come_back(name: str) -> None:
     model = ready(getattr(torchvision.models, name)())
     x = image(1, 3, 64, 64)

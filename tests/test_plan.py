@@ -74,6 +74,13 @@ BLOCKS: dict[str, dict[str, Any]] = {
         "forward": lambda m, x: x + m.c(F.relu6(m.b(F.relu6(m.a(x))))),
         "a": conv(4, 8, 1), "b": conv(8, 8, groups=8), "c": conv(8, 4, 1),
     },
+    "depthwise first": block(a=conv(4, 4, groups=4), b=conv(4, 4, 1)),
+    "grouped first": block(a=conv(4, 6, groups=2), b=conv(6, 4, 1)),
+    "depthwise twice": {
+        "forward": lambda m, x: x + m.c(F.relu(m.b(F.relu(m.a(x))))),
+        "a": conv(4, 4, groups=4), "b": conv(4, 4, groups=4), "c": conv(4, 4, 1),
+    },
+    "activation first": {"forward": lambda m, x: x + m.a(F.silu(x)), "a": conv()},
     "projection": block(a=conv(4, 6, stride=2), b=conv(6, 6), s=conv(4, 6, 1, stride=2)),
     "narrow projection": block(a=conv(4, 6), b=conv(6, 2), s=conv(4, 2, 1)),
     "wide projection": block(a=conv(4, 6, stride=2), b=conv(6, 6), s=conv(4, 6, 3, stride=2)),
@@ -130,6 +137,18 @@ def test_the_carry_is_padded_to_the_width_of_the_groups_where_that_is_cheaper() 
     layers = built(best)
     # 4 carried channels become 6, two more groups of 3 beside the three of the branch.
     assert (layers[1].groups, layers[1].in_channels) == (5, 15)
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    {"depthwise first": 4, "grouped first": 2, "depthwise twice": 1, "activation first": 4}.items(),
+)
+def test_main_and_carry_take_turns_so_that_the_first_layer_stays_grouped(
+    name: str, groups: int
+) -> None:
+    best = plans_of(**BLOCKS[name])[0]
+    assert built(best)[0].groups == groups
+    assert ("in turns" in best.layout) == (groups > 1)
 
 
 def test_a_batch_norm_may_stay_between_layers_but_not_at_the_end() -> None:

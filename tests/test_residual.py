@@ -85,6 +85,34 @@ def test_block_behind_a_relu_keeps_its_relu() -> None:
     assert types(converted) == ["Conv2d", "ReLU", "Conv2d", "ReLU", "Conv2d", "ReLU"]
 
 
+def _depthwise_first(act: nn.Module, width: int, groups: int) -> nn.Module:
+    first = conv_bn(4, width, groups=groups)
+    return ready(chain(conv_bn(), Residual(chain(first, act, *conv_bn(width, 4, 1)))))
+
+
+@pytest.mark.parametrize("keep_norms", [False, True])
+@pytest.mark.parametrize(("width", "groups"), [(4, 4), (8, 4), (6, 2)])
+@pytest.mark.parametrize("act", [nn.ReLU6(), nn.PReLU(), nn.SiLU(), nn.Tanh()], ids=str)
+def test_a_grouped_first_layer_stays_grouped(
+    act: nn.Module, width: int, groups: int, keep_norms: bool
+) -> None:
+    model = _depthwise_first(act, width, groups)
+    options = {"fold_batch_norm": not keep_norms, "calibration": [image(8, 4, 9, 7)]}
+    converted = assert_removed(model, image(), **options)
+    grouped = [m for m in converted.modules() if isinstance(m, nn.Conv2d) and m.groups == groups]
+    assert [(m.in_channels, m.out_channels) for m in grouped] == [(4, width + 4)]
+    closed = rmfx.close_carries(converted, image())
+    assert_equivalent(model, closed, [image()])
+
+
+def test_slopes_for_each_channel_keep_the_carry_below() -> None:
+    model = _depthwise_first(nn.PReLU(8), 8, 4)
+    slopes: Tensor = model[1].branch[1].weight  # type: ignore[index,union-attr,assignment]
+    slopes.data.uniform_(0.1, 0.9)
+    converted = assert_removed(model, image())
+    assert [m.groups for m in converted.modules() if isinstance(m, nn.Conv2d)] == [1, 1, 1]
+
+
 def test_reserved_filters_are_dirac_and_merged_ones_sit_beside_the_weights() -> None:
     model = ready(Residual(conv_branch()))
     converted = assert_removed(model, image())
