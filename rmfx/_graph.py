@@ -302,7 +302,7 @@ class Net:
                 module = self._modules[target]
                 memo.update(_computed_tensors(module))
                 root[target] = copy.deepcopy(module, memo)
-        gm = ConvertedModule(root, self.graph, type(self.source).__name__)
+        gm = ConvertedModule(_tree(root), self.graph, type(self.source).__name__)
         gm.graph.lint()
         gm.meta = {**copy.copy(self.source.meta), **(meta or {})}
         if not any(p.requires_grad for p in self.source.parameters()):
@@ -332,6 +332,28 @@ class Net:
             with self.graph.inserting_before(node):
                 before = self.graph.create_node("call_module", name, (data_input(node),))
             node.args = (before,)
+
+
+def _tree(parts: Mapping[str, object]) -> nn.Module:
+    """Modules and tensors by their paths as a tree, of which torch.fx takes them in graph order.
+
+    Of a mapping it would take them by the depth of their paths, and again in graph order after
+    pickling: the order of parameters, by which optimisers know them, would change.
+    """
+    tree = nn.Module()
+    for target in sorted(parts, key=lambda path: path.count(".")):
+        *path, name = target.split(".")
+        owner: Any = tree
+        for step in path:
+            if not hasattr(owner, step):
+                owner.add_module(step, nn.Module())
+            owner = getattr(owner, step)
+        value = parts[target]
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            owner.register_buffer(name, value)
+        else:
+            setattr(owner, name, value)
+    return tree
 
 
 def _computed_tensors(module: nn.Module) -> dict[int, object]:

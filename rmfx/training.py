@@ -135,7 +135,8 @@ def freeze_carries(model: nn.Module) -> int:
     call `thaw_carries` first, since passes refuse parametrized layers.
 
     Args:
-        model: with weights as `remove_residuals` leaves them; is changed.
+        model: with weights as `remove_residuals` leaves them, batch norm folded where a carry
+            passes; is changed.
 
     Returns:
         How many filters are held.

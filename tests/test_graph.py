@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -317,3 +318,13 @@ def test_a_merged_layer_has_the_channels_of_its_last() -> None:
     assert isinstance(merged, AffineConv)
     net.merge(first, second, virtual(merged))
     assert net.channels(first, 2) == 5
+
+
+def test_parameters_keep_their_order_when_pickled() -> None:
+    inner = chain(conv(), nn.ReLU(), conv())
+    model = ready(chain(chain(inner, nn.ReLU()), conv(), Apply(lambda m, x: m.c(x), c=conv())))
+    gm = Net(rmfx.trace(model, image())).finish()
+    names = [name for name, _ in model.named_parameters()]
+    assert [name for name, _ in gm.named_parameters()] == names
+    again = pickle.loads(pickle.dumps(gm))
+    assert [name for name, _ in again.named_parameters()] == names
