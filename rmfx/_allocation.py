@@ -10,7 +10,7 @@ search   a few filters at a time, always where the loss of importance is least f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -153,24 +153,65 @@ def _savings(widths: Widths, meter: Meter) -> Tensor:
 
 
 def _search(widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
-    counts = {family: len(family.members) for family in widths.families}
-    orders = {f: scores[f.members].sort(descending=True).values for f in widths.families}
-    cost = widths.cost(widths.everything(), demand.meter)
-    while cost > demand.budget:
-        best: tuple[float, float, Family, int] | None = None
-        for family, count in counts.items():
-            fewer = demand.kept(family, (count - max(1, count // 16)) / len(family.members))
-            if fewer >= count:
-                fewer = max(demand.kept(family, 0), count - demand.multiple)
-            if fewer >= count:
-                continue
-            keep = _best(widths, scores, {**counts, family: fewer})
-            saved = cost - widths.cost(keep, demand.meter)
-            lost = float(orders[family][fewer:count].sum())
-            if saved > 0 and (best is None or lost / saved < best[0]):
-                best = (lost / saved, cost - saved, family, fewer)
-        if best is None:
+    search = _Search(widths, scores, demand)
+    stale: Collection[Family] = widths.families
+    while widths.cost(search.keep, demand.meter) > demand.budget:
+        stale = search.step(stale)
+    return search.keep
+
+
+class _Search:
+    """Families that lose a few filters at a time.
+
+    What a step saves depends on the widths of the layers that the family meets, so after each step
+    only families that meet the same layers are looked at anew.
+
+    Attributes:
+        keep: labels that are left, (labels,) booleans.
+    """
+
+    def __init__(self, widths: Widths, scores: Tensor, demand: Demand) -> None:
+        self._widths, self._scores, self._demand = widths, scores, demand
+        self._orders = {
+            f: f.members[scores[f.members].argsort(descending=True, stable=True)]
+            for f in widths.families
+        }
+        self._counts = {family: len(family.members) for family in widths.families}
+        self._prices: dict[Family, float] = {}
+        self.keep = widths.everything()
+
+    def step(self, stale: Collection[Family]) -> Collection[Family]:
+        """The cheapest step; stale: families whose prices have to be found. Returns the next ones.
+
+        Raises:
+            OptionError: no step saves anything.
+        """
+        self._prices |= {family: self._price(family) for family in stale}
+        family = min(self._prices, key=self._prices.__getitem__, default=None)
+        if family is None or self._prices[family] == math.inf:
             raise OptionError("no filter that may still go saves anything; lower the floor")
-        _, cost, family, fewer = best
-        counts[family] = fewer
-    return _best(widths, scores, counts)
+        self._counts[family] = self._next(family)
+        self.keep = self._without(family, self._counts[family])
+        return self._widths.beside[family]
+
+    def _next(self, family: Family) -> int:
+        """Filters of a family that are left after a step."""
+        count, total = self._counts[family], len(family.members)
+        fewer = self._demand.kept(family, (count - max(1, count // 16)) / total)
+        if fewer >= count:
+            fewer = max(self._demand.kept(family, 0), count - self._demand.multiple)
+        return min(fewer, count)
+
+    def _without(self, family: Family, count: int) -> Tensor:
+        keep = self.keep.clone()
+        keep[self._orders[family][count:]] = False
+        return spare(self._widths, self._scores, keep)
+
+    def _price(self, family: Family) -> float:
+        """Importance lost for each unit of cost that a step saves; infinite if it saves nothing."""
+        count, fewer = self._counts[family], self._next(family)
+        forms = (self.keep, self._without(family, fewer))
+        parts, meter = self._widths.parts_of[family], self._demand.meter
+        before, after = (self._widths.cost(keep, meter, parts) for keep in forms)
+        lost = float(self._scores[self._orders[family][fewer:count]].sum())
+        return lost / (before - after) if before > after else math.inf

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -123,10 +124,42 @@ class Widths:
         """Where labels stand among `roots`; those that stay come after the last."""
         return self._places[self.channels.roots(ids)]
 
-    def cost(self, keep: Tensor, meter: Meter) -> float:
-        """What the net costs where only some labels stay; keep: (labels,) booleans."""
+    def cost(self, keep: Tensor, meter: Meter, parts: Iterable[Part] | None = None) -> float:
+        """What the net, or some parts of it, costs where only some labels stay.
+
+        Args:
+            keep: (labels,) booleans.
+        """
         kept = torch.cat((keep, keep.new_ones(1)))
-        return sum(meter(part, part.size(kept)) for part in self.parts)
+        chosen = self.parts if parts is None else parts
+        return sum(meter(part, part.size(kept)) for part in chosen)
+
+    @cached_property
+    def parts_of(self) -> dict[Family, list[Part]]:
+        """The parts that each family's filters belong to."""
+        found: dict[Family, list[Part]] = {family: [] for family in self.families}
+        owners: list[Family | None] = [None] * (len(self.roots) + 1)
+        for family in self.families:
+            for member in family.members.tolist():
+                owners[member] = family
+        for part in self.parts:
+            places = torch.cat((part.ins, part.outs)).unique().tolist()
+            for owner in dict.fromkeys(owners[place] for place in places):
+                if owner is not None:
+                    found[owner].append(part)
+        return found
+
+    @cached_property
+    def beside(self) -> dict[Family, list[Family]]:
+        """For each family those that share a part with it, itself among them."""
+        owners: dict[Part, list[Family]] = defaultdict(list)
+        for family, parts in self.parts_of.items():
+            for part in parts:
+                owners[part].append(family)
+        return {
+            family: list(dict.fromkeys(f for part in parts for f in owners[part])) or [family]
+            for family, parts in self.parts_of.items()
+        }
 
     def everything(self) -> Tensor:
         """All labels stay: (labels,) booleans."""
