@@ -1,0 +1,308 @@
+"""The arms: ways to make a trained network cheaper before it is trained on.
+
+Every arm gets the trained network, images to look at, and the share of the multiply-adds that may
+stay. It gives a network that can be trained; `deployed` is what of it runs in the end.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning
+from data import Split
+from torch import Tensor, fx, nn
+from torch.nn import functional
+from torch.optim.swa_utils import update_bn
+from training import loss
+
+import rmfx
+
+MULTIPLE = 4  # of which numbers of filters are, in every arm
+FLOOR = 0.1  # the share of a layer's filters that stays
+MERGED_FLOOR = 0.02  # where necks are merged, what is inside a block may become narrower than them
+STEPS = 200  # in which Torch-Pruning goes from all filters to none
+HALVINGS = 6
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an arm gets.
+
+    Attributes:
+        net: trained, in eval mode, with residual connections.
+        looked_at: training images, to judge filters by.
+        share: of the multiply-adds of `net`, batch norm folded, that may stay.
+    """
+
+    net: nn.Module
+    looked_at: Split
+    share: float
+
+    @property
+    def example(self) -> Tensor:
+        """One image."""
+        return self.looked_at.images[:1]
+
+    @property
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """What filters are judged by."""
+        return self.looked_at.batches(256)
+
+    @property
+    def budget(self) -> float:
+        """Multiply-adds that may stay."""
+        return self.share * multiply_adds(self.net, self.example)
+
+
+Arm = Callable[[Task], nn.Module]
+
+
+def deployed(net: nn.Module, x: Tensor) -> fx.GraphModule:
+    """What runs: batch norm folded, and linear layers in a row merged where that is cheaper."""
+    folded = rmfx.fold_batch_norm(rmfx.remove_noops(net, x), x)
+    merged: fx.GraphModule = rmfx.merge_convs(folded, x)
+    return merged
+
+
+@torch.no_grad()
+def multiply_adds(net: nn.Module, x: Tensor) -> float:
+    """Multiply-adds of the convolutions and linear layers of a network that runs as it stands."""
+    found = 0.0
+
+    def see(layer: nn.Module, _: object, output: Tensor) -> None:
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        nonlocal found
+        found += weight.numel() * (output[0].numel() // output.shape[1])
+
+    layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(see) for layer in layers]
+    net(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _pruned(net: nn.Module, task: Task, budget: float | None = None, **options: Any) -> nn.Module:
+    small: nn.Module
+    small, _ = rmfx.prune_channels(
+        net,
+        task.example,
+        budget=task.budget if budget is None else budget,
+        data=task.batches,
+        **{"multiple": MULTIPLE, "floor": FLOOR} | options,
+    )
+    return small
+
+
+# ---- residual connections kept ------------------------------------------------------------------
+
+
+def residual(task: Task) -> nn.Module:
+    """The same share of every family of filters, judged by the Taylor score."""
+    return _pruned(task.net, task)
+
+
+def searched(task: Task) -> nn.Module:
+    """Widths by a search: where the least score is lost for what is saved; a quarter stays."""
+    return _pruned(task.net, task, allocation="search", floor=0.25)
+
+
+def expansions(task: Task) -> nn.Module:
+    """Of inverted residuals only the inner filters, which no skip ties."""
+    return _pruned(task.net, task, protect=_not_inner(task.net, task.example), floor=MERGED_FLOOR)
+
+
+def _not_inner(net: nn.Module, x: Tensor) -> list[str]:
+    """Paths of the layers whose outputs are not those of a depthwise convolution as well."""
+    traced = rmfx.trace(net, x)
+    layers = {
+        node: traced.get_submodule(str(node.target))
+        for node in traced.graph.nodes
+        if node.op == "call_module"
+    }
+    inner: set[str] = set()
+    for node, layer in layers.items():
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            inner.add(str(node.target))
+            before = node.all_input_nodes[0]
+            while not isinstance(layers.get(before), nn.Conv2d):
+                before = before.all_input_nodes[0]
+            inner.add(str(before.target))
+    weighted = (nn.Conv2d, nn.Linear)
+    paths = [str(node.target) for node, layer in layers.items() if isinstance(layer, weighted)]
+    return [path for path in paths if path not in inner]
+
+
+def depth(task: Task) -> nn.Module:
+    """Whole blocks with an identity skip go, always the one that the loss misses least.
+
+    Where all are gone, the same share of every family goes.
+    """
+    net = rmfx.trace(rmfx.remove_noops(task.net, task.example), task.example)
+    while multiply_adds(net, task.example) > task.budget:
+        forms = [_without_branch(net, join.name) for join in _joins(net) if _skip(net, join)]
+        if not forms:
+            return _pruned(net, task)
+        net = min(forms, key=lambda form: loss(form, task.looked_at))
+    return net
+
+
+def _joins(net: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in net.graph.nodes if len(node.all_input_nodes) == 2]
+
+
+def _skip(net: fx.GraphModule, join: fx.Node) -> fx.Node | None:
+    """The operand of an addition that is the block's input; None where it is projected."""
+    first = min(join.all_input_nodes)
+    layer = net.get_submodule(str(first.target)) if first.op == "call_module" else None
+    is_projection = len(first.users) == 1 and isinstance(layer, nn.BatchNorm2d)
+    return None if is_projection else first
+
+
+def _without_branch(net: fx.GraphModule, name: str) -> fx.GraphModule:
+    return _replaced(net, name, lambda first, second: first)
+
+
+def _replaced(
+    net: fx.GraphModule, name: str, by: Callable[[fx.Node, fx.Node], fx.Node]
+) -> fx.GraphModule:
+    """A copy in which one operand stands for an addition."""
+    made = copy.deepcopy(net)
+    (join,) = (node for node in made.graph.nodes if node.name == name)
+    first, second = sorted(join.all_input_nodes)
+    join.replace_all_uses_with(by(first, second))
+    made.graph.eliminate_dead_code()
+    made.recompile()
+    made.delete_all_unused_submodules()
+    return made
+
+
+# ---- residual connections opened or cut ---------------------------------------------------------
+
+
+def _opened(task: Task, policy: Any = "all") -> fx.GraphModule:
+    opened: fx.GraphModule = rmfx.remove_residuals(
+        task.net,
+        task.example,
+        strict=True,
+        fold_batch_norm=False,
+        calibration=[x for x, _ in task.batches],
+        policy=policy,
+    )
+    return opened
+
+
+def plain(task: Task) -> nn.Module:
+    """All residual connections removed, then the same share of every family."""
+    return _pruned(_opened(task), task)
+
+
+def first_opened(task: Task) -> nn.Module:
+    """Only the blocks with a projection opened, then the same share of every family."""
+    traced = rmfx.trace(rmfx.remove_noops(task.net, task.example), task.example)
+    projected = {join.name for join in _joins(traced) if not _skip(traced, join)}
+    return _pruned(_opened(task, lambda site: site.join in projected), task)
+
+
+def merged(task: Task) -> nn.Module:
+    """All removed, then only inner filters of inverted residuals; the budget is of what runs.
+
+    What projects out of a block and what expands into the next then touch, and the narrower the
+    blocks, the more of these pairs are cheaper as one layer.
+    """
+    opened = _opened(task)
+    protect = _not_inner(opened, task.example)
+    low, high = 0.0, 1.0
+    found: nn.Module = opened
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        budget = task.budget * (1 + middle)
+        small = _pruned(opened, task, budget, protect=protect, floor=MERGED_FLOOR)
+        if multiply_adds(deployed(small, task.example), task.example) <= task.budget:
+            low, found = middle, small
+        else:
+            high = middle
+    return found
+
+
+def cut(task: Task) -> nn.Module:
+    """Every skip cut, without a carry, then the same share of every family."""
+    net = rmfx.trace(rmfx.remove_noops(task.net, task.example), task.example)
+    for name in [join.name for join in _joins(net)]:
+        net = _replaced(net, name, _branch)
+    update_bn((x for x, _ in task.batches), net)
+    return _pruned(net.eval(), task)
+
+
+def _branch(first: fx.Node, second: fx.Node) -> fx.Node:
+    """The operand of an addition with more layers behind it, down to what both come from."""
+
+    def ancestors(node: fx.Node) -> set[fx.Node]:
+        seen = [node]
+        for one in seen:
+            seen += [n for n in one.all_input_nodes if n not in seen]
+        return set(seen)
+
+    return first if len(ancestors(first)) > len(ancestors(second)) else second
+
+
+# ---- Torch-Pruning ------------------------------------------------------------------------------
+
+
+def _torch_pruning(task: Task, importance: Any, *, gradients: bool = False) -> nn.Module:
+    net = copy.deepcopy(task.net).requires_grad_(True)
+    pruner = torch_pruning.pruner.BasePruner(
+        net,
+        task.example,
+        importance=importance,
+        pruning_ratio=1 - FLOOR,
+        max_pruning_ratio=1 - FLOOR,
+        iterative_steps=STEPS,
+        global_pruning=True,
+        round_to=MULTIPLE,
+        ignored_layers=[module for module in net.modules() if isinstance(module, nn.Linear)],
+    )
+    batches = task.looked_at.batches(128)
+    while multiply_adds(net, task.example) > task.budget and pruner.current_step < STEPS:
+        if gradients:
+            x, y = batches[pruner.current_step % len(batches)]
+            net.zero_grad()
+            functional.cross_entropy(net(x), y).backward()
+        pruner.step()
+    net.zero_grad()
+    return net
+
+
+def torch_pruning_l2(task: Task) -> nn.Module:
+    """Torch-Pruning: L2 of a group's filters."""
+    return _torch_pruning(task, torch_pruning.importance.GroupMagnitudeImportance(p=2))
+
+
+def torch_pruning_bn(task: Task) -> nn.Module:
+    """Torch-Pruning: scales of batch norm."""
+    return _torch_pruning(task, torch_pruning.importance.BNScaleImportance())
+
+
+def torch_pruning_taylor(task: Task) -> nn.Module:
+    """Torch-Pruning: Taylor."""
+    importance = torch_pruning.importance.GroupTaylorImportance()
+    return _torch_pruning(task, importance, gradients=True)
+
+
+ARMS: dict[str, Arm] = {
+    "residual": residual,
+    "residual, searched": searched,
+    "residual, expansions": expansions,
+    "depth": depth,
+    "cut": cut,
+    "plain": plain,
+    "first opened": first_opened,
+    "merged": merged,
+    "Torch-Pruning L2": torch_pruning_l2,
+    "Torch-Pruning BN": torch_pruning_bn,
+    "Torch-Pruning Taylor": torch_pruning_taylor,
+}

@@ -1,0 +1,274 @@
+"""Ways to prune a network, all with the same training: accuracy against cost.
+
+Two networks on Fashion-MNIST, a ResNet-20 and a small MobileNetV2. Every network sees as many
+images in one cycle of the learning rate. An arm prunes after 30 % of it, to five shares of the
+multiply-adds (arms.py says how, and how Torch-Pruning does); the controls are the whole network,
+and pruned architectures with new weights from the start. 5,000 training images are held back for
+every choice; the test images are looked at once, for the tables.
+
+What is trained stands in results/pruning.json after each run, so a run that is cut off goes on
+where it was; the networks themselves lie in results/pruning/, outside version control. Three seeds
+take about eight hours of one core. `--latency` then times the networks of the first seed under
+inductor and ONNX Runtime, in turn with the whole one, which wants an idle machine. Every call
+writes results/pruning.md and the plots of what is known; `--table` does only that. `--quick` does a
+little of everything in a few minutes, in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what all benchmarks share
+
+import torch
+from _common import parser, show
+from _records import code_version
+from arms import ARMS, Task, deployed
+from data import FOLDER, FashionMnist, load
+from networks import NETWORKS
+from outcomes import FROM_SCRATCH, UNPRUNED, Job, Outcome, Record, Timing
+from summary import RESIDUAL, write_summary
+from torch import Tensor, nn
+from tqdm import tqdm
+from training import Recipe, accuracy, train
+
+import rmfx
+from rmfx.latency import Settings, compare_speed, machine_of, ratio_of
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "pruning.json"
+SHARES = (0.6, 0.4, 0.25, 0.17, 0.12)
+LOOKED_AT = 1024  # training images on which filters are judged
+RECIPES = {"resnet20": Recipe(66_000, bfloat16=True), "mobilenet": Recipe(66_000)}
+QUICK_IMAGES, QUICK_SHARES = 2_000, (0.5, 0.25)
+QUICK_ARMS = ("residual", "residual, from scratch", "first opened", "merged", "Torch-Pruning L2")
+RUNTIMES = ("inductor", "onnxruntime")
+BATCH = 64  # of timing
+COMMON = ("residual", "residual, searched", "depth", "cut", "plain")
+PEERS = ("Torch-Pruning L2", "Torch-Pruning BN", "Torch-Pruning Taylor")
+OF = {
+    "resnet20": (*COMMON, "first opened", *PEERS),
+    "mobilenet": (*COMMON, "residual, expansions", "merged", *PEERS),
+}
+CONTROLLED = {"resnet20": ("residual", "first opened"), "mobilenet": ("residual", "merged")}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all jobs of a study share.
+
+    Attributes:
+        folder: for networks.
+        data: the folder of Fashion-MNIST.
+        images: of training, instead of the recipe's.
+    """
+
+    folder: Path
+    data: Path
+    images: int | None = None
+
+    def recipe(self, network: str) -> Recipe:
+        """How a network is trained."""
+        usual = RECIPES[network]
+        return usual if self.images is None else replace(usual, images=self.images)
+
+    def file(self, job: Job) -> Path:
+        """Where the network that a job trained lies."""
+        return self.folder / f"{job.name}.pt"
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def trunk(network: str, seed: int, setting: Setting, data: FashionMnist) -> nn.Module:
+    """The whole network as arms get it, from a file if it is there."""
+    recipe = setting.recipe(network)
+    path = setting.folder / f"{network}-{seed}-{recipe.images}.pt"
+    torch.manual_seed(seed)
+    net = NETWORKS[network]()
+    if path.exists():
+        net.load_state_dict(torch.load(path, weights_only=True))
+        return net.eval()
+    net = train(net, data.training, recipe, range(recipe.pruning_step), seed)
+    save(path, net.state_dict())
+    return net
+
+
+def save(path: Path, what: object) -> None:
+    """Writes a file at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(what, unfinished)
+    unfinished.replace(path)
+
+
+def prepare(network: str, seed: int, setting: Setting) -> None:
+    """Trains the whole network up to where arms prune."""
+    torch.set_num_threads(1)
+    trunk(network, seed, setting, load(setting.data))
+
+
+def run(job: Job, setting: Setting) -> Outcome:
+    """Prunes, trains and looks."""
+    torch.set_num_threads(1)
+    data, recipe = load(setting.data), setting.recipe(job.network)
+    net = trunk(job.network, job.seed, setting, data)
+    start, arm = recipe.pruning_step, job.arm.removesuffix(FROM_SCRATCH)
+    if arm != UNPRUNED:
+        task = Task(net, data.training.first(LOOKED_AT), job.share)
+        try:
+            net = ARMS[arm](task).eval()
+        except rmfx.RmfxError as error:
+            return Outcome(job, recipe.images, code_version(), failure=str(error))
+    if job.arm != arm:
+        start = 0
+        torch.manual_seed(job.seed)
+        _renew(net)
+    pruned = accuracy(net, data.validation)
+    net = train(net, data.training, recipe, range(start, recipe.steps), job.seed)
+    x = data.training.images[:1]
+    final = deployed(net, x)
+    save(setting.file(job), final)
+    cost = rmfx.cost.count(final, x)
+    return Outcome(
+        job,
+        recipe.images,
+        code_version(),
+        macs=cost.macs,
+        parameters=cost.parameters,
+        adds=cost.adds,
+        pruned=pruned,
+        validation=accuracy(final, data.validation),
+        test=accuracy(final, data.test),
+    )
+
+
+def _renew(net: nn.Module) -> None:
+    """New weights for all layers."""
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
+            layer.reset_parameters()
+
+
+# ---- all of it ----------------------------------------------------------------------------------
+
+
+def jobs(networks: Iterable[str], seeds: int) -> list[Job]:
+    """All of them, seed by seed, so that what is done first can be looked at."""
+    made = []
+    for seed in range(seeds):
+        for network in networks:
+            arms = (*OF[network], *(arm + FROM_SCRATCH for arm in CONTROLLED[network]))
+            made.append(Job(network, UNPRUNED, 1.0, seed))
+            made += [Job(network, arm, share, seed) for share in SHARES for arm in arms]
+    return made
+
+
+def quick_jobs(networks: Iterable[str]) -> list[Job]:
+    """A few of them."""
+    whole = [Job(network, UNPRUNED, 1.0, 0) for network in networks]
+    arms = [replace(job, arm=arm) for job in whole for arm in QUICK_ARMS]
+    known = [job for job in arms if job.arm.removesuffix(FROM_SCRATCH) in OF[job.network]]
+    return [*whole, *(replace(job, share=share) for share in QUICK_SHARES for job in known)]
+
+
+def run_all(wanted: Sequence[Job], setting: Setting, workers: int, record: Record) -> None:
+    """Does what is not done, and keeps what is known after each job."""
+    left = [job for job in wanted if job not in record.outcomes]
+    context = multiprocessing.get_context("spawn")  # a fork inherits locks of torch's threads
+    with (
+        ProcessPoolExecutor(workers, mp_context=context) as pool,
+        tqdm(total=len(left), unit="network") as progress,
+    ):
+        for network, seed in dict.fromkeys((job.network, job.seed) for job in left):
+            progress.set_description(f"{network}, seed {seed}")
+            pool.submit(prepare, network, seed, setting).result()
+            mine = [job for job in left if (job.network, job.seed) == (network, seed)]
+            for done in as_completed([pool.submit(run, job, setting) for job in mine]):
+                record.add(done.result())
+                record.save()
+                progress.update()
+
+
+def time_all(wanted: Sequence[Job], setting: Setting, how: Settings, record: Record) -> None:
+    """Times networks of the first seed, all sizes of an arm in turn with the whole network.
+
+    With residual connections they are timed once more without: the conversion is exact, so it can
+    as well be made after the training.
+    """
+    known = [job for job in wanted if job in record.outcomes and job.seed == 0]
+    trained = [job for job in known if setting.file(job).exists() and job.arm in ARMS]
+    data = load(setting.data).training.first(LOOKED_AT).images
+    record.machine = machine_of(how, how.runtimes)
+    for network, arm in tqdm(dict.fromkeys((job.network, job.arm) for job in trained), unit="arm"):
+        sizes = [job for job in trained if (job.network, job.arm) == (network, arm)]
+        for runtime in how.runtimes:
+            left = [job for job in sizes if (job, runtime) not in record.timings]
+            if left:
+                whole = load_network(Job(network, UNPRUNED, 1.0, 0), setting)
+                nets = [load_network(job, setting) for job in left]
+                plain = [converted(net, data) for net in nets if arm in RESIDUAL]
+                forms = [whole, *nets, *plain]
+                times = compare_speed(forms, (data[:BATCH],), runtime, how)
+                ratios = [ratio_of(times[0], seconds) for seconds in times[1:]]
+                pairs = zip_longest(ratios[: len(nets)], ratios[len(nets) :])
+                found = zip(left, pairs, strict=True)
+                record.add(*(Timing(job, runtime, *pair) for job, pair in found))
+                record.save()
+
+
+def converted(net: nn.Module, images: Tensor) -> nn.Module:
+    """A trained network without residual connections; activations stay the runtimes' own."""
+    activation = {"identity", "scale", "shift"}
+    plain = rmfx.remove_residuals(net, images[:1], activation=activation, calibration=[images])
+    merged: nn.Module = rmfx.merge_convs(plain, images[:1])
+    return merged
+
+
+def load_network(job: Job, setting: Setting) -> nn.Module:
+    """What a job trained, as it runs."""
+    # A file of our own, with a graph module in it, which weights_only refuses.
+    net: nn.Module = torch.load(setting.file(job), weights_only=False)
+    return net
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    made = parser(str(__doc__))
+    made.add_argument("--networks", default=",".join(NETWORKS), help="default: %(default)s")
+    made.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    made.add_argument("--workers", type=int, default=2, help="processes; default: %(default)s")
+    made.add_argument("--data", type=Path, default=FOLDER, help="default: %(default)s")
+    made.add_argument("--rounds", type=int, default=9, help="of timing; default: %(default)s")
+    what = made.add_mutually_exclusive_group()
+    what.add_argument("--latency", action="store_true", help="time what is trained")
+    what.add_argument("--table", action="store_true", help="train nothing and time nothing")
+    what.add_argument("--quick", action="store_true", help="a little of everything, in minutes")
+    options = made.parse_args(arguments)
+    names = options.networks.split(",")
+    if options.quick:
+        path = Path(tempfile.mkdtemp(prefix="rmfx-pruning-")) / RESULTS.name
+        setting = Setting(path.with_suffix(""), options.data, QUICK_IMAGES)
+        wanted, how = quick_jobs(names), Settings(RUNTIMES[1:], threads=2, rounds=3)
+    else:
+        path, setting = RESULTS, Setting(RESULTS.with_suffix(""), options.data)
+        wanted = jobs(names, options.seeds)
+        how = Settings(RUNTIMES, threads=2, rounds=options.rounds)
+    record = Record.read(path)
+    if not options.latency and not options.table:
+        run_all(wanted, setting, options.workers, record)
+    if options.latency or options.quick:
+        time_all(wanted, setting, how, record)
+    rows, limits = write_summary(record, names)
+    print(f"written: {path.with_suffix('.md')}", file=sys.stderr)
+    return show(rows, limits, as_json=options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
