@@ -17,9 +17,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 # `pytest tests/test_fuzz.py --hypothesis-profile=ci`: bounded, and the same in every run; two tests
-# of 200 networks each.
+# of 120 networks each.
 settings.register_profile(
-    "ci", settings.get_profile("default"), max_examples=200, derandomize=True, print_blob=True
+    "ci", settings.get_profile("default"), max_examples=120, derandomize=True, print_blob=True
 )
 settings.load_profile("default")
 
