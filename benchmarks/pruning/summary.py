@@ -75,7 +75,8 @@ def curves_of(record: Record, network: str) -> Curves:
         own = [o for o in mine if o.job.arm == arm and o.job.seed in seeds]
         shares = sorted({o.job.share for o in own})
         points = [_point(record, [o for o in own if o.job.share == s], whole[0]) for s in shares]
-        found[arm] = [*points, top]
+        if points:
+            found[arm] = [*points, top]
     return found
 
 
@@ -139,7 +140,7 @@ def best(curves: Curves, arms: Iterable[str], share: float | None = None) -> str
 
     def worth(arm: str) -> float:
         points = [p for p in curves[arm][:-1] if share is None or p.share == share]
-        return statistics.fmean(statistics.fmean(p.validation) for p in points)
+        return statistics.fmean(statistics.fmean(p.validation) for p in points) if points else 0.0
 
     return max((arm for arm in arms if arm in curves), key=worth)
 
@@ -163,6 +164,8 @@ class Claim:
 def claims_of(curves: Curves, network: str) -> list[Claim]:
     """All that can be said of a network with what is known."""
     peers = [arm for arm in curves if arm.startswith(PEER)]
+    if not peers:
+        return []
     own = best(curves, OWN[network])
     found = []
     for runtime in RUNTIMES:
@@ -185,9 +188,9 @@ def _against_peers(
     curves: Curves, own: str, peers: Sequence[str], share: float, runtime: str
 ) -> Claim | None:
     peer = best(curves, peers, share)
-    (point,) = (p for p in curves[peer] if p.share == share)
-    time = point.cost(runtime)
-    if share > MOST or time is None:
+    point = next((p for p in curves[peer] if p.share == share), None)
+    time = point.cost(runtime) if point else None
+    if share > MOST or point is None or time is None:
         return None
     ours = accuracy_at(curves[own], runtime, time)
     where = f"{RUNTIMES[runtime]}, time {time:.2f}"
