@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-sys.path.append(str(BENCHMARKS / "pruning"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "pruning"))
 
 from outcomes import FROM_SCRATCH, UNPRUNED, Job, Outcome, Record, Timing
 from summary import accuracy_at, best, claims_of, cost_at, curves_of, write_summary
