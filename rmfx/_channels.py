@@ -9,9 +9,10 @@ all channels of one label go, every layer still fits its neighbours.
 In relu(conv2(relu(conv1(x))) + shortcut(x)) each output of conv1 is a label of its own, and output
 i of conv2 and output i of the shortcut are one.
 
-A group of a grouped convolution goes as a whole, with all that it reads and gives, so that a
-depthwise convolution's channels are those of its input. But the channels of a group that works
-channel by channel (a carry) go one by one, and the layer is laid out anew when some of them go.
+The groups of a grouped convolution stay alike. Either a group goes as a whole, with all that it
+reads and gives, so that a depthwise convolution's channels are those of its input; or, where the
+groups are wider than they are many, all lose the same place at once. But the channels of a group
+that works channel by channel (a carry) go one by one, and the layer is laid out anew when some go.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Layer:
         ins: (in_channels,) labels.
         outs: (out_channels,) labels.
         carries: (groups,) which groups work channel by channel, with `ins` as `outs`.
+        by_place: whether the other groups, if there are several, lose places instead of going.
     """
 
     node: fx.Node
@@ -82,12 +84,13 @@ class Layer:
     ins: Tensor
     outs: Tensor
     carries: Tensor
+    by_place: bool
 
     @property
     def mixes(self) -> Tensor:
         """Which inputs it mixes with others, so that they can go and it stays: (in,) booleans."""
         mixed = ~self.carries
-        if int(mixed.sum()) > 1:  # such groups go as a whole
+        if int(mixed.sum()) > 1 and not self.by_place:
             mixed = torch.zeros_like(mixed)
         return mixed.repeat_interleave(self.ins.numel() // mixed.numel())
 
@@ -274,23 +277,21 @@ class Channels:
         ins = torch.full((n_in,), FIXED) if value is None else value.ids
         groups = getattr(module, "groups", 1)
         carries = _carries(module) if groups > 1 else torch.zeros(1, dtype=torch.bool)
-        outs = self._outputs(ins.view(groups, -1), n_out // groups, carries)
-        self.layers.append(Layer(node, module, ins, outs, carries))
+        by_place = n_in // groups >= groups - int(carries.sum())
+        outs = self._outputs(ins.view(groups, -1), n_out // groups, carries, by_place=by_place)
+        self.layers.append(Layer(node, module, ins, outs, carries, by_place))
         return Labels(outs, axis)
 
-    def _outputs(self, ins: Tensor, n_out: int, carries: Tensor) -> Tensor:
+    def _outputs(self, ins: Tensor, n_out: int, carries: Tensor, *, by_place: bool) -> Tensor:
         """Labels of what a layer gives; ins: (groups, inputs of a group)."""
-        groups = ins.shape[0]
-        if groups - int(carries.sum()) == 1:
-            outs = ins.clone() if groups > 1 else ins.new_empty(1, n_out)
+        own = ins[~carries]
+        outs = ins.clone() if bool(carries.any()) else ins.new_empty(len(ins), n_out)
+        if by_place:
+            self._union.join(own.flatten(), own[:1].expand_as(own).flatten())
             outs[~carries] = self._union.new(n_out)
-            return outs.flatten()
-        firsts = ins[:, :1]
-        tied = ins[~carries]
-        self._union.join(tied.flatten(), tied[:, :1].expand_as(tied).flatten())
-        outs = firsts.expand(groups, n_out).clone()
-        if bool(carries.any()):
-            outs[carries] = ins[carries]
+        else:
+            self._union.join(own.flatten(), own[:, :1].expand_as(own).flatten())
+            outs[~carries] = own[:, :1].expand(-1, n_out)
         return outs.flatten()
 
     def _function(self, node: fx.Node) -> Labels | None:

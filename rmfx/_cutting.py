@@ -2,7 +2,8 @@
 
 What a channel that goes was on average can go into the bias of the layers that read it: there it
 is taken for a channel that always has this value, also where the layer pads. Where it should be 0
-in the padding, the layer reads a channel of ones instead, which stands for all that have gone.
+in the padding, the layer reads a channel of ones instead, which stands for all that have gone
+(but a grouped layer does not).
 """
 
 from __future__ import annotations
@@ -104,9 +105,10 @@ def _compensate(net: Net, layer: Layer, keep: Keep, response: Tensor, *, borders
     groups, n_out = layer.carries.numel(), layer.outs.numel()
     if isinstance(module, TRANSPOSED):
         # A place sees one tap of each stride in turn: this is their mean.
-        taps = taps.T / math.prod(module.stride)
+        block = taps.reshape(groups, -1, n_out // groups).transpose(1, 2) / math.prod(module.stride)
+    else:
+        block = taps.reshape(groups, n_out // groups, -1)
     lost = torch.where(gone, response.to(torch.float64), 0.0).to(taps.device)
-    block = taps.reshape(groups, n_out // groups, -1)
     shift = torch.einsum("goi,gi->go", block, lost.reshape(groups, -1)).flatten()
     norm = norm_behind(net, layer.node)
     if module.bias is None and norm is not None:
@@ -202,8 +204,7 @@ def _cut_layer(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
     more = module.weight.shape[1] - columns.numel() if groups == 1 else 0  # of ones, which stay
     columns = torch.cat((columns, columns.new_ones(more)))
     weight = module.weight.detach()[rows.to(module.weight.device)]
-    if groups == 1:
-        weight = weight[:, columns.to(weight.device)]
+    weight = weight[:, _of_a_group(columns, groups).to(weight.device)]
     module.weight = _like(weight.clone(), module.weight)
     if module.bias is not None:
         module.bias = _like(module.bias.detach()[outs.to(module.bias.device)], module.bias)
@@ -212,6 +213,12 @@ def _cut_layer(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
     else:
         module.in_channels, module.out_channels = int(ins.sum()) + more, int(outs.sum())
         module.groups = int(ins.reshape(groups, -1).any(1).sum())
+
+
+def _of_a_group(keep: Tensor, groups: int) -> Tensor:
+    """What stays of each group that stays; the same for all."""
+    parts = keep.reshape(groups, -1)
+    return parts[int(parts.any(1).int().argmax())]
 
 
 def _cut_carrying(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
@@ -257,10 +264,9 @@ def _cut_run(
     if carry:
         weight = weight[torch.arange(len(rows)), torch.arange(len(rows)) % n_in].unsqueeze(1)
         count = int(keep.sum())
-    elif count > 1:
-        count = int(keep.reshape(count, -1).any(1).sum())
     else:
-        weight = weight[:, left]
+        weight = weight[:, _of_a_group(left, count)]
+        count = int(keep.reshape(count, -1).any(1).sum())
     return [replace(whole, weight=weight[keep], bias=bias[keep], groups=count)]
 
 

@@ -110,6 +110,14 @@ KINDS: dict[str, tuple[nn.Module, dict[tuple[str, ...], int]]] = {
         {("0", "1.0"): 6},
     ),
     "groups": (chain(conv(3, 8), conv(8, 12, groups=4), conv(12, 2)), {("0", "1"): 4}),
+    "few wide groups": (
+        chain(conv(3, 8), conv_bn(8, 12, groups=2), conv(12, 2)),
+        {("0",): 4, ("1.0",): 6},
+    ),
+    "few wide groups, transposed": (
+        chain(conv(3, 8), nn.ConvTranspose2d(8, 12, 3, 2, groups=2), conv(12, 2)),
+        {("0",): 4, ("1",): 6},
+    ),
     "gate": (GATED, {("start", "gate.2"): 6, ("gate.0",): 2}),
     "flattened": (chain(conv(3, 4), nn.Flatten(), nn.Linear(4 * 64, 5)), {("0",): 4}),
     "pooled": (
