@@ -426,8 +426,9 @@ def _tidied(net: Net) -> fx.GraphModule:
         if plain is not None:
             net.virtual[str(node.target)] = plain.eval()
         layer, source = read(net, node), input_of(node)
-        if isinstance(layer, AffineConv) and layer.split_into_groups().groups > layer.groups:
-            put(net, node, layer.split_into_groups())
+        grouped = layer.split_into_groups() if isinstance(layer, AffineConv) else None
+        if grouped is not layer and isinstance(grouped, AffineConv):
+            put(net, node, grouped)
         does_nothing = isinstance(layer, AffineConv) and _is_identity(_trimmed(layer))
         if source is not None and (does_nothing or type(plain) is nn.Identity):
             node.replace_all_uses_with(source)
