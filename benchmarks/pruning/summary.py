@@ -279,7 +279,7 @@ def write_summary(
         rows += [{"network": network} | row for row in table]
         seeds = len(curves[UNPRUNED][0].test)
         parts += [
-            f"## {network}, {seeds} seeds",
+            f"## {network}, seeds: {seeds}",
             "On the test images: mean (least to most), by the share of multiply-adds asked for.",
             tabulate(table, "keys", tablefmt="github"),
             "Over the unpruned network: multiply-adds, parameters, time.",
@@ -325,31 +325,39 @@ def _number(values: Mapping[str, float], name: str) -> str:
 
 
 def plot(curves: Curves, network: str, path: Path) -> None:
-    """Draws accuracy against multiply-adds, parameters and both times."""
+    """Draws accuracy against multiply-adds, parameters and the times that are known."""
     from matplotlib import rc_context  # without pyplot, which would look for a display
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11.0, 8.0), layout="constrained")
     axes = {"multiply-adds": "multiply-adds", "parameters": "parameters"}
-    axes |= {name: f"time, {title}" for name, title in RUNTIMES.items()}
-    for panel, (axis, title) in zip(figure.subplots(2, 2).flat, axes.items(), strict=True):
+    axes |= {name: f"time, {title}" for name, title in RUNTIMES.items() if _is_known(curves, name)}
+    rows = len(axes) // 2 + len(axes) % 2
+    figure = Figure(figsize=(11.0, 4.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, 2).flat
+    for panel, (axis, title) in zip(panels, axes.items(), strict=False):
         for i, (arm, curve) in enumerate(curves.items()):
             _draw(panel, arm, curve, axis, i)
         panel.axhline(statistics.fmean(curves[UNPRUNED][0].test), color="black", linewidth=0.8)
-        panel.set_xscale("log")
+        panel.set_xlim(left=0)
         panel.set_xlabel(f"{title}, over the unpruned network's")
         panel.set_ylabel("accuracy in %")
-        panel.grid(visible=True, alpha=0.3, which="both")
-    handles, labels = panel.get_legend_handles_labels()
-    if not handles:
-        handles, labels = figure.axes[0].get_legend_handles_labels()
+        panel.grid(visible=True, alpha=0.3)
+    for panel in list(panels)[len(axes) :]:
+        panel.set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle(f"{network} on Fashion-MNIST, equal training; line: unpruned")
     with rc_context({"svg.hashsalt": "rmfx", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
 
 
+def _is_known(curves: Curves, axis: str) -> bool:
+    return any(point.cost(axis) is not None for arm in curves for point in curves[arm][:-1])
+
+
 def _draw(panel: Any, arm: str, curve: Curve, axis: str, number: int) -> None:
+    from matplotlib import colormaps
+
     known = [(c, p) for p in curve if p.share < 1 and (c := p.cost(axis)) is not None]
     if not known:
         return
@@ -370,5 +378,5 @@ def _draw(panel: Any, arm: str, curve: Curve, axis: str, number: int) -> None:
         markersize=3,
         linewidth=1.2,
         elinewidth=0.7,
-        color=f"C{number % 10}" if number < 11 else "0.5",
+        color=colormaps["tab20"](2 * number % 20 + number // 10),
     )
