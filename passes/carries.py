@@ -390,11 +390,13 @@ def close_carries(
             here = sums.get(split.source, split.source)
             total = _close(net, node, replace(split, main=found[-1].main), here)
             sums.setdefault(node, total)  # the next one stands before it
+    if splits:
+        _ungroup(net)
     closed = net.finish()
     closed.meta.pop(META_KEY, None)  # its nodes may hold other values now
     if not splits:
         return closed
-    net = Net(trace(_ungrouped(Net(trace(closed, example_inputs))), example_inputs))
+    net = Net(trace(closed, example_inputs))
     net.sweep()
     widths = Widths(net, Channels(net))
     keep = widths.used()
@@ -402,8 +404,8 @@ def close_carries(
     return _tidied(Net(trace(smaller, example_inputs)))
 
 
-def _ungrouped(net: Net) -> fx.GraphModule:
-    """With dense layers where groups hold both a carry and something else, so that each may go."""
+def _ungroup(net: Net) -> None:
+    """Make layers dense whose groups hold both a carry and something else: each may then go."""
     for node in list(net.graph.nodes):
         layer = read(net, node) if node.op == "call_module" else None
         if not isinstance(layer, AffineConv) or layer.groups == 1 or net.guard(node) is not None:
@@ -413,7 +415,6 @@ def _ungrouped(net: Net) -> fx.GraphModule:
         share = carried.reshape(layer.groups, -1).mean(1)
         if bool(((share > 0) & (share < 1)).any()):
             put(net, node, layer.regroup(1))
-    return net.finish()
 
 
 def _tidied(net: Net) -> fx.GraphModule:

@@ -55,17 +55,45 @@ def allocate(name: str, widths: Widths, scores: Tensor, demand: Demand) -> Tenso
     Raises:
         OptionError: the target cannot be reached.
     """
-    _check_reachable(widths, scores, demand)
+    ranking = _Ranking(widths, scores)
+    _check_reachable(ranking, demand)
     if widths.cost(widths.everything(), demand.meter) <= demand.budget:
         return widths.everything()
     rules = {"uniform": _uniform, "global": _global, "search": _search}
-    return rules[name](widths, scores, demand)
+    return rules[name](ranking, demand)
 
 
-def _check_reachable(widths: Widths, scores: Tensor, demand: Demand) -> None:
-    least = widths.cost(
-        _best(widths, scores, {f: demand.kept(f, 0) for f in widths.families}), demand.meter
-    )
+class _Ranking:
+    """The filters of each family, the most important first.
+
+    Attributes:
+        widths, scores: as given.
+        orders: places of each family's labels, in that order.
+    """
+
+    def __init__(self, widths: Widths, scores: Tensor) -> None:
+        self.widths, self.scores = widths, scores
+        self.orders = {
+            f: f.members[scores[f.members].argsort(descending=True, stable=True)]
+            for f in widths.families
+        }
+
+    def best(self, counts: Counts) -> Tensor:
+        """The first of each family, and what else must stay so that no layer is empty."""
+        keep = torch.zeros(len(self.widths.roots), dtype=torch.bool)
+        for family, count in counts.items():
+            keep[self.orders[family][:count]] = True
+        return spare(self.widths, self.scores, keep)
+
+    def fits(self, counts: Counts, demand: Demand) -> bool:
+        """Whether what is left costs no more than allowed."""
+        return self.widths.cost(self.best(counts), demand.meter) <= demand.budget
+
+
+def _check_reachable(ranking: _Ranking, demand: Demand) -> None:
+    widths = ranking.widths
+    smallest = ranking.best({f: demand.kept(f, 0) for f in widths.families})
+    least = widths.cost(smallest, demand.meter)
     if least > demand.budget:
         whole = widths.cost(widths.everything(), demand.meter)
         raise OptionError(
@@ -73,15 +101,6 @@ def _check_reachable(widths: Widths, scores: Tensor, demand: Demand) -> None:
             f"must stay the network still costs {least / whole:.3f} of what it did; lower the "
             "floor or the multiple, protect fewer layers, or ask for less"
         )
-
-
-def _best(widths: Widths, scores: Tensor, counts: Counts) -> Tensor:
-    """The most important filters of each family, and what else must stay so that none is empty."""
-    keep = torch.zeros(len(widths.roots), dtype=torch.bool)
-    for family, count in counts.items():
-        order = scores[family.members].argsort(descending=True, stable=True)
-        keep[family.members[order[:count]]] = True
-    return spare(widths, scores, keep)
 
 
 def spare(widths: Widths, scores: Tensor, keep: Tensor) -> Tensor:
@@ -92,40 +111,38 @@ def spare(widths: Widths, scores: Tensor, keep: Tensor) -> Tensor:
     return keep
 
 
-def _halved(
-    widths: Widths, scores: Tensor, demand: Demand, form: Callable[[float], Counts]
-) -> Tensor:
+def _halved(ranking: _Ranking, demand: Demand, form: Callable[[float], Counts]) -> Tensor:
     """The most that fits: form(0) is the smallest network, form(1) the whole one."""
     low, high = 0.0, 1.0
     found = form(low)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         counts = form(middle)
-        if widths.cost(_best(widths, scores, counts), demand.meter) <= demand.budget:
+        if ranking.fits(counts, demand):
             low, found = middle, counts
         else:
             high = middle
-    return _best(widths, scores, _filled(widths, scores, demand, found))
+    return ranking.best(_filled(ranking, demand, found))
 
 
-def _filled(widths: Widths, scores: Tensor, demand: Demand, counts: Counts) -> Counts:
+def _filled(ranking: _Ranking, demand: Demand, counts: Counts) -> Counts:
     """Where rounding left some of the budget: a step more for families that have the least."""
     for family in sorted(counts, key=lambda f: counts[f] / len(f.members)):
         more = counts | {family: min(len(family.members), counts[family] + demand.multiple)}
-        if widths.cost(_best(widths, scores, more), demand.meter) <= demand.budget:
+        if ranking.fits(more, demand):
             counts = more
     return counts
 
 
-def _uniform(widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
+def _uniform(ranking: _Ranking, demand: Demand) -> Tensor:
     def form(share: float) -> Counts:
-        return {f: demand.kept(f, share) for f in widths.families}
+        return {f: demand.kept(f, share) for f in ranking.widths.families}
 
-    return _halved(widths, scores, demand, form)
+    return _halved(ranking, demand, form)
 
 
-def _global(widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
-    worth = scores / _savings(widths, demand.meter).clamp(min=1e-30)
+def _global(ranking: _Ranking, demand: Demand) -> Tensor:
+    worth = ranking.scores / _savings(ranking.widths, demand.meter).clamp(min=1e-30)
     order = worth.argsort(stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
@@ -134,10 +151,10 @@ def _global(widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
         stays = rank >= round((1 - share) * len(order))
         return {
             f: demand.kept(f, float(stays[f.members].to(torch.float64).mean()))
-            for f in widths.families
+            for f in ranking.widths.families
         }
 
-    return _halved(widths, scores, demand, form)
+    return _halved(ranking, demand, form)
 
 
 def _savings(widths: Widths, meter: Meter) -> Tensor:
@@ -152,10 +169,10 @@ def _savings(widths: Widths, meter: Meter) -> Tensor:
     return found
 
 
-def _search(widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
-    search = _Search(widths, scores, demand)
-    stale: Collection[Family] = widths.families
-    while widths.cost(search.keep, demand.meter) > demand.budget:
+def _search(ranking: _Ranking, demand: Demand) -> Tensor:
+    search = _Search(ranking, demand)
+    stale: Collection[Family] = ranking.widths.families
+    while ranking.widths.cost(search.keep, demand.meter) > demand.budget:
         stale = search.step(stale)
     return search.keep
 
@@ -170,15 +187,11 @@ class _Search:
         keep: labels that are left, (labels,) booleans.
     """
 
-    def __init__(self, widths: Widths, scores: Tensor, demand: Demand) -> None:
-        self._widths, self._scores, self._demand = widths, scores, demand
-        self._orders = {
-            f: f.members[scores[f.members].argsort(descending=True, stable=True)]
-            for f in widths.families
-        }
-        self._counts = {family: len(family.members) for family in widths.families}
+    def __init__(self, ranking: _Ranking, demand: Demand) -> None:
+        self._ranking, self._widths, self._demand = ranking, ranking.widths, demand
+        self._counts = {family: len(family.members) for family in self._widths.families}
         self._prices: dict[Family, float] = {}
-        self.keep = widths.everything()
+        self.keep = self._widths.everything()
 
     def step(self, stale: Collection[Family]) -> Collection[Family]:
         """The cheapest step; stale: families whose prices have to be found. Returns the next ones.
@@ -204,8 +217,8 @@ class _Search:
 
     def _without(self, family: Family, count: int) -> Tensor:
         keep = self.keep.clone()
-        keep[self._orders[family][count:]] = False
-        return spare(self._widths, self._scores, keep)
+        keep[self._ranking.orders[family][count:]] = False
+        return spare(self._widths, self._ranking.scores, keep)
 
     def _price(self, family: Family) -> float:
         """Importance lost for each unit of cost that a step saves; infinite if it saves nothing."""
@@ -213,5 +226,5 @@ class _Search:
         forms = (self.keep, self._without(family, fewer))
         parts, meter = self._widths.parts_of[family], self._demand.meter
         before, after = (self._widths.cost(keep, meter, parts) for keep in forms)
-        lost = float(self._scores[self._orders[family][fewer:count]].sum())
+        lost = float(self._ranking.scores[self._ranking.orders[family][fewer:count]].sum())
         return lost / (before - after) if before > after else math.inf

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from ._dialect import replace_by_number
 from ._functionalise import written_inputs
-from ._graph import copy_graph
+from ._graph import attach, copy_graph
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def with_weights(
     graph = copy_graph(gm)
     root = nn.Module()
     for name, tensor in _tensors_of(gm):
-        _attach(root, name, tensor)
+        attach(root, name, tensor)
     for name, module in gm.named_children():
         root.add_module(name, module)
     nodes = graph.find_nodes(op="placeholder")
@@ -111,7 +111,7 @@ def with_weights(
         node = nodes[one.position]
         if one.is_number:
             _fold(node, one.value.item())
-        _attach(root, one.name, one.value)
+        attach(root, one.name, one.value)
         with graph.inserting_after(nodes[-1]):
             weight = graph.get_attr(one.name)
         node.meta = {k: v for k, v in node.meta.items() if k != "grapharg"}
@@ -131,19 +131,6 @@ def _fold(node: fx.Node, number: float | bool) -> None:
 def _tensors_of(gm: fx.GraphModule) -> Iterable[tuple[str, Tensor]]:
     yield from gm.named_parameters(recurse=False)
     yield from gm.named_buffers(recurse=False)
-
-
-def _attach(root: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor at a path, through modules made on the way."""
-    *path, last = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
-    if isinstance(tensor, nn.Parameter):
-        root.register_parameter(last, tensor)
-    else:
-        root.register_buffer(last, tensor)
 
 
 # ---- freshness ----------------------------------------------------------------------------------

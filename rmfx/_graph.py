@@ -342,18 +342,21 @@ def _tree(parts: Mapping[str, object]) -> nn.Module:
     """
     tree = nn.Module()
     for target in sorted(parts, key=lambda path: path.count(".")):
-        *path, name = target.split(".")
-        owner: Any = tree
-        for step in path:
-            if not hasattr(owner, step):
-                owner.add_module(step, nn.Module())
-            owner = getattr(owner, step)
-        value = parts[target]
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            owner.register_buffer(name, value)
-        else:
-            setattr(owner, name, value)
+        attach(tree, target, parts[target])
     return tree
+
+
+def attach(root: nn.Module, target: str, value: object) -> None:
+    """Put a module or tensor at a path, through modules made on the way."""
+    *path, name = target.split(".")
+    for step in path:
+        if step not in root._modules:
+            root.add_module(step, nn.Module())
+        root = root._modules[step]  # type: ignore[assignment]
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        root.register_buffer(name, value)
+    else:
+        setattr(root, name, value)
 
 
 def _computed_tensors(module: nn.Module) -> dict[int, object]:

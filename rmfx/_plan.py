@@ -37,7 +37,7 @@ from ._affine import (
     chain as compose_chain,
 )
 from ._carry import area_after, fitted, placements
-from ._errors import Refusal, RmfxError
+from ._errors import Refusal
 from ._graph import between
 from ._layers import CHANNEL_BY_CHANNEL, Border, Lateral, MaxPool
 from ._site import Chain, Norm, Site, Step
@@ -541,25 +541,24 @@ def _up(n: int, width: int) -> int:
 
 def work_of(columns: Sequence[Column]) -> float | Refusal:
     """Multiply-adds per position of the fork, without building any weight."""
+    sizes = sizes_of(columns)
+    if isinstance(sizes, Refusal):
+        return sizes
+    areas = area_after([c.main for c in columns if isinstance(c, Linear)])
+    return float(sum(size * area for size, area in zip(sizes, areas, strict=True)))
+
+
+def sizes_of(columns: Sequence[Column]) -> list[int] | Refusal:
+    """Weights of each linear column once it is built."""
     linear = [c for c in columns if isinstance(c, Linear)]
-    runs = runs_of(columns)
-    total = 0.0
-    for i, (column, area) in enumerate(
-        zip(linear, area_after([c.main for c in linear]), strict=True)
-    ):
-        size = _size(column, first=i == 0, last=i == len(linear) - 1, runs=runs)
+    runs, last = runs_of(columns), len(linear) - 1
+    sizes: list[int] = []
+    for i, column in enumerate(linear):
+        size = _size(column, first=i == 0, last=i == last, runs=runs)
         if isinstance(size, Refusal):
             return size
-        total += size * area
-    return total
-
-
-def weights_of(column: Linear, *, first: bool, last: bool, runs: int) -> int:
-    """Weights of a linear column of a plan, once it is built; runs: of the plan."""
-    size = _size(column, first=first, last=last, runs=runs)
-    if isinstance(size, Refusal):  # the plan was made with the same laws
-        raise RmfxError(f"a planned layer cannot be built: {size.reason}")
-    return size
+        sizes.append(size)
+    return sizes
 
 
 def _size(column: Linear, *, first: bool, last: bool, runs: int) -> int | Refusal:
@@ -594,13 +593,13 @@ def runs_of(columns: Sequence[Column]) -> int:
     put together they are a grouped one. So they stand where whatever comes before the next layer
     acts on each channel alone, and that layer is dense and can read channels in any order.
     """
-    linear = [i for i, c in enumerate(columns) if isinstance(c, Linear)]
-    start, end = columns[linear[0]], columns[linear[min(1, len(linear) - 1)]]
-    if start is end or not isinstance(start, Linear) or not isinstance(end, Linear):
+    linear = [(i, c) for i, c in enumerate(columns) if isinstance(c, Linear)]
+    if len(linear) < 2:
         return 1
-    if linear[1] != linear[-1] and _groups_of(end) is not None:
+    (first, start), (second, end) = linear[:2]
+    if len(linear) > 2 and _groups_of(end) is not None:
         return 1
-    between = columns[linear[0] : linear[1]]
+    between = columns[first:second]
     if not start.main.dims or any(c.taps or isinstance(c, Sided) for c in between):
         return 1
     if not all(c.may_take_turns for c in between if isinstance(c, Pointwise)):

@@ -13,9 +13,9 @@ from ._activation import Blockwise
 from ._affine import CONVS
 from ._carry import area_after
 from ._dialect import module_path
-from ._errors import Refusal
+from ._errors import Refusal, RmfxError
 from ._graph import Net, Shape, Virtual, positions
-from ._plan import Column, Linear, Pointwise, runs_of, weights_of
+from ._plan import Column, Linear, Pointwise, sizes_of
 from ._site import Site
 from ._strategy import Settled
 from .report import SiteReport
@@ -78,14 +78,15 @@ def _numel(shape: Shape | None) -> int | None:
 def expected_expense(site: Site, columns: Sequence[Column]) -> Expense:
     """What the columns of a plan will cost, once they are built."""
     linear = [c for c in columns if isinstance(c, Linear)]
-    areas, runs = iter(area_after([c.main for c in linear])), runs_of(columns)
+    sizes = sizes_of(columns)
+    if isinstance(sizes, Refusal):  # the plan was made with the same laws
+        raise RmfxError(f"a planned layer cannot be built: {sizes.reason}")
+    built = zip(sizes, area_after([c.main for c in linear]), strict=True)
     work, moved, size, area, width = 0.0, 0.0, 0, 1.0, site.channels
     for column in columns:
         moved += width * area
         if isinstance(column, Linear):
-            area = next(areas)
-            first, last = column is linear[0], column is linear[-1]
-            weights = weights_of(column, first=first, last=last, runs=runs)
+            weights, area = next(built)
             work += weights * area
             size += weights
             width = column.main.out_channels

@@ -23,7 +23,7 @@ from ._errors import RmfxError
 from .conversion import Conversion
 from .cost import Cost, NodeCost, nodes
 from .frontend import trace
-from .latency import LatencyReport
+from .latency import LatencyReport, write_figure
 from .report import SiteReport, short
 
 INSTALL_COMMAND = "pip install 'rmfx[html]'"
@@ -167,7 +167,6 @@ def _notes(latency: LatencyReport | None) -> list[str]:
 
 def _bars(figures: Sequence[tuple[str, str, str, str]], latency: LatencyReport | None) -> str:
     """Ratios after/before as bars, with a line at 1; SVG."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     bars = [
@@ -191,8 +190,7 @@ def _bars(figures: Sequence[tuple[str, str, str, str]], latency: LatencyReport |
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     text = io.StringIO()
-    with rc_context({"svg.hashsalt": "rmfx", "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+    write_figure(figure, text, "svg")
     drawn = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
     return drawn[drawn.index("<svg") :]
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from tabulate import tabulate
@@ -36,6 +36,9 @@ from torch.utils import _pytree as pytree
 from ._errors import RmfxError
 from .conversion import Conversion, convert
 from .saving import as_function, default_tolerance, random_like, relative_error
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INSTALL_COMMAND = "pip install 'rmfx[bench]'"
 PLOT_SUFFIXES = (".svg", ".png")
@@ -565,6 +568,21 @@ def check_plotting() -> None:
         raise LatencyError(f"a plot needs matplotlib: {INSTALL_COMMAND}")
 
 
+def write_figure(figure: Figure, target: Path | IO[str], kind: str) -> None:
+    """Writes a figure so that equal ones make equal files, without date and random names.
+
+    Args:
+        figure: made without pyplot, which would look for a display and keep it alive.
+        target: a file.
+        kind: "svg", in which text stays text, or "png".
+    """
+    from matplotlib import rc_context
+
+    metadata = {"Date": None} if kind == "svg" else None
+    with rc_context({"svg.hashsalt": "rmfx", "svg.fonttype": "none"}):
+        figure.savefig(target, format=kind, dpi=150, metadata=metadata)
+
+
 def plot(report: LatencyReport, path: Path) -> None:
     """Draws the ratios: bars with their quartiles, a group for each runtime, a line at 1.
 
@@ -576,8 +594,6 @@ def plot(report: LatencyReport, path: Path) -> None:
         LatencyError: matplotlib is not installed.
     """
     check_plotting()
-    # Without pyplot, which would look for a display and keep the figure alive.
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     runtimes = list(dict.fromkeys(row.runtime for row in report.rows))
@@ -606,10 +622,7 @@ def plot(report: LatencyReport, path: Path) -> None:
     axes.set_title("Latency without residual connections (median and quartiles)")
     axes.margins(y=0.12)
     figure.legend(fontsize=8, loc="outside lower center", ncols=min(len(series), 4) or 1)
-    # Without date and random names equal measurements make equal files; text stays text.
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    with rc_context({"svg.hashsalt": "rmfx", "svg.fonttype": "none"}):
-        figure.savefig(path, dpi=150, metadata=metadata)
+    write_figure(figure, path, path.suffix[1:])
 
 
 def _caption(report: LatencyReport) -> str:

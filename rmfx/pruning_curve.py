@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ._importance import Batches
-from .latency import check_plotting
+from .latency import check_plotting, write_figure
 from .passes.pruning import PruningReport, prune_channels
 from .report import short
 from .saving import as_function
@@ -159,8 +159,6 @@ def plot(curve: PruningCurve, path: Path, title: str) -> None:
         LatencyError: matplotlib is not installed.
     """
     check_plotting()
-    # Without pyplot, which would look for a display and keep the figure alive.
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.0, 4.0), layout="constrained")
@@ -173,9 +171,7 @@ def plot(curve: PruningCurve, path: Path, title: str) -> None:
     axes.set_title(title)
     axes.set_xlim(0, 1.05)
     axes.grid(visible=True, alpha=0.3)
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    with rc_context({"svg.hashsalt": "rmfx", "svg.fonttype": "none"}):
-        figure.savefig(path, dpi=150, metadata=metadata)
+    write_figure(figure, path, path.suffix[1:])
 
 
 def _heights(points: Sequence[Point]) -> tuple[list[float], str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,6 +125,12 @@ def shapes(model: fx.GraphModule) -> list[tuple[int, ...]]:
     ]
     layers: list[Any] = [m for m in modules if isinstance(m, (nn.Linear, *CONVS.values()))]
     return [tuple(layer.weight.shape) for layer in layers]
+
+
+def python_blocks(page: Path) -> list[str]:
+    """The Python code that stands in a Markdown page, block by block."""
+    found: list[str] = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    return found
 
 
 def adds(model: fx.GraphModule) -> int:

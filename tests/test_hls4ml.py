@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from builders import python_blocks
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "hls4ml.md"
 pytestmark = [pytest.mark.hls4ml, pytest.mark.slow]
@@ -24,7 +24,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     names: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("hls4ml"))
-        for code in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S):
+        for code in python_blocks(PAGE):
             exec(compile(code, str(PAGE), "exec"), names)
     return names
 

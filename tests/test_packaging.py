@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from builders import python_blocks
 
 import rmfx.passes
 
@@ -84,7 +85,7 @@ def test_readme_has_the_two_commands_that_ci_runs() -> None:
 
 def test_readme_examples_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    blocks = python_blocks(ROOT / "README.md")
     assert blocks
     names: dict[str, object] = {}
     for block in blocks:  # one goes on where the one before ends

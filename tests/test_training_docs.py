@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import python_blocks
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+BLOCKS = python_blocks(PAGE)
 SCRIPTS = [block for block in BLOCKS if "__main__" in block]
 pytestmark = pytest.mark.slow
 

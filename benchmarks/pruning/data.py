@@ -6,6 +6,7 @@ import gzip
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,9 @@ class FashionMnist:
     test: Split
 
 
+@cache
 def load(folder: Path = FOLDER) -> FashionMnist:
-    """Reads the four files."""
+    """Reads the four files, once in a process; nobody may write into what it gives."""
     whole = _split(folder, "train")
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
     held, rest = order[:HELD_OUT], order[HELD_OUT:]

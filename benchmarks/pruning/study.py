@@ -34,7 +34,7 @@ from arms import ARMS, Task, deployed
 from data import FOLDER, FashionMnist, load
 from networks import NETWORKS
 from outcomes import FROM_SCRATCH, UNPRUNED, Job, Outcome, Record, Timing
-from summary import RESIDUAL, write_summary
+from summary import RESIDUAL, RUNTIMES, write_summary
 from torch import Tensor, nn
 from tqdm import tqdm
 from training import Recipe, accuracy, train
@@ -48,7 +48,6 @@ LOOKED_AT = 1024  # training images on which filters are judged
 RECIPES = {"resnet20": Recipe(66_000, bfloat16=True), "mobilenet": Recipe(66_000)}
 QUICK_IMAGES, QUICK_SHARES = 6_000, (0.5, 0.25)
 QUICK_ARMS = ("residual", "residual, from scratch", "first opened", "merged", "Torch-Pruning L2")
-RUNTIMES = ("inductor", "onnxruntime")
 BATCH = 64  # of timing
 COMMON = ("residual", "residual, searched", "depth", "cut", "plain")
 PEERS = ("Torch-Pruning L2", "Torch-Pruning BN", "Torch-Pruning Taylor")
@@ -255,11 +254,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         path = Path(tempfile.mkdtemp(prefix="rmfx-pruning-")) / RESULTS.name
         setting = Setting(path.with_suffix(""), options.data, QUICK_IMAGES)
-        wanted, how = quick_jobs(names), Settings(RUNTIMES[1:], threads=2, rounds=3)
+        wanted, how = quick_jobs(names), Settings(("onnxruntime",), threads=2, rounds=3)
     else:
         path, setting = RESULTS, Setting(RESULTS.with_suffix(""), options.data)
         wanted = jobs(names, options.seeds)
-        how = Settings(RUNTIMES, threads=2, rounds=options.rounds)
+        how = Settings(tuple(RUNTIMES), threads=2, rounds=options.rounds)
     record = Record.read(path)
     if not options.latency and not options.table:
         run_all(wanted, setting, options.workers, record)

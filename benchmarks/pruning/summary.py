@@ -15,6 +15,8 @@ from _records import write
 from outcomes import FROM_SCRATCH, UNPRUNED, Job, Outcome, Record
 from tabulate import tabulate
 
+from rmfx.latency import write_figure
+
 RUNTIMES = {"inductor": "inductor", "onnxruntime": "ONNX Runtime"}
 PEER = "Torch-Pruning"
 OWN = {
@@ -326,7 +328,6 @@ def _number(values: Mapping[str, float], name: str) -> str:
 
 def plot(curves: Curves, network: str, path: Path) -> None:
     """Draws accuracy against multiply-adds, parameters and the times that are known."""
-    from matplotlib import rc_context  # without pyplot, which would look for a display
     from matplotlib.figure import Figure
 
     axes = {"multiply-adds": "multiply-adds", "parameters": "parameters"}
@@ -347,8 +348,7 @@ def plot(curves: Curves, network: str, path: Path) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle(f"{network} on Fashion-MNIST, equal training; line: unpruned")
-    with rc_context({"svg.hashsalt": "rmfx", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
+    write_figure(figure, path, path.suffix[1:])
 
 
 def _is_known(curves: Curves, axis: str) -> bool:
