@@ -24,9 +24,9 @@ import rmfx
 
 MULTIPLE = 4  # of which numbers of filters are, in every arm
 FLOOR = 0.1  # the share of a layer's filters that stays
-MERGED_FLOOR = 0.02  # where necks are merged, what is inside a block may become narrower than them
+INNER_FLOOR = 0.02  # where only what is inside of blocks goes
+CARRIES = frozenset({"identity", "scale", "shift"})  # keep activations that runtimes are quick at
 STEPS = 200  # in which Torch-Pruning goes from all filters to none
-HALVINGS = 6
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def searched(task: Task) -> nn.Module:
 
 def expansions(task: Task) -> nn.Module:
     """Of inverted residuals only the inner filters, which no skip ties."""
-    return _pruned(task.net, task, protect=_not_inner(task.net, task.example), floor=MERGED_FLOOR)
+    return _pruned(task.net, task, protect=_not_inner(task.net, task.example), floor=INNER_FLOOR)
 
 
 def _not_inner(net: nn.Module, x: Tensor) -> list[str]:
@@ -133,11 +133,17 @@ def depth(task: Task) -> nn.Module:
 
     Where all are gone, the same share of every family goes.
     """
+    net = _shortened(task, task.budget)
+    return _pruned(net, task) if multiply_adds(net, task.example) > task.budget else net
+
+
+def _shortened(task: Task, budget: float = 0.0) -> fx.GraphModule:
+    """Without as many blocks as a budget wants, or with none that can go."""
     net: fx.GraphModule = rmfx.remove_noops(task.net, task.example)
-    while multiply_adds(net, task.example) > task.budget:
+    while multiply_adds(net, task.example) > budget:
         joins = [join for join in _joins(net) if not _is_projected(net, join)]
         if not joins:
-            return _pruned(net, task)
+            break
         forms = [_replaced(net, join.name, by=lambda first, second: first) for join in joins]
         net = min(forms, key=lambda form: loss(form, task.looked_at))
     return net
@@ -171,18 +177,6 @@ def _replaced(
 # ---- residual connections opened or cut ---------------------------------------------------------
 
 
-def _opened(task: Task, policy: Any = "all") -> fx.GraphModule:
-    opened: fx.GraphModule = rmfx.remove_residuals(
-        task.net,
-        task.example,
-        strict=True,
-        fold_batch_norm=False,
-        calibration=[x for x, _ in task.batches],
-        policy=policy,
-    )
-    return opened
-
-
 def plain(task: Task) -> nn.Module:
     """All residual connections removed, then the same share of every family."""
     return _pruned(_opened(task), task)
@@ -192,37 +186,32 @@ def first_opened(task: Task) -> nn.Module:
     """Only the blocks with a projection opened, then the same share of every family."""
     net = rmfx.remove_noops(task.net, task.example)
     projected = {join.name for join in _joins(net) if _is_projected(net, join)}
-    return _pruned(_opened(task, lambda site: site.join in projected), task)
+    return _pruned(_opened(task, policy=lambda site: site.join in projected), task)
 
 
-def merged(task: Task) -> nn.Module:
-    """All removed, then only inner filters of inverted residuals; the budget is of what runs.
-
-    What projects out of a block and what expands into the next then touch, and the narrower the
-    blocks, the more of these pairs are cheaper as one layer.
-    """
-    opened = _opened(task)
-    protect = _not_inner(opened, task.example)
-    low, high = 0.0, 1.0
-    found: nn.Module = opened
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        budget = task.budget * (1 + middle)
-        small = _pruned(opened, task, budget, protect=protect, floor=MERGED_FLOOR)
-        if multiply_adds(deployed(small, task.example), task.example) <= task.budget:
-            low, found = middle, small
-        else:
-            high = middle
-    return found
+def _opened(task: Task, **options: Any) -> fx.GraphModule:
+    opened: fx.GraphModule = rmfx.remove_residuals(
+        task.net,
+        task.example,
+        strict=True,
+        fold_batch_norm=False,
+        calibration=[x for x, _ in task.batches],
+        **options,
+    )
+    return opened
 
 
 def cut(task: Task) -> nn.Module:
     """Every skip cut, without a carry, then the same share of every family."""
-    net = rmfx.remove_noops(task.net, task.example)
+    return _pruned(_without_skips(task), task)
+
+
+def _without_skips(task: Task) -> fx.GraphModule:
+    net: fx.GraphModule = rmfx.remove_noops(task.net, task.example)
     for name in [join.name for join in _joins(net)]:
         net = _replaced(net, name, by=_branch)
     update_bn((x for x, _ in task.batches), net)
-    return _pruned(net.eval(), task)
+    return net.eval()
 
 
 def _branch(first: fx.Node, second: fx.Node) -> fx.Node:
@@ -235,6 +224,35 @@ def _branch(first: fx.Node, second: fx.Node) -> fx.Node:
         return set(seen)
 
     return first if len(ancestors(first)) > len(ancestors(second)) else second
+
+
+# ---- inverted residuals with merged necks -------------------------------------------------------
+
+
+def merged(task: Task) -> nn.Module:
+    """All removed and necks merged, then the same share of every family."""
+    return _pruned(_merged_necks(_opened(task, activation=CARRIES), task), task)
+
+
+def cut_merged(task: Task) -> nn.Module:
+    """Every skip cut and necks merged, then the same share of every family."""
+    return _pruned(_merged_necks(_without_skips(task), task), task)
+
+
+def depth_merged(task: Task) -> nn.Module:
+    """Blocks with an identity skip gone, necks merged, then the same share of every family."""
+    return _pruned(_merged_necks(_shortened(task), task), task)
+
+
+def _merged_necks(net: nn.Module, task: Task) -> nn.Module:
+    """What projects out of a block and what expands into the next as one layer, where they touch.
+
+    It has a batch norm again, so that it is trained in the form in which it runs.
+    """
+    folded = rmfx.fold_batch_norm(net, task.example)
+    merged = rmfx.merge_convs(folded, task.example, policy="all")
+    trainable: nn.Module = rmfx.insert_batch_norm(merged, [x for x, _ in task.batches])
+    return trainable
 
 
 # ---- Torch-Pruning ------------------------------------------------------------------------------
@@ -289,6 +307,8 @@ ARMS: dict[str, Arm] = {
     "plain": plain,
     "first opened": first_opened,
     "merged": merged,
+    "cut, merged": cut_merged,
+    "depth, merged": depth_merged,
     "Torch-Pruning L2": torch_pruning_l2,
     "Torch-Pruning BN": torch_pruning_bn,
     "Torch-Pruning Taylor": torch_pruning_taylor,

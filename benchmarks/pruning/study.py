@@ -30,11 +30,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # what all benchmarks
 import torch
 from _common import parser, show
 from _records import code_version
-from arms import ARMS, Task, deployed
+from arms import ARMS, CARRIES, Task, deployed
 from data import FOLDER, FashionMnist, load
 from networks import NETWORKS
 from outcomes import FROM_SCRATCH, UNPRUNED, Job, Outcome, Record, Timing
-from summary import RESIDUAL, RUNTIMES, write_summary
+from summary import MERGED, RESIDUAL, RUNTIMES, write_summary
 from torch import Tensor, nn
 from tqdm import tqdm
 from training import Recipe, accuracy, train
@@ -47,15 +47,25 @@ SHARES = (0.6, 0.4, 0.25, 0.17, 0.12)
 LOOKED_AT = 1024  # training images on which filters are judged
 RECIPES = {"resnet20": Recipe(66_000, bfloat16=True), "mobilenet": Recipe(66_000)}
 QUICK_IMAGES, QUICK_SHARES = 6_000, (0.5, 0.25)
-QUICK_ARMS = ("residual", "residual, from scratch", "first opened", "merged", "Torch-Pruning L2")
+QUICK_ARMS = (
+    "residual",
+    "residual, from scratch",
+    "first opened",
+    "merged",
+    "cut, merged",
+    "Torch-Pruning L2",
+)
 BATCH = 64  # of timing
 COMMON = ("residual", "residual, searched", "depth", "cut", "plain")
 PEERS = ("Torch-Pruning L2", "Torch-Pruning BN", "Torch-Pruning Taylor")
 OF = {
     "resnet20": (*COMMON, "first opened", *PEERS),
-    "mobilenet": (*COMMON, "residual, expansions", "merged", *PEERS),
+    "mobilenet": (*COMMON, "residual, expansions", *MERGED, *PEERS),
 }
-CONTROLLED = {"resnet20": ("residual", "first opened"), "mobilenet": ("residual", "merged")}
+CONTROLLED = {
+    "resnet20": ("residual", "first opened"),
+    "mobilenet": ("residual", "cut, merged", "depth, merged"),
+}
 
 
 @dataclass(frozen=True)
@@ -224,8 +234,7 @@ def time_all(wanted: Sequence[Job], setting: Setting, how: Settings, record: Rec
 
 def converted(net: nn.Module, images: Tensor) -> nn.Module:
     """A trained network without residual connections; activations stay the runtimes' own."""
-    activation = {"identity", "scale", "shift"}
-    plain = rmfx.remove_residuals(net, images[:1], activation=activation, calibration=[images])
+    plain = rmfx.remove_residuals(net, images[:1], activation=CARRIES, calibration=[images])
     merged: nn.Module = rmfx.merge_convs(plain, images[:1])
     return merged
 

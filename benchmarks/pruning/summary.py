@@ -19,9 +19,10 @@ from rmfx.latency import write_figure
 
 RUNTIMES = {"inductor": "inductor", "onnxruntime": "ONNX Runtime"}
 PEER = "Torch-Pruning"
+MERGED = ("merged", "cut, merged", "depth, merged")
 OWN = {
     "resnet20": ("residual", "residual, searched", "plain", "first opened"),
-    "mobilenet": ("residual", "residual, searched", "residual, expansions", "plain", "merged"),
+    "mobilenet": ("residual", "residual, searched", "residual, expansions", "plain", *MERGED),
 }
 RESIDUAL = ("residual", "residual, searched", "residual, expansions", "depth")
 PAPER = {"resnet20": 1.51, "mobilenet": 1.26}
@@ -182,7 +183,7 @@ def claims_of(curves: Curves, network: str) -> list[Claim]:
     for runtime in RUNTIMES:
         found += _speed(curves, network, own, runtime)
         if network == "mobilenet":
-            found += _merged(curves, runtime)
+            found += [claim for arm in MERGED for claim in _merged(curves, arm, runtime)]
     return found
 
 
@@ -230,20 +231,20 @@ def _speed(curves: Curves, network: str, own: str, runtime: str) -> list[Claim]:
     return [Claim(text, min(gains) > 1)]
 
 
-def _merged(curves: Curves, runtime: str) -> list[Claim]:
-    """How much faster the merged networks are than the fastest residual arm as accurate."""
+def _merged(curves: Curves, arm: str, runtime: str) -> list[Claim]:
+    """How much faster networks with merged necks are than the fastest residual arm as accurate."""
     found = []
-    for point in curves.get("merged", [])[:-1]:
+    for point in curves.get(arm, [])[:-1]:
         time = point.cost(runtime)
         if point.share > LEAST or time is None:
             continue
         ratios = []
         for seed, accuracy in enumerate(point.test):
-            arms = [arm for arm in RESIDUAL if arm in curves]
-            rivals = [cost_at(curves[arm], runtime, accuracy, seed) for arm in arms]
+            others = [other for other in RESIDUAL if other in curves]
+            rivals = [cost_at(curves[other], runtime, accuracy, seed) for other in others]
             ratios.append(min((r for r in rivals if r is not None), default=1.0) / time)
         text = (
-            f"{RUNTIMES[runtime]}, merged at {point.share:.2f} ({_text(point.test)}): "
+            f"{RUNTIMES[runtime]}, {arm} at {point.share:.2f} ({_text(point.test)}): "
             f"{_text(ratios)} times as fast as the fastest residual arm as accurate"
         )
         found.append(Claim(text, min(ratios) >= PAPER["mobilenet"]))
