@@ -13,6 +13,7 @@ from ._errors import (
     TraceError,
     WeightError,
 )
+from .compact import load_compact, save_compact
 from .frontend import trace
 from .latency_table import LatencyTable
 from .measured import MeasuredPolicy
@@ -23,6 +24,7 @@ from .passes.dead_channels import eliminate_dead_channels
 from .passes.linear import merge_convs
 from .passes.noop import remove_noops
 from .passes.pruning import PruningReport, prune_channels
+from .passes.recurrent import materialize, share_parameters
 from .passes.residual import remove_residuals
 from .passes.sites import ChoiceReport, choose_sites
 from .plain import is_plain, to_sequential
@@ -54,6 +56,8 @@ __all__ = [
     "fold_batch_norm",
     "insert_batch_norm",
     "is_plain",
+    "load_compact",
+    "materialize",
     "merge_branches",
     "merge_convs",
     "optimize",
@@ -61,6 +65,8 @@ __all__ = [
     "remove_noops",
     "remove_residuals",
     "report",
+    "save_compact",
+    "share_parameters",
     "to_sequential",
     "trace",
 ]

@@ -1,0 +1,97 @@
+"""Files that hold hardly more than the numbers of a model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import rmfx
+from rmfx._errors import RmfxError, WeightError
+from rmfx.models import cifar_resnet
+
+KIB = 1024
+
+
+def size_of(*tensors: torch.Tensor) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def test_a_ring_and_what_layers_have_of_their_own(tmp_path: Path) -> None:
+    """No more than 4 KiB above the numbers, for the ResNet-18 of the paper."""
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.resnet18()
+    made = rmfx.share_parameters(model, 512 * 512 * 9)
+    names = {f"{path}.weight" for path, m in made.named_modules() if hasattr(m, "parametrizations")}
+    own = [value for name, value in model.state_dict().items() if name not in names]
+    rmfx.save_compact(made, tmp_path / "made")
+    size = (tmp_path / "made").stat().st_size
+    assert size <= size_of(made.parameter_rings["all"].numbers, *own) + 4 * KIB
+    torch.save(model.state_dict(), tmp_path / "whole")
+    assert size < 0.26 * (tmp_path / "whole").stat().st_size
+
+
+def test_a_fresh_process_computes_the_same(tmp_path: Path) -> None:
+    model = rmfx.share_parameters(cifar_resnet(8, "B", 10).eval(), ratio=0.1, seed=5)
+    x = torch.randn(2, 3, 16, 16)
+    rmfx.save_compact(model, tmp_path / "model")
+    torch.save(x, tmp_path / "x")
+    script = f"""
+import rmfx, torch
+from rmfx.models import cifar_resnet
+model = rmfx.share_parameters(cifar_resnet(8, "B", 10).eval(), ratio=0.1)
+rmfx.load_compact(model, {str(tmp_path / "model")!r})
+torch.save(model(torch.load({str(tmp_path / "x")!r})), {str(tmp_path / "y")!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert torch.equal(torch.load(tmp_path / "y"), model(x))
+
+
+def test_types_and_shapes_come_back(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Linear(2, 2).double(), nn.Linear(3, 1).bfloat16())
+    model.register_buffer("mask", torch.tensor([True, False]))
+    model.register_buffer("empty", torch.zeros(0, 3))
+    rmfx.save_compact(model, tmp_path / "model")
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.zero_()
+    rmfx.load_compact(model, tmp_path / "model")
+    for name, value in model.state_dict().items():
+        assert value.dtype == expected[name].dtype
+        assert torch.equal(value, expected[name])
+
+
+def test_a_file_that_is_damaged(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    path = tmp_path / "model"
+    rmfx.save_compact(model, path)
+    content = path.read_bytes()
+    for damaged in (b"", content[:-4], b"x" * 100, content[:20] + b"\0" + content[21:]):
+        path.write_bytes(damaged)
+        with pytest.raises(RmfxError, match="is no whole file of save_compact"):
+            rmfx.load_compact(model, path)
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(RmfxError, match="is no whole file of save_compact"):
+        rmfx.load_compact(model, path)
+
+
+def test_a_file_of_another_model(tmp_path: Path) -> None:
+    rmfx.save_compact(nn.Linear(2, 2), tmp_path / "model")
+    with pytest.raises(RmfxError, match="another model"):
+        rmfx.load_compact(nn.Linear(2, 3), tmp_path / "model")
+
+
+def test_what_is_no_tensor_cannot_be_written(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"a": 1}
+
+    with pytest.raises(WeightError, match="_extra_state is dict, no tensor"):
+        rmfx.save_compact(Odd(), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
