@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
@@ -146,6 +147,8 @@ def _make_parser() -> argparse.ArgumentParser:
         _add_input_options(command)
         for add in add_options:
             add(command)
+    models = commands.add_parser("models", help="list the networks that come with rmfx")
+    models.set_defaults(run=_run_models)
     text = "try a pass on random networks; the first that it breaks is made small and shown"
     command = commands.add_parser(
         "fuzz", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_FUZZ_HELP
@@ -306,6 +309,16 @@ def _run_demo(options: argparse.Namespace) -> None:
     with _quiet_stdout(), _progress(4) as step:
         result = run_demo(step)
     _show(options, str(result), result.to_dict())
+
+
+def _run_models(options: argparse.Namespace) -> None:
+    from . import models
+
+    functions = {name: getattr(models, name) for name in models.__all__ if name.islower()}
+    rows = {
+        f"rmfx.models:{name}": str(made.__doc__).splitlines()[0] for name, made in functions.items()
+    }
+    _show(options, tabulate(rows.items(), ("MODEL", "what it is")), rows)
 
 
 def _run_report(options: argparse.Namespace) -> None:

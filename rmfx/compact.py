@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ._errors import RmfxError, WeightError
+from .saving import whole_file
 
 LAYOUT = "layout"
 _DAMAGE = (SafetensorError, zlib.error, KeyError, ValueError, TypeError, RuntimeError)
@@ -36,6 +37,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         WeightError: something in the state is no tensor.
+        SaveError: the file cannot be written.
     """
     layout: Layout = defaultdict(list)
     numbers: dict[str, list[Tensor]] = defaultdict(list)
@@ -47,10 +49,8 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         numbers[kind].append(value.detach().cpu().reshape(-1))
     packed = base64.b85encode(zlib.compress(json.dumps(layout).encode(), 9)).decode()
     flat = {kind: torch.cat(parts) for kind, parts in numbers.items()}
-    target = Path(path)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    unfinished.write_bytes(save(flat, {LAYOUT: packed}))
-    unfinished.replace(target)
+    with whole_file(Path(path)) as file:
+        file.write_bytes(save(flat, {LAYOUT: packed}))
 
 
 def load_compact(model: nn.Module, path: str | Path) -> None:

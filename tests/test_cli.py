@@ -426,6 +426,16 @@ def test_version_and_module_form() -> None:
     assert done.stdout == f"rmfx {importlib.metadata.version('rmfx')}\n"
 
 
+def test_models_are_listed_as_other_commands_take_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "--json"]) == 0
+    names = json.loads(capsys.readouterr().out)
+    assert "rmfx.models:rmnext50x6_32" in names
+    assert cli.main(["models"]) == 0
+    assert "CIFAR ResNet of `depth` layers" in capsys.readouterr().out
+    assert cli.main(["report", "rmfx.models:cifar_resnet", "--input-shape", "1,3,32,32"]) == 0
+    assert "9 of 9 residual connections removed" in capsys.readouterr().out
+
+
 def test_help_names_every_kind_of_model(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["convert", "--help"])

@@ -88,8 +88,8 @@ class CifarResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
 
 
-def cifar_resnet(depth: int, shortcut: Shortcut = "A", num_classes: int = 10) -> CifarResNet:
-    """Builds the CIFAR ResNet of `depth` layers with random weights, in training mode.
+def cifar_resnet(depth: int = 20, shortcut: Shortcut = "A", num_classes: int = 10) -> CifarResNet:
+    """CIFAR ResNet of `depth` layers, with shortcuts of option A or B.
 
     Args:
         depth: 6n + 2 with n >= 1: 20, 32, 44, 56, 110, 1202, ...

@@ -58,8 +58,8 @@ class PreActivationResNet(nn.Module):
         return self.fc(torch.flatten(x, 1))  # type: ignore[no-any-return]
 
 
-def preactivation_resnet(depth: int, num_classes: int = 10) -> PreActivationResNet:
-    """Builds the network of `depth` layers, with (depth - 2) / 2 residual connections.
+def preactivation_resnet(depth: int = 110, num_classes: int = 10) -> PreActivationResNet:
+    """CIFAR ResNet with pre-activation, of `depth` layers: (depth - 2) / 2 residual connections.
 
     Args:
         depth: 6n + 2 with n >= 1: 20, 32, 44, 56, 110, ...

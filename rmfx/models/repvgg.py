@@ -1,0 +1,126 @@
+"""RepVGG blocks, and RepVGG networks of any depth that reserve channels (RMRep).
+
+RepVGG (Ding et al., arXiv 2101.03697) trains relu(BN(conv3x3(x)) + BN(conv1x1(x)) + BN(x)) and
+deploys one 3x3 convolution. RMNet (arXiv 2111.00687, section 3.4) lets the first r·C channels of
+every second block pass as they are and makes RepVGG branches of the others, so that deep networks
+can be trained: it calls these RMRep. Which block of a pair reserves, and how deep stages are, the
+paper leaves open; here it is the second of each pair, and stages have the shares of RepVGG-B.
+
+Nothing here knows how it is deployed: `rmfx.remove_residuals` or `rmfx.merge_branches` does that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+_STAGES = (4, 6, 16, 1)  # blocks of RepVGG-B after the stem
+_WIDTHS = (64, 128, 256, 512)
+
+
+class RepVGGBlock(nn.Module):
+    """Parallel 3x3 and 1x1 convolutions and, where sizes allow, the input; each with batch norm."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv3 = _conv_bn(channels_in, channels_out, 3, stride)
+        self.conv1 = _conv_bn(channels_in, channels_out, 1, stride)
+        keeps = stride == 1 and channels_in == channels_out
+        self.identity = nn.BatchNorm2d(channels_in) if keeps else None
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, channels_in, H, W) to (N, channels_out, ceil(H/stride), ceil(W/stride))."""
+        y = self.conv3(x) + self.conv1(x)
+        return self.relu(y if self.identity is None else y + self.identity(x))  # type: ignore[no-any-return]
+
+
+class ReservingBlock(nn.Module):
+    """A RepVGG block for the last channels; the first ones pass.
+
+    What passes comes out of a ReLU, so the one at the end leaves it as it is.
+
+    Args:
+        channels: of input and output.
+        reserved: how many of them pass.
+    """
+
+    def __init__(self, channels: int, reserved: int) -> None:
+        super().__init__()
+        self.reserved, self.made = reserved, channels - reserved
+        self.conv3 = _conv_bn(channels, self.made, 3, 1)
+        self.conv1 = _conv_bn(channels, self.made, 1, 1)
+        self.identity = nn.BatchNorm2d(self.made)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, channels, H, W) to the same shape."""
+        kept, rest = x[:, : self.reserved], x[:, self.reserved :]
+        made = self.conv3(x) + self.conv1(x) + self.identity(rest)
+        first = pad(kept, (0, 0, 0, 0, 0, self.made))
+        return self.relu(first + pad(made, (0, 0, 0, 0, self.reserved, 0)))  # type: ignore[no-any-return]
+
+
+class RMRep(nn.Module):
+    """A RepVGG network that reserves channels; build it with `rmrep`."""
+
+    def __init__(self, stages: tuple[int, ...], ratio: float, num_classes: int) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = [RepVGGBlock(3, _WIDTHS[0], 2)]
+        width = _WIDTHS[0]
+        for channels, count in zip(_WIDTHS, stages, strict=True):
+            reserved = round(ratio * channels)
+            for i in range(count):
+                if i % 2 and reserved:
+                    blocks.append(ReservingBlock(channels, reserved))
+                else:
+                    blocks.append(RepVGGBlock(width, channels, 1 if i else 2))
+                width = channels
+        self.blocks = nn.Sequential(*blocks)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images (N, 3, H, W) of any size to logits (N, num_classes)."""
+        return self.fc(torch.flatten(self.avgpool(self.blocks(x)), 1))  # type: ignore[no-any-return]
+
+
+def rmrep(depth: int = 21, ratio: float = 0.25, num_classes: int = 1000) -> RMRep:
+    """RepVGG of `depth` blocks of which every second one reserves channels.
+
+    Args:
+        depth: blocks, the stem among them; at least 5. The paper has 21, 37, 69 and 133.
+        ratio: share of the channels that every second block reserves, from 0 (a RepVGG) to below 1;
+            the paper has 0.25, 0.25, 0.5 and 0.75.
+        num_classes: width of the classifier.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> net = rmrep(21, 0.25)
+        >>> len(net.blocks)
+        21
+    """
+    if depth < 5:
+        raise ValueError(f"depth must be at least 5, a stem and four stages, not {depth}")
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio must be at least 0 and below 1, not {ratio}")
+    return RMRep(_stages(depth - 1), ratio, num_classes)
+
+
+def _stages(blocks: int) -> tuple[int, ...]:
+    """Blocks of each stage, in the shares of RepVGG-B; the last stage keeps its one."""
+    first, second, _, last = _STAGES
+    inner = sum(_STAGES) - last
+    one = max(1, round((blocks - last) * first / inner))
+    two = max(1, round((blocks - last) * second / inner))
+    return one, two, blocks - last - one - two, last
+
+
+def _conv_bn(channels_in: int, channels_out: int, kernel: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(channels_out),
+    )
