@@ -21,6 +21,13 @@ from .passes.batch_norm import fold_batch_norm, insert_batch_norm
 from .passes.branches import merge_branches
 from .passes.carries import close_carries
 from .passes.dead_channels import eliminate_dead_channels
+from .passes.layer import (
+    LayerReport,
+    fuse_resconv,
+    insert_resconv,
+    layer_scales,
+    prune_layers,
+)
 from .passes.linear import merge_convs
 from .passes.noop import remove_noops
 from .passes.pruning import PruningReport, prune_channels
@@ -38,6 +45,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ChoiceReport",
     "LatencyTable",
+    "LayerReport",
     "MeasuredPolicy",
     "ModeError",
     "NotPlainError",
@@ -54,14 +62,18 @@ __all__ = [
     "cost",
     "eliminate_dead_channels",
     "fold_batch_norm",
+    "fuse_resconv",
     "insert_batch_norm",
+    "insert_resconv",
     "is_plain",
+    "layer_scales",
     "load_compact",
     "materialize",
     "merge_branches",
     "merge_convs",
     "optimize",
     "prune_channels",
+    "prune_layers",
     "remove_noops",
     "remove_residuals",
     "report",
@@ -74,7 +86,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what few need, and takes a while to load, when it is first asked for."""
-    if name in ("fuzz", "models", "testing"):
+    if name in ("fuzz", "models", "testing", "training"):
         return importlib.import_module(f"{__name__}.{name}")
     if name == "optimize":
         return importlib.import_module(f"{__name__}.pipeline").optimize

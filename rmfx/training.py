@@ -11,7 +11,7 @@ For the statistics of batch norm after pruning there is `torch.optim.swa_utils.u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,14 +33,20 @@ class Slimming:
     Args:
         model: to be trained.
         strength: of the penalty strength·Σ|γ|.
+        scales: other parameters than those of batch norms, such as `rmfx.layer_scales(model)`.
     """
 
-    def __init__(self, model: nn.Module, strength: float) -> None:
+    def __init__(
+        self, model: nn.Module, strength: float, *, scales: Iterable[Tensor] | None = None
+    ) -> None:
         if not strength >= 0:
             raise OptionError(f"strength={strength!r} must not be negative")
         self.strength = strength
         norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
-        self.scales: list[Tensor] = [m.weight for m in norms if m.weight is not None]
+        found = [m.weight for m in norms if m.weight is not None] if scales is None else scales
+        self.scales: list[Tensor] = list(found)
+        if not self.scales and scales is not None:
+            raise OptionError("scales= is empty; rmfx.insert_resconv makes scales of layers")
         if not self.scales:
             raise OptionError(
                 f"{type(model).__name__} has no batch norm with a scale; "
