@@ -233,12 +233,7 @@ def prune_layers(
     """
     _check(ratio, threshold, budget)
     net = _net_of(model, example_inputs, "prune_layers")
-    gates = {}
-    for node in net.graph.nodes:
-        if isinstance(net.module(node), ResConv):
-            gates[_conv_of(node)] = node
-    if not gates:
-        raise OptionError("the model has no ResConv; insert_resconv puts them there")
+    gates = _gates(net)
     rows = [
         LayerRow(str(conv.target), _score(net, gates.get(conv)), _macs(net, conv))
         for conv in net.graph.nodes
@@ -343,9 +338,22 @@ def _check(ratio: float | None, threshold: float | None, budget: float | None) -
         raise OptionError(f"budget={budget!r} must not be negative")
 
 
-def _conv_of(gate: fx.Node) -> fx.Node:
-    norm = gate.args[0]
-    return norm.all_input_nodes[0]  # type: ignore[union-attr]
+def _gates(net: Net) -> dict[fx.Node, fx.Node]:
+    """The factors of a network, by their convolutions."""
+    gates: dict[fx.Node, fx.Node] = {}
+    for gate in net.graph.nodes:
+        if not isinstance(net.module(gate), ResConv):
+            continue
+        norm: Any = gate.args[0]
+        if type(net.module(norm)) not in BATCH_NORMS or not _is_conv(net, norm.all_input_nodes[0]):
+            raise OptionError(
+                f"{gate.target} reads {norm.name}, which is no batch norm behind a convolution; "
+                "prune layers before batch norms are folded"
+            )
+        gates[norm.all_input_nodes[0]] = gate
+    if not gates:
+        raise OptionError("the model has no ResConv; insert_resconv puts them there")
+    return gates
 
 
 def _score(net: Net, gate: fx.Node | None) -> float | None:
@@ -454,7 +462,9 @@ class _FixedRule:
 
     def match(self, net: Net, node: fx.Node) -> fx.Node | None:
         source = input_of(node)
-        if source is None or node.op != "call_module" or node.meta.get("frozen"):
+        if source is None or node.op != "call_module":
+            return None
+        if node.meta.get("frozen") or source.meta.get("frozen"):  # it is a copy of what changes
             return None
         layer = read(net, node)
         fixed = isinstance(layer, Activation) and self._ranges.fixed_by(source, layer)
@@ -478,7 +488,9 @@ class _ScaleRule:
         if not factor > 0 or not isinstance(layer, Activation) or layer.row.slope is None:
             return None
         inner = input_of(act)
-        if inner is None or len(inner.users) > 1 or inner.meta.get("frozen"):
+        if inner is None or len(inner.users) > 1:
+            return None
+        if any(n.meta.get("frozen") for n in (inner, act, node)):
             return None
         return (act, factor) if isinstance(read_affine(net, inner), AffineConv) else None
 

@@ -209,6 +209,29 @@ def test_the_headline_of_the_paper_as_an_architecture() -> None:
     assert_equivalent(short, fused, x)
 
 
+class Overwritten(nn.Module):
+    """A ReLU that changes no value, but keeps it from what is written later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = chain((4, 4, 3, 1, 1))
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        kept = self.relu(y)
+        y.add_(1.0)
+        return kept * y
+
+
+def test_a_relu_that_keeps_a_value_stays() -> None:
+    x = torch.randn(2, 4, 6, 6).double()
+    model = ready(Overwritten())
+    assert_equivalent(model, rmfx.fuse_resconv(model, x), x, tolerance=LIMIT)
+    net = with_factors(model, x)
+    assert_equivalent(net, rmfx.fuse_resconv(net, x), x, tolerance=LIMIT)
+
+
 # ---- training -----------------------------------------------------------------------------------
 
 
@@ -320,5 +343,8 @@ def test_other_wrong_calls() -> None:
         rmfx.insert_resconv(model, None)
     with pytest.raises(OptionError, match="has no ResConv"):
         rmfx.prune_layers(model, x, ratio=0.5)
+    net, _ = rmfx.insert_resconv(model, x)
+    with pytest.raises(OptionError, match="prune layers before batch norms are folded"):
+        rmfx.prune_layers(rmfx.fold_batch_norm(net, x), x, ratio=0.5)
     with pytest.raises(OptionError, match="scales= is empty"):
         Slimming(model, 0.1, scales=rmfx.layer_scales(model))
