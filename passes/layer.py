@@ -464,8 +464,6 @@ class _FixedRule:
         source = input_of(node)
         if source is None or node.op != "call_module":
             return None
-        if node.meta.get("frozen") or source.meta.get("frozen"):  # it is a copy of what changes
-            return None
         layer = read(net, node)
         fixed = isinstance(layer, Activation) and self._ranges.fixed_by(source, layer)
         return source if fixed else None
@@ -488,9 +486,7 @@ class _ScaleRule:
         if not factor > 0 or not isinstance(layer, Activation) or layer.row.slope is None:
             return None
         inner = input_of(act)
-        if inner is None or len(inner.users) > 1:
-            return None
-        if any(n.meta.get("frozen") for n in (inner, act, node)):
+        if inner is None or len(inner.users) > 1 or node.meta.get("frozen"):
             return None
         return (act, factor) if isinstance(read_affine(net, inner), AffineConv) else None
 
