@@ -194,9 +194,8 @@ def _opened(task: Task, **options: Any) -> fx.GraphModule:
         task.net,
         task.example,
         strict=True,
-        fold_batch_norm=False,
         calibration=[x for x, _ in task.batches],
-        **options,
+        **{"fold_batch_norm": False} | options,
     )
     return opened
 
@@ -231,7 +230,9 @@ def _branch(first: fx.Node, second: fx.Node) -> fx.Node:
 
 def merged(task: Task) -> nn.Module:
     """All removed and necks merged, then the same share of every family."""
-    return _pruned(_merged_necks(_opened(task, activation=CARRIES), task), task)
+    return _pruned(
+        _merged_necks(_opened(task, activation=CARRIES, fold_batch_norm=True), task), task
+    )
 
 
 def cut_merged(task: Task) -> nn.Module:
