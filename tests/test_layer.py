@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from builders import ready
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,19 +20,6 @@ from rmfx.testing import assert_equivalent
 from rmfx.training import Slimming
 
 LIMIT = 1e-10
-
-
-def ready(model: nn.Module) -> nn.Module:
-    """In float64 and eval mode, with batch norms that do something."""
-    model = copy.deepcopy(model).double().eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.2)  # type: ignore[union-attr]
-                module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.2)
-    return model
 
 
 def chain(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 
 import pytest
 import torch
+from builders import ready
 from torch import nn
 
 import rmfx
@@ -30,20 +30,6 @@ IMAGE = (1, 3, 224, 224)
 
 def numbers(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def ready(model: nn.Module) -> nn.Module:
-    """In float64 and eval mode, with batch norms that do something."""
-    torch.manual_seed(0)
-    model = copy.deepcopy(model).double().eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.2)  # type: ignore[union-attr]
-                module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.2)
-    return model
 
 
 def test_rmnext_has_the_sizes_of_the_paper() -> None:
