@@ -30,7 +30,7 @@ def share_lookups(body: Sequence[str]) -> list[str]:
     names: dict[Path, str] = {}
     first = []
     for path in _forks(paths):
-        name = "_".join(path) if path[0].isidentifier() else "_".join(("self", *path))
+        name = re.sub(r"\W|^(?=\d)", "_", "_".join(path))
         while name in taken:
             name += "_"
         first.append(f"{name} = {_written(path, names)}\n")

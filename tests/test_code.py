@@ -105,7 +105,7 @@ def test_a_transformer_of_the_caller_is_kept() -> None:
     assert gm.code.count("self.blocks\n") == 1
 
 
-PATHS = st.lists(st.sampled_from(["a", "b", "0", "1", "a_b"]), min_size=1, max_size=4)
+PATHS = st.lists(st.sampled_from(["a", "b", "0", "1", "a_b", "a-b", "ä b"]), min_size=1, max_size=4)
 
 
 @given(st.lists(PATHS, min_size=1, max_size=8))
