@@ -61,12 +61,10 @@ def size() -> st.SearchStrategy[int]:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
-@given(data=st.data())
-@settings(max_examples=5)
 def test_a_layer_with_factors_is_one_convolution(
-    kernel: int, stride: int, groups: int, act: Callable[[], nn.Module], data: st.DataObject
+    kernel: int, stride: int, groups: int, act: Callable[[], nn.Module]
 ) -> None:
-    x = torch.randn(2, 4, data.draw(size()), data.draw(size())).double()
+    x = torch.randn(2, 4, 7, 6).double()
     model = ready(chain((4, 4, kernel, stride, groups), act=act))
     net = with_factors(model, x)
     assert any(isinstance(m, ResConv) for m in net.modules())
