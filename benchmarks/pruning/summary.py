@@ -183,7 +183,8 @@ def claims_of(curves: Curves, network: str) -> list[Claim]:
     for runtime in RUNTIMES:
         found += _speed(curves, network, own, runtime)
         if network == "mobilenet":
-            found += [claim for arm in MERGED for claim in _merged(curves, arm, runtime)]
+            arms = (arm for arm in curves if arm.removesuffix(FROM_SCRATCH) in MERGED)
+            found += [claim for arm in arms for claim in _merged(curves, arm, runtime)]
     return found
 
 
@@ -240,7 +241,7 @@ def _merged(curves: Curves, arm: str, runtime: str) -> list[Claim]:
             continue
         ratios = []
         for seed, accuracy in enumerate(point.test):
-            others = [other for other in RESIDUAL if other in curves]
+            others = [other for other in curves if other.removesuffix(FROM_SCRATCH) in RESIDUAL]
             rivals = [cost_at(curves[other], runtime, accuracy, seed) for other in others]
             ratios.append(min((r for r in rivals if r is not None), default=1.0) / time)
         text = (
