@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from operator import getitem
 from typing import Any
@@ -240,14 +240,14 @@ def prune_layers(
         if _is_conv(net, conv)
     ]
     reasons = _reasons_to_stay(net, gates, protect)
-    gone = _choose(net, gates, rows, reasons, (ratio, threshold, budget))
+    gone = _choose(gates, rows, reasons, (ratio, threshold, budget))
     for conv, gate in gates.items():
         if str(conv.target) in gone:
             _remove(net, gate)
-    told = tuple(
-        LayerRow(r.place, r.score, r.macs, r.place in gone, reasons.get(r.place, "")) for r in rows
+    told = (
+        replace(row, removed=row.place in gone, reason=reasons.get(row.place, "")) for row in rows
     )
-    return net.finish(), LayerReport(told)
+    return net.finish(), LayerReport(tuple(told))
 
 
 @undisturbed
@@ -389,7 +389,6 @@ def _reasons_to_stay(
 
 
 def _choose(
-    net: Net,
     gates: dict[fx.Node, fx.Node],
     rows: Sequence[LayerRow],
     reasons: dict[str, str],

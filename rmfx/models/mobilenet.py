@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._blocks import conv_bn
+
 # expansion, channels, blocks, stride of the first one
 _SETTINGS = (
     *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
@@ -34,11 +36,9 @@ class InvertedResidual(nn.Module):
         self, channels_in: int, inner: int, channels_out: int, stride: int, expands: bool
     ) -> None:
         super().__init__()
-        self.expand = _conv_bn_relu6(channels_in, inner, 1) if expands else nn.Identity()
-        self.depthwise = _conv_bn_relu6(inner, inner, 3, stride, groups=inner)
-        self.project = nn.Sequential(
-            nn.Conv2d(inner, channels_out, 1, bias=False), nn.BatchNorm2d(channels_out)
-        )
+        self.expand = conv_bn(channels_in, inner, 1, act=nn.ReLU6()) if expands else nn.Identity()
+        self.depthwise = conv_bn(inner, inner, 3, stride, groups=inner, act=nn.ReLU6())
+        self.project = conv_bn(inner, channels_out, 1)
         self.has_skip = stride == 1 and channels_in == channels_out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,9 +62,9 @@ class MobileNetV2(nn.Module):
                 inner = expansion * before if expands else width
                 blocks.append(InvertedResidual(width, inner, bottleneck, stride, expands))
                 width, before = bottleneck, channels
-        self.stem = _conv_bn_relu6(3, _STEM, 3, 2)
+        self.stem = conv_bn(3, _STEM, 3, 2, act=nn.ReLU6())
         self.blocks = nn.Sequential(*blocks)
-        self.head = _conv_bn_relu6(width, _HEAD, 1)
+        self.head = conv_bn(width, _HEAD, 1, act=nn.ReLU6())
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(0.2)
         self.fc = nn.Linear(_HEAD, num_classes)
@@ -92,18 +92,3 @@ def mobilenet_v2(free: float = 1.0, num_classes: int = 1000) -> MobileNetV2:
     if round(free * _SETTINGS[0][1]) < 1:
         raise ValueError(f"free must leave a channel, not {free}")
     return MobileNetV2(free, num_classes)
-
-
-def _conv_bn_relu6(
-    channels_in: int, channels_out: int, kernel: int, stride: int = 1, groups: int = 1
-) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(
-            *(channels_in, channels_out, kernel, stride),
-            padding=kernel // 2,
-            groups=groups,
-            bias=False,
-        ),
-        nn.BatchNorm2d(channels_out),
-        nn.ReLU6(),
-    )

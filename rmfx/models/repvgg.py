@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ._blocks import conv_bn
+
 _STAGES = (4, 6, 16, 1)  # blocks of RepVGG-B after the stem
 _WIDTHS = (64, 128, 256, 512)
 
@@ -24,8 +26,8 @@ class RepVGGBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv3 = _conv_bn(channels_in, channels_out, 3, stride)
-        self.conv1 = _conv_bn(channels_in, channels_out, 1, stride)
+        self.conv3 = conv_bn(channels_in, channels_out, 3, stride)
+        self.conv1 = conv_bn(channels_in, channels_out, 1, stride)
         keeps = stride == 1 and channels_in == channels_out
         self.identity = nn.BatchNorm2d(channels_in) if keeps else None
         self.relu = nn.ReLU()
@@ -49,8 +51,8 @@ class ReservingBlock(nn.Module):
     def __init__(self, channels: int, reserved: int) -> None:
         super().__init__()
         self.reserved, self.made = reserved, channels - reserved
-        self.conv3 = _conv_bn(channels, self.made, 3, 1)
-        self.conv1 = _conv_bn(channels, self.made, 1, 1)
+        self.conv3 = conv_bn(channels, self.made, 3, 1)
+        self.conv1 = conv_bn(channels, self.made, 1, 1)
         self.identity = nn.BatchNorm2d(self.made)
         self.relu = nn.ReLU()
 
@@ -117,10 +119,3 @@ def _stages(blocks: int) -> tuple[int, ...]:
     one = max(1, round((blocks - last) * first / inner))
     two = max(1, round((blocks - last) * second / inner))
     return one, two, blocks - last - one - two, last
-
-
-def _conv_bn(channels_in: int, channels_out: int, kernel: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(channels_out),
-    )

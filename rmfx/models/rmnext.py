@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._blocks import conv_bn
 from .repvgg import RepVGGBlock
 
 _WIDTHS = (64, 128, 256, 512)
@@ -38,10 +39,7 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(channels_out)
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or channels_in != channels_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
-                nn.BatchNorm2d(channels_out),
-            )
+            self.shortcut = conv_bn(channels_in, channels_out, 1, stride)
         self.relu3 = nn.ReLU()
         nn.init.zeros_(self.bn3.weight)
 
