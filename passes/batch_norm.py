@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from rmfx._affine import CONVS, AffineConv, compose
-from rmfx._dialect import BATCH_NORMS
+from rmfx._dialect import BATCH_NORMS, is_named
 from rmfx._errors import Refusal
 from rmfx._graph import Net, Virtual
 from rmfx._layers import input_of, read, read_affine
@@ -243,7 +242,7 @@ def insert_batch_norm(
 def _has_no_norm(net: Net, node: fx.Node, layers: Sequence[str]) -> bool:
     """Whether a node is a convolution that no batch norm reads."""
     module = net.module(node)
-    named = any(fnmatchcase(str(node.target), pattern) for pattern in layers)
+    named = is_named(str(node.target), layers)
     if type(module) not in CONVS[1:] or not named or net.rank(node) != module.weight.dim():  # type: ignore[union-attr, operator]
         return False
     return not any(type(net.module(user)) in BATCH_NORMS for user in node.users)

@@ -18,7 +18,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from operator import getitem
 from typing import Any
 
@@ -29,7 +28,7 @@ from torch.nn.functional import softplus
 
 from rmfx._activation import Activation
 from rmfx._affine import CONVS, AffineConv
-from rmfx._dialect import BATCH_NORMS
+from rmfx._dialect import BATCH_NORMS, is_named
 from rmfx._errors import OptionError, Refusal, ShapeError
 from rmfx._graph import Net
 from rmfx._layers import input_of, read, read_affine
@@ -191,7 +190,7 @@ def insert_resconv(
     for node in list(net.graph.nodes):
         if not _is_conv(net, node):
             continue
-        named = any(fnmatchcase(str(node.target), pattern) for pattern in layers)
+        named = is_named(str(node.target), layers)
         found = _normed(net, node) if named else Refusal("not named")
         if not isinstance(found, Refusal):
             _insert(net, found, scale, carry)
@@ -383,7 +382,7 @@ def _reasons_to_stay(
             reasons[place] = "has no factors"
         elif max(factors.stride) > 1:
             reasons[place] = "has a stride"
-        elif any(fnmatchcase(place, pattern) for pattern in protect):
+        elif is_named(place, protect):
             reasons[place] = "protected"
     return reasons
 
@@ -448,9 +447,7 @@ def _write_out(net: Net, node: fx.Node) -> None:
             value = net.graph.call_function(torch.add, (scaled, value))
     for new in (n for n in (value, *value.all_input_nodes) if not n.meta):
         new.meta = {k: v for k, v in node.meta.items() if k in ("shape", "dtype", "source")}
-    node.replace_all_uses_with(value)
-    net.release([node])
-    net.graph.erase_node(node)
+    net.replace(node, value)
 
 
 class _FixedRule:
@@ -468,9 +465,7 @@ class _FixedRule:
         return source if fixed else None
 
     def rewrite(self, net: Net, node: fx.Node, match: fx.Node) -> None:
-        node.replace_all_uses_with(match)
-        net.release([node])
-        net.graph.erase_node(node)
+        net.replace(node, match)
 
 
 class _ScaleRule:

@@ -51,9 +51,7 @@ class NoopRule:
         return net.guard(node) or source
 
     def rewrite(self, net: Net, node: fx.Node, match: fx.Node) -> None:
-        node.replace_all_uses_with(match)
-        net.release([node])
-        net.graph.erase_node(node)
+        net.replace(node, match)
 
 
 def _does_nothing(net: Net, node: fx.Node, source: fx.Node) -> bool:

@@ -19,7 +19,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -29,6 +28,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from rmfx._affine import CONVS  # nn.Linear among them
+from rmfx._dialect import is_named
 from rmfx._errors import OptionError, WeightError
 from rmfx._state import undisturbed
 
@@ -224,7 +224,7 @@ def _included(model: nn.Module, include: Any) -> dict[str, nn.Module]:
         found = {path: m for path, m in layers.items() if include(path, m)}
     else:
         patterns = [include] if isinstance(include, str) else list(include)
-        found = {p: m for p, m in layers.items() if any(fnmatchcase(p, one) for one in patterns)}
+        found = {p: m for p, m in layers.items() if is_named(p, patterns)}
     if not found:
         raise OptionError(f"include={include!r}: no convolution or linear layer is left to draw")
     return found

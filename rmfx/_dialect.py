@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -796,6 +797,11 @@ def _detach_in_place(gm: fx.GraphModule, node: fx.Node, taken: set[str], *, keep
     else:
         parent, _, name = target.rpartition(".")
         setattr(gm.get_submodule(parent), name, module)
+
+
+def is_named(path: str, patterns: Iterable[str]) -> bool:
+    """Whether one of some patterns such as "layer4.*" is of a module's path."""
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def module_path(node: fx.Node) -> str:

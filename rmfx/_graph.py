@@ -242,6 +242,12 @@ class Net:
             elif module is not None:
                 self._sites[id(module)] -= 1
 
+    def replace(self, node: fx.Node, value: fx.Node) -> None:
+        """Let the readers of a node read another value, and erase the node."""
+        node.replace_all_uses_with(value)
+        self.release([node])
+        self.graph.erase_node(node)
+
     def merge(self, first: fx.Node, second: fx.Node, layer: Virtual) -> None:
         """Let one node do the work of `second` after `first`; it keeps the first one's place.
 

@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from ._affine import TRANSPOSED, common_block
 from ._channels import FIXED, Channels, Layer, Table
+from ._dialect import is_named
 from ._graph import Net, positions
 
 
@@ -104,7 +104,7 @@ class Widths:
             labels = channels.roots(ids).unique().tolist()
             for label in labels:
                 makers[label].append(name)
-            if any(fnmatchcase(name, pattern) for pattern in protect):
+            if is_named(name, protect):
                 stay.update(labels)
         free = sorted(label for label in makers if label not in stay)
         self.roots = torch.tensor(free, dtype=torch.int64)
