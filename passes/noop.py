@@ -42,7 +42,7 @@ class NoopRule:
         source = input_of(node)
         if self._keep_detach and "detach" in str(node.target):
             return None
-        if source is None or not _does_nothing(net, node, source):
+        if source is None or not does_nothing(net, node):
             return None
         # A copy of a value that is written to later is not a no-op.
         frozen = node.meta.get("frozen") or source.meta.get("frozen")
@@ -54,7 +54,11 @@ class NoopRule:
         net.replace(node, match)
 
 
-def _does_nothing(net: Net, node: fx.Node, source: fx.Node) -> bool:
+def does_nothing(net: Net, node: fx.Node) -> bool:
+    """Whether a node gives the one value that it reads, at inference."""
+    source = input_of(node)
+    if source is None:
+        return False
     if node.op == "call_module":
         return isinstance(net.module(node), NOOP_MODULES)
     if node.op == "call_method":

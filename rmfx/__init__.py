@@ -32,6 +32,7 @@ from .passes.linear import merge_convs
 from .passes.noop import remove_noops
 from .passes.pruning import PruningReport, prune_channels
 from .passes.recurrent import materialize, share_parameters
+from .passes.reserve import ReserveReport, reserve
 from .passes.residual import remove_residuals
 from .passes.sites import ChoiceReport, choose_sites
 from .plain import is_plain, to_sequential
@@ -52,6 +53,7 @@ __all__ = [
     "PruningReport",
     "RefusedError",
     "Report",
+    "ReserveReport",
     "RmfxError",
     "ShapeError",
     "SiteReport",
@@ -77,6 +79,7 @@ __all__ = [
     "remove_noops",
     "remove_residuals",
     "report",
+    "reserve",
     "save_compact",
     "share_parameters",
     "to_sequential",

@@ -1,0 +1,372 @@
+"""Reserving channels: a sum of parallel linear branches lets its first channels pass.
+
+    y = act(b_1(x) + … + b_n(x))    becomes    y[:r] = x[:r],   y[r:] as before
+
+What RMNet (arXiv 2111.00687, section 3.4) does to RepVGG, whose deep networks are hard to train:
+with a residual connection around a nonlinear block a network would not be one convolution a block
+any more, with channels that pass it still is. Of the branches only the filters from r on are left.
+
+Written as act(pad(x[:r]) + pad(b(x)[r:])) where act leaves all that comes out of the activation
+before it as it is (ReLU behind ReLU), whatever the weights are; so `merge_branches` makes one layer
+of it. Elsewhere the channels that pass stand outside the activation, and `remove_residuals` carries
+them through.
+
+Forms handled: sums of any number of branches from one value, nested as well, of convolutions,
+batch norms, identities, average pools, paddings and scales in any order; an activation behind or
+none. Refused, each with its reason: a block that changes channels or size, a branch that is not
+linear, a value inside that is read elsewhere, layers that are shared, hooked or parametrized.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import fx, nn
+
+from rmfx._activation import Activation, is_activation
+from rmfx._affine import CONVS, AffineConv
+from rmfx._dialect import AVERAGE_POOLS, BATCH_NORMS, is_named, module_path
+from rmfx._errors import OptionError, Refusal
+from rmfx._graph import ORIGIN, Net
+from rmfx._layers import Border, input_of, read, read_affine, read_join
+from rmfx._regions import cut_module
+from rmfx._sizes import MAX_POOLS, SizeLaw
+from rmfx._state import undisturbed
+from rmfx.frontend import trace
+from rmfx.report import META_KEY
+
+from .noop import does_nothing
+
+
+@dataclass(frozen=True)
+class ReserveRow:
+    """One sum of parallel linear branches.
+
+    Attributes:
+        place: path of the module whose code adds, "" for the root.
+        channels: of its output, None where unknown.
+        reserved: how many of them pass.
+        reason: why none does.
+    """
+
+    place: str
+    channels: int | None
+    reserved: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ReserveReport:
+    """What `reserve` did. `str()` gives a table, `to_dict` what JSON can hold.
+
+    Attributes:
+        blocks: in the order of the network.
+    """
+
+    blocks: tuple[ReserveRow, ...]
+
+    @property
+    def reserving(self) -> int:
+        """How many blocks let channels pass."""
+        return sum(row.reserved > 0 for row in self.blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            (row.place, "?" if row.channels is None else row.channels, row.reserved, row.reason)
+            for row in self.blocks
+        ]
+        head = ("block", "channels", "reserved", "")
+        table = tabulate(rows, head, disable_numparse=True, colalign=("left", "right", "right"))
+        return f"{table}\n{self.reserving} of {len(rows)} blocks reserve channels"
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A sum of parallel linear branches.
+
+    Attributes:
+        fork: the value they start from.
+        nodes: all their layers and sums, in the order of the graph, and the activation behind them
+            where it would change what comes from the fork. The last one's channels are to pass.
+        channels: of the fork and of the last.
+        dims: spatial dimensions.
+    """
+
+    fork: fx.Node
+    nodes: list[fx.Node]
+    channels: int
+    dims: int
+
+
+@undisturbed
+def reserve(
+    model: nn.Module | Any,
+    ratio: float = 0.25,
+    example_inputs: Any = None,
+    *,
+    every: int = 2,
+    blocks: Sequence[str] = ("*",),
+) -> tuple[fx.GraphModule, ReserveReport]:
+    """Let the first channels of RepVGG's blocks, and of the like, pass as they are.
+
+    The result is to be trained: what was learned for the channels that pass is lost. The other
+    channels of a block compute of its input what they did.
+
+    Args:
+        model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
+        ratio: share of the channels that pass, from 0 to below 1.
+        example_inputs: a tensor or a tuple of arguments; needed where tracing needs it.
+        every: which blocks reserve: the last of so many in a row that give the same channels at
+            the same size. 1 means all.
+        blocks: patterns such as "stages.2.*" of the paths of modules whose code adds.
+
+    Returns:
+        A network to be trained, and a report of all sums of parallel linear branches.
+        `rmfx.remove_residuals`, and for most networks `rmfx.merge_branches`, deploys it.
+
+    Raises:
+        OptionError: `ratio` or `every` makes no sense, or no block can reserve a channel.
+        RmfxError: the model cannot be traced or its weights cannot be used.
+
+    Example:
+        >>> import rmfx
+        >>> from rmfx.models import rmrep
+        >>> repvgg = rmrep(9, ratio=0).eval()
+        >>> net, report = rmfx.reserve(repvgg, 0.25)
+        >>> [row.reserved for row in report.blocks]
+        [0, 0, 0, 32, 0, 64, 0, 64, 0]
+    """
+    if not 0 <= ratio < 1:
+        raise OptionError(f"ratio={ratio!r} must be at least 0 and below 1")
+    if every < 1:
+        raise OptionError(f"every={every!r} must be 1 or more")
+    net = Net(trace(model, example_inputs))
+    net.sweep()
+    rows, before, in_a_row = [], None, 0
+    for join, block in _blocks(net):
+        place = module_path(join)
+        if isinstance(block, Refusal):
+            before, in_a_row = net.channels(join, 2), 1
+            rows.append(ReserveRow(place, before, reason=block.reason))
+            continue
+        in_a_row = in_a_row + 1 if block.channels == before else 1
+        before = block.channels
+        chosen = in_a_row % every == 0 and is_named(place, blocks)
+        reserved = round(ratio * block.channels) if chosen else 0
+        if reserved:
+            _reserve(net, block, reserved)
+        rows.append(ReserveRow(place, block.channels, reserved))
+    report = ReserveReport(tuple(rows))
+    if ratio and not report.reserving:
+        raise OptionError(f"no block can reserve channels\n{report}")
+    gm = net.finish()
+    gm.meta.pop(META_KEY, None)  # it names additions of before
+    return gm, report
+
+
+# ---- which blocks -------------------------------------------------------------------------------
+
+
+def _blocks(net: Net) -> list[tuple[fx.Node, Block | Refusal]]:
+    """The sums of linear branches, parts of others aside, and the blocks that they end."""
+    found: list[tuple[fx.Node, Block | Refusal]] = []
+    inside: set[fx.Node] = set()
+    for join in reversed(net.graph.nodes):
+        reader = next(iter(join.users)) if len(join.users) == 1 else None
+        is_part = join in inside or (reader is not None and _terms(net, reader))
+        block = _block(net, join) if _terms(net, join) and not is_part else None
+        if block is not None:
+            found.append((join, block))
+        if isinstance(block, Block):
+            inside.update(block.nodes)
+    return found[::-1]
+
+
+def _terms(net: Net, node: fx.Node) -> list[fx.Node]:
+    """What a node adds or subtracts, nothing if it does neither."""
+    terms = None if node.meta.get("frozen") else read_join(net, node)
+    return [] if terms is None or isinstance(terms, Refusal) else [value for value, _ in terms]
+
+
+def _block(net: Net, join: fx.Node) -> Block | Refusal | None:
+    """The block that a sum ends, None if it is no sum of linear branches from one value."""
+    found = _back_to_fork(net, join)
+    if found is None:
+        return None
+    fork, *inside = found
+    dims = next((_layer(net, node).dims for node in inside if _is_conv(net, node)), None)
+    if dims is None:
+        return None
+    for node in inside[:-1]:
+        if not set(node.users) <= set(inside):
+            return Refusal(f"{node.name} is read elsewhere")
+    channels, made = net.channels(fork, dims), net.channels(join, dims)
+    if channels is None or channels != made:
+        return Refusal(f"{channels} channels become {made}")
+    if not _keeps_size(net, fork, inside, dims):
+        return Refusal("the size changes")
+    behind = _to_activation(net, join)
+    if behind and _fixes_all_of(net, behind[-1], fork):
+        behind = []
+    return Block(fork, [*inside, *behind], channels, dims)
+
+
+def _back_to_fork(net: Net, join: fx.Node) -> list[fx.Node] | None:
+    """The fork, then all linear nodes from there to the join, in the order of the graph.
+
+    The fork is the last value through which everything goes that reaches the join.
+    """
+    inside: list[fx.Node] = []
+    reached = {join}
+    while not inside or len(reached) > 1:
+        node = max(reached)
+        is_linear = _terms(net, node) or does_nothing(net, node)
+        if not is_linear and not isinstance(_layer(net, node), AffineConv):
+            return None
+        reached = (reached - {node}) | set(_inputs(net, node))
+        inside.append(node)
+    return [*reached, *reversed(inside)]
+
+
+def _inputs(net: Net, node: fx.Node) -> list[fx.Node]:
+    """What a sum, a linear layer or an activation reads, constants aside."""
+    source = input_of(node)
+    return _terms(net, node) or ([] if source is None else [source])
+
+
+def _is_conv(net: Net, node: fx.Node) -> bool:
+    return type(net.module(node)) in CONVS[1:]
+
+
+def _layer(net: Net, node: fx.Node) -> Any:
+    """A node as a linear layer, a refusal if it is none; what fills borders counts as one."""
+    layer = read(net, node)
+    return layer.affine(1) if isinstance(layer, Border) else read_affine(net, node)
+
+
+def _keeps_size(net: Net, fork: fx.Node, inside: Sequence[fx.Node], dims: int) -> bool:
+    """Whether all branches lead to the size of the fork."""
+    start = SizeLaw(fork, (1,) * dims, (0,) * dims)
+    laws = {fork: {start}}
+    for node in inside:
+        laws[node] = {law for value in _inputs(net, node) for law in laws[value]}
+        if not _terms(net, node) and not does_nothing(net, node):
+            layer = _layer(net, node)
+            laws[node] = {law.through(layer.stride, layer.growth) for law in laws[node]}
+    return laws[inside[-1]] == {start}
+
+
+def _to_activation(net: Net, join: fx.Node) -> list[fx.Node]:
+    """The activation that alone reads a sum, and no-ops before it; nothing if there is none."""
+    nodes = [join]
+    while len(nodes[-1].users) == 1:
+        nodes += nodes[-1].users
+        if isinstance(read(net, nodes[-1]), Activation):
+            return nodes[1:]
+        if not does_nothing(net, nodes[-1]):
+            break
+    return []
+
+
+def _fixes_all_of(net: Net, act: fx.Node, fork: fx.Node) -> bool:
+    """Whether an activation changes nothing of what another one can give, with any weights."""
+    while type(net.module(fork)) in MAX_POOLS:
+        (fork,) = fork.all_input_nodes
+    here, before = read(net, act), read(net, fork)
+    if not isinstance(here, Activation) or not isinstance(before, Activation):
+        return False
+    return here.fixes_all_of(*before.image)
+
+
+# ---- letting channels pass ----------------------------------------------------------------------
+
+
+def _reserve(net: Net, block: Block, reserved: int) -> None:
+    """Let the first channels of a block's input pass."""
+    value = block.nodes[-1]
+    readers = list(value.users)
+    _narrow(net, block, reserved)
+    space = [0] * (2 * block.dims)
+    call = net.graph.call_function
+    with net.graph.inserting_before(value.next):
+        passing = _part(net, block.fork, slice(None, reserved))
+        first = call(F.pad, (passing, [*space, 0, block.channels - reserved]))
+        others = call(F.pad, (value, [*space, reserved, 0]))
+        whole = call(torch.add, (first, others))
+    for node in (passing, first, others, whole):
+        node.meta = {key: value.meta[key] for key in ORIGIN if key in value.meta}
+    for reader in readers:
+        reader.replace_input_with(value, whole)
+
+
+def _narrow(net: Net, block: Block, start: int) -> None:
+    """Leave of the last value the channels from `start` on, and what is needed for them."""
+    asked: dict[fx.Node, list[tuple[int, fx.Node]]] = defaultdict(list)  # from where on, by whom
+    starts = {block.fork: 0}
+    for node in reversed(block.nodes):
+        first = min((at for at, _ in asked[node]), default=start)
+        starts[node], needed = _cut(net, node, first, block.channels)
+        for source in _inputs(net, node):
+            asked[source].append((needed, node))
+    for source, wishes in asked.items():
+        for at, reader in wishes:
+            if at > starts[source]:
+                with net.graph.inserting_before(reader):
+                    part = _part(net, source, slice(at - starts[source], None))
+                reader.replace_input_with(source, part)
+
+
+def _cut(net: Net, node: fx.Node, start: int, channels: int) -> tuple[int, int]:
+    """Leave the channels of a node's value from `start` on, or from earlier on.
+
+    Returns:
+        From where on they are left, and from where on those of its input are needed.
+    """
+    module: Any = net.module(node)
+    needed = start
+    if _is_conv(net, node):
+        channels = module.out_channels
+        outs = channels // module.groups
+        start -= start % outs if module.groups > 1 else 0
+        needed = start // outs * (module.in_channels // module.groups)
+    elif type(module) in BATCH_NORMS:
+        channels = module.num_features
+    elif not (_terms(net, node) or does_nothing(net, node) or _is_channelwise(module)):
+        return 0, 0  # a constant or a padding: all of it is computed
+    for key in ("shape", "val", "example_value", "tensor_meta"):
+        node.meta.pop(key, None)
+    if start and module is not None:
+        net.virtual[str(node.target)] = _from(module, start, channels)
+    return start, needed
+
+
+def _is_channelwise(module: nn.Module | None) -> bool:
+    return module is not None and (is_activation(module) or type(module) in AVERAGE_POOLS)
+
+
+def _from(module: nn.Module, start: int, channels: int) -> nn.Module:
+    """A copy of a layer that gives `channels`, without the first ones."""
+    made: Any = cut_module(module, torch.arange(channels) >= start)
+    if type(made) in CONVS[1:]:
+        groups = start // (channels // made.groups) if made.groups > 1 else 0
+        made.in_channels -= groups * made.weight.shape[1]
+        made.groups -= groups
+        made.out_channels -= start
+    return made  # type: ignore[no-any-return]
+
+
+def _part(net: Net, value: fx.Node, channels: slice) -> fx.Node:
+    part = net.graph.call_function(operator.getitem, (value, (slice(None), channels)))
+    part.meta = {key: value.meta[key] for key in ORIGIN if key in value.meta}
+    return part
