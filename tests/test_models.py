@@ -70,6 +70,9 @@ def test_the_name_of_an_rmnext_tells_its_layers(make: Callable[[], RMNeXt], laye
         mobilenet_v2(1.5, 10),
         cifar_resnet(8, "A"),
         cifar_resnet(8, "B"),
+        rmrep(6, 0.5, 10, widths=(4, 4, 8, 8), strides=(1, 1, 2, 1, 2)),
+        RMNeXt((1, 2), 3, 4, 10, widths=(4, 8), strides=(1, 1, 1, 2)),
+        cifar_resnet(8, "A", widths=(4, 7, 7)),
     ],
     ids=lambda model: type(model).__name__,
 )
@@ -137,6 +140,11 @@ def test_numbers_that_make_no_network() -> None:
         rmrep(4)
     with pytest.raises(ValueError, match="ratio must be"):
         rmrep(21, 1.0)
+    with pytest.raises(ValueError, match="four widths and five strides"):
+        rmrep(21, widths=(8, 8))
+    for widths in ((16, 32), (16, 8, 8), (0, 1, 2)):
+        with pytest.raises(ValueError, match="widths must be three"):
+            cifar_resnet(20, widths=widths)
     with pytest.raises(ValueError, match="free must leave a channel"):
         mobilenet_v2(0.01)
 

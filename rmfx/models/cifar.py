@@ -13,6 +13,8 @@ ResNet-110 has 1,727,962 and 252,887,680.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -29,19 +31,20 @@ class PaddedShortcut(nn.Module):
 
     Args:
         channels_in: channels of the input.
-        channels_out: channels of the output, `channels_in` plus an even number.
+        channels_out: channels of the output, not fewer.
         stride: spatial subsampling.
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        self.extra = (channels_out - channels_in) // 2
+        extra = channels_out - channels_in
+        self.before, self.behind = extra // 2, extra - extra // 2
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, channels_in, H, W) to (N, channels_out, ceil(H/stride), ceil(W/stride))."""
         kept = x[:, :, :: self.stride, :: self.stride]
-        return functional.pad(kept, (0, 0, 0, 0, self.extra, self.extra))
+        return functional.pad(kept, (0, 0, 0, 0, self.before, self.behind))
 
 
 class BasicBlock(nn.Module):
@@ -69,35 +72,53 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """A CIFAR ResNet; build it with `cifar_resnet`."""
 
-    def __init__(self, blocks: int, shortcut: Shortcut, num_classes: int) -> None:
+    def __init__(
+        self,
+        blocks: int,
+        shortcut: Shortcut,
+        num_classes: int,
+        widths: Sequence[int] = _WIDTHS,
+        image_channels: int = 3,
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, _WIDTHS[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(_WIDTHS[0])
+        first, second, third = widths
+        self.conv1 = nn.Conv2d(image_channels, first, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
         self.relu = nn.ReLU()
-        self.layer1 = _make_stage(_WIDTHS[0], _WIDTHS[0], blocks, shortcut)
-        self.layer2 = _make_stage(_WIDTHS[0], _WIDTHS[1], blocks, shortcut)
-        self.layer3 = _make_stage(_WIDTHS[1], _WIDTHS[2], blocks, shortcut)
+        self.layer1 = _make_stage(first, first, blocks, 1, shortcut)
+        self.layer2 = _make_stage(first, second, blocks, 2, shortcut)
+        self.layer3 = _make_stage(second, third, blocks, 2, shortcut)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(_WIDTHS[2], num_classes)
+        self.fc = nn.Linear(third, num_classes)
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images (N, 3, H, W) of any size to logits (N, num_classes)."""
+        """Maps images (N, image_channels, H, W) of any size to logits (N, num_classes)."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
 
 
-def cifar_resnet(depth: int = 20, shortcut: Shortcut = "A", num_classes: int = 10) -> CifarResNet:
+def cifar_resnet(
+    depth: int = 20,
+    shortcut: Shortcut = "A",
+    num_classes: int = 10,
+    *,
+    widths: Sequence[int] = _WIDTHS,
+    image_channels: int = 3,
+) -> CifarResNet:
     """CIFAR ResNet of `depth` layers, with shortcuts of option A or B.
 
     Args:
         depth: 6n + 2 with n >= 1: 20, 32, 44, 56, 110, 1202, ...
         shortcut: "A" (zero-padded channels) or "B" (1x1 projection and batch norm).
         num_classes: width of the classifier.
+        widths: channels of the three stages, none fewer than before.
+        image_channels: of the input.
 
     Raises:
-        ValueError: `depth` is not of the form 6n + 2, or `shortcut` is neither "A" nor "B".
+        ValueError: `depth` is not of the form 6n + 2, `shortcut` is neither "A" nor "B", or there
+            are not three widths, or one is less than the one before.
 
     Example:
         >>> import torch
@@ -112,7 +133,9 @@ def cifar_resnet(depth: int = 20, shortcut: Shortcut = "A", num_classes: int = 1
         raise ValueError(f"depth must be 6n + 2 with n >= 1 (20, 32, 56, 110, ...), not {depth}")
     if shortcut not in ("A", "B"):
         raise ValueError(f'shortcut must be "A" or "B", not {shortcut!r}')
-    return CifarResNet(blocks, shortcut, num_classes)
+    if len(widths) != 3 or min(widths) < 1 or any(a > b for a, b in pairwise(widths)):
+        raise ValueError(f"widths must be three numbers, none less than before, not {widths}")
+    return CifarResNet(blocks, shortcut, num_classes, widths, image_channels)
 
 
 def _make_shortcut(channels_in: int, channels_out: int, stride: int, kind: Shortcut) -> nn.Module:
@@ -126,8 +149,9 @@ def _make_shortcut(channels_in: int, channels_out: int, stride: int, kind: Short
     )
 
 
-def _make_stage(channels_in: int, channels_out: int, blocks: int, kind: Shortcut) -> nn.Sequential:
-    stride = 1 if channels_in == channels_out else 2
+def _make_stage(
+    channels_in: int, channels_out: int, blocks: int, stride: int, kind: Shortcut
+) -> nn.Sequential:
     first = BasicBlock(channels_in, channels_out, stride, kind)
     rest = (BasicBlock(channels_out, channels_out, 1, kind) for _ in range(blocks - 1))
     return nn.Sequential(first, *rest)

@@ -11,6 +11,8 @@ Nothing here knows how it is deployed: `rmfx.remove_residuals` or `rmfx.merge_br
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -19,6 +21,7 @@ from ._blocks import conv_bn
 
 _STAGES = (4, 6, 16, 1)  # blocks of RepVGG-B after the stem
 _WIDTHS = (64, 128, 256, 512)
+_STRIDES = (2, 2, 2, 2, 2)  # of the stem and the first block of each stage
 
 
 class RepVGGBlock(nn.Module):
@@ -67,28 +70,44 @@ class ReservingBlock(nn.Module):
 class RMRep(nn.Module):
     """A RepVGG network that reserves channels; build it with `rmrep`."""
 
-    def __init__(self, stages: tuple[int, ...], ratio: float, num_classes: int) -> None:
+    def __init__(
+        self,
+        stages: Sequence[int],
+        ratio: float,
+        num_classes: int,
+        widths: Sequence[int] = _WIDTHS,
+        strides: Sequence[int] = _STRIDES,
+        image_channels: int = 3,
+    ) -> None:
         super().__init__()
-        blocks: list[nn.Module] = [RepVGGBlock(3, _WIDTHS[0], 2)]
-        width = _WIDTHS[0]
-        for channels, count in zip(_WIDTHS, stages, strict=True):
+        width, (stem_stride, *stage_strides) = widths[0], strides
+        blocks: list[nn.Module] = [RepVGGBlock(image_channels, width, stem_stride)]
+        for channels, count, stride in zip(widths, stages, stage_strides, strict=True):
             reserved = round(ratio * channels)
             for i in range(count):
                 if i % 2 and reserved:
                     blocks.append(ReservingBlock(channels, reserved))
                 else:
-                    blocks.append(RepVGGBlock(width, channels, 1 if i else 2))
+                    blocks.append(RepVGGBlock(width, channels, 1 if i else stride))
                 width = channels
         self.blocks = nn.Sequential(*blocks)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images (N, 3, H, W) of any size to logits (N, num_classes)."""
+        """Maps images (N, image_channels, H, W) of any size to logits (N, num_classes)."""
         return self.fc(torch.flatten(self.avgpool(self.blocks(x)), 1))  # type: ignore[no-any-return]
 
 
-def rmrep(depth: int = 21, ratio: float = 0.25, num_classes: int = 1000) -> RMRep:
+def rmrep(
+    depth: int = 21,
+    ratio: float = 0.25,
+    num_classes: int = 1000,
+    *,
+    widths: Sequence[int] = _WIDTHS,
+    strides: Sequence[int] = _STRIDES,
+    image_channels: int = 3,
+) -> RMRep:
     """RepVGG of `depth` blocks of which every second one reserves channels.
 
     Args:
@@ -96,9 +115,12 @@ def rmrep(depth: int = 21, ratio: float = 0.25, num_classes: int = 1000) -> RMRe
         ratio: share of the channels that every second block reserves, from 0 (a RepVGG) to below 1;
             the paper has 0.25, 0.25, 0.5 and 0.75.
         num_classes: width of the classifier.
+        widths: channels of the four stages.
+        strides: of the stem and of the first block of each stage.
+        image_channels: of the input.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or there are not four widths and five strides.
 
     Example:
         >>> net = rmrep(21, 0.25)
@@ -109,7 +131,9 @@ def rmrep(depth: int = 21, ratio: float = 0.25, num_classes: int = 1000) -> RMRe
         raise ValueError(f"depth must be at least 5, a stem and four stages, not {depth}")
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio must be at least 0 and below 1, not {ratio}")
-    return RMRep(_stages(depth - 1), ratio, num_classes)
+    if len(widths) != len(_WIDTHS) or len(strides) != len(_STRIDES):
+        raise ValueError("there must be four widths and five strides, the stem's first")
+    return RMRep(_stages(depth - 1), ratio, num_classes, widths, strides, image_channels)
 
 
 def _stages(blocks: int) -> tuple[int, ...]:

@@ -12,6 +12,8 @@ its batch norms among them, and 8.24 G as it is deployed. The names say depth, T
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from ._blocks import conv_bn
 from .repvgg import RepVGGBlock
 
 _WIDTHS = (64, 128, 256, 512)
+_STRIDES = (2, 2, 1, 2, 2, 2)  # of the stem's two blocks and of the first block of each stage
 
 
 class Bottleneck(nn.Module):
@@ -56,20 +59,34 @@ class RMNeXt(nn.Module):
     Args:
         blocks: of each stage.
         expansion: T, so that a block of width C has (T - 1)·C inner channels.
-        group_width: g, channels of a group in the first stage.
+        group_width: g, channels of a group in the first stage; twice as many in each next one.
         num_classes: width of the classifier.
+        widths: C of each stage.
+        strides: of the stem's two blocks, then of the first block of each stage.
+        image_channels: of the input.
     """
 
     def __init__(
-        self, blocks: tuple[int, ...], expansion: int, group_width: int, num_classes: int = 1000
+        self,
+        blocks: Sequence[int],
+        expansion: int,
+        group_width: int,
+        num_classes: int = 1000,
+        *,
+        widths: Sequence[int] = _WIDTHS,
+        strides: Sequence[int] = _STRIDES,
+        image_channels: int = 3,
     ) -> None:
         super().__init__()
-        width = _WIDTHS[0]
-        self.stem = nn.Sequential(RepVGGBlock(3, width, 2), RepVGGBlock(width, width, 2))
+        width, (one, two, *stage_strides) = widths[0], strides
+        self.stem = nn.Sequential(
+            RepVGGBlock(image_channels, width, one), RepVGGBlock(width, width, two)
+        )
         stages = []
-        for i, (channels, count) in enumerate(zip(_WIDTHS, blocks, strict=True)):
+        shapes = zip(widths, blocks, stage_strides, strict=True)
+        for i, (channels, count, stride) in enumerate(shapes):
             inner, group = (expansion - 1) * channels, group_width * 2**i
-            stage = [Bottleneck(width, channels, inner, group, 2 if i else 1)]
+            stage = [Bottleneck(width, channels, inner, group, stride)]
             stage += [Bottleneck(channels, channels, inner, group, 1) for _ in range(count - 1)]
             stages.append(nn.Sequential(*stage))
             width = channels
@@ -78,7 +95,7 @@ class RMNeXt(nn.Module):
         self.fc = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images (N, 3, H, W) of any size to logits (N, num_classes)."""
+        """Maps images (N, image_channels, H, W) of any size to logits (N, num_classes)."""
         x = self.stages(self.stem(x))
         return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
 
