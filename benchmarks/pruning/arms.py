@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch_pruning
-from data import Split
+from _fashion import Split
+from _training import loss
 from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
-from training import loss
 
 import rmfx
 

@@ -16,11 +16,9 @@ little of everything in a few minutes, in a folder of its own.
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -29,15 +27,16 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # what all benchmarks
 
 import torch
 from _common import parser, show
+from _fashion import FOLDER, FashionMnist, load
 from _records import code_version
+from _study import BATCH, RUNTIMES, in_parallel, load_network, save
+from _training import Recipe, accuracy, train
 from arms import ARMS, CARRIES, Task, deployed
-from data import FOLDER, FashionMnist, load
 from networks import NETWORKS
 from outcomes import FROM_SCRATCH, UNPRUNED, Job, Outcome, Record, Timing
-from summary import MERGED, RESIDUAL, RUNTIMES, write_summary
+from summary import MERGED, RESIDUAL, write_summary
 from torch import Tensor, nn
 from tqdm import tqdm
-from training import Recipe, accuracy, train
 
 import rmfx
 from rmfx.latency import Settings, compare_speed, machine_of, ratio_of
@@ -55,7 +54,7 @@ QUICK_ARMS = (
     "cut, merged",
     "Torch-Pruning L2",
 )
-BATCH = 64  # of timing
+TRUNK = "trunk"
 COMMON = ("residual", "residual, searched", "depth", "cut", "plain")
 PEERS = ("Torch-Pruning L2", "Torch-Pruning BN", "Torch-Pruning Taylor")
 OF = {
@@ -109,23 +108,21 @@ def trunk(network: str, seed: int, setting: Setting, data: FashionMnist) -> nn.M
     return net
 
 
-def save(path: Path, what: object) -> None:
-    """Writes a file at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    torch.save(what, unfinished)
-    unfinished.replace(path)
+@dataclass(frozen=True)
+class Worker:
+    """Does one job in another process; a job of TRUNK trains what the others begin with."""
 
+    setting: Setting
 
-def prepare(network: str, seed: int, setting: Setting) -> None:
-    """Trains the whole network up to where arms prune."""
-    torch.set_num_threads(1)
-    trunk(network, seed, setting, load(setting.data))
+    def __call__(self, job: Job) -> Outcome | None:
+        if job.arm == TRUNK:
+            trunk(job.network, job.seed, self.setting, load(self.setting.data))
+            return None
+        return run(job, self.setting)
 
 
 def run(job: Job, setting: Setting) -> Outcome:
     """Prunes, trains and looks."""
-    torch.set_num_threads(1)
     data, recipe = load(setting.data), setting.recipe(job.network)
     net = trunk(job.network, job.seed, setting, data)
     start, arm = recipe.pruning_step, job.arm.removesuffix(FROM_SCRATCH)
@@ -189,20 +186,18 @@ def quick_jobs(networks: Iterable[str]) -> list[Job]:
 
 def run_all(wanted: Sequence[Job], setting: Setting, workers: int, record: Record) -> None:
     """Does what is not done, and keeps what is known after each job."""
+
+    def keep(outcome: Outcome | None) -> None:
+        if outcome is not None:
+            record.add(outcome)
+            record.save()
+
     left = [job for job in wanted if job not in record.outcomes]
-    context = multiprocessing.get_context("spawn")  # a fork inherits locks of torch's threads
-    with (
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
-        tqdm(total=len(left), unit="network") as progress,
-    ):
-        for network, seed in dict.fromkeys((job.network, job.seed) for job in left):
-            progress.set_description(f"{network}, seed {seed}")
-            pool.submit(prepare, network, seed, setting).result()
-            mine = [job for job in left if (job.network, job.seed) == (network, seed)]
-            for done in as_completed([pool.submit(run, job, setting) for job in mine]):
-                record.add(done.result())
-                record.save()
-                progress.update()
+    phases: list[list[Job]] = []
+    for network, seed in dict.fromkeys((job.network, job.seed) for job in left):
+        mine = [job for job in left if (job.network, job.seed) == (network, seed)]
+        phases += [[Job(network, TRUNK, 1.0, seed)], mine]
+    in_parallel(phases, Worker(setting), keep, workers)
 
 
 def time_all(wanted: Sequence[Job], setting: Setting, how: Settings, record: Record) -> None:
@@ -220,8 +215,8 @@ def time_all(wanted: Sequence[Job], setting: Setting, how: Settings, record: Rec
         for runtime in how.runtimes:
             left = [job for job in sizes if (job, runtime) not in record.timings]
             if left:
-                whole = load_network(Job(network, UNPRUNED, 1.0, 0), setting)
-                nets = [load_network(job, setting) for job in left]
+                whole = load_network(setting.file(Job(network, UNPRUNED, 1.0, 0)))
+                nets = [load_network(setting.file(job)) for job in left]
                 plain = [converted(net, data) for net in nets if arm in RESIDUAL]
                 forms = [whole, *nets, *plain]
                 times = compare_speed(forms, (data[:BATCH],), runtime, how)
@@ -237,13 +232,6 @@ def converted(net: nn.Module, images: Tensor) -> nn.Module:
     plain = rmfx.remove_residuals(net, images[:1], activation=CARRIES, calibration=[images])
     merged: nn.Module = rmfx.merge_convs(plain, images[:1])
     return merged
-
-
-def load_network(job: Job, setting: Setting) -> nn.Module:
-    """What a job trained, as it runs."""
-    # A file of our own, with a graph module in it, which weights_only refuses.
-    net: nn.Module = torch.load(setting.file(job), weights_only=False)
-    return net
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

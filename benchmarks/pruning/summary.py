@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from _common import Limit
 from _records import write
+from _study import RUNTIMES, spread
 from outcomes import FROM_SCRATCH, UNPRUNED, Job, Outcome, Record
 from tabulate import tabulate
 
 from rmfx.latency import write_figure
 
-RUNTIMES = {"inductor": "inductor", "onnxruntime": "ONNX Runtime"}
 PEER = "Torch-Pruning"
 MERGED = ("merged", "cut, merged", "depth, merged")
 OWN = {
@@ -253,9 +253,7 @@ def _merged(curves: Curves, arm: str, runtime: str) -> list[Claim]:
 
 
 def _text(values: Sequence[float]) -> str:
-    if not values:
-        return "not reached"
-    return f"{statistics.fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    return spread(values) or "not reached"
 
 
 # ---- pages --------------------------------------------------------------------------------------

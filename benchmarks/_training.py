@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from data import Split
+from _fashion import Split
 from torch import Tensor, nn
 from torch.nn import functional
 

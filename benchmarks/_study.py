@@ -1,0 +1,288 @@
+"""What studies share that train many networks: jobs, workers, records, times and the command.
+
+A study says which networks there are, how one is trained and what its tables are. What is found out
+of a network stands in results/NAME.json as soon as it is known, so a run that is cut off goes on
+where it was. The networks themselves lie in results/NAME/, outside version control.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from _common import parser, show
+from _fashion import FOLDER, load
+from _records import write
+from tabulate import tabulate
+from torch import nn
+from tqdm import tqdm
+
+from rmfx.latency import Settings, compare_speed, machine_of, ratio_of
+
+RESULTS = Path(__file__).resolve().parent / "results"
+RUNTIMES = {"inductor": "inductor", "onnxruntime": "ONNX Runtime"}
+BATCH = 64  # of timing
+Found = dict[str, float]
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, order=True)
+class Job:
+    """One network to train.
+
+    Attributes:
+        arm: what is tried.
+        size: how much of it: a share, a number of layers, ...
+        seed: of weights and data.
+    """
+
+    arm: str
+    size: float
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """For files."""
+        return f"{self.arm}-{self.size:g}-{self.seed}".replace(", ", "-").replace(" ", "-")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all jobs of a study share.
+
+    Attributes:
+        folder: for networks.
+        data: the folder of Fashion-MNIST.
+        quick: whether a little training will do.
+    """
+
+    folder: Path
+    data: Path = FOLDER
+    quick: bool = False
+
+    def file(self, job: Job) -> Path:
+        """Where the network that a job trained lies."""
+        return self.folder / f"{job.name}.pt"
+
+
+@dataclass
+class Record:
+    """All that is known; `save` writes it down.
+
+    Attributes:
+        path: of the JSON file.
+        found: by job.
+        times: arm, size and runtime -> time over that of the reference: median and quartiles.
+        machine: on which times were taken.
+    """
+
+    path: Path
+    found: dict[Job, Found] = field(default_factory=dict)
+    times: dict[tuple[str, float, str], list[float]] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def read(path: Path) -> Record:
+        """What the file holds; nothing if there is none."""
+        made = Record(path)
+        if path.exists():
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            made.machine = rows["machine"]
+            made.found = {Job(**row["job"]): row["found"] for row in rows["found"]}
+            made.times = {tuple(row["of"]): row["time"] for row in rows["times"]}
+        return made
+
+    def save(self) -> None:
+        """Writes the file, with a row in each line."""
+        rows: dict[str, list[Any]] = {
+            "found": [{"job": asdict(job), "found": found} for job, found in self.found.items()],
+            "times": [{"of": of, "time": time} for of, time in self.times.items()],
+        }
+        parts = [f'"{name}": [\n{_lines(each)}\n]' for name, each in rows.items()]
+        parts.append(f'"machine": {json.dumps(self.machine)}')
+        write(self.path, "{" + ",\n".join(parts) + "}\n")
+
+    def values(self, arm: str, size: float, name: str) -> list[float]:
+        """What was found of one network, a number for each seed."""
+        jobs = sorted(job for job in self.found if (job.arm, job.size) == (arm, size))
+        return [self.found[job][name] for job in jobs if name in self.found[job]]
+
+    def sizes(self, arm: str) -> list[float]:
+        """Of which something is known, in order."""
+        return sorted({job.size for job in self.found if job.arm == arm})
+
+
+def _lines(rows: Iterable[object]) -> str:
+    return ",\n".join(json.dumps(row) for row in rows)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study.
+
+    Attributes:
+        name: of its files.
+        about: its docstring.
+        phases: (seeds, quick) -> jobs, those that build on others after them.
+        work: does one job; it has to be a function of a module, for the workers.
+        summary: the page without its title, as Markdown, and what the terminal shows; may plot.
+        reference: what times are compared with, None if nothing is timed.
+        timed: which arms are timed.
+    """
+
+    name: str
+    about: str
+    phases: Callable[[int, bool], Sequence[Sequence[Job]]]
+    work: Callable[[Job, Setting], Found]
+    summary: Callable[[Record], tuple[str, list[dict[str, Any]]]]
+    reference: Job | None = None
+    timed: Callable[[str], bool] = lambda arm: True
+
+
+def save(path: Path, what: object) -> None:
+    """Writes a file at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(what, unfinished)
+    unfinished.replace(path)
+
+
+def load_network(path: Path) -> nn.Module:
+    """A network from a file of our own, with a graph module in it, which weights_only refuses."""
+    net: nn.Module = torch.load(path, weights_only=False)
+    return net
+
+
+# ---- doing all of it ----------------------------------------------------------------------------
+
+
+def in_parallel(
+    phases: Iterable[Sequence[Task]],
+    work: Callable[[Task], Result],
+    keep: Callable[[Result], object],
+    workers: int,
+) -> None:
+    """Does all tasks of a phase before those of the next one, with a progress bar.
+
+    Args:
+        phases: of tasks.
+        work: done in another process, with one thread.
+        keep: called with each result as it comes.
+        workers: processes.
+    """
+    phases = [phase for phase in phases if phase]
+    context = multiprocessing.get_context("spawn")  # a fork inherits locks of torch's threads
+    with (
+        ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool,
+        tqdm(total=sum(map(len, phases)), unit="network") as progress,
+    ):
+        for phase in phases:
+            for done in as_completed([pool.submit(work, task) for task in phase]):
+                keep(done.result())
+                progress.update()
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Does jobs of a study in another process, and tells which one it was."""
+
+    work: Callable[[Job, Setting], Found]
+    setting: Setting
+
+    def __call__(self, job: Job) -> tuple[Job, Found]:
+        return job, self.work(job, self.setting)
+
+
+def train_all(study: Study, options: argparse.Namespace, setting: Setting, record: Record) -> None:
+    """Does the jobs that are not done."""
+
+    def keep(result: tuple[Job, Found]) -> None:
+        job, found = result
+        record.found[job] = found
+        record.save()
+
+    phases = study.phases(options.seeds, setting.quick)
+    left = [[job for job in phase if job not in record.found] for phase in phases]
+    in_parallel(left, _Worker(study.work, setting), keep, options.workers)
+
+
+def time_all(study: Study, how: Settings, setting: Setting, record: Record) -> None:
+    """Times the networks of the first seed, all sizes of an arm in turn with the reference."""
+    if study.reference is None:
+        return
+    whole, x = load_network(setting.file(study.reference)), load(setting.data).training.images
+    record.machine = record.machine or machine_of(how, how.runtimes)
+    arms = dict.fromkeys(job.arm for job in record.found if study.timed(job.arm))
+    for arm in tqdm(arms, unit="arm"):
+        for runtime in how.runtimes:
+            jobs = [Job(arm, size) for size in record.sizes(arm)]
+            left = [
+                job
+                for job in jobs
+                if (arm, job.size, runtime) not in record.times and setting.file(job).exists()
+            ]
+            if not left:
+                continue
+            forms = [whole, *(load_network(setting.file(job)) for job in left)]
+            times = compare_speed(forms, (x[:BATCH],), runtime, how)
+            for job, seconds in zip(left, times[1:], strict=True):
+                record.times[arm, job.size, runtime] = list(ratio_of(times[0], seconds))
+            record.save()
+
+
+def main(study: Study, arguments: Sequence[str] | None = None) -> int:
+    """The command of a study."""
+    made = parser(study.about)
+    made.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    made.add_argument("--workers", type=int, default=2, help="processes; default: %(default)s")
+    made.add_argument("--data", type=Path, default=FOLDER, help="default: %(default)s")
+    made.add_argument("--rounds", type=int, default=9, help="of timing; default: %(default)s")
+    what = made.add_mutually_exclusive_group()
+    what.add_argument("--table", action="store_true", help="train nothing and time nothing")
+    what.add_argument("--quick", action="store_true", help="a little of everything, in minutes")
+    options = made.parse_args(arguments)
+    folder = Path(tempfile.mkdtemp(prefix=f"rmfx-{study.name}-")) if options.quick else RESULTS
+    record = Record.read(folder / f"{study.name}.json")
+    setting = Setting(folder / study.name, options.data, options.quick)
+    if options.quick:
+        options.seeds, options.rounds = 1, 3
+    if not options.table:
+        train_all(study, options, setting, record)
+        runtimes = ("onnxruntime",) if options.quick else tuple(RUNTIMES)
+        time_all(study, Settings(runtimes, threads=2, rounds=options.rounds), setting, record)
+    page, rows = study.summary(record)
+    machine = "; ".join(f"{name} {value}" for name, value in record.machine.items())
+    times = f" Times: batch {BATCH}, {machine}." if machine else ""
+    title, *_ = study.about.partition("\n")
+    made_by = f"Made by `python benchmarks/{study.name}.py`.{times}"
+    write(record.path.with_suffix(".md"), f"# {title}\n\n{made_by}\n\n{page}\n")
+    print(f"written: {record.path.with_suffix('.md')}", file=sys.stderr)
+    return show(rows, [], as_json=options.json)
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean (least to most)."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    ends = f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return mean + ends
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as Markdown."""
+    return tabulate(rows, "keys", tablefmt="github", disable_numparse=True)
