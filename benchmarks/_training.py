@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -52,8 +53,18 @@ class Recipe:
         return self.rate * (1 - math.cos(math.pi * phase)) / 2
 
 
-def train(net: nn.Module, split: Split, recipe: Recipe, steps: range, seed: int) -> nn.Module:
+def train(
+    net: nn.Module,
+    split: Split,
+    recipe: Recipe,
+    steps: range,
+    seed: int,
+    regularise: Callable[[nn.Module], Callable[[float], object]] | None = None,
+) -> nn.Module:
     """Trains a copy in some steps of the cycle.
+
+    Args:
+        regularise: given the copy, makes what is called with the learning rate after each step.
 
     Returns:
         The trained network in eval mode.
@@ -63,6 +74,7 @@ def train(net: nn.Module, split: Split, recipe: Recipe, steps: range, seed: int)
     optimizer = torch.optim.SGD(
         net.parameters(), lr=recipe.rate, momentum=0.9, nesterov=True, weight_decay=recipe.decay
     )
+    then = regularise(net) if regularise else None
     generator = torch.Generator().manual_seed(1000 * seed + steps.start)
     batches = islice(split.forever(recipe.batch, generator), len(steps))
     for step, (x, y) in zip(steps, batches, strict=True):
@@ -73,7 +85,16 @@ def train(net: nn.Module, split: Split, recipe: Recipe, steps: range, seed: int)
         optimizer.zero_grad()
         functional.cross_entropy(output.float(), y).backward()
         optimizer.step()
+        if then:
+            then(recipe.rate_at(step))
     return net.eval().to(memory_format=torch.contiguous_format)
+
+
+def renew(net: nn.Module) -> None:
+    """New weights for all layers."""
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
+            layer.reset_parameters()
 
 
 @torch.no_grad()

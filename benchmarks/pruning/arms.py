@@ -11,14 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch_pruning
+from _blocks import is_projected, joins_of, multiply_adds, replaced, shortened
 from _fashion import Split
-from _training import loss
 from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
-from torch.utils.flop_counter import FlopCounterMode
 
 import rmfx
 
@@ -67,14 +65,6 @@ def deployed(net: nn.Module, x: Tensor) -> fx.GraphModule:
     folded = rmfx.fold_batch_norm(rmfx.remove_noops(net, x), x)
     merged: fx.GraphModule = rmfx.merge_convs(folded, x)
     return merged
-
-
-@torch.no_grad()
-def multiply_adds(net: nn.Module, x: Tensor) -> float:
-    """Multiply-adds of a network as it runs, which is quicker than reading its graph."""
-    with FlopCounterMode(display=False) as counter:
-        net(x)
-    return float(counter.get_total_flops()) / 2
 
 
 def _pruned(net: nn.Module, task: Task, budget: float | None = None, **options: Any) -> nn.Module:
@@ -133,45 +123,8 @@ def depth(task: Task) -> nn.Module:
 
     Where all are gone, the same share of every family goes.
     """
-    net = _shortened(task, task.budget)
+    net = shortened(task.net, task.looked_at, task.budget)
     return _pruned(net, task) if multiply_adds(net, task.example) > task.budget else net
-
-
-def _shortened(task: Task, budget: float = 0.0) -> fx.GraphModule:
-    """Without as many blocks as a budget wants, or with none that can go."""
-    net: fx.GraphModule = rmfx.remove_noops(task.net, task.example)
-    while multiply_adds(net, task.example) > budget:
-        joins = [join for join in _joins(net) if not _is_projected(net, join)]
-        if not joins:
-            break
-        forms = [_replaced(net, join.name, by=lambda first, second: first) for join in joins]
-        net = min(forms, key=lambda form: loss(form, task.looked_at))
-    return net
-
-
-def _joins(net: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in net.graph.nodes if len(node.all_input_nodes) == 2]
-
-
-def _is_projected(net: fx.GraphModule, join: fx.Node) -> bool:
-    """Whether the block's input meets the branch behind a layer of its own."""
-    first = min(join.all_input_nodes)
-    layer = net.get_submodule(str(first.target)) if first.op == "call_module" else None
-    return len(first.users) == 1 and isinstance(layer, nn.BatchNorm2d)
-
-
-def _replaced(
-    net: fx.GraphModule, name: str, by: Callable[[fx.Node, fx.Node], fx.Node]
-) -> fx.GraphModule:
-    """A copy in which one operand stands for an addition."""
-    made = copy.deepcopy(net)
-    (join,) = (node for node in made.graph.nodes if node.name == name)
-    first, second = sorted(join.all_input_nodes)
-    join.replace_all_uses_with(by(first, second))
-    made.graph.eliminate_dead_code()
-    made.recompile()
-    made.delete_all_unused_submodules()
-    return made
 
 
 # ---- residual connections opened or cut ---------------------------------------------------------
@@ -185,7 +138,7 @@ def plain(task: Task) -> nn.Module:
 def first_opened(task: Task) -> nn.Module:
     """Only the blocks with a projection opened, then the same share of every family."""
     net = rmfx.remove_noops(task.net, task.example)
-    projected = {join.name for join in _joins(net) if _is_projected(net, join)}
+    projected = {join.name for join in joins_of(net) if is_projected(net, join)}
     return _pruned(_opened(task, policy=lambda site: site.join in projected), task)
 
 
@@ -207,8 +160,8 @@ def cut(task: Task) -> nn.Module:
 
 def _without_skips(task: Task) -> fx.GraphModule:
     net: fx.GraphModule = rmfx.remove_noops(task.net, task.example)
-    for name in [join.name for join in _joins(net)]:
-        net = _replaced(net, name, by=_branch)
+    for name in [join.name for join in joins_of(net)]:
+        net = replaced(net, name, by=_branch)
     update_bn((x for x, _ in task.batches), net)
     return net.eval()
 
@@ -242,7 +195,7 @@ def cut_merged(task: Task) -> nn.Module:
 
 def depth_merged(task: Task) -> nn.Module:
     """Blocks with an identity skip gone, necks merged, then the same share of every family."""
-    return _pruned(_merged_necks(_shortened(task), task), task)
+    return _pruned(_merged_necks(shortened(task.net, task.looked_at), task), task)
 
 
 def _merged_necks(net: nn.Module, task: Task) -> nn.Module:

@@ -30,7 +30,7 @@ from _common import parser, show
 from _fashion import FOLDER, FashionMnist, load
 from _records import code_version
 from _study import BATCH, RUNTIMES, in_parallel, load_network, save
-from _training import Recipe, accuracy, train
+from _training import Recipe, accuracy, renew, train
 from arms import ARMS, CARRIES, Task, deployed
 from networks import NETWORKS
 from outcomes import FROM_SCRATCH, UNPRUNED, Job, Outcome, Record, Timing
@@ -135,7 +135,7 @@ def run(job: Job, setting: Setting) -> Outcome:
     if job.arm != arm:
         start = 0
         torch.manual_seed(job.seed)
-        _renew(net)
+        renew(net)
     pruned = accuracy(net, data.validation)
     net = train(net, data.training, recipe, range(start, recipe.steps), job.seed)
     x = data.training.images[:1]
@@ -153,13 +153,6 @@ def run(job: Job, setting: Setting) -> Outcome:
         validation=accuracy(final, data.validation),
         test=accuracy(final, data.test),
     )
-
-
-def _renew(net: nn.Module) -> None:
-    """New weights for all layers."""
-    for layer in net.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
-            layer.reset_parameters()
 
 
 # ---- all of it ----------------------------------------------------------------------------------
