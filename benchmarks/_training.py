@@ -69,7 +69,9 @@ def train(
     Returns:
         The trained network in eval mode.
     """
-    net = copy.deepcopy(net).train().requires_grad_(True)
+    net = copy.deepcopy(net).train()
+    if not any(p.requires_grad for p in net.parameters()):
+        net.requires_grad_(True)
     net = net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         net.parameters(), lr=recipe.rate, momentum=0.9, nesterov=True, weight_decay=recipe.decay

@@ -42,7 +42,7 @@ from rmfx.models import RMNeXt, cifar_resnet, rmrep
 
 WIDTHS = (16, 32, 64)
 RECIPE = Recipe(33_000, bfloat16=True)
-QUICK = Recipe(6_400, bfloat16=True)
+QUICK = Recipe(6_400, batch=64, bfloat16=True)
 KEPT = "RMNeXt, skips kept"
 REFERENCE = Job("ResNet", 20)
 
