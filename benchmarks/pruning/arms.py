@@ -132,14 +132,15 @@ def depth(task: Task) -> nn.Module:
 
 def plain(task: Task) -> nn.Module:
     """All residual connections removed, then the same share of every family."""
-    return _pruned(_opened(task), task)
+    return _pruned(_normed(_opened(task), task), task)
 
 
 def first_opened(task: Task) -> nn.Module:
     """Only the blocks with a projection opened, then the same share of every family."""
     net = rmfx.remove_noops(task.net, task.example)
     projected = {join.name for join in joins_of(net) if is_projected(net, join)}
-    return _pruned(_opened(task, policy=lambda site: site.join in projected), task)
+    opened = _opened(task, policy=lambda site: site.join in projected)
+    return _pruned(_normed(opened, task), task)
 
 
 def _opened(task: Task, **options: Any) -> fx.GraphModule:
@@ -151,6 +152,15 @@ def _opened(task: Task, **options: Any) -> fx.GraphModule:
         **{"fold_batch_norm": False} | options,
     )
     return opened
+
+
+def _normed(net: nn.Module, task: Task) -> nn.Module:
+    """With a batch norm behind every convolution: where a carry is added there was room for none.
+
+    Without, values grow until nothing can be learned at the rates of this study.
+    """
+    normed: nn.Module = rmfx.insert_batch_norm(net, [x for x, _ in task.batches])
+    return normed
 
 
 def cut(task: Task) -> nn.Module:
@@ -204,9 +214,7 @@ def _merged_necks(net: nn.Module, task: Task) -> nn.Module:
     It has a batch norm again, so that it is trained in the form in which it runs.
     """
     folded = rmfx.fold_batch_norm(net, task.example)
-    merged = rmfx.merge_convs(folded, task.example, policy="all")
-    trainable: nn.Module = rmfx.insert_batch_norm(merged, [x for x, _ in task.batches])
-    return trainable
+    return _normed(rmfx.merge_convs(folded, task.example, policy="all"), task)
 
 
 # ---- Torch-Pruning ------------------------------------------------------------------------------
