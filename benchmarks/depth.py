@@ -43,6 +43,8 @@ def network(arm: str, depth: int) -> nn.Module:
     repvgg = rmrep(depth, 0.0, 10, widths=WIDTHS, strides=STRIDES, image_channels=1)
     if arm == RESNET:
         return resnet(repvgg)
+    if not RATIOS[arm]:
+        return repvgg
     reserving: nn.Module
     reserving, _ = rmfx.reserve(repvgg.eval(), RATIOS[arm])
     return reserving
