@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import getitem
 from typing import Any
@@ -30,7 +30,7 @@ from rmfx._activation import Activation
 from rmfx._affine import CONVS, AffineConv
 from rmfx._dialect import BATCH_NORMS, is_named
 from rmfx._errors import OptionError, Refusal, ShapeError
-from rmfx._graph import Net
+from rmfx._graph import Net, positions
 from rmfx._layers import input_of, read, read_affine
 from rmfx._range import Ranges
 from rmfx._rewrite import apply_rule
@@ -44,7 +44,28 @@ from .linear import merge_convs
 Inserted = tuple[fx.Node, fx.Node]  # a convolution and its batch norm
 
 
-class ResConv(nn.Module):
+class Carried(nn.Module):
+    """a·x: what a removed convolution leaves.
+
+    Args:
+        raw_carry: a before softplus.
+    """
+
+    def __init__(self, raw_carry: Tensor) -> None:
+        super().__init__()
+        self.raw_carry = nn.Parameter(raw_carry)
+
+    @property
+    def carry(self) -> Tensor:
+        """a, which no step of training takes to 0 or below."""
+        return softplus(self.raw_carry)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps any shape to itself."""
+        return self.carry * x
+
+
+class ResConv(Carried):
     """s·y + a·P(x): what a convolution made of x, and x.
 
     Args:
@@ -54,33 +75,15 @@ class ResConv(nn.Module):
     """
 
     def __init__(self, stride: Sequence[int], scale: float, carry: float) -> None:
-        super().__init__()
+        super().__init__(torch.tensor(math.log(math.expm1(carry))))
         self.stride = tuple(stride)
         self.scale = nn.Parameter(torch.tensor(scale))
-        self.raw_carry = nn.Parameter(torch.tensor(math.log(math.expm1(carry))))
 
-    @property
-    def carry(self) -> Tensor:
-        """a, which no step of training takes to 0 or below."""
-        return softplus(self.raw_carry)
-
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
         """The sum; y and x have equal channels, and x `stride` times the size of y."""
         if max(self.stride) > 1:
             x = x[(slice(None), slice(None), *(slice(None, None, n) for n in self.stride))]
         return self.scale * y + self.carry * x
-
-
-class Carried(nn.Module):
-    """a·x: what a removed convolution leaves."""
-
-    def __init__(self, raw_carry: nn.Parameter) -> None:
-        super().__init__()
-        self.raw_carry = raw_carry
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps any shape to itself."""
-        return softplus(self.raw_carry) * x
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,7 @@ def prune_layers(
         example_inputs: a tensor or a tuple of arguments.
         ratio: share of those that can go; or
         threshold: up to which score they go; or
-        budget: multiply-adds that all convolutions may take.
+        budget: multiply-adds that all convolutions may take on the example inputs.
         protect: patterns of paths of convolutions that stay.
 
     Returns:
@@ -239,7 +242,8 @@ def prune_layers(
         if _is_conv(net, conv)
     ]
     reasons = _reasons_to_stay(net, gates, protect)
-    gone = _choose(gates, rows, reasons, (ratio, threshold, budget))
+    gone, last = _choose(gates, rows, reasons.keys(), (ratio, threshold, budget))
+    reasons |= dict.fromkeys(last, "the last of its stage")
     for conv, gate in gates.items():
         if str(conv.target) in gone:
             _remove(net, gate)
@@ -265,7 +269,7 @@ def fuse_resconv(model: nn.Module | Any, example_inputs: Any = None) -> fx.Graph
     """
     net = Net(trace(model, example_inputs))
     for node in list(net.graph.nodes):
-        if isinstance(net.module(node), (ResConv, Carried)):
+        if isinstance(net.module(node), Carried):
             _write_out(net, node)
     apply_rule(net, _FixedRule(Ranges(net)))
     # A sum has to be one layer before a factor can go through the activation behind it.
@@ -368,7 +372,8 @@ def _score(net: Net, gate: fx.Node | None) -> float | None:
 
 def _macs(net: Net, conv: fx.Node) -> int:
     module: Any = net.module(conv)
-    return int(module.weight.numel() * math.prod(conv.meta["shape"][2:]))
+    weight: Tensor = module.weight
+    return weight.numel() * (positions(conv.meta["shape"], weight.dim() - 2) or 0)
 
 
 def _reasons_to_stay(
@@ -390,16 +395,17 @@ def _reasons_to_stay(
 def _choose(
     gates: dict[fx.Node, fx.Node],
     rows: Sequence[LayerRow],
-    reasons: dict[str, str],
+    fixed: Collection[str],
     wanted: tuple[float | None, float | None, float | None],
-) -> set[str]:
-    """Which go, the least first; `reasons` gets the last one of each stage."""
+) -> tuple[set[str], set[str]]:
+    """Which go, the least first, and which would but are the last of their stages."""
     ratio, threshold, budget = wanted
     stage = {str(conv.target): tuple(conv.meta["shape"][1:]) for conv in gates}
-    free = [row for row in rows if row.place not in reasons]
+    free = [row for row in rows if row.place not in fixed]
     left = Counter(stage[row.place] for row in free)
     macs = sum(row.macs for row in rows)
     gone: set[str] = set()
+    last: set[str] = set()
     for row in sorted(free, key=lambda row: row.score or 0.0):
         if (
             (ratio is not None and len(gone) >= round(ratio * len(free)))
@@ -408,14 +414,14 @@ def _choose(
         ):
             break
         if left[stage[row.place]] == 1:
-            reasons[row.place] = "the last of its stage"
+            last.add(row.place)
             continue
         left[stage[row.place]] -= 1
         macs -= row.macs
         gone.add(row.place)
     if budget is not None and macs > budget:
         raise OptionError(f"budget={budget!r}: without all layers that can go it is {macs}")
-    return gone
+    return gone, last
 
 
 def _remove(net: Net, gate: fx.Node) -> None:
@@ -423,7 +429,7 @@ def _remove(net: Net, gate: fx.Node) -> None:
     factors: Any = net.module(gate)
     source = gate.args[1]
     with net.graph.inserting_after(gate):
-        carried = Carried(nn.Parameter(factors.raw_carry.detach().clone()))
+        carried = Carried(factors.raw_carry.detach().clone())
         made = net.put(carried, source, str(gate.target), gate)  # type: ignore[arg-type]
     made.meta |= {key: gate.meta[key] for key in ("shape", "dtype") if key in gate.meta}
     gate.replace_all_uses_with(made)
@@ -440,7 +446,7 @@ def _write_out(net: Net, node: fx.Node) -> None:
         if max(getattr(module, "stride", (1,))) > 1:
             steps = (slice(None, None, n) for n in module.stride)
             source = net.graph.call_function(getitem, (source, (slice(None), slice(None), *steps)))
-        carry = float(softplus(module.raw_carry.detach().double()))
+        carry = float(module.carry.detach())
         value = net.graph.call_function(torch.mul, (source, carry))
         for y in made:
             scaled = net.graph.call_function(torch.mul, (y, float(module.scale.detach())))

@@ -195,6 +195,22 @@ def test_the_headline_of_the_paper_as_an_architecture() -> None:
     assert_equivalent(short, fused, x)
 
 
+def test_a_budget_is_of_the_example_inputs_as_costs_are() -> None:
+    model = cifar_resnet(20, "A").eval()
+    kept = []
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 16, 16)
+        net, _ = rmfx.insert_resconv(model, x)
+        budget = 0.5 * rmfx.cost.count(model, x).macs
+        short, report = rmfx.prune_layers(net, x, budget=budget)
+        assert report.macs <= budget
+        kept.append([row.place for row in report.layers if not row.removed])
+        fused = rmfx.fuse_resconv(short, x)
+        classifier = 640 * batch
+        assert rmfx.cost.count(fused, x).macs == pytest.approx(report.macs + classifier, rel=0.01)
+    assert kept[0] == kept[1]
+
+
 class Overwritten(nn.Module):
     """A ReLU that changes no value, but keeps it from what is written later."""
 
