@@ -157,7 +157,7 @@ def reserve(
     for join, block in _blocks(net):
         place = module_path(join)
         if isinstance(block, Refusal):
-            before, in_a_row = net.channels(join, 2), 1
+            before, in_a_row = net.channels(join, (net.rank(join) or 4) - 2), 1
             rows.append(ReserveRow(place, before, reason=block.reason))
             continue
         in_a_row = in_a_row + 1 if block.channels == before else 1
