@@ -37,7 +37,8 @@ from _worker import Worker, WorkerError
 from rmfx.models import C2fNet, Edsr, InceptionResNet, cifar_resnet, preactivation_resnet
 
 NETS = _zoo.zoo()
-SLOW = ("cifar1202A", "cifar1202B")  # a minute each, and like 110A and 110B
+# Left to benchmarks/zoo.py: a minute each, and like 110A and 110B; and like resnet50 and 152.
+SLOW = ("cifar1202A", "cifar1202B", "resnet101", "wide_resnet50_2")
 TESTED = [name for name, net in NETS.items() if net.kind == "whole" and name not in SLOW]
 CONTROLS = ["convnext_tiny", "vgg11_bn", "densenet121"]  # quick, and without timm
 
