@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,16 @@ def test_the_best_arm_is_chosen_on_the_validation_images(tmp_path: Path) -> None
     assert best(curves, ["residual", "merged"], 0.25) == "merged"
 
 
+def test_one_seed_that_is_behind_is_told(tmp_path: Path) -> None:
+    known = record(tmp_path / "x")
+    peer = Job("mobilenet", "Torch-Pruning L2", 0.25, 1)
+    known.add(replace(known.outcomes[peer], test=87.0))
+    claims = claims_of(curves_of(known, "mobilenet"), "mobilenet")
+    (claim,) = (c for c in claims if "inductor, time 0.30" in c.text)
+    assert "seed by seed 3.10 (-0.20 to 6.40)" in claim.text
+    assert not claim.holds
+
+
 def test_claims_hold_only_beyond_the_spread_of_the_seeds(tmp_path: Path) -> None:
     claims = claims_of(curves_of(record(tmp_path / "x"), "mobilenet"), "mobilenet")
     holds = {claim.text: claim.holds for claim in claims}
@@ -78,9 +89,10 @@ def test_claims_hold_only_beyond_the_spread_of_the_seeds(tmp_path: Path) -> None
     (half,) = (t for t in holds if "inductor, time 0.60" in t)
     assert "88.58 (88.40 to 88.76)" in half
     assert holds[half]
-    # At 0.3 it has 80.0 and 86.2; one seed of residual, 86.4 and 86.8, is above both.
+    # At 0.3 it has 80.0 and 86.2, residual 86.4 and 86.8: each seed is above.
     (quarter,) = (t for t in holds if "inductor, time 0.30" in t)
     assert "86.60 (86.40 to 86.80)" in quarter
+    assert "seed by seed 3.50 (0.60 to 6.40)" in quarter
     assert holds[quarter]
     (better,) = (t for t in holds if t.startswith("residual at 0.50"))
     (worse,) = (t for t in holds if t.startswith("residual at 0.25"))
