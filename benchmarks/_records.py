@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -116,6 +116,16 @@ class Store:
         """Writes the report on some of the networks."""
         outcomes = [self.outcomes[name] for name in names]
         write(self.path.with_suffix(".md"), markdown(outcomes, limits))
+
+
+def write_rows(path: Path, rows: Mapping[str, Iterable[object]], machine: object) -> None:
+    """Writes lists of rows, one in each line, and a machine as JSON."""
+    parts = [
+        f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in some) + "\n]"
+        for name, some in rows.items()
+    ]
+    parts.append(f'"machine": {json.dumps(machine)}')
+    write(path, "{" + ",\n".join(parts) + "}\n")
 
 
 def write(path: Path, text: str) -> None:

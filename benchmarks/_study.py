@@ -21,17 +21,20 @@ from typing import Any, TypeVar
 
 import torch
 from _common import parser, show
-from _fashion import FOLDER, load
-from _records import write
+from _fashion import FOLDER, FashionMnist, load
+from _records import write, write_rows
+from _training import accuracy
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
+import rmfx
 from rmfx.latency import Settings, compare_speed, machine_of, ratio_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RUNTIMES = {"inductor": "inductor", "onnxruntime": "ONNX Runtime"}
 BATCH = 64  # of timing
+FROM_SCRATCH = ", from scratch"  # behind an arm: its architecture alone, with new weights
 Found = dict[str, float]
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -105,13 +108,9 @@ class Record:
 
     def save(self) -> None:
         """Writes the file, with a row in each line."""
-        rows: dict[str, list[Any]] = {
-            "found": [{"job": asdict(job), "found": found} for job, found in self.found.items()],
-            "times": [{"of": of, "time": time} for of, time in self.times.items()],
-        }
-        parts = [f'"{name}": [\n{_lines(each)}\n]' for name, each in rows.items()]
-        parts.append(f'"machine": {json.dumps(self.machine)}')
-        write(self.path, "{" + ",\n".join(parts) + "}\n")
+        found = [{"job": asdict(job), "found": found} for job, found in self.found.items()]
+        times = [{"of": of, "time": time} for of, time in self.times.items()]
+        write_rows(self.path, {"found": found, "times": times}, self.machine)
 
     def values(self, arm: str, size: float, name: str) -> list[float]:
         """What was found of one network, a number for each seed."""
@@ -122,9 +121,18 @@ class Record:
         """Of which something is known, in order."""
         return sorted({job.size for job in self.found if job.arm == arm})
 
+    def time(self, arm: str, size: float, runtime: str) -> float | None:
+        """Median time of one network over that of the reference, None if it is not known."""
+        known = self.times.get((arm, size, runtime))
+        return known[0] if known else None
 
-def _lines(rows: Iterable[object]) -> str:
-    return ",\n".join(json.dumps(row) for row in rows)
+    def time_cells(self, arm: str, size: float) -> dict[str, str]:
+        """For a table: each runtime's median (quartiles), nothing where it is not known."""
+        known = {title: self.times.get((arm, size, name)) for name, title in RUNTIMES.items()}
+        return {
+            title: "{:.2f} ({:.2f}–{:.2f})".format(*time) if time else ""
+            for title, time in known.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -241,9 +249,22 @@ def time_all(study: Study, how: Settings, setting: Setting, record: Record) -> N
             record.save()
 
 
-def main(study: Study, arguments: Sequence[str] | None = None) -> int:
-    """The command of a study."""
-    made = parser(study.about)
+def look_at(net: nn.Module, data: FashionMnist) -> Found:
+    """Accuracy and cost of a network as it is deployed."""
+    cost = rmfx.cost.count(net, data.test.images[:1])
+    return {
+        "test": accuracy(net, data.test),
+        "validation": accuracy(net, data.validation),
+        "layers": cost.layers,
+        "adds": cost.adds,
+        "macs": cost.macs,
+        "parameters": cost.parameters,
+    }
+
+
+def study_parser(about: str) -> tuple[argparse.ArgumentParser, argparse._MutuallyExclusiveGroup]:
+    """A parser with the options all studies have, and the group of those that say what to do."""
+    made = parser(about)
     made.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     made.add_argument("--workers", type=int, default=2, help="processes; default: %(default)s")
     made.add_argument("--data", type=Path, default=FOLDER, help="default: %(default)s")
@@ -251,6 +272,12 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
     what = made.add_mutually_exclusive_group()
     what.add_argument("--table", action="store_true", help="train nothing and time nothing")
     what.add_argument("--quick", action="store_true", help="a little of everything, in minutes")
+    return made, what
+
+
+def main(study: Study, arguments: Sequence[str] | None = None) -> int:
+    """The command of a study."""
+    made, _ = study_parser(study.about)
     options = made.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix=f"rmfx-{study.name}-")) if options.quick else RESULTS
     record = Record.read(folder / f"{study.name}.json")
@@ -286,3 +313,10 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows with the same keys as Markdown."""
     return tabulate(rows, "keys", tablefmt="github", disable_numparse=True)
+
+
+def label_axes(panel: Any, cost: str) -> None:
+    """Of a plot of accuracy against a cost."""
+    panel.set_xlabel(cost)
+    panel.set_ylabel("accuracy in %")
+    panel.grid(visible=True, alpha=0.3)

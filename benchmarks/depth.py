@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from _fashion import load
-from _study import Found, Job, Record, Setting, Study, main, spread, table
-from _training import Recipe, accuracy, train
+from _study import Found, Job, Record, Setting, Study, label_axes, look_at, main, spread, table
+from _training import Recipe, train
 from torch import nn
 
 import rmfx
@@ -72,15 +72,7 @@ def work(job: Job, setting: Setting) -> Found:
     x = data.test.images[:1]
     deploy = rmfx.fold_batch_norm if job.arm == RESNET else rmfx.merge_branches
     final = deploy(net, x)
-    cost, trained = rmfx.cost.count(final, x), rmfx.cost.count(net.eval(), x)
-    return {
-        "test": accuracy(final, data.test),
-        "validation": accuracy(final, data.validation),
-        "layers": cost.layers,
-        "adds": cost.adds,
-        "macs": cost.macs,
-        "parameters trained": trained.parameters,
-    }
+    return look_at(final, data) | {"parameters trained": rmfx.cost.count(net, x).parameters}
 
 
 def phases(seeds: int, quick: bool) -> Sequence[Sequence[Job]]:
@@ -122,13 +114,11 @@ def plot(record: Record, arms: Sequence[str], path: Path) -> None:
         ends = [[m - min(v), max(v) - m] for m, v in zip(means, found, strict=True)]
         style = "k--" if arm == RESNET else "-"
         below, above = zip(*ends, strict=True)
-        panel.errorbar(depths, means, yerr=[below, above], fmt=f"{style}", marker="o", label=arm)
+        panel.errorbar(depths, means, yerr=[below, above], fmt=style, marker="o", label=arm)
     panel.set_xscale("log")
     panel.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
     panel.minorticks_off()
-    panel.set_xlabel("blocks")
-    panel.set_ylabel("accuracy in %")
-    panel.grid(visible=True, alpha=0.3)
+    label_axes(panel, "blocks")
     panel.legend()
     figure.suptitle("Fashion-MNIST, equal training, deployed")
     write_figure(figure, path, "svg")

@@ -27,13 +27,15 @@ from _study import (
     Record,
     Setting,
     Study,
+    label_axes,
     load_network,
+    look_at,
     main,
     save,
     spread,
     table,
 )
-from _training import Recipe, accuracy, train
+from _training import Recipe, train
 from torch import nn
 
 import rmfx
@@ -87,16 +89,7 @@ def work(job: Job, setting: Setting) -> Found:
         save(trained, net)
     final = deploy(net, x)
     save(setting.file(job), final)
-    cost = rmfx.cost.count(final, x)
-    return {
-        "test": accuracy(final, data.test),
-        "validation": accuracy(final, data.validation),
-        "layers": cost.layers,
-        "adds": cost.adds,
-        "macs": cost.macs,
-        "parameters": cost.parameters,
-        "parameters trained": rmfx.cost.count(net, x).parameters,
-    }
+    return look_at(final, data) | {"parameters trained": rmfx.cost.count(net, x).parameters}
 
 
 def phases(seeds: int, quick: bool) -> Sequence[Sequence[Job]]:
@@ -135,26 +128,18 @@ def _row(record: Record, arm: str, size: float) -> dict[str, Any]:
     row |= {"multiply-adds": f"{found['macs'] / 1e6:.1f}"}
     numbers = (found["parameters"], found["parameters trained"])
     row |= {"parameters, trained": ", ".join(f"{n / 1e6:.3f}" for n in numbers)}
-    for runtime, title in RUNTIMES.items():
-        time = record.times.get((arm, size, runtime))
-        row[title] = "{:.2f} ({:.2f}–{:.2f})".format(*time) if time else ""
-    return row
+    return row | record.time_cells(arm, size)
 
 
 def _at_equal_time(record: Record, arms: Sequence[str], runtime: str) -> list[dict[str, Any]]:
     """What each family has at the times of the ResNets, where its networks reach from there."""
     rows = []
     for size in record.sizes("ResNet"):
-        time = _time(record, "ResNet", size, runtime)
+        time = record.time("ResNet", size, runtime)
         if time is not None:
             row = {"time": f"{time:.2f}"}
             rows.append(row | {arm: spread(_at(record, arm, runtime, time)) for arm in arms})
     return rows
-
-
-def _time(record: Record, arm: str, size: float, runtime: str) -> float | None:
-    known = record.times.get((arm, size, runtime))
-    return known[0] if known else None
 
 
 def _at(record: Record, arm: str, runtime: str, time: float) -> list[float]:
@@ -162,7 +147,7 @@ def _at(record: Record, arm: str, runtime: str, time: float) -> list[float]:
     known = sorted(
         (t, record.values(arm, size, "test"))
         for size in record.sizes(arm)
-        if (t := _time(record, arm, size, runtime)) is not None
+        if (t := record.time(arm, size, runtime)) is not None
     )
     times = [t for t, _ in known]
     if not times or not times[0] <= time <= times[-1]:
@@ -181,13 +166,11 @@ def plot(record: Record, arms: Sequence[str], path: Path) -> None:
             points = sorted(
                 (time, statistics.fmean(record.values(arm, size, "test")))
                 for size in record.sizes(arm)
-                if (time := _time(record, arm, size, runtime)) is not None
+                if (time := record.time(arm, size, runtime)) is not None
             )
             if points:
                 panel.plot(*zip(*points, strict=True), "--o" if arm == KEPT else "-o", label=arm)
-        panel.set_xlabel(f"time, {title}, over that of ResNet-20")
-        panel.set_ylabel("accuracy in %")
-        panel.grid(visible=True, alpha=0.3)
+        label_axes(panel, f"time, {title}, over that of ResNet-20")
     figure.axes[0].legend()
     figure.suptitle("Fashion-MNIST, equal training, as deployed")
     write_figure(figure, path, "svg")

@@ -23,13 +23,16 @@ import torch
 from _blocks import multiply_adds, shortened
 from _fashion import Split, load
 from _study import (
+    FROM_SCRATCH,
     RUNTIMES,
     Found,
     Job,
     Record,
     Setting,
     Study,
+    label_axes,
     load_network,
+    look_at,
     main,
     save,
     spread,
@@ -51,7 +54,6 @@ MORE = Recipe(22_000, rate=0.05, bfloat16=True)
 AT_ONCE = Recipe(66_000, bfloat16=True)
 WHOLE, TRAINED, FACTORS = "whole", "trained", "trained with factors"
 LAYERS, FILTERS, BLOCKS = "layers (ResConv)", "filters (L1)", "blocks"
-FROM_SCRATCH = ", from scratch"
 ARMS = (LAYERS, FILTERS, BLOCKS)
 PAPER = -0.13  # points, at the least share, of ResNet-110 on CIFAR-10
 
@@ -73,15 +75,7 @@ def work(job: Job, setting: Setting) -> Found:
     net = train(net, data.training, recipe, range(recipe.steps), job.seed)
     final = _deployed(net, data.training)
     save(setting.file(job), final)
-    cost = rmfx.cost.count(final, data.test.images[:1])
-    return {
-        "pruned": pruned,
-        "test": accuracy(final, data.test),
-        "validation": accuracy(final, data.validation),
-        "layers": cost.layers,
-        "macs": cost.macs,
-        "parameters": cost.parameters,
-    }
+    return look_at(final, data) | {"pruned": pruned}
 
 
 def _recipe(usual: Recipe, setting: Setting) -> Recipe:
@@ -167,7 +161,7 @@ def _losses(record: Record) -> list[float]:
 
 def _row(record: Record, arm: str, size: float) -> dict[str, Any]:
     scratch = arm.endswith(FROM_SCRATCH)
-    row = {
+    row: dict[str, Any] = {
         "arm": arm,
         "share": f"{size:g}",
         "before": "" if scratch else spread(record.values(arm, size, "pruned")),
@@ -175,16 +169,14 @@ def _row(record: Record, arm: str, size: float) -> dict[str, Any]:
         "layers": f"{statistics.fmean(record.values(arm, size, 'layers')):.1f}",
     }
     for name, title in (("macs", "multiply-adds"), ("parameters", "parameters")):
-        row[title] = _over_whole(record, arm, size, name)
-    for runtime, title in RUNTIMES.items():
-        time = record.times.get((arm.removesuffix(FROM_SCRATCH), size, runtime))
-        row[title] = "{:.2f} ({:.2f}–{:.2f})".format(*time) if time else ""
-    return row
+        share = _over_whole(record, arm, size, name)
+        row[title] = "" if share is None else f"{share:.3f}"
+    return row | record.time_cells(arm.removesuffix(FROM_SCRATCH), size)
 
 
-def _over_whole(record: Record, arm: str, size: float, name: str) -> str:
+def _over_whole(record: Record, arm: str, size: float, name: str) -> float | None:
     whole, own = record.values(WHOLE, 1.0, name), record.values(arm, size, name)
-    return f"{statistics.fmean(own) / whole[0]:.3f}" if whole else ""
+    return statistics.fmean(own) / whole[0] if whole else None
 
 
 def plot(record: Record, path: Path) -> None:
@@ -201,9 +193,7 @@ def plot(record: Record, path: Path) -> None:
                 means = [statistics.fmean(record.values(arm, s, name)) for _, s in points]
                 label = arm if name == "test" else f"{arm}, before"
                 panel.plot([c for c, _ in points], means, style, color=f"C{i}", label=label)
-        panel.set_xlabel(f"{title}, over the whole network's")
-        panel.set_ylabel("accuracy in %")
-        panel.grid(visible=True, alpha=0.3)
+        label_axes(panel, f"{title}, over the whole network's")
     figure.axes[0].legend()
     figure.suptitle("ResNet-56 on Fashion-MNIST: before (dotted) and after more training")
     write_figure(figure, path, "svg")
@@ -211,10 +201,8 @@ def plot(record: Record, path: Path) -> None:
 
 def _cost(record: Record, arm: str, size: float, runtime: str) -> float | None:
     if runtime:
-        time = record.times.get((arm, size, runtime))
-        return time[0] if time else None
-    whole, own = record.values(WHOLE, 1.0, "macs"), record.values(arm, size, "macs")
-    return statistics.fmean(own) / whole[0] if whole else None
+        return record.time(arm, size, runtime)
+    return _over_whole(record, arm, size, "macs")
 
 
 if __name__ == "__main__":

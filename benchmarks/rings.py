@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from _fashion import load
-from _study import Found, Job, Record, Setting, Study, main, spread, table
-from _training import Recipe, accuracy, train
+from _study import Found, Job, Record, Setting, Study, label_axes, look_at, main, spread, table
+from _training import Recipe, train
 from torch import nn
 
 import rmfx
@@ -73,12 +73,7 @@ def work(job: Job, setting: Setting) -> Found:
     net = train(net, data.training, recipe, range(recipe.steps), job.seed)
     final = rmfx.materialize(net) if kind == "ring" else net
     final = rmfx.fold_batch_norm(final, data.test.images[:1])
-    return {
-        "numbers": numbers(net),
-        "macs": rmfx.cost.count(final, data.test.images[:1]).macs,
-        "test": accuracy(final, data.test),
-        "validation": accuracy(final, data.validation),
-    }
+    return look_at(final, data) | {"numbers": numbers(net)}
 
 
 def phases(seeds: int, quick: bool) -> Sequence[Sequence[Job]]:
@@ -152,9 +147,7 @@ def plot(record: Record, arms: Sequence[str], path: Path) -> None:
         ends = [x[0], x[-1]]
         panel.plot(ends, [a + b * math.log10(n) for n in ends], color=f"C{i}", linewidth=0.8)
     panel.set_xscale("log")
-    panel.set_xlabel("numbers trained")
-    panel.set_ylabel("accuracy in %")
-    panel.grid(visible=True, alpha=0.3)
+    label_axes(panel, "numbers trained")
     panel.legend()
     figure.suptitle("CIFAR ResNets on Fashion-MNIST: kind and depth, every seed")
     write_figure(figure, path, "svg")

@@ -44,6 +44,8 @@ from rmfx.report import META_KEY
 
 from .noop import does_nothing
 
+Layers = dict[fx.Node, AffineConv | None]  # the linear nodes of a block; sums and no-ops are None
+
 
 @dataclass(frozen=True)
 class ReserveRow:
@@ -204,39 +206,40 @@ def _block(net: Net, join: fx.Node) -> Block | Refusal | None:
     found = _back_to_fork(net, join)
     if found is None:
         return None
-    fork, *inside = found
-    dims = next((_layer(net, node).dims for node in inside if _is_conv(net, node)), None)
+    fork, layers = found
+    dims = next((one.dims for node, one in layers.items() if one and _is_conv(net, node)), None)
     if dims is None:
         return None
-    for node in inside[:-1]:
-        if not set(node.users) <= set(inside):
+    for node in layers:
+        if node is not join and not layers.keys() >= node.users.keys():
             return Refusal(f"{node.name} is read elsewhere")
     channels, made = net.channels(fork, dims), net.channels(join, dims)
     if channels is None or channels != made:
         return Refusal(f"{channels} channels become {made}")
-    if not _keeps_size(net, fork, inside, dims):
+    if not _keeps_size(net, fork, layers, dims):
         return Refusal("the size changes")
     behind = _to_activation(net, join)
     if behind and _fixes_all_of(net, behind[-1], fork):
         behind = []
-    return Block(fork, [*inside, *behind], channels, dims)
+    return Block(fork, [*layers, *behind], channels, dims)
 
 
-def _back_to_fork(net: Net, join: fx.Node) -> list[fx.Node] | None:
-    """The fork, then all linear nodes from there to the join, in the order of the graph.
+def _back_to_fork(net: Net, join: fx.Node) -> tuple[fx.Node, Layers] | None:
+    """The fork, and all linear nodes from there to the join, in the order of the graph.
 
     The fork is the last value through which everything goes that reaches the join.
     """
-    inside: list[fx.Node] = []
+    layers: Layers = {}
     reached = {join}
-    while not inside or len(reached) > 1:
+    while not layers or len(reached) > 1:
         node = max(reached)
-        is_linear = _terms(net, node) or does_nothing(net, node)
-        if not is_linear and not isinstance(_layer(net, node), AffineConv):
+        keeps = _terms(net, node) or does_nothing(net, node)
+        layer = None if keeps else _layer(net, node)
+        if isinstance(layer, Refusal):
             return None
+        layers[node] = layer
         reached = (reached - {node}) | set(_inputs(net, node))
-        inside.append(node)
-    return [*reached, *reversed(inside)]
+    return reached.pop(), dict(reversed(layers.items()))
 
 
 def _inputs(net: Net, node: fx.Node) -> list[fx.Node]:
@@ -249,22 +252,20 @@ def _is_conv(net: Net, node: fx.Node) -> bool:
     return type(net.module(node)) in CONVS[1:]
 
 
-def _layer(net: Net, node: fx.Node) -> Any:
-    """A node as a linear layer, a refusal if it is none; what fills borders counts as one."""
+def _layer(net: Net, node: fx.Node) -> AffineConv | Refusal:
+    """A node as a linear layer; what fills borders counts as one."""
     layer = read(net, node)
     return layer.affine(1) if isinstance(layer, Border) else read_affine(net, node)
 
 
-def _keeps_size(net: Net, fork: fx.Node, inside: Sequence[fx.Node], dims: int) -> bool:
+def _keeps_size(net: Net, fork: fx.Node, layers: Layers, dims: int) -> bool:
     """Whether all branches lead to the size of the fork."""
     start = SizeLaw(fork, (1,) * dims, (0,) * dims)
     laws = {fork: {start}}
-    for node in inside:
-        laws[node] = {law for value in _inputs(net, node) for law in laws[value]}
-        if not _terms(net, node) and not does_nothing(net, node):
-            layer = _layer(net, node)
-            laws[node] = {law.through(layer.stride, layer.growth) for law in laws[node]}
-    return laws[inside[-1]] == {start}
+    for node, layer in layers.items():
+        found = {law for value in _inputs(net, node) for law in laws[value]}
+        laws[node] = {law.through(layer.stride, layer.growth) for law in found} if layer else found
+    return found == {start}
 
 
 def _to_activation(net: Net, join: fx.Node) -> list[fx.Node]:

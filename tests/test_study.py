@@ -11,7 +11,8 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "pruning"))
 
-from outcomes import FROM_SCRATCH, UNPRUNED, Job, Outcome, Record, Timing
+from _study import FROM_SCRATCH
+from outcomes import UNPRUNED, Job, Outcome, Record, Timing
 from summary import accuracy_at, best, claims_of, cost_at, curves_of, write_summary
 
 # accuracy in % of two seeds at half and a quarter of the multiply-adds

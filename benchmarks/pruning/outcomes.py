@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _records import write
+from _records import write_rows
 
-FROM_SCRATCH = ", from scratch"
 UNPRUNED = "unpruned"
 
 
@@ -119,13 +117,7 @@ class Record:
     def save(self) -> None:
         """Writes the file, with a row in each line."""
         rows = {
-            "outcomes": _lines(self.outcomes.values()),
-            "timings": _lines(self.timings.values()),
+            "outcomes": map(asdict, self.outcomes.values()),
+            "timings": map(asdict, self.timings.values()),
         }
-        parts = [f'"{name}": [\n{text}\n]' for name, text in rows.items()]
-        parts.append(f'"machine": {json.dumps(self.machine)}')
-        write(self.path, "{" + ",\n".join(parts) + "}\n")
-
-
-def _lines(rows: Iterable[Outcome | Timing]) -> str:
-    return ",\n".join(json.dumps(asdict(row)) for row in rows)
+        write_rows(self.path, rows, self.machine)

@@ -26,14 +26,22 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what all benchmarks share
 
 import torch
-from _common import parser, show
-from _fashion import FOLDER, FashionMnist, load
+from _common import show
+from _fashion import FashionMnist, load
 from _records import code_version
-from _study import BATCH, RUNTIMES, in_parallel, load_network, save
+from _study import (
+    BATCH,
+    FROM_SCRATCH,
+    RUNTIMES,
+    in_parallel,
+    load_network,
+    save,
+    study_parser,
+)
 from _training import Recipe, accuracy, renew, train
 from arms import ARMS, CARRIES, Task, deployed
 from networks import NETWORKS
-from outcomes import FROM_SCRATCH, UNPRUNED, Job, Outcome, Record, Timing
+from outcomes import UNPRUNED, Job, Outcome, Record, Timing
 from summary import MERGED, RESIDUAL, write_summary
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -229,16 +237,9 @@ def converted(net: nn.Module, images: Tensor) -> nn.Module:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    made = parser(str(__doc__))
+    made, what = study_parser(str(__doc__))
     made.add_argument("--networks", default=",".join(NETWORKS), help="default: %(default)s")
-    made.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    made.add_argument("--workers", type=int, default=2, help="processes; default: %(default)s")
-    made.add_argument("--data", type=Path, default=FOLDER, help="default: %(default)s")
-    made.add_argument("--rounds", type=int, default=9, help="of timing; default: %(default)s")
-    what = made.add_mutually_exclusive_group()
     what.add_argument("--latency", action="store_true", help="time what is trained")
-    what.add_argument("--table", action="store_true", help="train nothing and time nothing")
-    what.add_argument("--quick", action="store_true", help="a little of everything, in minutes")
     options = made.parse_args(arguments)
     names = options.networks.split(",")
     if options.quick:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from _common import Limit
 from _records import write
-from _study import RUNTIMES, spread
-from outcomes import FROM_SCRATCH, UNPRUNED, Job, Outcome, Record
+from _study import FROM_SCRATCH, RUNTIMES, label_axes, spread
+from outcomes import UNPRUNED, Job, Outcome, Record
 from tabulate import tabulate
 
 from rmfx.latency import write_figure
@@ -342,9 +342,7 @@ def plot(curves: Curves, network: str, path: Path) -> None:
             _draw(panel, arm, curve, axis, i)
         panel.axhline(statistics.fmean(curves[UNPRUNED][0].test), color="black", linewidth=0.8)
         panel.set_xlim(left=0)
-        panel.set_xlabel(f"{title}, over the unpruned network's")
-        panel.set_ylabel("accuracy in %")
-        panel.grid(visible=True, alpha=0.3)
+        label_axes(panel, f"{title}, over the unpruned network's")
     for panel in list(panels)[len(axes) :]:
         panel.set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()

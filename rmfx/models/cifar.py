@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ._blocks import conv_bn
+
 Shortcut = Literal["A", "B"]
 
 _WIDTHS = (16, 32, 64)
@@ -143,10 +145,7 @@ def _make_shortcut(channels_in: int, channels_out: int, stride: int, kind: Short
         return nn.Identity()
     if kind == "A":
         return PaddedShortcut(channels_in, channels_out, stride)
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
-        nn.BatchNorm2d(channels_out),
-    )
+    return conv_bn(channels_in, channels_out, 1, stride)
 
 
 def _make_stage(
