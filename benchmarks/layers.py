@@ -44,15 +44,16 @@ from torch import nn
 import rmfx
 from rmfx.latency import write_figure
 from rmfx.models import cifar_resnet
+from rmfx.passes.layer import Carried, ResConv
 from rmfx.training import Slimming
 
 SHARES = (0.7, 0.5, 0.345)
-LOOKED_AT = 512  # training images by which blocks are judged
+LOOKED_AT = 256  # training images by which blocks are judged
 STRENGTH = 1e-3  # of L1 on the factors of layers
 FIRST = Recipe(44_000, bfloat16=True)
 MORE = Recipe(22_000, rate=0.05, bfloat16=True)
 AT_ONCE = Recipe(66_000, bfloat16=True)
-WHOLE, TRAINED, FACTORS = "whole", "trained", "trained with factors"
+WHOLE, TRAINED, FACTORS, SHORTENED = "whole", "trained", "trained with factors", "shortened"
 LAYERS, FILTERS, BLOCKS = "layers (ResConv)", "filters (L1)", "blocks"
 ARMS = (LAYERS, FILTERS, BLOCKS)
 PAPER = -0.13  # points, at the least share, of ResNet-110 on CIFAR-10
@@ -64,6 +65,8 @@ def work(job: Job, setting: Setting) -> Found:
     if job.arm in (TRAINED, FACTORS):
         net = _trained(job, data.training, _recipe(FIRST, setting))
         save(setting.file(job), net)
+        if job.arm == TRAINED:
+            _take_blocks(net, job.seed, data.training, setting)
         return {"test": accuracy(net, data.test)}
     net = _pruned(job, data.training, setting)
     pruned = accuracy(_deployed(net, data.training), data.test)
@@ -72,6 +75,7 @@ def work(job: Job, setting: Setting) -> Found:
         recipe = _recipe(AT_ONCE, setting)
         torch.manual_seed(job.seed)
         renew(net)
+        renew_factors(net)
     net = train(net, data.training, recipe, range(recipe.steps), job.seed)
     final = _deployed(net, data.training)
     save(setting.file(job), final)
@@ -92,9 +96,26 @@ def _trained(job: Job, split: Split, recipe: Recipe) -> nn.Module:
     return train(net, split, recipe, range(recipe.steps), job.seed, slimming)
 
 
+def renew_factors(net: nn.Module) -> None:
+    """Factors as `rmfx.insert_resconv` sets them."""
+    new = ResConv((1, 1), scale=1.0, carry=0.5).state_dict()
+    for factors in net.modules():
+        if isinstance(factors, Carried):
+            factors.load_state_dict(new, strict=isinstance(factors, ResConv))
+
+
 def slimming(net: nn.Module) -> Callable[[float], object]:
     """L1 on the factors of layers, after each step."""
     return Slimming(net, STRENGTH, scales=rmfx.layer_scales(net)).step
+
+
+def _take_blocks(net: nn.Module, seed: int, split: Split, setting: Setting) -> None:
+    """Writes what is left without blocks at each share, in one walk through all of them."""
+    looked_at = split.first(16 if setting.quick else LOOKED_AT)
+    whole = multiply_adds(net, split.images[:1])
+    for share in SHARES:
+        net = shortened(net, looked_at, share * whole)
+        save(setting.file(Job(SHORTENED, share, seed)), net)
 
 
 def _pruned(job: Job, split: Split, setting: Setting) -> nn.Module:
@@ -107,7 +128,7 @@ def _pruned(job: Job, split: Split, setting: Setting) -> nn.Module:
         options = {"importance": "l1", "multiple": 4, "floor": 0.1}
         net, _ = rmfx.prune_channels(whole, x, budget=budget, **options)
     elif arm == BLOCKS:
-        net = shortened(whole, split.first(16 if setting.quick else LOOKED_AT), budget)
+        net = load_network(setting.file(Job(SHORTENED, job.size, job.seed)))
     elif arm == LAYERS:
         factors = load_network(setting.file(Job(FACTORS, 1.0, job.seed)))
         net, _ = rmfx.prune_layers(factors, x, budget=budget)
@@ -124,9 +145,8 @@ def _deployed(net: nn.Module, split: Split) -> nn.Module:
 def phases(seeds: int, quick: bool) -> Sequence[Sequence[Job]]:
     """What is trained, then what is made of it, seed by seed."""
     shares = SHARES[-1:] if quick else SHARES
-    found: list[list[Job]] = []
+    found = [[Job(arm, 1.0, seed) for seed in range(seeds) for arm in (TRAINED, FACTORS)]]
     for seed in range(seeds):
-        found.append([Job(arm, 1.0, seed) for arm in (FACTORS, TRAINED)])
         scratch = [Job(arm + FROM_SCRATCH, SHARES[-1], seed) for arm in ARMS]
         pruned = [Job(arm, share, seed) for share in shares for arm in ARMS]
         found.append([Job(WHOLE, 1.0, seed), *([] if quick else scratch), *pruned])

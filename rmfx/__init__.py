@@ -13,7 +13,6 @@ from ._errors import (
     TraceError,
     WeightError,
 )
-from .compact import load_compact, save_compact
 from .frontend import trace
 from .latency_table import LatencyTable
 from .measured import MeasuredPolicy
@@ -39,6 +38,7 @@ from .plain import is_plain, to_sequential
 from .report import Report, SiteReport, report
 
 if TYPE_CHECKING:
+    from .compact import load_compact, save_compact
     from .pipeline import optimize
 
 __version__ = "0.1.0"
@@ -87,10 +87,13 @@ __all__ = [
 ]
 
 
+_LATER = {"load_compact": "compact", "optimize": "pipeline", "save_compact": "compact"}
+
+
 def __getattr__(name: str) -> Any:
     """Import what few need, and takes a while to load, when it is first asked for."""
     if name in ("fuzz", "models", "testing", "training"):
         return importlib.import_module(f"{__name__}.{name}")
-    if name == "optimize":
-        return importlib.import_module(f"{__name__}.pipeline").optimize
+    if name in _LATER:
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
