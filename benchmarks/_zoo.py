@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,7 +16,16 @@ import torchvision
 from _randomise import randomise
 from torch import Tensor, nn
 
-from rmfx.models import C2fNet, Edsr, InceptionResNet, cifar_resnet, preactivation_resnet
+import rmfx.models
+from rmfx.models import (
+    C2fNet,
+    Edsr,
+    InceptionResNet,
+    cifar_resnet,
+    mobilenet_v2,
+    preactivation_resnet,
+    rmrep,
+)
 from rmfx.models.cifar import Shortcut
 
 BATCH = 8  # of the calibration
@@ -160,6 +170,17 @@ def _whole() -> list[ZooNet]:
     return nets
 
 
+# depth -> share of the channels that pass, as in the paper, and additions
+_RMREP = {21: (0.25, 46), 37: (0.25, 86), 69: (0.5, 166), 133: (0.75, 326)}
+_RMNEXT = {
+    "rmnext41x5_16": 15,
+    "rmnext50x5_32": 18,
+    "rmnext50x6_32": 18,
+    "rmnext101x6_16": 35,
+    "rmnext152x6_32": 52,
+}
+
+
 def _own() -> list[ZooNet]:
     """Of rmfx.models."""
     return [
@@ -175,6 +196,9 @@ def _own() -> list[ZooNet]:
             chain=True,
         ),
         ZooNet("inception_resnet", InceptionResNet, _IMAGES, kind="whole", adds=5),
+        ZooNet("mobilenet_v2_free", lambda: mobilenet_v2(1.5), _IMAGES, "whole", 10, chain=True),
+        *(_rmrep(depth, ratio, adds) for depth, (ratio, adds) in _RMREP.items()),
+        *(_rmnext(name, adds) for name, adds in _RMNEXT.items()),
     ]
 
 
@@ -213,6 +237,16 @@ def _cifar(depth: int, shortcut: Shortcut) -> ZooNet:
         adds=(depth - 2) // 2,
         chain=True,
     )
+
+
+def _rmrep(depth: int, ratio: float, adds: int) -> ZooNet:
+    """Of a block's additions no value of the result holds any but the last."""
+    build = partial(rmrep, depth, ratio)
+    return ZooNet(f"rmrep{depth}", build, _IMAGES, "whole", adds, hidden=True, chain=True)
+
+
+def _rmnext(name: str, adds: int) -> ZooNet:
+    return ZooNet(name, getattr(rmfx.models, name), _IMAGES, "whole", adds, chain=True)
 
 
 def _from_torchvision(name: str) -> Callable[[], nn.Module]:
