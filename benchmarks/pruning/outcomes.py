@@ -85,13 +85,13 @@ class Record:
         path: of the JSON file.
         outcomes: by job.
         timings: by job and runtime.
-        machine: on which the timings were taken.
+        machines: on which the timings of each network were taken.
     """
 
     path: Path
     outcomes: dict[Job, Outcome] = field(default_factory=dict)
     timings: dict[tuple[Job, str], Timing] = field(default_factory=dict)
-    machine: dict[str, str] = field(default_factory=dict)
+    machines: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @staticmethod
     def read(path: Path) -> Record:
@@ -99,7 +99,7 @@ class Record:
         found = Record(path)
         if path.exists():
             rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            found.machine = rows["machine"]
+            found.machines = rows["machine"]
             for row in rows["outcomes"]:
                 found.add(Outcome(**row | {"job": Job(**row["job"])}))
             for row in rows["timings"]:
@@ -120,4 +120,4 @@ class Record:
             "outcomes": map(asdict, self.outcomes.values()),
             "timings": map(asdict, self.timings.values()),
         }
-        write_rows(self.path, rows, self.machine)
+        write_rows(self.path, rows, self.machines)

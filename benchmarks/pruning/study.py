@@ -52,7 +52,7 @@ from rmfx.latency import Settings, compare_speed, machine_of, ratio_of
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "pruning.json"
 SHARES = (0.6, 0.4, 0.25, 0.17, 0.12)
 LOOKED_AT = 1024  # training images on which filters are judged
-RECIPES = {"resnet20": Recipe(66_000, bfloat16=True), "mobilenet": Recipe(66_000)}
+RECIPES = {"resnet20": Recipe(44_000, bfloat16=True), "mobilenet": Recipe(66_000)}
 QUICK_IMAGES, QUICK_SHARES = 6_000, (0.5, 0.25)
 QUICK_ARMS = (
     "residual",
@@ -210,7 +210,6 @@ def time_all(wanted: Sequence[Job], setting: Setting, how: Settings, record: Rec
     known = [job for job in wanted if job in record.outcomes and job.seed == 0]
     trained = [job for job in known if setting.file(job).exists() and job.arm in ARMS]
     data = load(setting.data).training.first(LOOKED_AT).images
-    record.machine = machine_of(how, how.runtimes)
     for network, arm in tqdm(dict.fromkeys((job.network, job.arm) for job in trained), unit="arm"):
         sizes = [job for job in trained if (job.network, job.arm) == (network, arm)]
         for runtime in how.runtimes:
@@ -225,6 +224,7 @@ def time_all(wanted: Sequence[Job], setting: Setting, how: Settings, record: Rec
                 pairs = zip_longest(ratios[: len(nets)], ratios[len(nets) :])
                 found = zip(left, pairs, strict=True)
                 record.add(*(Timing(job, runtime, *pair) for job, pair in found))
+                record.machines[network] = machine_of(how, how.runtimes)
                 record.save()
 
 

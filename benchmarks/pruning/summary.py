@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from _common import Limit
 from _records import write
-from _study import FROM_SCRATCH, RUNTIMES, label_axes, spread
+from _study import BATCH, FROM_SCRATCH, RUNTIMES, label_axes, spread
 from outcomes import UNPRUNED, Job, Outcome, Record
 from tabulate import tabulate
 
@@ -271,9 +271,6 @@ def write_summary(
         for nothing, failures of arms do.
     """
     parts, rows = ["# Pruning", "Made by `python benchmarks/pruning/study.py`. Accuracy in %."], []
-    if record.machine:
-        known = "; ".join(f"{name} {value}" for name, value in record.machine.items())
-        parts.append(f"Times: batch 64, {known}.")
     for network in networks:
         curves = curves_of(record, network)
         if not curves:
@@ -281,12 +278,12 @@ def write_summary(
         plot(curves, network, record.path.with_name(f"{record.path.stem}_{network}.svg"))
         table = _accuracy_rows(curves)
         rows += [{"network": network} | row for row in table]
-        seeds = len(curves[UNPRUNED][0].test)
         parts += [
-            f"## {network}, seeds: {seeds}",
+            f"## {network}",
+            _training(record, network, seeds=len(curves[UNPRUNED][0].test)),
             "On the test images: mean (least to most), by the share of multiply-adds asked for.",
             tabulate(table, "keys", tablefmt="github"),
-            "Over the unpruned network: multiply-adds, parameters, time.",
+            f"Over the unpruned network: multiply-adds, parameters, time{_machine(record, network)}.",
             tabulate(_cost_rows(curves), "keys", tablefmt="github"),
             f"![accuracy against cost]({record.path.stem}_{network}.svg)",
         ]
@@ -298,6 +295,16 @@ def write_summary(
         parts += ["## Not reached", *(f"- {o.job.name}: {o.failure}" for o in failures)]
     write(record.path.with_suffix(".md"), "\n\n".join(parts) + "\n")
     return rows, [Limit("networks that could not be made", len(failures), 0)]
+
+
+def _training(record: Record, network: str, seeds: int) -> str:
+    images = {o.images for o in record.outcomes.values() if o.job.network == network}
+    return f"Training images: {', '.join(f'{n:,}' for n in sorted(images))}; seeds: {seeds}."
+
+
+def _machine(record: Record, network: str) -> str:
+    known = record.machines.get(network, {})
+    return f" (batch {BATCH}, {'; '.join(map(' '.join, known.items()))})" if known else ""
 
 
 def _accuracy_rows(curves: Curves) -> list[dict[str, Any]]:
