@@ -52,7 +52,10 @@ from rmfx.latency import Settings, compare_speed, machine_of, ratio_of
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "pruning.json"
 SHARES = (0.6, 0.4, 0.25, 0.17, 0.12)
 LOOKED_AT = 1024  # training images on which filters are judged
-RECIPES = {"resnet20": Recipe(44_000, bfloat16=True), "mobilenet": Recipe(66_000)}
+RECIPES = {
+    "resnet20": Recipe(44_000, rate=0.05, batch=32, bfloat16=True),
+    "mobilenet": Recipe(66_000),
+}
 QUICK_IMAGES, QUICK_SHARES = 6_000, (0.5, 0.25)
 QUICK_ARMS = (
     "residual",
