@@ -43,7 +43,7 @@ from rmfx.latency import write_figure
 from rmfx.models import RMNeXt, cifar_resnet, rmrep
 
 WIDTHS = (16, 32, 64)
-RECIPE = Recipe(22_000, bfloat16=True)
+RECIPE = Recipe(33_000, rate=0.05, batch=32, bfloat16=True)
 QUICK = Recipe(6_400, batch=64, bfloat16=True)
 KEPT = "RMNeXt, skips kept"
 REFERENCE = Job("ResNet", 20)

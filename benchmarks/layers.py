@@ -50,9 +50,9 @@ from rmfx.training import Slimming
 SHARES = (0.7, 0.5, 0.345)
 LOOKED_AT = 256  # training images by which blocks are judged
 STRENGTH = 1e-3  # of L1 on the factors of layers
-FIRST = Recipe(44_000, bfloat16=True)
-MORE = Recipe(22_000, rate=0.05, bfloat16=True)
-AT_ONCE = Recipe(66_000, bfloat16=True)
+FIRST = Recipe(44_000, rate=0.05, batch=32, bfloat16=True)
+MORE = replace(FIRST, images=22_000, rate=0.02)
+AT_ONCE = replace(FIRST, images=66_000)
 WHOLE, TRAINED, FACTORS, SHORTENED = "whole", "trained", "trained with factors", "shortened"
 LAYERS, FILTERS, BLOCKS = "layers (ResConv)", "filters (L1)", "blocks"
 ARMS = (LAYERS, FILTERS, BLOCKS)
