@@ -20,6 +20,7 @@ from _blocks import multiply_adds, shortened
 from _fashion import Split
 from _study import Job, Record, in_parallel
 from _training import Recipe, train
+from builders import mark
 
 from rmfx.models import cifar_resnet
 
@@ -48,12 +49,6 @@ def test_a_phase_ends_before_the_next_one_begins(tmp_path: Path) -> None:
     in_parallel(marks, partial(mark, folder=tmp_path), seen.append, workers=2)
     assert sorted(path.name for path, _ in seen) == ["1", "2", "3"]
     assert dict(seen)[tmp_path / "3"] == 2
-
-
-def mark(path: Path, folder: Path) -> tuple[Path, int]:
-    before = len(list(folder.iterdir()))
-    path.touch()
-    return path, before
 
 
 # ---- training -----------------------------------------------------------------------------------

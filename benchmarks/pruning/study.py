@@ -8,7 +8,7 @@ every choice; the test images are looked at once, for the tables.
 
 What is trained stands in results/pruning.json after each run, so a run that is cut off goes on
 where it was; the networks themselves lie in results/pruning/, outside version control. Three seeds
-take about eight hours of one core. `--latency` then times the networks of the first seed under
+take about six hours of one core. `--latency` then times the networks of the first seed under
 inductor and ONNX Runtime, in turn with the whole one, which wants an idle machine. Every call
 writes results/pruning.md and the plots of what is known; `--table` does only that. `--quick` does a
 little of everything in a few minutes, in a folder of its own.

@@ -276,14 +276,14 @@ def write_summary(
         if not curves:
             continue
         plot(curves, network, record.path.with_name(f"{record.path.stem}_{network}.svg"))
-        table = _accuracy_rows(curves)
+        table, machine = _accuracy_rows(curves), _machine(record.machines.get(network, {}))
         rows += [{"network": network} | row for row in table]
         parts += [
             f"## {network}",
             _training(record, network, seeds=len(curves[UNPRUNED][0].test)),
             "On the test images: mean (least to most), by the share of multiply-adds asked for.",
             tabulate(table, "keys", tablefmt="github"),
-            f"Over the unpruned network: multiply-adds, parameters, time{_machine(record, network)}.",
+            "Over the unpruned network: multiply-adds, parameters, time. " + machine,
             tabulate(_cost_rows(curves), "keys", tablefmt="github"),
             f"![accuracy against cost]({record.path.stem}_{network}.svg)",
         ]
@@ -302,9 +302,8 @@ def _training(record: Record, network: str, seeds: int) -> str:
     return f"Training images: {', '.join(f'{n:,}' for n in sorted(images))}; seeds: {seeds}."
 
 
-def _machine(record: Record, network: str) -> str:
-    known = record.machines.get(network, {})
-    return f" (batch {BATCH}, {'; '.join(map(' '.join, known.items()))})" if known else ""
+def _machine(known: Mapping[str, str]) -> str:
+    return f"Batch {BATCH}, {'; '.join(map(' '.join, known.items()))}." if known else ""
 
 
 def _accuracy_rows(curves: Curves) -> list[dict[str, Any]]:
