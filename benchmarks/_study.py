@@ -289,10 +289,8 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
         runtimes = ("onnxruntime",) if options.quick else tuple(RUNTIMES)
         time_all(study, Settings(runtimes, threads=2, rounds=options.rounds), setting, record)
     page, rows = study.summary(record)
-    machine = "; ".join(f"{name} {value}" for name, value in record.machine.items())
-    times = f" Times: batch {BATCH}, {machine}." if machine else ""
     title, *_ = study.about.partition("\n")
-    made_by = f"Made by `python benchmarks/{study.name}.py`.{times}"
+    made_by = f"Made by `python benchmarks/{study.name}.py`.{how_timed(record.machine)}"
     write(record.path.with_suffix(".md"), f"# {title}\n\n{made_by}\n\n{page}\n")
     print(f"written: {record.path.with_suffix('.md')}", file=sys.stderr)
     return show(rows, [], as_json=options.json)
@@ -313,6 +311,12 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows with the same keys as Markdown."""
     return tabulate(rows, "keys", tablefmt="github", disable_numparse=True)
+
+
+def how_timed(machine: Mapping[str, str]) -> str:
+    """A sentence to go behind another one, nothing if nothing was timed."""
+    known = "; ".join(f"{name} {value}" for name, value in machine.items())
+    return f" Times: batch {BATCH}, {known}." if known else ""
 
 
 def label_axes(panel: Any, cost: str) -> None:

@@ -124,14 +124,14 @@ def _take_blocks(net: nn.Module, seed: int, split: Split, setting: Setting) -> N
 def _pruned(job: Job, split: Split, setting: Setting) -> nn.Module:
     """What an arm leaves of what is trained."""
     x, arm = split.images[:1], job.arm.removesuffix(FROM_SCRATCH)
+    if arm == BLOCKS:
+        return load_network(setting.file(Job(SHORTENED, job.size, job.seed))).eval()
     whole = load_network(setting.file(Job(TRAINED, 1.0, job.seed)))
     budget = job.size * multiply_adds(whole, x)
     net = whole
     if arm == FILTERS:
         options = {"importance": "l1", "multiple": 4, "floor": 0.1}
         net, _ = rmfx.prune_channels(whole, x, budget=budget, **options)
-    elif arm == BLOCKS:
-        net = load_network(setting.file(Job(SHORTENED, job.size, job.seed)))
     elif arm == LAYERS:
         factors = load_network(setting.file(Job(FACTORS, 1.0, job.seed)))
         net, _ = rmfx.prune_layers(factors, x, budget=budget)

@@ -213,6 +213,7 @@ def time_all(wanted: Sequence[Job], setting: Setting, how: Settings, record: Rec
     known = [job for job in wanted if job in record.outcomes and job.seed == 0]
     trained = [job for job in known if setting.file(job).exists() and job.arm in ARMS]
     data = load(setting.data).training.first(LOOKED_AT).images
+    machine = machine_of(how, how.runtimes)
     for network, arm in tqdm(dict.fromkeys((job.network, job.arm) for job in trained), unit="arm"):
         sizes = [job for job in trained if (job.network, job.arm) == (network, arm)]
         for runtime in how.runtimes:
@@ -227,7 +228,7 @@ def time_all(wanted: Sequence[Job], setting: Setting, how: Settings, record: Rec
                 pairs = zip_longest(ratios[: len(nets)], ratios[len(nets) :])
                 found = zip(left, pairs, strict=True)
                 record.add(*(Timing(job, runtime, *pair) for job, pair in found))
-                record.machines[network] = machine_of(how, how.runtimes)
+                record.machines[network] = machine
                 record.save()
 
 

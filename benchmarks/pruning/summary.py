@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from _common import Limit
 from _records import write
-from _study import BATCH, FROM_SCRATCH, RUNTIMES, label_axes, spread
+from _study import FROM_SCRATCH, RUNTIMES, how_timed, label_axes, spread
 from outcomes import UNPRUNED, Job, Outcome, Record
 from tabulate import tabulate
 
@@ -276,14 +276,14 @@ def write_summary(
         if not curves:
             continue
         plot(curves, network, record.path.with_name(f"{record.path.stem}_{network}.svg"))
-        table, machine = _accuracy_rows(curves), _machine(record.machines.get(network, {}))
+        table, times = _accuracy_rows(curves), how_timed(record.machines.get(network, {}))
         rows += [{"network": network} | row for row in table]
         parts += [
             f"## {network}",
             _training(record, network, seeds=len(curves[UNPRUNED][0].test)),
             "On the test images: mean (least to most), by the share of multiply-adds asked for.",
             tabulate(table, "keys", tablefmt="github"),
-            "Over the unpruned network: multiply-adds, parameters, time. " + machine,
+            "Over the unpruned network: multiply-adds, parameters, time." + times,
             tabulate(_cost_rows(curves), "keys", tablefmt="github"),
             f"![accuracy against cost]({record.path.stem}_{network}.svg)",
         ]
@@ -300,10 +300,6 @@ def write_summary(
 def _training(record: Record, network: str, seeds: int) -> str:
     images = {o.images for o in record.outcomes.values() if o.job.network == network}
     return f"Training images: {', '.join(f'{n:,}' for n in sorted(images))}; seeds: {seeds}."
-
-
-def _machine(known: Mapping[str, str]) -> str:
-    return f"Batch {BATCH}, {'; '.join(map(' '.join, known.items()))}." if known else ""
 
 
 def _accuracy_rows(curves: Curves) -> list[dict[str, Any]]:
