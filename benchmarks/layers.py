@@ -130,7 +130,7 @@ def _pruned(job: Job, split: Split, setting: Setting) -> nn.Module:
     budget = job.size * multiply_adds(whole, x)
     net = whole
     if arm == FILTERS:
-        options = {"importance": "l1", "multiple": 4, "floor": 0.1}
+        options = {"importance": "l1", "multiple": lambda n: min(16, n // 2), "floor": 0.1}
         net, _ = rmfx.prune_channels(whole, x, budget=budget, **options)
     elif arm == LAYERS:
         factors = load_network(setting.file(Job(FACTORS, 1.0, job.seed)))

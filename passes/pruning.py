@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from rmfx._allocation import ALLOCATIONS, Demand, allocate
+from rmfx._allocation import ALLOCATIONS, Demand, Multiple, allocate
 from rmfx._channels import Channels
 from rmfx._cutting import cut
 from rmfx._errors import OptionError, ShapeError
@@ -118,7 +118,7 @@ def prune_channels(
     importance: str | Custom = "taylor",
     allocation: str = "uniform",
     floor: float = 0.1,
-    multiple: int = 1,
+    multiple: Multiple = 1,
     protect: Sequence[str] = (),
     responses: str = "bias",
     seed: int = 0,
@@ -142,7 +142,8 @@ def prune_channels(
             by their paths; what it does not name counts as 0.
         allocation: "uniform", "global" or "search", see `rmfx._allocation`.
         floor: share of each family of filters that stays in any case; at least one filter does.
-        multiple: to which the filters of a family are rounded up.
+        multiple: to which the filters of a family are rounded up; or a function that gives it for
+            so many filters. Runtimes compute 8 or 16 at once, and a few more cost as much again.
         protect: patterns such as "layer4.*" of the paths of layers whose filters stay.
         responses: "bias" puts what channels are on average into the next bias, if there are data;
             "borders" adds that padding stays 0; "none" takes them for 0.
@@ -243,7 +244,7 @@ def _check(
     importance: str | Custom,
     allocation: str,
     floor: float,
-    multiple: int,
+    multiple: Multiple,
     data: Batches | None,
     responses: str,
 ) -> None:
@@ -263,7 +264,8 @@ def _check(
             raise OptionError(f"{name}={value!r}: choose from {', '.join(known)}")
     if not isinstance(importance, str) and not callable(importance):
         raise OptionError(f"importance={importance!r} is neither a name nor a function")
-    if not 0 <= floor <= 1 or multiple < 1:
+    is_count = isinstance(multiple, int) and multiple > 0
+    if not 0 <= floor <= 1 or not (is_count or callable(multiple)):
         raise OptionError("floor must lie between 0 and 1, multiple must be 1 or more")
     if data is None and importance in BY_DATA:
         raise OptionError(f"importance={importance!r} needs data; or choose importance='l2'")

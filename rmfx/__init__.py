@@ -7,6 +7,7 @@ from . import cost
 from ._errors import (
     ModeError,
     NotPlainError,
+    OptionError,
     RefusedError,
     RmfxError,
     ShapeError,
@@ -50,6 +51,7 @@ __all__ = [
     "MeasuredPolicy",
     "ModeError",
     "NotPlainError",
+    "OptionError",
     "PruningReport",
     "RefusedError",
     "Report",

@@ -20,6 +20,7 @@ from ._errors import OptionError
 from ._widths import Family, Meter, Widths
 
 Counts = dict[Family, int]  # filters that stay
+Multiple = int | Callable[[int], int]  # how many filters runtimes compute at once
 
 ALLOCATIONS = ("uniform", "global", "search")
 HALVINGS = 40
@@ -32,21 +33,37 @@ class Demand:
     Attributes:
         meter: what a part costs.
         budget: what the network may cost.
-        multiple: of which each family's filters should be one, where it had as many.
+        multiple: of which each family's filters should be one, where it had as many; or a
+            function that gives it for so many filters.
         floor: the share of each family that stays.
     """
 
     meter: Meter
     budget: float
-    multiple: int
+    multiple: Multiple
     floor: float
+
+    def multiple_of(self, family: Family) -> int:
+        """Of which a family's filters should be one.
+
+        Raises:
+            OptionError: the function gives no such number.
+        """
+        if isinstance(self.multiple, int):
+            return self.multiple
+        total = len(family.members)
+        found = self.multiple(total)
+        if not isinstance(found, int) or found < 1:
+            raise OptionError(f"multiple gives {found!r} for {total} filters: return 1 or more")
+        return found
 
     def kept(self, family: Family, wanted: float) -> int:
         """Filters of a family that stay where a share is wanted."""
         total = len(family.members)
         least = max(1, math.ceil(self.floor * total))
         count = max(least, round(wanted * total))
-        return min(total, -(-count // self.multiple) * self.multiple)
+        multiple = self.multiple_of(family)
+        return min(total, -(-count // multiple) * multiple)
 
 
 def allocate(name: str, widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
@@ -128,7 +145,8 @@ def _halved(ranking: _Ranking, demand: Demand, form: Callable[[float], Counts]) 
 def _filled(ranking: _Ranking, demand: Demand, counts: Counts) -> Counts:
     """Where rounding left some of the budget: a step more for families that have the least."""
     for family in sorted(counts, key=lambda f: counts[f] / len(f.members)):
-        more = counts | {family: min(len(family.members), counts[family] + demand.multiple)}
+        count = counts[family] + demand.multiple_of(family)
+        more = counts | {family: min(len(family.members), count)}
         if ranking.fits(more, demand):
             counts = more
     return counts
@@ -212,7 +230,8 @@ class _Search:
         count, total = self._counts[family], len(family.members)
         fewer = self._demand.kept(family, (count - max(1, count // 16)) / total)
         if fewer >= count:
-            fewer = max(self._demand.kept(family, 0), count - self._demand.multiple)
+            multiple = self._demand.multiple_of(family)
+            fewer = max(self._demand.kept(family, 0), count - multiple)
         return min(fewer, count)
 
     def _without(self, family: Family, count: int) -> Tensor:

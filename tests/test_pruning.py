@@ -7,6 +7,7 @@ layer mixes it with others, in the padding as well.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 import rmfx
 from rmfx._allocation import ALLOCATIONS, spare
 from rmfx._channels import Channels
+from rmfx._errors import OptionError
 from rmfx._graph import Net
 from rmfx._importance import IMPORTANCES, Responses, taylor
 from rmfx._widths import Widths, multiply_adds, parameters
@@ -371,6 +373,25 @@ def test_multiples_floors_and_protected_layers() -> None:
     assert all(f.after >= f.before / 2 for f in report.families)
     _, report = pruned(model, target=0.6, importance="l2", protect=("2.branch.0.*",))
     assert ("2.branch.0.0",) not in [f.layers for f in report.families]
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_a_multiple_can_depend_on_the_filters_of_a_family(allocation: str) -> None:
+    widths = (8, 32, 64)
+    layers = [nn.Conv2d(a, b, 1) for a, b in pairwise((3, *widths, 4))]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(1, 3, 8, 8)
+    options = {"importance": "l2", "floor": 0.0, "allocation": allocation}
+    for target in (0.7, 0.4, 0.2):
+        _, report = rmfx.prune_channels(
+            model, x, target=target, multiple=lambda n: min(16, n // 2), **options
+        )
+        assert [f.before for f in report.families] == list(widths)
+        assert all(f.after % min(16, f.before // 2) == 0 for f in report.families)
+        assert report.macs_after <= target * report.macs_before
+    with pytest.raises(OptionError, match="multiple gives 0 for 8 filters"):
+        rmfx.prune_channels(model, x, target=0.5, multiple=lambda n: n // 16, **options)
+    with pytest.raises(OptionError, match="multiple must be 1 or more"):
+        rmfx.prune_channels(model, x, target=0.5, multiple=0, **options)
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)

@@ -20,7 +20,8 @@ from torch.optim.swa_utils import update_bn
 
 import rmfx
 
-MULTIPLE = 4  # of which numbers of filters are, in every arm
+MULTIPLE = 4  # of which numbers of filters are, in every arm that does not say otherwise
+BLOCK = 16  # what runtimes compute at once on this kind of machine
 FLOOR = 0.1  # the share of a layer's filters that stays
 INNER_FLOOR = 0.02  # where only what is inside of blocks goes
 CARRIES = frozenset({"identity", "scale", "shift"})  # keep activations that runtimes are quick at
@@ -85,6 +86,15 @@ def _pruned(net: nn.Module, task: Task, budget: float | None = None, **options: 
 def residual(task: Task) -> nn.Module:
     """The same share of every family of filters, judged by the Taylor score."""
     return _pruned(task.net, task)
+
+
+def in_blocks(task: Task) -> nn.Module:
+    """The same in whole blocks, as runtimes compute them, and of few filters in halves.
+
+    At shares that halves are too coarse for in quarters.
+    """
+    parts = 2 if task.share > 0.2 else 4
+    return _pruned(task.net, task, multiple=lambda n: max(1, min(BLOCK, n // parts)))
 
 
 def searched(task: Task) -> nn.Module:
@@ -220,7 +230,9 @@ def _merged_necks(net: nn.Module, task: Task) -> nn.Module:
 # ---- Torch-Pruning ------------------------------------------------------------------------------
 
 
-def _torch_pruning(task: Task, importance: Any, *, gradients: bool = False) -> nn.Module:
+def _torch_pruning(
+    task: Task, importance: Any, *, gradients: bool = False, multiple: int = MULTIPLE
+) -> nn.Module:
     net = copy.deepcopy(task.net).requires_grad_(True)
     pruner = torch_pruning.pruner.BasePruner(
         net,
@@ -230,7 +242,7 @@ def _torch_pruning(task: Task, importance: Any, *, gradients: bool = False) -> n
         max_pruning_ratio=1 - FLOOR,
         iterative_steps=STEPS,
         global_pruning=True,
-        round_to=MULTIPLE,
+        round_to=multiple,
         ignored_layers=[module for module in net.modules() if isinstance(module, nn.Linear)],
     )
     batches = task.looked_at.batches(128)
@@ -249,6 +261,12 @@ def torch_pruning_l2(task: Task) -> nn.Module:
     return _torch_pruning(task, torch_pruning.importance.GroupMagnitudeImportance(p=2))
 
 
+def torch_pruning_l2_in_blocks(task: Task) -> nn.Module:
+    """The same in blocks: half of them, since with whole ones layers of 16 filters all stay."""
+    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+    return _torch_pruning(task, importance, multiple=BLOCK // 2)
+
+
 def torch_pruning_bn(task: Task) -> nn.Module:
     """Torch-Pruning: scales of batch norm."""
     return _torch_pruning(task, torch_pruning.importance.BNScaleImportance())
@@ -260,8 +278,15 @@ def torch_pruning_taylor(task: Task) -> nn.Module:
     return _torch_pruning(task, importance, gradients=True)
 
 
+def torch_pruning_taylor_in_blocks(task: Task) -> nn.Module:
+    """Torch-Pruning: Taylor, in blocks."""
+    importance = torch_pruning.importance.GroupTaylorImportance()
+    return _torch_pruning(task, importance, gradients=True, multiple=BLOCK // 2)
+
+
 ARMS: dict[str, Arm] = {
     "residual": residual,
+    "residual, in blocks": in_blocks,
     "residual, searched": searched,
     "residual, expansions": expansions,
     "depth": depth,
@@ -272,6 +297,8 @@ ARMS: dict[str, Arm] = {
     "cut, merged": cut_merged,
     "depth, merged": depth_merged,
     "Torch-Pruning L2": torch_pruning_l2,
+    "Torch-Pruning L2, in blocks": torch_pruning_l2_in_blocks,
     "Torch-Pruning BN": torch_pruning_bn,
     "Torch-Pruning Taylor": torch_pruning_taylor,
+    "Torch-Pruning Taylor, in blocks": torch_pruning_taylor_in_blocks,
 }

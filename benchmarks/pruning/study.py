@@ -68,12 +68,17 @@ QUICK_ARMS = (
 TRUNK = "trunk"
 COMMON = ("residual", "residual, searched", "depth", "cut", "plain")
 PEERS = ("Torch-Pruning L2", "Torch-Pruning BN", "Torch-Pruning Taylor")
+IN_BLOCKS = (
+    "residual, in blocks",
+    "Torch-Pruning L2, in blocks",
+    "Torch-Pruning Taylor, in blocks",
+)
 OF = {
-    "resnet20": (*COMMON, "first opened", *PEERS),
+    "resnet20": (*COMMON, "first opened", *PEERS, *IN_BLOCKS),
     "mobilenet": (*COMMON, "residual, expansions", *MERGED, *PEERS),
 }
 CONTROLLED = {
-    "resnet20": ("residual", "first opened"),
+    "resnet20": ("residual", "first opened", "residual, in blocks"),
     "mobilenet": ("residual", "cut, merged", "depth, merged"),
 }
 

@@ -21,10 +21,22 @@ from rmfx.latency import write_figure
 PEER = "Torch-Pruning"
 MERGED = ("merged", "cut, merged", "depth, merged")
 OWN = {
-    "resnet20": ("residual", "residual, searched", "plain", "first opened"),
+    "resnet20": (
+        "residual",
+        "residual, in blocks",
+        "residual, searched",
+        "plain",
+        "first opened",
+    ),
     "mobilenet": ("residual", "residual, searched", "residual, expansions", "plain", *MERGED),
 }
-RESIDUAL = ("residual", "residual, searched", "residual, expansions", "depth")
+RESIDUAL = (
+    "residual",
+    "residual, in blocks",
+    "residual, searched",
+    "residual, expansions",
+    "depth",
+)
 PAPER = {"resnet20": 1.51, "mobilenet": 1.26}
 MOST = 0.6  # share of the multiply-adds up to which the peer is compared with
 LEAST = 0.3  # share up to which the merged networks are compared
@@ -111,8 +123,8 @@ def _point(record: Record, outcomes: Sequence[Outcome], whole: Outcome) -> Point
 # ---- reading curves -----------------------------------------------------------------------------
 
 
-def accuracy_at(curve: Curve, axis: str, cost: float) -> Seeds | None:
-    """Accuracy on the test images of each seed at a cost, by lines between points.
+def accuracy_at(curve: Curve, axis: str, cost: float, images: str = "test") -> Seeds | None:
+    """Accuracy of each seed at a cost, by lines between points.
 
     None where the cost is less than that of the smallest network.
     """
@@ -121,8 +133,9 @@ def accuracy_at(curve: Curve, axis: str, cost: float) -> Seeds | None:
         return None
     known.sort(key=lambda pair: pair[0])
     costs = [c for c, _ in known]
-    seeds = range(min(len(p.test) for _, p in known))
-    return tuple(float(np.interp(cost, costs, [p.test[s] for _, p in known])) for s in seeds)
+    found = [getattr(p, images) for _, p in known]
+    seeds = range(min(map(len, found)))
+    return tuple(float(np.interp(cost, costs, [values[s] for values in found])) for s in seeds)
 
 
 def cost_at(curve: Curve, axis: str, accuracy: float, seed: int) -> float | None:
@@ -148,6 +161,13 @@ def best(curves: Curves, arms: Iterable[str], share: float | None = None) -> str
     return max((arm for arm in arms if arm in curves), key=worth)
 
 
+def best_at(curves: Curves, arms: Iterable[str], axis: str, cost: float) -> str | None:
+    """The arm best on the validation images at a cost; None if no arm has a network so cheap."""
+    known = {arm: accuracy_at(curves[arm], axis, cost, "validation") for arm in arms}
+    worth = {arm: statistics.fmean(values) for arm, values in known.items() if values}
+    return max(worth, key=worth.__getitem__, default=None)
+
+
 # ---- claims -------------------------------------------------------------------------------------
 
 
@@ -169,13 +189,14 @@ def claims_of(curves: Curves, network: str) -> list[Claim]:
     peers = [arm for arm in curves if arm.startswith(PEER)]
     if not peers:
         return []
-    own = best(curves, OWN[network])
+    arms = [arm for arm in OWN[network] if arm in curves]
+    own = best(curves, arms)
     found = []
     for runtime in RUNTIMES:
         found += [
             claim
             for point in curves[peers[0]][:-1]
-            if (claim := _against_peers(curves, own, peers, point.share, runtime))
+            if (claim := _against_peers(curves, arms, peers, point.share, runtime))
         ]
     for arm in curves:
         if arm.endswith(FROM_SCRATCH):
@@ -183,23 +204,24 @@ def claims_of(curves: Curves, network: str) -> list[Claim]:
     for runtime in RUNTIMES:
         found += _speed(curves, network, own, runtime)
         if network == "mobilenet":
-            arms = (arm for arm in curves if arm.removesuffix(FROM_SCRATCH) in MERGED)
-            found += [claim for arm in arms for claim in _merged(curves, arm, runtime)]
+            necks = (arm for arm in curves if arm.removesuffix(FROM_SCRATCH) in MERGED)
+            found += [claim for arm in necks for claim in _merged(curves, arm, runtime)]
     return found
 
 
 def _against_peers(
-    curves: Curves, own: str, peers: Sequence[str], share: float, runtime: str
+    curves: Curves, arms: Sequence[str], peers: Sequence[str], share: float, runtime: str
 ) -> Claim | None:
     peer = best(curves, peers, share)
     point = next((p for p in curves[peer] if p.share == share), None)
     time = point.cost(runtime) if point else None
     if share > MOST or point is None or time is None:
         return None
-    ours = accuracy_at(curves[own], runtime, time)
+    own = best_at(curves, arms, runtime, time)
+    ours = accuracy_at(curves[own], runtime, time) if own else None
     where = f"{RUNTIMES[runtime]}, time {time:.2f}"
     if ours is None:
-        return Claim(f"{where}: {own} has no network that fast, {peer} {_text(point.test)}", False)
+        return Claim(f"{where}: no network that fast, {peer} {_text(point.test)}", False)
     # All arms of a seed begin with the same network, whose luck would hide what they differ in.
     gains = tuple(a - b for a, b in zip(ours, point.test, strict=True))
     text = f"{where}: {own} {_text(ours)}, {peer} {_text(point.test)}, seed by seed {_text(gains)}"
