@@ -25,10 +25,11 @@ from torch import fx, nn
 
 from rmfx._affine import AffineConv, stack
 from rmfx._affine import chain as compose_chain
+from rmfx._columns import Plan
 from rmfx._errors import Refusal
 from rmfx._graph import Net, Virtual
 from rmfx._layers import input_of, is_tensor_node, read_affine
-from rmfx._plan import Plan, merge
+from rmfx._plan import merge
 from rmfx._policy import Policy, check_policy
 from rmfx._range import Ranges
 from rmfx._rewrite import apply_rule

@@ -54,6 +54,14 @@ class Step:
     channels: int
     tapped: bool = False
 
+    @property
+    def affine(self) -> AffineConv:
+        """Of a linear layer."""
+        layer = self.layer.affine if isinstance(self.layer, Norm) else self.layer
+        if not isinstance(layer, AffineConv):
+            raise TypeError("only linear layers have a linear form")
+        return layer
+
 
 Chain = tuple[Step, ...]
 LIMITS = (torch.maximum, torch.minimum)

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ._activation import Activation, way_of
 from ._affine import AffineConv, chain, compose, direct_sum, join, stack
+from ._columns import Column, Linear, Normalised, Plan, Pointwise, work_of
 from ._errors import Refusal
-from ._plan import Column, Linear, Normalised, Plan, Pointwise, work_of
 from ._range import Range, Ranges
 
 # The simplest first; of those allowed, the first that works is used.

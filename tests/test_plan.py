@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import rmfx
 from rmfx._affine import AffineConv
+from rmfx._columns import Linear, Normalised, Plan, Pointwise, build
 from rmfx._errors import Refusal
 from rmfx._graph import Net
-from rmfx._plan import Linear, Normalised, Plan, Pointwise, build, plans
+from rmfx._plan import plans
 from rmfx._site import Site, find_sites
 
 Forward = Callable[[Any, Tensor], Any]

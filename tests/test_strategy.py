@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 import rmfx
 from rmfx._activation import Activation
+from rmfx._columns import Plan, Pointwise
 from rmfx._errors import Refusal, RmfxError
 from rmfx._graph import Net
-from rmfx._plan import Plan, Pointwise, plans
+from rmfx._plan import plans
 from rmfx._range import Ranges
 from rmfx._site import find_sites
 from rmfx._strategy import (
