@@ -56,7 +56,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "merge: the inner layer's bias is lost",
-        "rmfx/_affine.py",
+        "rmfx/_algebra.py",
         "bias = bias + _sum_of_taps(outer, inner.bias)",
         "bias = bias + 0 * _sum_of_taps(outer, inner.bias)",
         ("tests/test_affine.py", FUZZ),

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rmfx._affine import CONVS, AffineConv, compose
+from rmfx._affine import CONVS, AffineConv
+from rmfx._algebra import compose
 from rmfx._dialect import BATCH_NORMS, is_named
 from rmfx._errors import Refusal
 from rmfx._graph import Net, Virtual

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rmfx._affine import AffineConv, stack
-from rmfx._affine import chain as compose_chain
+from rmfx._affine import AffineConv
+from rmfx._algebra import chain as compose_chain
+from rmfx._algebra import stack
 from rmfx._columns import Plan
 from rmfx._errors import Refusal
 from rmfx._graph import Net, Virtual

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx._affine import in_turn
+from rmfx._algebra import in_turn
 from rmfx._errors import ShapeError
 from rmfx._moments import Moments
 from rmfx._range import Range

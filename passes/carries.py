@@ -34,8 +34,9 @@ from rmfx._activation import (
     Interval,
     MaskedActivation,
 )
-from rmfx._affine import AffineConv, compose
-from rmfx._affine import chain as compose_chain
+from rmfx._affine import AffineConv
+from rmfx._algebra import chain as compose_chain
+from rmfx._algebra import compose
 from rmfx._allocation import spare
 from rmfx._carry import reads_inside
 from rmfx._channels import Channels

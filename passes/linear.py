@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from rmfx._affine import AffineConv, compose
+from rmfx._affine import AffineConv
+from rmfx._algebra import compose
 from rmfx._dialect import BATCH_NORMS, module_path
 from rmfx._errors import OptionError, Refusal
 from rmfx._graph import Net, Virtual, positions

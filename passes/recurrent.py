@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from rmfx._affine import CONVS  # nn.Linear among them
+from rmfx._affine import CONVS
 from rmfx._dialect import is_named
 from rmfx._errors import OptionError, WeightError
 from rmfx._state import undisturbed

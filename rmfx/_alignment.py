@@ -10,7 +10,8 @@ from typing import Any
 from torch import fx
 
 from ._activation import Activation, Blockwise
-from ._affine import AffineConv, window_of
+from ._affine import AffineConv
+from ._algebra import window_of
 from ._columns import POINTWISE, Column, Linear, Plan, Pointwise, Shared, Sided, taps_of, work_of
 from ._errors import Refusal
 from ._graph import between

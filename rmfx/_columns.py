@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from ._activation import Activation, Block, Blockwise
-from ._affine import AffineConv, common_block, direct_sum, in_turn, join, plus, stack, window_of
+from ._affine import AffineConv
+from ._algebra import common_block, direct_sum, in_turn, join, plus, stack, window_of
 from ._carry import area_after
 from ._errors import Refusal
 from ._layers import Border, Lateral, MaxPool

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ._affine import TRANSPOSED, AffineConv, direct_sum
+from ._affine import TRANSPOSED, AffineConv
+from ._algebra import direct_sum
 from ._channels import PAD_ARGUMENTS, Channels, Cut, Layer, Table, expanded
 from ._dialect import BATCH_NORMS
 from ._errors import Refusal, RmfxError

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from ._affine import AffineConv
-from ._affine import chain as compose_chain
+from ._algebra import chain as compose_chain
 from ._alignment import aligned
 from ._carry import fitted, placements
 from ._columns import (

@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 
 from ._activation import Activation, Blockwise
-from ._affine import AffineConv, compose
+from ._affine import AffineConv
+from ._algebra import compose
 from ._dialect import BATCH_NORMS
 from ._errors import Refusal
 from ._graph import Net, Virtual

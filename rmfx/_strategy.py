@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from ._activation import Activation, way_of
-from ._affine import AffineConv, chain, compose, direct_sum, join, stack
+from ._affine import AffineConv
+from ._algebra import chain, compose, direct_sum, join, stack
 from ._columns import Column, Linear, Normalised, Plan, Pointwise, work_of
 from ._errors import Refusal
 from ._range import Range, Ranges

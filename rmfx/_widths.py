@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ._affine import TRANSPOSED, common_block
+from ._affine import TRANSPOSED
+from ._algebra import common_block
 from ._channels import FIXED, Channels, Layer, Table
 from ._dialect import is_named
 from ._graph import Net, positions

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rmfx._affine import (
-    AffineConv,
+from rmfx._affine import AffineConv
+from rmfx._algebra import (
     chain,
     common_block,
     common_window,

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rmfx._affine import AffineConv, direct_sum, join, plus, stack
+from rmfx._affine import AffineConv
+from rmfx._algebra import direct_sum, join, plus, stack
 from rmfx._carry import area_after, dirac, placements, reads_inside
 from rmfx._errors import Refusal
 

@@ -15,7 +15,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import rmfx
 from rmfx._activation import Activation, Block, Blockwise
-from rmfx._affine import AffineConv, compose
+from rmfx._affine import AffineConv
+from rmfx._algebra import compose
 from rmfx._errors import Refusal, WeightError
 from rmfx._graph import Net, Virtual, check_weight, positions
 from rmfx._layers import read_affine
