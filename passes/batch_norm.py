@@ -22,10 +22,11 @@ from torch import fx, nn
 
 from rmfx._affine import CONVS, AffineConv
 from rmfx._algebra import compose
-from rmfx._dialect import BATCH_NORMS, is_named
+from rmfx._calls import BATCH_NORMS
 from rmfx._errors import Refusal
 from rmfx._graph import Net, Virtual
 from rmfx._layers import input_of, read, read_affine
+from rmfx._names import is_named
 from rmfx._rewrite import apply_rule
 from rmfx._site import weight_types
 from rmfx._state import undisturbed

@@ -28,10 +28,11 @@ from torch.nn.functional import softplus
 
 from rmfx._activation import Activation
 from rmfx._affine import CONVS, AffineConv
-from rmfx._dialect import BATCH_NORMS, is_named
+from rmfx._calls import BATCH_NORMS
 from rmfx._errors import OptionError, Refusal, ShapeError
 from rmfx._graph import Net, positions
 from rmfx._layers import input_of, read, read_affine
+from rmfx._names import is_named
 from rmfx._range import Ranges
 from rmfx._rewrite import apply_rule
 from rmfx._state import undisturbed

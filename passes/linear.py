@@ -21,10 +21,11 @@ from torch import fx, nn
 
 from rmfx._affine import AffineConv
 from rmfx._algebra import compose
-from rmfx._dialect import BATCH_NORMS, module_path
+from rmfx._calls import BATCH_NORMS
 from rmfx._errors import OptionError, Refusal
 from rmfx._graph import Net, Virtual, positions
 from rmfx._layers import input_of, read_affine
+from rmfx._names import module_path
 from rmfx._policy import Policy, check_policy
 from rmfx._rewrite import apply_rule
 from rmfx._rows import expense_of

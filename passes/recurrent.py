@@ -28,8 +28,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from rmfx._affine import CONVS
-from rmfx._dialect import is_named
 from rmfx._errors import OptionError, WeightError
+from rmfx._names import is_named
 from rmfx._state import undisturbed
 
 Model = TypeVar("Model", bound=nn.Module)

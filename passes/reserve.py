@@ -32,10 +32,11 @@ from torch import fx, nn
 
 from rmfx._activation import Activation, is_activation
 from rmfx._affine import CONVS, AffineConv
-from rmfx._dialect import AVERAGE_POOLS, BATCH_NORMS, is_named, module_path
+from rmfx._calls import AVERAGE_POOLS, BATCH_NORMS
 from rmfx._errors import OptionError, Refusal
 from rmfx._graph import ORIGIN, Net
 from rmfx._layers import Border, input_of, read, read_affine, read_join
+from rmfx._names import is_named, module_path
 from rmfx._regions import cut_module
 from rmfx._sizes import MAX_POOLS, SizeLaw
 from rmfx._state import undisturbed

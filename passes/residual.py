@@ -34,13 +34,13 @@ from rmfx._activation import Blockwise, Interval, way_of
 from rmfx._affine import AffineConv
 from rmfx._alignment import may_reorder
 from rmfx._columns import Column, Layer, Linear, Normalised, Plan, Pointwise, Shared, Sided, build
-from rmfx._dialect import module_path
 from rmfx._dynamo import find_lifted
 from rmfx._errors import OptionError, Refusal, RefusedError, RmfxError
 from rmfx._graph import Net, Shape, Virtual, put_in_order
 from rmfx._layers import read_join
 from rmfx._linked import linked
 from rmfx._moments import Moments
+from rmfx._names import module_path
 from rmfx._plan import plans
 from rmfx._policy import Policy, check_policy, reason_to_keep
 from rmfx._range import Ranges, check_range

@@ -30,11 +30,11 @@ from torch import fx, nn
 from torch.optim.swa_utils import update_bn
 
 from rmfx._activation import Activation, Blockwise
-from rmfx._dialect import module_path
 from rmfx._errors import OptionError, Refusal, ShapeError
 from rmfx._graph import Net
 from rmfx._importance import Batches, Loss
 from rmfx._layers import CHANNEL_BY_CHANNEL, Lateral, read_join
+from rmfx._names import module_path
 from rmfx._rewrite import apply_rule
 from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed

@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 
 from ._activation import OWN_ACTIVATIONS, is_activation
 from ._affine import CONVS, TRANSPOSED
-from ._dialect import AVERAGE_POOLS, BATCH_NORMS, BORDERS, PADS
+from ._calls import AVERAGE_POOLS, BATCH_NORMS, BORDERS, PADS
 from ._graph import Net
 from ._layers import MEANS
 from ._sizes import MAX_POOLS

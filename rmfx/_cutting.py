@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 
 from ._affine import TRANSPOSED, AffineConv
 from ._algebra import direct_sum
+from ._calls import BATCH_NORMS
 from ._channels import PAD_ARGUMENTS, Channels, Cut, Layer, Table, expanded
-from ._dialect import BATCH_NORMS
 from ._errors import Refusal, RmfxError
 from ._graph import Net, Virtual
 from ._regions import cut_module

@@ -22,7 +22,8 @@ from torch import fx, nn
 
 from ._activation import TABLE
 from ._affine import CONVS
-from ._dialect import BATCH_NORMS, IN_PLACE_METHODS, attribute, has_functional_form
+from ._calls import BATCH_NORMS, IN_PLACE_METHODS
+from ._dialect import attribute, has_functional_form
 
 NUMBER_METHODS = ("size", "dim", "numel", "ndimension", "stride", "item", "is_floating_point")
 CONTAINER_METHODS = (

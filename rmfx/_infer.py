@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from ._activation import Blockwise, is_activation
 from ._affine import CONVS, AffineConv
-from ._dialect import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS
+from ._calls import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS
 
 if TYPE_CHECKING:
     from ._graph import Net

@@ -27,17 +27,7 @@ from torch import Tensor, fx, nn
 
 from ._activation import Activation, Blockwise, is_activation
 from ._affine import CONVS, TRANSPOSED, AffineConv, Ints, Pads
-from ._dialect import (
-    ADDS,
-    ARITHMETIC,
-    AVERAGE_POOLS,
-    BATCH_NORMS,
-    BORDERS,
-    PADS,
-    SCALES,
-    SUBS,
-    each,
-)
+from ._calls import ADDS, ARITHMETIC, AVERAGE_POOLS, BATCH_NORMS, BORDERS, PADS, SCALES, SUBS, each
 from ._errors import Refusal
 from ._graph import Net, Virtual
 from ._reasons import reason_for

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._activation import ChannelPReLU, MaskedActivation, channel_prelu
 from ._affine import CONV_FUNCTIONS, CONVS
-from ._dialect import BATCH_NORMS, attribute
+from ._calls import BATCH_NORMS
+from ._dialect import attribute
 from ._dynamo import Lifted
 from ._errors import RmfxError
 from ._graph import ConvertedModule

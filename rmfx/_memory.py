@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from ._activation import OWN_ACTIVATIONS, is_activation
 from ._affine import AffineConv
-from ._dialect import ADDS, SUBS
+from ._calls import ADDS, SUBS
 from ._errors import Refusal
 from ._graph import Net, Shape
 from ._layers import CHANNEL_BY_CHANNEL, Lateral, MaxPool, read_join

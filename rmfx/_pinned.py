@@ -22,7 +22,7 @@ from ._activation import (
     is_activation,
 )
 from ._affine import AffineConv
-from ._dialect import AVERAGE_POOLS
+from ._calls import AVERAGE_POOLS
 from ._graph import Net
 from ._infer import on_demand
 from ._layers import MEANS, input_of, keeps_dims, read, read_affine

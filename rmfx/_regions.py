@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from ._activation import OWN_ACTIVATIONS, Activation
 from ._affine import AffineConv
-from ._dialect import BATCH_NORMS
+from ._calls import BATCH_NORMS
 from ._graph import Net, Virtual
 from ._layers import Deferred, input_of, keeps_dims, read
 from ._pinned import features_behind

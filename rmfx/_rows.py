@@ -13,9 +13,9 @@ from ._activation import Blockwise
 from ._affine import CONVS
 from ._carry import area_after
 from ._columns import Column, Linear, Pointwise, sizes_of
-from ._dialect import module_path
 from ._errors import Refusal, RmfxError
 from ._graph import Net, Shape, Virtual, positions
+from ._names import module_path
 from ._site import Site
 from ._strategy import Settled
 from .report import SiteReport

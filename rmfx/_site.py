@@ -11,7 +11,7 @@ from torch import fx, nn
 from ._activation import Activation, Blockwise
 from ._affine import AffineConv
 from ._algebra import compose
-from ._dialect import BATCH_NORMS
+from ._calls import BATCH_NORMS
 from ._errors import Refusal
 from ._graph import Net, Virtual
 from ._layers import (

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from ._affine import AffineConv, Ints
-from ._dialect import AVERAGE_POOLS, each
+from ._calls import AVERAGE_POOLS, each
 from ._errors import Refusal
 from ._infer import on_demand, succeed
 from ._input_guard import SizeCondition

@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from ._affine import TRANSPOSED
 from ._algebra import common_block
 from ._channels import FIXED, Channels, Layer, Table
-from ._dialect import is_named
 from ._graph import Net, positions
+from ._names import is_named
 
 
 @dataclass(frozen=True, eq=False)

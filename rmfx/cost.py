@@ -9,11 +9,12 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from ._affine import CONVS
-from ._dialect import ADDS, SUBS, module_path
+from ._calls import ADDS, SUBS
 from ._errors import ShapeError
 from ._graph import Net, positions
 from ._memory import Skip, live_bytes, size_of
 from ._memory import skips as _skips
+from ._names import module_path
 from ._rewrite import apply_rule
 from .frontend import trace
 from .report import short

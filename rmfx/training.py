@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from ._activation import ChannelPReLU
 from ._affine import CONVS
-from ._dialect import BATCH_NORMS
+from ._calls import BATCH_NORMS
 from ._errors import OptionError
 
 

@@ -13,7 +13,7 @@ from builders import Apply
 from torch import Tensor, fx, nn
 
 import rmfx
-from rmfx._dialect import ARITHMETIC, CALLS
+from rmfx._calls import ARITHMETIC, CALLS
 from rmfx.testing import random_statistics
 
 Forward = Callable[[Any, Tensor], Any]

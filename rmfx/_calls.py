@@ -1,0 +1,381 @@
+"""What calls mean: kinds of modules, operators, and a row for each kind of layer.
+
+A row says which targets mean a layer, the names of their arguments in order, and how to build the
+`torch.nn` module.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._activation import OWN_ACTIVATIONS
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+PADS = (
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    *(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+)
+SPLITS = ("split", "split_with_sizes", "chunk")
+SPLIT_ARGUMENTS = {
+    **dict.fromkeys(("tensor", "self"), "input"),
+    **dict.fromkeys(("split_size_or_sections", "split_size", "split_sizes", "chunks"), "amount"),
+}
+BORDERS = (
+    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+)
+# Modules that keep both the number of dimensions and the channels of their input.
+CHANNELWISE = (
+    *BATCH_NORMS,
+    *AVERAGE_POOLS,
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity),
+    *OWN_ACTIVATIONS,
+)
+ADDS = (operator.add, operator.iadd, torch.add)
+SUBS = (operator.sub, operator.isub, torch.sub)
+SCALES = (
+    *(operator.mul, operator.imul, torch.mul, operator.truediv, operator.itruediv, torch.div),
+    *(operator.neg, torch.neg),
+)
+
+aten = torch.ops.aten
+Arguments = dict[str, Any]
+Builder = Callable[[Arguments], nn.Module | None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One way to call a layer: argument names in order, and the module it amounts to."""
+
+    names: tuple[str, ...]
+    build: Builder
+
+
+# ---- pointwise activations ----------------------------------------------------------------------
+
+
+def _activation(kind: type[nn.Module], names: str) -> Builder:
+    def build(given: Arguments) -> nn.Module | None:
+        if given.pop("training", False) or given.pop("inplace", None) not in (None, False, True):
+            return None
+        return kind(**given)
+
+    return build
+
+
+_ACTIVATIONS: tuple[tuple[type[nn.Module], str, str], ...] = (
+    (nn.ReLU, "relu", "inplace"),
+    (nn.ReLU6, "relu6", "inplace"),
+    (nn.Hardtanh, "hardtanh", "min_val max_val inplace"),
+    (nn.LeakyReLU, "leaky_relu", "negative_slope inplace"),
+    (nn.RReLU, "rrelu", "lower upper training inplace"),
+    (nn.ELU, "elu", "alpha inplace"),
+    (nn.CELU, "celu", "alpha inplace"),
+    (nn.SELU, "selu", "inplace"),
+    (nn.GELU, "gelu", "approximate"),
+    (nn.SiLU, "silu", "inplace"),
+    (nn.Mish, "mish", "inplace"),
+    (nn.Softplus, "softplus", "beta threshold"),
+    (nn.Softsign, "softsign", ""),
+    (nn.Tanh, "tanh", ""),
+    (nn.Sigmoid, "sigmoid", ""),
+    (nn.LogSigmoid, "logsigmoid", ""),
+    (nn.Hardsigmoid, "hardsigmoid", "inplace"),
+    (nn.Hardswish, "hardswish", "inplace"),
+    (nn.Hardshrink, "hardshrink", "lambd"),
+    (nn.Softshrink, "softshrink", "lambd"),
+    (nn.Tanhshrink, "tanhshrink", ""),
+    (nn.Threshold, "threshold", "threshold value inplace"),
+)
+
+
+def _clamp(given: Arguments) -> nn.Module | None:
+    low, high = given.get("min"), given.get("max")
+    if any(isinstance(v, Tensor) for v in (low, high)) or (low is None and high is None):
+        return None
+    low = -float("inf") if low is None else float(low)
+    high = float("inf") if high is None else float(high)
+    if (low, high) == (0.0, float("inf")):
+        return nn.ReLU()
+    return nn.Hardtanh(low, high) if low < high else None
+
+
+def _prelu(given: Arguments) -> nn.Module | None:
+    weight = given["weight"]
+    if not isinstance(weight, Tensor):
+        return None
+    return _filled(nn.PReLU(weight.numel(), device="meta"), weight=weight)
+
+
+# ---- layers with weights ------------------------------------------------------------------------
+
+
+def _filled(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
+    """The module with its parameters and buffers set to the model's own tensors."""
+    for name, value in tensors.items():
+        if name in module._parameters and isinstance(value, Tensor):
+            shared = value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
+            module._parameters[name] = shared
+        elif name in module._parameters:
+            module._parameters[name] = None
+        else:
+            module._buffers[name] = value
+    return module
+
+
+def _conv(dims: int) -> Builder:
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+
+    def build(given: Arguments) -> nn.Module | None:
+        weight, bias = given.pop("weight"), given.pop("bias", None)
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
+            return None
+        groups = given.get("groups", 1)
+        options = {k: each(v, dims) for k, v in given.items() if k != "groups"}
+        module = kind(
+            weight.shape[1] * groups,
+            weight.shape[0],
+            tuple(weight.shape[2:]),
+            groups=groups,
+            device="meta",
+            **options,
+        )
+        return _filled(module, weight=weight, bias=bias)
+
+    return build
+
+
+def _convolution(given: Arguments) -> nn.Module | None:
+    weight = given["weight"]
+    if given.pop("transposed") or any(given.pop("output_padding")):
+        return None
+    if not isinstance(weight, Tensor) or not 3 <= weight.dim() <= 5:
+        return None
+    return _conv(weight.dim() - 2)(given)
+
+
+def linear(given: Arguments) -> nn.Module | None:
+    weight, bias = given["weight"], given.get("bias")
+    if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None) or weight.dim() != 2:
+        return None
+    module = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    return _filled(module, weight=weight, bias=bias)
+
+
+def batch_norm(given: Arguments) -> nn.Module | None:
+    mean, variance = given["running_mean"], given["running_var"]
+    weight, bias = given.get("weight"), given.get("bias")
+    rank = given["rank"]
+    constant = isinstance(mean, Tensor) and isinstance(variance, Tensor)
+    if given.get("training") or not constant or rank not in (2, 3, 4, 5):
+        return None
+    if not isinstance(weight, Tensor | None) or not isinstance(bias, Tensor | None):
+        return None
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[rank]
+    empty = kind(mean.numel(), eps=given.get("eps", 1e-5), device="meta")
+    module = _filled(empty, running_mean=mean, running_var=variance, weight=weight, bias=bias)
+    module.num_batches_tracked = torch.tensor(0)
+    return module
+
+
+# ---- pooling, padding, shape --------------------------------------------------------------------
+
+
+def _pool(kind: type[nn.Module]) -> Builder:
+    def build(given: Arguments) -> nn.Module | None:
+        if given.get("return_indices"):
+            return None
+        if given.get("stride") in ([], ()):
+            given.pop("stride")
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+    return build
+
+
+def _dropout(given: Arguments) -> nn.Module | None:
+    training = given.get("training", True)
+    return None if training or not isinstance(training, bool) else nn.Dropout(given.get("p", 0.5))
+
+
+def _flatten(given: Arguments) -> nn.Module | None:
+    return nn.Flatten(given.get("start_dim", 0), given.get("end_dim", -1))
+
+
+def each(value: Any, dims: int) -> Any:
+    """An option for each dimension; text stays as it is."""
+    if isinstance(value, int):
+        return (value,) * dims
+    if isinstance(value, (list, tuple)):
+        return tuple(value) * dims if len(value) == 1 else tuple(value)
+    return value
+
+
+def _overloads(*names: str) -> list[Any]:
+    """aten overloads by name, those that this version of PyTorch has."""
+    found = []
+    for name in names:
+        packet, _, overload = name.partition(".")
+        if hasattr(aten, packet):
+            found.append(getattr(getattr(aten, packet), overload or "default"))
+    return found
+
+
+def _table() -> dict[Any, Call]:
+    table: dict[Any, Call] = {}
+
+    def row(targets: Iterable[Any], names: str, build: Builder) -> None:
+        table.update({t: Call(("input", *names.split()), build) for t in targets if t is not None})
+
+    for kind, name, names in _ACTIVATIONS:
+        in_place = f"{name}_"
+        functions = [getattr(m, n, None) for m in (F, torch) for n in (name, in_place)]
+        methods = [n for n in (name, in_place) if hasattr(Tensor, n)]
+        row([*functions, *methods, *_overloads(name, in_place)], names, _activation(kind, names))
+    row(
+        [torch.clamp, torch.clamp_, torch.clip, "clamp", "clamp_", "clip", "clip_"]
+        + _overloads("clamp", "clamp_", "clip", "clip_"),
+        "min max",
+        _clamp,
+    )
+    row(
+        [torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_"]
+        + _overloads("clamp_min", "clamp_min_"),
+        "min",
+        _clamp,
+    )
+    row(_overloads("log_sigmoid"), "", _activation(nn.LogSigmoid, ""))
+    row([F.prelu, torch.prelu, *_overloads("prelu")], "weight", _prelu)
+    for dims in (1, 2, 3):
+        names = "weight bias stride padding dilation groups"
+        functions = [getattr(F, f"conv{dims}d"), getattr(torch, f"conv{dims}d")]
+        overloads = _overloads(f"conv{dims}d", f"conv{dims}d.padding")
+        row([*functions, *overloads], names, _conv(dims))
+        for prefix, module, options in (
+            ("max_pool", "MaxPool", "kernel_size stride padding dilation ceil_mode return_indices"),
+            (
+                "avg_pool",
+                "AvgPool",
+                "kernel_size stride padding ceil_mode count_include_pad"
+                + (" divisor_override" if dims > 1 else ""),
+            ),
+            ("adaptive_avg_pool", "AdaptiveAvgPool", "output_size"),
+            ("adaptive_max_pool", "AdaptiveMaxPool", "output_size return_indices"),
+        ):
+            name = f"{prefix}{dims}d"
+            # torch.adaptive_max_pool1d gives the places, too.
+            owners = (F,) if prefix == "adaptive_max_pool" else (F, torch)
+            functions = [getattr(m, name, None) for m in owners]
+            row([*functions, *_overloads(name)], options, _pool(getattr(nn, f"{module}{dims}d")))
+    row([F.linear, *_overloads("linear")], "weight bias", linear)
+    row(
+        [F.batch_norm],
+        "running_mean running_var weight bias training momentum eps",
+        batch_norm,
+    )
+    row(
+        [torch.batch_norm, *_overloads("batch_norm")],
+        "weight bias running_mean running_var training momentum eps cudnn_enabled",
+        batch_norm,
+    )
+    row(
+        _overloads("_native_batch_norm_legit_no_training"),
+        "weight bias running_mean running_var momentum eps",
+        batch_norm,
+    )
+    row(
+        _overloads("native_batch_norm", "_native_batch_norm_legit"),
+        "weight bias running_mean running_var training momentum eps",
+        batch_norm,
+    )
+    row(
+        _overloads("max_pool2d_with_indices"),
+        "kernel_size stride padding dilation ceil_mode",
+        _pool(nn.MaxPool2d),
+    )
+    row(
+        _overloads("max_pool3d_with_indices"),
+        "kernel_size stride padding dilation ceil_mode",
+        _pool(nn.MaxPool3d),
+    )
+    row(
+        _overloads("convolution"),
+        "weight bias stride padding dilation transposed output_padding groups",
+        _convolution,
+    )
+    row([F.dropout, F.dropout2d, F.dropout3d], "p training inplace", _dropout)
+    row(
+        [torch.dropout, *_overloads("dropout", "dropout_", "feature_dropout", "feature_dropout_")],
+        "p training",
+        _dropout,
+    )
+    row(
+        [torch.flatten, "flatten", *_overloads("flatten.using_ints")], "start_dim end_dim", _flatten
+    )
+    return table
+
+
+CALLS = _table()
+
+
+def gives_several(target: Any) -> bool:
+    """Whether an operator gives several results, of which the layer it amounts to gives one."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and len(schema.returns) > 1
+
+
+ARITHMETIC: dict[Any, Any] = {
+    **dict.fromkeys(
+        [operator.add, operator.iadd, "add", "add_", *_overloads("add.Tensor", "add_.Tensor")],
+        torch.add,
+    ),
+    **dict.fromkeys(
+        [operator.sub, operator.isub, "sub", "sub_", "subtract", "subtract_"]
+        + _overloads("sub.Tensor", "sub_.Tensor", "subtract.Tensor"),
+        torch.sub,
+    ),
+    **dict.fromkeys(
+        [operator.mul, operator.imul, "mul", "mul_", "multiply", "multiply_", torch.multiply]
+        + _overloads("mul.Tensor", "mul_.Tensor", "multiply.Tensor"),
+        torch.mul,
+    ),
+    **dict.fromkeys(
+        [operator.truediv, operator.itruediv, "div", "div_", "true_divide", torch.true_divide]
+        + _overloads("div.Tensor", "div_.Tensor", "true_divide.Tensor", "divide.Tensor"),
+        torch.div,
+    ),
+    **dict.fromkeys([operator.neg, "neg", "neg_", *_overloads("neg", "neg_")], torch.neg),
+    torch.add: torch.add,
+    torch.sub: torch.sub,
+    torch.subtract: torch.sub,
+    torch.mul: torch.mul,
+    torch.div: torch.div,
+    torch.neg: torch.neg,
+}
+SELECTIONS: dict[Any, Any] = {  # of one of several tensors, value by value
+    **dict.fromkeys([torch.maximum, "maximum", *_overloads("maximum")], torch.maximum),
+    **dict.fromkeys([torch.minimum, "minimum", *_overloads("minimum")], torch.minimum),
+    **dict.fromkeys(
+        [torch.where, *_overloads("where.self", "where.ScalarOther", "where.ScalarSelf")],
+        torch.where,
+    ),
+}
+ADDCMULS = (torch.addcmul, "addcmul", *_overloads("addcmul"))
+CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate, *_overloads("cat", "concat"))
+IN_PLACE_BY_METHOD: dict[Any, str] = {
+    operator.iadd: "add_",
+    operator.isub: "sub_",
+    operator.imul: "mul_",
+    operator.itruediv: "div_",
+}
+IN_PLACE_METHODS = ("__iadd__", "__isub__", "__imul__", "__itruediv__")
