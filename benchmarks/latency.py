@@ -25,7 +25,8 @@ from _randomise import randomise_batch_norms
 from torch import nn
 from tqdm import tqdm
 
-from rmfx.latency import RUNTIMES, LatencyReport, Network, Settings, measure_latency, plot
+from rmfx._runtimes import RUNTIMES
+from rmfx.latency import LatencyReport, Network, Settings, measure_latency, plot
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPE = (1, 3, 224, 224)

@@ -27,13 +27,13 @@ from tqdm import tqdm
 from ._allocation import ALLOCATIONS
 from ._errors import OptionError, RmfxError
 from ._importance import BY_DATA, IMPORTANCES
+from ._runtimes import RUNTIMES
 from ._strategy import STRATEGIES
 from .conversion import Conversion, compare, convert
 from .fuzz import FRONTENDS, PASSES, fuzz
 from .html import check_packages, page
 from .latency import (
     PLOT_SUFFIXES,
-    RUNTIMES,
     LatencyError,
     LatencyReport,
     Network,

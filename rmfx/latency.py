@@ -21,7 +21,7 @@ import importlib.util
 import os
 import platform
 import statistics
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ._errors import RmfxError
+from ._runtimes import RUNTIMES, Form, Run, RuntimeFailure, as_failure, times_of, torch_threads
 from .conversion import Conversion, convert
 from .saving import as_function, default_tolerance, random_like, relative_error
 
@@ -46,15 +47,9 @@ PLOT_SUFFIXES = (".svg", ".png")
 # How long idle threads of torch spin before they sleep, and how many there are: both move times.
 _THREAD_VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
 
-Run = Callable[[], object]
-
 
 class LatencyError(RmfxError):
     """Nothing can be measured as asked."""
-
-
-class _RuntimeFailure(Exception):  # noqa: N818  (not an error of rmfx: it becomes a row)
-    """What one runtime raised, or why its numbers are wrong."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +91,10 @@ class Settings:
     seconds: float = 0.1
     tolerance: float | None = None
     activation: str | Collection[str] = "auto"
+
+    def times(self, runs: Sequence[Run]) -> list[tuple[float, ...]]:
+        """Seconds of a call of each function, one number for each round."""
+        return times_of(runs, threads=self.threads, rounds=self.rounds, seconds=self.seconds)
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.runtimes if name not in RUNTIMES]
@@ -212,101 +211,6 @@ def _cells(row: Latency) -> tuple[str, ...]:
     return (*name, *times, f"{ratio:.2f} ({low:.2f} to {high:.2f})", macs, error)
 
 
-@dataclass(eq=False)
-class _Form:
-    """One form of a network, and the inputs it is run on."""
-
-    gm: nn.Module
-    inputs: tuple[Tensor, ...]
-
-    @cached_property
-    def onnx(self) -> bytes:
-        """The network as an ONNX model of this batch size; two runtimes read it."""
-        program = torch.onnx.export(self.gm, self.inputs, dynamo=True, verbose=False)
-        if program is None:
-            raise _RuntimeFailure("torch.onnx.export gave no program")
-        made: bytes = program.model_proto.SerializeToString()
-        return made
-
-    @cached_property
-    def arrays(self) -> list[Any]:
-        return [x.numpy() for x in self.inputs]
-
-
-def _eager(form: _Form, threads: int) -> Run:
-    return lambda: form.gm(*form.inputs)
-
-
-def _inductor(form: _Form, threads: int) -> Run:
-    compiled = torch.compile(form.gm, dynamic=False)
-    return lambda: compiled(*form.inputs)
-
-
-def _onnxruntime(form: _Form, threads: int) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = onnxruntime.InferenceSession(form.onnx, options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
-    feeds = dict(zip(names, form.arrays, strict=True))
-    return lambda: session.run(None, feeds)
-
-
-def _openvino(form: _Form, threads: int) -> Run:
-    import openvino
-
-    core = openvino.Core()
-    options = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
-    compiled = core.compile_model(core.read_model(form.onnx), "CPU", options)
-    request = compiled.create_infer_request()
-    return lambda: request.infer(form.arrays, share_inputs=True, share_outputs=True).to_tuple()
-
-
-@contextlib.contextmanager
-def _freezing() -> Iterator[None]:
-    """Inductor with weights as constants; nothing that was compiled outlives the block."""
-    import torch._inductor.config
-
-    try:
-        with torch._inductor.config.patch(freezing=True):
-            yield
-    finally:
-        torch._dynamo.reset()
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """One way of running a network.
-
-    Attributes:
-        prepare: makes a function that runs one form on its inputs.
-        packages: those it needs besides torch.
-        scope: a context in which it is prepared and run.
-    """
-
-    prepare: Callable[[_Form, int], Run]
-    packages: tuple[str, ...] = ()
-    scope: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-
-    @property
-    def missing(self) -> list[str]:
-        """Packages that are not installed."""
-        return [name for name in self.packages if importlib.util.find_spec(name) is None]
-
-
-RUNTIMES = {
-    "eager": Runtime(_eager),
-    "inductor": Runtime(_inductor, scope=_freezing),
-    "onnxruntime": Runtime(_onnxruntime, ("onnx", "onnxscript", "onnxruntime")),
-    "openvino": Runtime(_openvino, ("onnx", "onnxscript", "openvino")),
-}
-
-
 def measure_latency(
     networks: Iterable[Network],
     settings: Settings | None = None,
@@ -340,7 +244,7 @@ def measure_latency(
     if not present:
         raise LatencyError("; ".join(notes))
     rows: list[Latency] = []
-    with _torch_threads(settings.threads):
+    with torch_threads(settings.threads):
         for network in networks:
             _check(network)
             for batch in settings.batches:
@@ -370,9 +274,9 @@ class _Pair:
         return convert(self.network.model, self.inputs, activation=ways, calibration=seen)
 
     @cached_property
-    def forms(self) -> tuple[_Form, _Form]:
+    def forms(self) -> tuple[Form, Form]:
         conversion = self.conversion
-        return _Form(conversion.before, self.inputs), _Form(conversion.after, self.inputs)
+        return Form(conversion.before, self.inputs), Form(conversion.after, self.inputs)
 
     @cached_property
     def expected(self) -> object:
@@ -403,14 +307,14 @@ class _Pair:
             "batch": self.batch,
         }
         try:
-            with _as_failure(), RUNTIMES[runtime].scope():
+            with as_failure(), RUNTIMES[runtime].scope():
                 row["macs"] = self.macs
                 runs = [RUNTIMES[runtime].prepare(x, self.settings.threads) for x in self.forms]
                 errors = [relative_error(self.expected, _tensors(run())) for run in runs]
                 row["error"] = max(errors)
                 self._verify(*errors)
-                times = _time(runs, self.settings)
-        except _RuntimeFailure as failure:
+                times = self.settings.times(runs)
+        except RuntimeFailure as failure:
             return Latency(**row, failure=str(failure))
         original, converted = times
         return Latency(**row, original=original, converted=converted)
@@ -418,37 +322,10 @@ class _Pair:
     def _verify(self, before: float, after: float) -> None:
         for form, error in (("original", before), ("converted", after)):
             if not error <= self.tolerance:
-                raise _RuntimeFailure(
+                raise RuntimeFailure(
                     f"the {form} network gives wrong numbers here: relative error {error:.1e},"
                     f" at most {self.tolerance:.0e} is accepted"
                 )
-
-
-@contextlib.contextmanager
-def _as_failure() -> Iterator[None]:
-    """Turns whatever a runtime raises into a failure with a reason of one line."""
-    try:
-        yield
-    except _RuntimeFailure:
-        raise
-    except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-        raise _RuntimeFailure(f"{type(error).__name__}: {lines[0].strip()[:200]}") from error
-
-
-def _time(runs: Sequence[Run], settings: Settings) -> list[tuple[float, ...]]:
-    """Seconds of a call of each function, one number for each round."""
-    # Importing this takes a second and warns about CUDA toolkits, which others need not see.
-    from torch.utils.benchmark import Timer
-
-    timers = [Timer("run()", globals={"run": r}, num_threads=settings.threads) for r in runs]
-    times: list[list[float]] = [[] for _ in runs]
-    for turn in range(settings.rounds):
-        for side in range(len(runs)) if turn % 2 == 0 else reversed(range(len(runs))):
-            # Begins with untimed calls, in which the threads of the other form fall asleep.
-            found = timers[side].blocked_autorange(min_run_time=settings.seconds)
-            times[side].append(found.median)
-    return [tuple(each) for each in times]
 
 
 @torch.no_grad()
@@ -477,15 +354,15 @@ def compare_speed(
     if kind.missing:
         raise LatencyError(f"{runtime} cannot be measured: {_advice(kind.missing)}")
     try:
-        with _torch_threads(settings.threads), _as_failure(), kind.scope():
+        with torch_threads(settings.threads), as_failure(), kind.scope():
             runs = []
             for number, gm in enumerate(forms):
                 step(f"prepare {number + 1} of {len(forms)} for {runtime}")
-                runs.append(kind.prepare(_Form(gm, inputs), settings.threads))
+                runs.append(kind.prepare(Form(gm, inputs), settings.threads))
                 runs[-1]()
             step(f"time {len(forms)} networks in {runtime}")
-            return _time(runs, settings)
-    except _RuntimeFailure as failure:
+            return settings.times(runs)
+    except RuntimeFailure as failure:
         raise LatencyError(f"{runtime}: {failure}") from failure
 
 
@@ -522,17 +399,6 @@ def _check(network: Network) -> None:
 
 def _advice(absent: Sequence[str]) -> str:
     return f"{', '.join(absent)} not installed ({INSTALL_COMMAND})"
-
-
-@contextlib.contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    """Also for what is compiled in the block: inductor writes the number into its code."""
-    former = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(former)
 
 
 def machine_of(settings: Settings, runtimes: Iterable[str]) -> dict[str, str]:

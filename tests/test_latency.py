@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx import latency
+from rmfx import _runtimes, latency
 from rmfx.latency import Latency, LatencyError, LatencyReport, Network, Settings, measure_latency
 
 FAST = {"batches": (1,), "threads": 1, "rounds": 2, "seconds": 0.001}
@@ -69,7 +69,7 @@ def test_eager_gives_ratios() -> None:
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_runtimes_that_read_onnx_give_ratios(runtime: str) -> None:
-    for package in latency.RUNTIMES[runtime].packages:
+    for package in _runtimes.RUNTIMES[runtime].packages:
         pytest.importorskip(package)
     report = measure(runtime)
     (row,) = report.rows
@@ -95,7 +95,7 @@ def test_rounds_alternate_which_form_goes_first() -> None:
         return lambda: order.append(name) if order[-1:] != [name] else None
 
     settings = Settings(runtimes=("eager",), threads=1, rounds=4, seconds=0.0)
-    original, converted = latency._time([runner("original"), runner("converted")], settings)
+    original, converted = settings.times([runner("original"), runner("converted")])
     assert len(original) == len(converted) == 4
     # original converted | converted original | original converted | converted original
     assert order == ["original", "converted", "original", "converted", "original"]
@@ -104,11 +104,11 @@ def test_rounds_alternate_which_form_goes_first() -> None:
 def test_every_batch_size_is_measured_on_that_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def spy(form: latency._Form, threads: int) -> latency.Run:
+    def spy(form: _runtimes.Form, threads: int) -> _runtimes.Run:
         seen.append(form.inputs[0].shape[0])
-        return latency._eager(form, threads)
+        return _runtimes._eager(form, threads)
 
-    monkeypatch.setitem(latency.RUNTIMES, "eager", latency.Runtime(spy))
+    monkeypatch.setitem(_runtimes.RUNTIMES, "eager", _runtimes.Runtime(spy))
     settings = Settings(**{**FAST, "runtimes": ("eager",), "batches": (1, 3)})
     report = measure_latency([residual()], settings)
     assert [row.batch for row in report.rows] == [1, 3]
@@ -120,11 +120,11 @@ def test_the_original_is_without_batch_norm_and_keeps_its_add(
 ) -> None:
     forms: list[fx.GraphModule] = []
 
-    def spy(form: latency._Form, threads: int) -> latency.Run:
+    def spy(form: _runtimes.Form, threads: int) -> _runtimes.Run:
         forms.append(form.gm)
-        return latency._eager(form, threads)
+        return _runtimes._eager(form, threads)
 
-    monkeypatch.setitem(latency.RUNTIMES, "eager", latency.Runtime(spy))
+    monkeypatch.setitem(_runtimes.RUNTIMES, "eager", _runtimes.Runtime(spy))
     measure("eager")
     original, converted = forms
     assert not any(isinstance(m, nn.BatchNorm2d) for m in original.modules())
@@ -135,14 +135,14 @@ def test_the_original_is_without_batch_norm_and_keeps_its_add(
 def test_the_number_of_threads_is_used_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
 
-    def spy(form: latency._Form, threads: int) -> latency.Run:
+    def spy(form: _runtimes.Form, threads: int) -> _runtimes.Run:
         def run() -> object:
             seen.add(torch.get_num_threads())
             return form.gm(*form.inputs)
 
         return run
 
-    monkeypatch.setitem(latency.RUNTIMES, "eager", latency.Runtime(spy))
+    monkeypatch.setitem(_runtimes.RUNTIMES, "eager", _runtimes.Runtime(spy))
     threads = torch.get_num_threads()
     settings = Settings(**{**FAST, "runtimes": ("eager",), "threads": threads + 1})
     measure_latency([residual()], settings)
@@ -176,10 +176,10 @@ def test_a_runtime_that_is_wrong_for_both_forms_is_an_error_row(
 ) -> None:
     """The reference is the original in eager mode, not what the runtime makes of it."""
 
-    def halve(form: latency._Form, threads: int) -> latency.Run:
+    def halve(form: _runtimes.Form, threads: int) -> _runtimes.Run:
         return lambda: form.gm(*form.inputs) / 2
 
-    monkeypatch.setitem(latency.RUNTIMES, "inductor", latency.Runtime(halve))
+    monkeypatch.setitem(_runtimes.RUNTIMES, "inductor", _runtimes.Runtime(halve))
     wrong, right = measure("inductor", "eager").rows
     assert "the original network gives wrong numbers here" in wrong.failure
     assert right.failure == ""
@@ -188,18 +188,18 @@ def test_a_runtime_that_is_wrong_for_both_forms_is_an_error_row(
 def test_a_runtime_that_fails_says_why_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(form: latency._Form, threads: int) -> latency.Run:
+    def fail(form: _runtimes.Form, threads: int) -> _runtimes.Run:
         raise ValueError("\nno kernel for Residual\nand much more")
 
-    monkeypatch.setitem(latency.RUNTIMES, "inductor", latency.Runtime(fail))
+    monkeypatch.setitem(_runtimes.RUNTIMES, "inductor", _runtimes.Runtime(fail))
     report = measure("inductor", "eager")
     assert [row.failure for row in report.rows] == ["ValueError: no kernel for Residual", ""]
     assert "failed: ValueError: no kernel for Residual" in str(report)
 
 
 def test_a_missing_runtime_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = latency.Runtime(latency._openvino, ("no_such_package",))
-    monkeypatch.setitem(latency.RUNTIMES, "openvino", absent)
+    absent = _runtimes.Runtime(_runtimes._openvino, ("no_such_package",))
+    monkeypatch.setitem(_runtimes.RUNTIMES, "openvino", absent)
     report = measure("openvino", "eager")
     assert [row.runtime for row in report.rows] == ["eager"]
     (note,) = report.notes
