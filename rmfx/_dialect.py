@@ -34,6 +34,7 @@ from ._calls import (
     linear,
 )
 from ._names import free_name, free_path, name_nodes
+from ._zero_channels import pad_for_zeros
 
 MISSING = object()
 
@@ -70,6 +71,7 @@ def canonicalise(gm: fx.GraphModule) -> None:
             _pad_apart(gm, node)
         elif node.op in ("call_function", "call_method"):
             _canonicalise_call(gm, node, taken)
+    pad_for_zeros(gm)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)
     name_nodes(gm.graph)
 

@@ -72,7 +72,7 @@ def _why_not_plain(gm: fx.GraphModule) -> str | None:
         return f"it has {len(inputs)} inputs: {', '.join(n.name for n in inputs)}"
     for node in gm.graph.nodes:
         if node.op == "output":
-            if not isinstance(node.args[0], fx.Node):
+            if not isinstance(_given(gm, node), fx.Node):
                 return f"{node.name} gives several values or a container"
             continue
         if len(node.users) != 1:
@@ -82,6 +82,14 @@ def _why_not_plain(gm: fx.GraphModule) -> str | None:
             names = ", ".join(n.name for n in node.all_input_nodes) or "nothing"
             return f"{node.name} reads {names}, not one tensor alone"
     return None
+
+
+def _given(gm: fx.GraphModule, output: fx.Node) -> object:
+    """What a graph gives; exported ones write a single value as a list of one."""
+    spec = getattr(getattr(gm.graph._codegen, "pytree_info", None), "out_spec", None)
+    value = output.args[0]
+    alone = spec is not None and spec.is_leaf() and isinstance(value, (list, tuple))
+    return value[0] if alone else value  # type: ignore[index]
 
 
 def _reads_one_value(node: fx.Node) -> bool:

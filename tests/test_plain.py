@@ -147,3 +147,11 @@ def test_training_mode_carries_over() -> None:
     gm = rmfx.remove_residuals(ready(Residual(conv_branch())))
     assert rmfx.to_sequential(gm.train()).training
     assert adds(gm) == 0
+
+
+def test_an_exported_chain_is_plain() -> None:
+    model = ready(chain(conv(3, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    gm = rmfx.remove_noops(torch.export.export(model, (image(2, 3, 8, 8),)))
+    assert rmfx.is_plain(gm)
+    x = image(2, 3, 8, 8)
+    torch.testing.assert_close(rmfx.to_sequential(gm)(x), model(x), rtol=0, atol=1e-12)
