@@ -29,6 +29,7 @@ from rmfx._names import module_path
 from rmfx._policy import Policy, check_policy
 from rmfx._rewrite import apply_rule
 from rmfx._rows import expense_of
+from rmfx._selections import may_select
 from rmfx._site import weight_types
 from rmfx._state import undisturbed
 from rmfx.frontend import trace
@@ -89,6 +90,8 @@ class LinearRule:
     def _is_linear(self, net: Net, node: fx.Node) -> bool:
         module = net.replacement(node) or net.module(node)
         if self._keep_norms and type(module) in BATCH_NORMS:
+            return False
+        if may_select(net, node):  # costs nothing, and would make a grouped layer dense
             return False
         return isinstance(read_affine(net, node), AffineConv)
 

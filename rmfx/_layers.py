@@ -31,6 +31,7 @@ from ._calls import ADDS, ARITHMETIC, AVERAGE_POOLS, BATCH_NORMS, BORDERS, PADS,
 from ._errors import Refusal
 from ._graph import Net, Virtual
 from ._reasons import reason_for
+from ._selections import may_select, selection
 from ._sizes import MAX_POOLS, conditions_of
 
 MEANS: tuple[object, ...] = ("mean", torch.mean, torch.ops.aten.mean.dim)
@@ -105,7 +106,16 @@ def read(net: Net, node: fx.Node) -> Element | Refusal:
         found = Deferred(AffineConv.identity)
     else:
         found = Refusal(reason_for(net, node))
+    if isinstance(found, Refusal) and may_select(net, node) and net.guard(node) is None:
+        found = _read_selection(net, node, found)
     return found.at(node.name) if isinstance(found, Refusal) else found
+
+
+def _read_selection(net: Net, node: fx.Node, otherwise: Refusal) -> Deferred:
+    def build(channels: int, dims: int) -> AffineConv | Refusal:
+        return selection(net, node, channels, dims) or otherwise
+
+    return Deferred(build)
 
 
 def read_affine(net: Net, node: fx.Node) -> AffineConv | Refusal:
@@ -489,6 +499,8 @@ def laterals(net: Net, node: fx.Node) -> list[Lateral]:
     if node.meta.get("frozen") or node.op != "call_function":
         return []
     operands = _concatenated(net, node) if node.target is torch.cat else node.args
+    if node.target is torch.cat and len(set(operands)) == 1:
+        return []  # the same channels several times
     found = [Lateral(node, tuple(operands), place) for place in _open_places(net, node, operands)]
 
     def is_gate(one: Lateral) -> bool:

@@ -24,6 +24,7 @@ from ._layers import (
     read_join,
 )
 from ._paths import Path, walks
+from ._selections import may_select
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +195,8 @@ def weight_types(net: Net, nodes: Iterable[fx.Node]) -> set[tuple[torch.dtype, t
         elif module is not None:
             tensors = (*module.parameters(), *module.buffers())
             kinds |= {(t.dtype, t.device) for t in tensors if t.is_floating_point()}
-        for constant in node.all_input_nodes:
+        constants = () if may_select(net, node) else node.all_input_nodes
+        for constant in constants:
             if not is_tensor_node(net, constant) and constant.op == "get_attr":
                 value = net.attribute(constant)
                 if isinstance(value, torch.Tensor) and value.dim():

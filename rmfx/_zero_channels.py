@@ -28,6 +28,7 @@ aten = torch.ops.aten
 LIKE = (torch.zeros_like, aten.zeros_like.default)
 OF_SIZE = (torch.zeros, aten.zeros.default)
 BY_METHOD = ("new_zeros", aten.new_zeros.default)
+COPIES = (torch.clone, aten.clone.default, aten.detach.default, "clone", "detach", "contiguous")
 PRODUCTS = (operator.mul, torch.mul)
 OF_NUMBERS = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg)
 
@@ -93,7 +94,7 @@ class _Fixed:
             if isinstance(module, nn.modules.conv._ConvNd):
                 return _Given(module.out_channels, len(module.kernel_size))
             return same if is_activation(module) or isinstance(module, CHANNELWISE) else None
-        if node.target in (*ADDS, *SUBS, *SCALES, *LIKE):
+        if node.target in (*ADDS, *SUBS, *SCALES, *LIKE, *COPIES):
             return same
         if node.target in (*OF_SIZE, *BY_METHOD):
             return self._of_size(node)
@@ -204,8 +205,10 @@ def _operands(cat: fx.Node) -> tuple[list[fx.Node], Any]:
 
 def _is_zero(node: fx.Node) -> bool:
     """Whether a node gives zeros, for finite inputs."""
+    while node.target in COPIES and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
     if node.target in (*LIKE, *OF_SIZE, *BY_METHOD):
-        return True
+        return not node.meta.get("frozen")
     return node.target in PRODUCTS and any(type(a) in (int, float) and a == 0 for a in node.args)
 
 

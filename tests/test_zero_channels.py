@@ -52,6 +52,7 @@ FORMS: dict[str, Shortcut] = {
         (x, x.new_zeros((x.shape[0], 2, x.shape[2], x.shape[3]))), dim=-3
     ),
     "times zero": lambda x, y: torch.cat((x, x[:, :2].mul(0)), 1),
+    "a copy": lambda x, y: torch.cat((x, torch.zeros_like(x[:, :2]).detach().clone()), 1),
     "zero times": lambda x, y: torch.cat((x, 0.0 * x[:, :2]), 1),
     "before": lambda x, y: torch.cat((torch.zeros_like(x[:, :2]), x), 1),
     "on both sides": lambda x, y: torch.cat((x[:, :1] * 0, x, x[:, 2:3] * 0), 1),
