@@ -26,13 +26,13 @@ from rmfx._calls import BATCH_NORMS
 from rmfx._errors import Refusal
 from rmfx._graph import Net, Virtual
 from rmfx._layers import input_of, read, read_affine
-from rmfx._names import is_named
+from rmfx._names import is_named, patterns_of
 from rmfx._rewrite import apply_rule
 from rmfx._site import weight_types
 from rmfx._state import undisturbed
 from rmfx.frontend import trace
 
-from .calibration import identity_norm, measure
+from .calibration import check_batches, identity_norm, measure
 
 RESHAPES = (
     "reshape_as",
@@ -197,7 +197,7 @@ def fold_batch_norm(model: nn.Module | Any, example_inputs: Any = None) -> fx.Gr
 
 @undisturbed
 def insert_batch_norm(
-    model: nn.Module | Any, data: Iterable[Any], *, layers: Sequence[str] = ("*",)
+    model: nn.Module | Any, data: Iterable[Any], *, layers: str | Sequence[str] = ("*",)
 ) -> fx.GraphModule:
     """Put a batch norm behind every convolution that has none, without changing the output.
 
@@ -224,8 +224,12 @@ def insert_batch_norm(
         >>> [type(m).__name__ for m in rmfx.insert_batch_norm(model, [x]).children()]
         ['Conv2d', 'BatchNorm2d', 'ReLU']
     """
+    check_batches("data", data)
     batches = list(data)
     net = Net(trace(model, batches[0] if batches else None))
+    convs = [str(n.target) for n in net.graph.nodes if type(net.module(n)) in CONVS[1:]]
+    if convs:
+        layers = patterns_of("layers", layers, convs)
     wanted = {n.name for n in net.graph.nodes if _has_no_norm(net, n, layers)}
     found = measure(net.source, batches, wanted=lambda node: node.name in wanted).moments
     for node in list(net.graph.nodes):

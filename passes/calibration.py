@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmfx._algebra import in_turn
-from rmfx._errors import ShapeError
+from rmfx._errors import OptionError, ShapeError
 from rmfx._moments import Moments
 from rmfx._range import Range
 from rmfx.frontend import as_inputs
@@ -96,15 +96,25 @@ def measure(
     Raises:
         ShapeError: there is no batch, or values change their channels from batch to batch.
     """
+    check_batches("calibration", batches)
     recorder = _Recorder(gm, extremes=extremes, wanted=wanted)
     count = 0
     with torch.no_grad():
         for batch in batches:
-            _run(recorder, as_inputs(batch) or ())
+            inputs = as_inputs(batch) or ()
+            if any(isinstance(x, Tensor) and not x.numel() for x in inputs):
+                raise ShapeError("calibration holds an empty batch")
+            _run(recorder, inputs)
             count += 1
     if not count:
         raise ShapeError("calibration holds no batch; pass at least one")
     return Measured(recorder.moments, recorder.extremes)
+
+
+def check_batches(name: str, batches: object) -> None:
+    """Raise OptionError for a tensor, whose first dimension would be taken for the batches."""
+    if isinstance(batches, Tensor):
+        raise OptionError(f"{name} is a tensor; pass a list of batches, such as [x]")
 
 
 def _run(recorder: _Recorder, inputs: tuple[Any, ...]) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import getitem
 from typing import Any
@@ -32,7 +32,7 @@ from rmfx._calls import BATCH_NORMS
 from rmfx._errors import OptionError, Refusal, ShapeError
 from rmfx._graph import Net, positions
 from rmfx._layers import input_of, read, read_affine
-from rmfx._names import is_named
+from rmfx._names import is_named, patterns_of
 from rmfx._range import Ranges
 from rmfx._rewrite import apply_rule
 from rmfx._state import undisturbed
@@ -42,6 +42,7 @@ from rmfx.report import META_KEY, short
 from .branches import merge_branches
 from .linear import merge_convs
 
+PROTECTED = "protected"
 Inserted = tuple[fx.Node, fx.Node]  # a convolution and its batch norm
 
 
@@ -76,9 +77,9 @@ class ResConv(Carried):
     """
 
     def __init__(self, stride: Sequence[int], scale: float, carry: float) -> None:
-        super().__init__(torch.tensor(math.log(math.expm1(carry))))
+        super().__init__(torch.tensor(carry + math.log(-math.expm1(-carry))))
         self.stride = tuple(stride)
-        self.scale = nn.Parameter(torch.tensor(scale))
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
         """The sum; y and x have equal channels, and x `stride` times the size of y."""
@@ -156,7 +157,7 @@ def insert_resconv(
     *,
     scale: float = 1.0,
     carry: float = 0.5,
-    layers: Sequence[str] = ("*",),
+    layers: str | Sequence[str] = ("*",),
 ) -> tuple[fx.GraphModule, LayerReport]:
     """Put a shortcut with trainable factors around every convolution that can have one.
 
@@ -174,7 +175,7 @@ def insert_resconv(
         A network to be trained, and a report of all convolutions.
 
     Raises:
-        OptionError: `carry` is not above 0.
+        OptionError: `carry` is not above 0, or a pattern is of no convolution.
         ShapeError: there are no example inputs, which the report needs.
         RmfxError: the model cannot be traced or its weights cannot be used.
 
@@ -187,9 +188,14 @@ def insert_resconv(
         >>> [type(m).__name__ for m in net.children()]
         ['Conv2d', 'BatchNorm2d', 'ResConv', 'ReLU']
     """
-    if not carry > 0:
-        raise OptionError(f"carry={carry!r} must be above 0")
+    if not 0 < carry < math.inf:
+        raise OptionError(f"carry={carry!r} must be above 0, and finite")
+    if not math.isfinite(scale):
+        raise OptionError(f"scale={scale!r} must be finite")
     net = _net_of(model, example_inputs, "insert_resconv")
+    convs = [str(node.target) for node in net.graph.nodes if _is_conv(net, node)]
+    if convs:
+        layers = patterns_of("layers", layers, convs)
     rows = []
     for node in list(net.graph.nodes):
         if not _is_conv(net, node):
@@ -211,7 +217,7 @@ def prune_layers(
     ratio: float | None = None,
     threshold: float | None = None,
     budget: float | None = None,
-    protect: Sequence[str] = (),
+    protect: str | Sequence[str] = (),
 ) -> tuple[fx.GraphModule, LayerReport]:
     """Remove the convolutions with ResConv factors that matter least.
 
@@ -243,7 +249,7 @@ def prune_layers(
         if _is_conv(net, conv)
     ]
     reasons = _reasons_to_stay(net, gates, protect)
-    gone, last = _choose(gates, rows, reasons.keys(), (ratio, threshold, budget))
+    gone, last = _choose(gates, rows, reasons, (ratio, threshold, budget))
     reasons |= dict.fromkeys(last, "the last of its stage")
     for conv, gate in gates.items():
         if str(conv.target) in gone:
@@ -309,6 +315,8 @@ def _normed(net: Net, conv: fx.Node) -> Inserted | Refusal:
         return Refusal("batch norm is not all that reads it")
     if module.in_channels != module.out_channels:
         return Refusal(f"{module.in_channels} channels become {module.out_channels}")
+    if any(isinstance(net.module(user), ResConv) for user in norm.users):
+        return Refusal("it has factors already")
     # The middle of the kernel meets the values that the shortcut takes.
     reach = [(k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
     around = module.padding == "same" or [2 * p for p in module.padding] == reach
@@ -378,10 +386,12 @@ def _macs(net: Net, conv: fx.Node) -> int:
 
 
 def _reasons_to_stay(
-    net: Net, gates: dict[fx.Node, fx.Node], protect: Sequence[str]
+    net: Net, gates: dict[fx.Node, fx.Node], protect: str | Sequence[str]
 ) -> dict[str, str]:
     reasons = {}
-    for conv in (node for node in net.graph.nodes if _is_conv(net, node)):
+    convs = [node for node in net.graph.nodes if _is_conv(net, node)]
+    protect = patterns_of("protect", protect, [str(conv.target) for conv in convs])
+    for conv in convs:
         place = str(conv.target)
         factors: Any = net.module(gates[conv]) if conv in gates else None
         if factors is None:
@@ -389,21 +399,22 @@ def _reasons_to_stay(
         elif max(factors.stride) > 1:
             reasons[place] = "has a stride"
         elif is_named(place, protect):
-            reasons[place] = "protected"
+            reasons[place] = PROTECTED
     return reasons
 
 
 def _choose(
     gates: dict[fx.Node, fx.Node],
     rows: Sequence[LayerRow],
-    fixed: Collection[str],
+    fixed: Mapping[str, str],
     wanted: tuple[float | None, float | None, float | None],
 ) -> tuple[set[str], set[str]]:
     """Which go, the least first, and which would but are the last of their stages."""
     ratio, threshold, budget = wanted
     stage = {str(conv.target): tuple(conv.meta["shape"][1:]) for conv in gates}
     free = [row for row in rows if row.place not in fixed]
-    left = Counter(stage[row.place] for row in free)
+    # One that is protected counts as well, one with a stride does not.
+    left = Counter(stage[place] for place in stage if fixed.get(place) in (None, PROTECTED))
     macs = sum(row.macs for row in rows)
     gone: set[str] = set()
     last: set[str] = set()

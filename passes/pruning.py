@@ -18,9 +18,10 @@ shared, hooked or parametrized.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch import Tensor, fx, nn
 
 from rmfx._allocation import ALLOCATIONS, Demand, Multiple, allocate
 from rmfx._channels import Channels
-from rmfx._cutting import cut
+from rmfx._cutting import cut, reads_ones
 from rmfx._errors import OptionError, ShapeError
 from rmfx._graph import Net
 from rmfx._importance import (
@@ -45,7 +46,8 @@ from rmfx._importance import (
     taylor,
 )
 from rmfx._state import undisturbed
-from rmfx._widths import Meter, Widths, multiply_adds, parameters
+from rmfx._widths import Meter, Part, Size, Widths, multiply_adds, parameters
+from rmfx.cost import Cost, count_graph
 from rmfx.frontend import trace
 from rmfx.latency_table import LatencyTable
 from rmfx.report import META_KEY, short
@@ -76,7 +78,7 @@ class PruningReport:
     Attributes:
         families: one for each set of filters that can go one by one.
         macs_before, macs_after: multiply-adds.
-        parameters_before, parameters_after: of linear layers and of what goes with channels.
+        parameters_before, parameters_after: numbers in the parameters.
         importance, allocation: as asked for.
     """
 
@@ -119,7 +121,7 @@ def prune_channels(
     allocation: str = "uniform",
     floor: float = 0.1,
     multiple: Multiple = 1,
-    protect: Sequence[str] = (),
+    protect: str | Sequence[str] = (),
     responses: str = "bias",
     seed: int = 0,
     step: Callable[[str], object] = lambda text: None,
@@ -146,7 +148,8 @@ def prune_channels(
             so many filters. Runtimes compute 8 or 16 at once, and a few more cost as much again.
         protect: patterns such as "layer4.*" of the paths of layers whose filters stay.
         responses: "bias" puts what channels are on average into the next bias, if there are data;
-            "borders" adds that padding stays 0; "none" takes them for 0.
+            "borders" adds that padding stays 0, for a channel of ones more, in convolutions that
+            are neither grouped nor transposed; "none" takes them for 0.
         seed: for importance="random".
         step: called with a few words before each step.
 
@@ -182,13 +185,17 @@ def prune_channels(
     scores = _scores(net, widths, importance, data, loss, found, seed, step)
     step("choose filters")
     meter = _meter(of, step)
-    everything = widths.everything()
-    allowed = budget if budget is not None else (target or 1) * widths.cost(everything, meter)
-    keep = allocate(allocation, widths, scores, Demand(meter, allowed, multiple, floor))
-    name = importance if isinstance(importance, str) else "custom"
-    report = _report(widths, keep, name, allocation)
+    if found is not None and responses == "borders":
+        meter = _with_ones(meter)
+    before = count_graph(net.source)
+    whole, fixed = _whole(widths, meter, of, before)
+    allowed = budget if budget is not None else (target or 1) * whole
+    demand = Demand(meter, allowed, multiple, floor, fixed)
+    keep = allocate(allocation, widths, scores, demand)
     means = found.means if found is not None and responses != "none" else {}
-    return without(net, widths, keep, means, borders=responses == "borders"), report
+    small = without(net, widths, keep, means, borders=responses == "borders")
+    name = importance if isinstance(importance, str) else "custom"
+    return small, _report(widths, keep, (before, count_graph(small)), name, allocation)
 
 
 def without(
@@ -250,42 +257,67 @@ def _check(
 ) -> None:
     if (target is None) == (budget is None):
         raise OptionError("give either target, a share of the cost, or budget, a number")
+    for name, number in (("target", target), ("budget", budget), ("floor", floor)):
+        if number is not None and not isinstance(number, SupportsFloat):
+            raise OptionError(f"{name}={number!r} is no number")
     if target is not None and not 0 < target <= 1:
         raise OptionError(f"target={target!r}: a share of the cost lies above 0 and not above 1")
     if budget is not None and not budget > 0:
         raise OptionError(f"budget={budget!r} must be positive")
-    for name, value, known in (
-        ("of", of, OF),
-        ("allocation", allocation, ALLOCATIONS),
-        ("importance", importance, IMPORTANCES),
-        ("responses", responses, RESPONSES),
+    for name, value, known, other in (
+        ("of", of, OF, isinstance(of, LatencyTable)),
+        ("allocation", allocation, ALLOCATIONS, False),
+        ("importance", importance, IMPORTANCES, callable(importance)),
+        ("responses", responses, RESPONSES, False),
     ):
-        if isinstance(value, str) and value not in known:
+        if not other and value not in known:
             raise OptionError(f"{name}={value!r}: choose from {', '.join(known)}")
-    if not isinstance(importance, str) and not callable(importance):
-        raise OptionError(f"importance={importance!r} is neither a name nor a function")
-    is_count = isinstance(multiple, int) and multiple > 0
+    is_count = isinstance(multiple, SupportsIndex) and operator.index(multiple) > 0
     if not 0 <= floor <= 1 or not (is_count or callable(multiple)):
         raise OptionError("floor must lie between 0 and 1, multiple must be 1 or more")
     if data is None and importance in BY_DATA:
         raise OptionError(f"importance={importance!r} needs data; or choose importance='l2'")
     if data is None and responses == "borders":
         raise OptionError("responses='borders' needs data")
+    if isinstance(data, Tensor):
+        raise OptionError("data is a tensor; pass batches of (inputs, targets), such as [(x, y)]")
     if data is not None and iter(data) is data:
         raise OptionError("data is an iterator, which can be gone through once; pass a list")
 
 
-def _report(widths: Widths, keep: Tensor, importance: str, allocation: str) -> PruningReport:
+def _whole(widths: Widths, meter: Meter, of: str | LatencyTable, cost: Cost) -> tuple[float, float]:
+    """What the network costs, and what of that is in no layer that can be cut."""
+    parts = widths.cost(widths.everything(), meter)
+    totals = {"macs": cost.macs, "parameters": cost.parameters}
+    whole = totals.get(of, parts) if isinstance(of, str) else parts
+    return max(whole, parts), max(whole - parts, 0.0)
+
+
+def _with_ones(meter: Meter) -> Meter:
+    """With the channel of ones that a layer which pads reads when it has lost channels."""
+
+    def cost(part: Part, size: Size) -> float:
+        reads = part.module is not None and reads_ones(part.module, part.carries.numel())
+        if reads and size.ins < part.ins.numel():
+            size = replace(size, ins=size.ins + 1)
+        return meter(part, size)
+
+    return cost
+
+
+def _report(
+    widths: Widths, keep: Tensor, costs: tuple[Cost, Cost], importance: str, allocation: str
+) -> PruningReport:
     families = tuple(
         FamilyReport(f.layers, len(f.members), int(keep[f.members].sum())) for f in widths.families
     )
-    everything = widths.everything()
+    before, after = costs
     return PruningReport(
         families,
-        macs_before=round(widths.cost(everything, multiply_adds)),
-        macs_after=round(widths.cost(keep, multiply_adds)),
-        parameters_before=round(widths.cost(everything, parameters)),
-        parameters_after=round(widths.cost(keep, parameters)),
+        macs_before=before.macs,
+        macs_after=after.macs,
+        parameters_before=before.parameters,
+        parameters_after=after.parameters,
         importance=importance,
         allocation=allocation,
     )

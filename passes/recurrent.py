@@ -19,7 +19,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, SupportsIndex, TypeVar, cast
 
 import numpy as np
 import torch
@@ -226,7 +226,10 @@ def _included(model: nn.Module, include: Any) -> dict[str, nn.Module]:
         patterns = [include] if isinstance(include, str) else list(include)
         found = {p: m for p, m in layers.items() if is_named(p, patterns)}
     if not found:
-        raise OptionError(f"include={include!r}: no convolution or linear layer is left to draw")
+        raise OptionError(
+            f"include={include!r}: no layer is left to draw; without include= all convolutions but "
+            "the first one draw, and linear layers want to be named"
+        )
     return found
 
 
@@ -268,7 +271,10 @@ def _ring_of(path: str, scope: Scope) -> str:
         name = numbered[0] if numbered else path.split(".")[0]
     else:
         raise OptionError(f"scope={scope!r}: 'global', 'block' or a function of a path")
-    return name.replace(".", "_")
+    if not isinstance(name, str) or not name:
+        raise OptionError(f"scope gives {name!r} for {path}: return the name of a ring")
+    name = name.replace(".", "_")
+    return f"{name}_ring" if hasattr(nn.ModuleDict, name) else name
 
 
 def _sizes(totals: dict[str, int], budget: int | None, ratio: float | None) -> dict[str, int]:
@@ -279,9 +285,10 @@ def _sizes(totals: dict[str, int], budget: int | None, ratio: float | None) -> d
     if ratio is not None and not 0 < ratio <= 1:
         raise OptionError(f"ratio={ratio!r} must be above 0 and at most 1")
     wanted = budget if budget is not None else max(len(totals), round(total * cast(float, ratio)))
-    if not len(totals) <= wanted <= total:
+    if not isinstance(wanted, SupportsIndex) or not len(totals) <= wanted <= total:
         raise OptionError(
-            f"budget={wanted}: {len(totals)} rings for {total} numbers hold that many at most"
+            f"budget={wanted!r} must be a whole number from {len(totals)}, one for each ring, to "
+            f"{total}, what the layers need"
         )
     # A number at least; then down to whole numbers, and what is left to those that lost most.
     spare = wanted - len(totals)

@@ -36,7 +36,7 @@ from rmfx._calls import AVERAGE_POOLS, BATCH_NORMS
 from rmfx._errors import OptionError, Refusal
 from rmfx._graph import ORIGIN, Net
 from rmfx._layers import Border, input_of, read, read_affine, read_join
-from rmfx._names import is_named, module_path
+from rmfx._names import is_named, module_path, patterns_of
 from rmfx._regions import cut_module
 from rmfx._sizes import MAX_POOLS, SizeLaw
 from rmfx._state import undisturbed
@@ -119,7 +119,7 @@ def reserve(
     example_inputs: Any = None,
     *,
     every: int = 2,
-    blocks: Sequence[str] = ("*",),
+    blocks: str | Sequence[str] = ("*",),
 ) -> tuple[fx.GraphModule, ReserveReport]:
     """Let the first channels of RepVGG's blocks, and of the like, pass as they are.
 
@@ -157,7 +157,10 @@ def reserve(
     net = Net(trace(model, example_inputs))
     net.sweep()
     rows, before, in_a_row = [], None, 0
-    for join, block in _blocks(net):
+    found = _blocks(net)
+    if found:
+        blocks = patterns_of("blocks", blocks, [module_path(join) for join, _ in found])
+    for join, block in found:
         place = module_path(join)
         if isinstance(block, Refusal):
             before, in_a_row = net.channels(join, (net.rank(join) or 4) - 2), 1
@@ -166,7 +169,8 @@ def reserve(
         in_a_row = in_a_row + 1 if block.channels == before else 1
         before = block.channels
         chosen = in_a_row % every == 0 and is_named(place, blocks)
-        reserved = round(ratio * block.channels) if chosen else 0
+        # One channel at least is computed: a layer without any cannot run.
+        reserved = min(round(ratio * block.channels), block.channels - 1) if chosen else 0
         if reserved:
             _reserve(net, block, reserved)
         rows.append(ReserveRow(place, block.channels, reserved))

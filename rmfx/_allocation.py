@@ -10,8 +10,10 @@ search   a few filters at a time, always where the loss of importance is least f
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from ._errors import OptionError
 from ._widths import Family, Meter, Widths
 
 Counts = dict[Family, int]  # filters that stay
-Multiple = int | Callable[[int], int]  # how many filters runtimes compute at once
+Multiple = SupportsIndex | Callable[[int], int]  # how many filters runtimes compute at once
 
 ALLOCATIONS = ("uniform", "global", "search")
 HALVINGS = 40
@@ -36,12 +38,18 @@ class Demand:
         multiple: of which each family's filters should be one, where it had as many; or a
             function that gives it for so many filters.
         floor: the share of each family that stays.
+        fixed: what the rest of the network costs, whose channels all stay.
     """
 
     meter: Meter
     budget: float
     multiple: Multiple
     floor: float
+    fixed: float = 0.0
+
+    def cost(self, widths: Widths, keep: Tensor) -> float:
+        """What a network costs of which some labels stay."""
+        return self.fixed + widths.cost(keep, self.meter)
 
     def multiple_of(self, family: Family) -> int:
         """Of which a family's filters should be one.
@@ -49,21 +57,22 @@ class Demand:
         Raises:
             OptionError: the function gives no such number.
         """
-        if isinstance(self.multiple, int):
-            return self.multiple
         total = len(family.members)
-        found = self.multiple(total)
-        if not isinstance(found, int) or found < 1:
+        found = self.multiple(total) if callable(self.multiple) else self.multiple
+        if not isinstance(found, SupportsIndex) or operator.index(found) < 1:
             raise OptionError(f"multiple gives {found!r} for {total} filters: return 1 or more")
-        return found
+        return operator.index(found)
 
     def kept(self, family: Family, wanted: float) -> int:
         """Filters of a family that stay where a share is wanted."""
         total = len(family.members)
         least = max(1, math.ceil(self.floor * total))
-        count = max(least, round(wanted * total))
+        return self.rounded(family, max(least, round(wanted * total)))
+
+    def rounded(self, family: Family, count: int) -> int:
+        """So many filters of a family, or as many more as the multiple wants."""
         multiple = self.multiple_of(family)
-        return min(total, -(-count // multiple) * multiple)
+        return min(len(family.members), -(-count // multiple) * multiple)
 
 
 def allocate(name: str, widths: Widths, scores: Tensor, demand: Demand) -> Tensor:
@@ -72,9 +81,9 @@ def allocate(name: str, widths: Widths, scores: Tensor, demand: Demand) -> Tenso
     Raises:
         OptionError: the target cannot be reached.
     """
-    ranking = _Ranking(widths, scores)
+    ranking = _Ranking(widths, scores, demand)
     _check_reachable(ranking, demand)
-    if widths.cost(widths.everything(), demand.meter) <= demand.budget:
+    if demand.cost(widths, widths.everything()) <= demand.budget:
         return widths.everything()
     rules = {"uniform": _uniform, "global": _global, "search": _search}
     return rules[name](ranking, demand)
@@ -84,12 +93,12 @@ class _Ranking:
     """The filters of each family, the most important first.
 
     Attributes:
-        widths, scores: as given.
+        widths, scores, demand: as given.
         orders: places of each family's labels, in that order.
     """
 
-    def __init__(self, widths: Widths, scores: Tensor) -> None:
-        self.widths, self.scores = widths, scores
+    def __init__(self, widths: Widths, scores: Tensor, demand: Demand) -> None:
+        self.widths, self.scores, self.demand = widths, scores, demand
         self.orders = {
             f: f.members[scores[f.members].argsort(descending=True, stable=True)]
             for f in widths.families
@@ -100,22 +109,35 @@ class _Ranking:
         keep = torch.zeros(len(self.widths.roots), dtype=torch.bool)
         for family, count in counts.items():
             keep[self.orders[family][:count]] = True
-        return spare(self.widths, self.scores, keep)
+        return self.spared(keep)
+
+    def spared(self, keep: Tensor) -> Tensor:
+        """With what must stay so that no layer is empty, in whole multiples again."""
+        before = keep.clone()
+        keep = spare(self.widths, self.scores, keep)
+        if torch.equal(keep, before):
+            return keep
+        for family, order in self.orders.items():
+            count = int(keep[order].sum())
+            more = self.demand.rounded(family, count) - count
+            keep[order[~keep[order]][:more]] = True
+        return keep
 
     def fits(self, counts: Counts, demand: Demand) -> bool:
         """Whether what is left costs no more than allowed."""
-        return self.widths.cost(self.best(counts), demand.meter) <= demand.budget
+        return demand.cost(self.widths, self.best(counts)) <= demand.budget
 
 
 def _check_reachable(ranking: _Ranking, demand: Demand) -> None:
     widths = ranking.widths
     smallest = ranking.best({f: demand.kept(f, 0) for f in widths.families})
-    least = widths.cost(smallest, demand.meter)
+    least = demand.cost(widths, smallest)
     if least > demand.budget:
-        whole = widths.cost(widths.everything(), demand.meter)
+        whole = demand.cost(widths, widths.everything())
+        shares = (math.floor(1e4 * demand.budget / whole), math.ceil(1e4 * least / whole))
         raise OptionError(
-            f"the target of {demand.budget / whole:.3f} cannot be reached: with the filters that "
-            f"must stay the network still costs {least / whole:.3f} of what it did; lower the "
+            f"the target of {shares[0] / 1e4:.4f} cannot be reached: with the filters that must "
+            f"stay the network still costs {shares[1] / 1e4:.4f} of what it did; lower the "
             "floor or the multiple, protect fewer layers, or ask for less"
         )
 
@@ -190,7 +212,7 @@ def _savings(widths: Widths, meter: Meter) -> Tensor:
 def _search(ranking: _Ranking, demand: Demand) -> Tensor:
     search = _Search(ranking, demand)
     stale: Collection[Family] = ranking.widths.families
-    while ranking.widths.cost(search.keep, demand.meter) > demand.budget:
+    while demand.cost(ranking.widths, search.keep) > demand.budget:
         stale = search.step(stale)
     return search.keep
 
@@ -237,7 +259,7 @@ class _Search:
     def _without(self, family: Family, count: int) -> Tensor:
         keep = self.keep.clone()
         keep[self._ranking.orders[family][count:]] = False
-        return spare(self._widths, self._ranking.scores, keep)
+        return self._ranking.spared(keep)
 
     def _price(self, family: Family) -> float:
         """Importance lost for each unit of cost that a step saves; infinite if it saves nothing."""

@@ -370,6 +370,10 @@ SELECTIONS: dict[Any, Any] = {  # of one of several tensors, value by value
         torch.where,
     ),
 }
+CHOICES_OF_TWO: dict[Any, Any] = {  # with two tensors
+    **dict.fromkeys([torch.max, "max", *_overloads("max.other")], torch.maximum),
+    **dict.fromkeys([torch.min, "min", *_overloads("min.other")], torch.minimum),
+}
 ADDCMULS = (torch.addcmul, "addcmul", *_overloads("addcmul"))
 CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate, *_overloads("cat", "concat"))
 IN_PLACE_BY_METHOD: dict[Any, str] = {

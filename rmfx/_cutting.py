@@ -99,7 +99,7 @@ def _compensate(net: Net, layer: Layer, keep: Keep, response: Tensor, *, borders
         return
     module = _current(net, layer.node)
     weight = module.weight.detach().to(torch.float64)
-    if borders and layer.carries.numel() == 1 and _pads(module):
+    if borders and reads_ones(module, layer.carries.numel()):
         _read_ones(net, layer.node, torch.where(gone, response, 0.0).to(weight))
         return
     taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
@@ -124,9 +124,10 @@ def _compensate(net: Net, layer: Layer, keep: Keep, response: Tensor, *, borders
     copied.bias = nn.Parameter(bias.to(module.weight.dtype), requires_grad=trained)
 
 
-def _pads(module: nn.Module) -> bool:
+def reads_ones(module: nn.Module, groups: int) -> bool:
+    """Whether a layer reads a channel of ones for what has gone, where padding is to stay 0."""
     is_conv = isinstance(module, nn.modules.conv._ConvNd) and type(module) not in TRANSPOSED
-    return is_conv and any(getattr(module, "_reversed_padding_repeated_twice", ()))
+    return groups == 1 and is_conv and any(getattr(module, "_reversed_padding_repeated_twice", ()))
 
 
 def _read_ones(net: Net, node: fx.Node, constants: Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import _side_effectful_functions
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ._activation import is_activation
 from ._calls import (
@@ -23,6 +24,7 @@ from ._calls import (
     ARITHMETIC,
     CALLS,
     CHANNELWISE,
+    CHOICES_OF_TWO,
     CONCATENATIONS,
     IN_PLACE_BY_METHOD,
     SELECTIONS,
@@ -152,6 +154,12 @@ def _fold_number(gm: fx.GraphModule, node: fx.Node) -> None:
         node.graph.erase_node(node)
 
 
+def _reads_two_tensors(node: fx.Node) -> bool:
+    """`torch.max(a, b)`, which has other meanings with a dimension or alone."""
+    tensors = [a for a in node.args if isinstance(a, fx.Node) and not a.meta.get("number")]
+    return len(tensors) == len(node.args) == 2 and not node.kwargs
+
+
 def replace_by_number(node: fx.Node, value: float | bool) -> None:
     """Put a number in the place of a node's value."""
     for user in list(node.users):
@@ -176,6 +184,9 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
         return
     if node.target in SELECTIONS and not node.kwargs:
         node.op, node.target = "call_function", SELECTIONS[node.target]
+        return
+    if node.target in CHOICES_OF_TWO and _reads_two_tensors(node):
+        node.op, node.target = "call_function", CHOICES_OF_TWO[node.target]
         return
     if node.target is aten.slice.Tensor:
         _slice(node)
@@ -290,7 +301,9 @@ def _module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something runs around a module's own forward or backward."""
+    """Whether something runs around a module's own forward or backward, or around all forwards."""
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return True
     return any(
         getattr(module, name, None)
         for name in (

@@ -30,6 +30,12 @@ CONTAINER_METHODS = (
     *("chunk", "split", "unbind", "tensor_split", "split_with_sizes", "unsafe_chunk", "hsplit"),
     *("vsplit", "dsplit", "topk", "sort", "unsafe_split"),
 )
+JOINS_OF_CONTAINERS = (operator.add, operator.iadd, operator.mul, operator.imul)
+# Operators that may give one of their inputs, or a view of it, which their schemas do not tell.
+PASSING_THROUGH = (
+    *("dropout", "contiguous", "to.", "einsum", "unsafe_", "meshgrid", "atleast_"),
+    *("broadcast_tensors", "sum_to_size", "type_as", "align_"),
+)
 NUMBER_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda")
 NUMBER_MODULES = ("_operator", "operator", "math", "builtins")
 CASTS = ("to", "type", "float", "double", "half", "bfloat16", "int", "long", "bool", "type_as")
@@ -92,7 +98,7 @@ def _is_container(node: fx.Node) -> bool:
     of_container = any(n.meta.get("container") for n in node.all_input_nodes)
     if node.target is operator.getitem:
         return of_container and isinstance(node.args[1], slice)
-    return of_container and node.target in (operator.add, operator.iadd)
+    return of_container and node.target in JOINS_OF_CONTAINERS
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -297,6 +303,8 @@ def _is_fresh(gm: fx.GraphModule, node: fx.Node) -> bool:
         return True
     schema = getattr(node.target, "_schema", None)
     if schema is not None:
-        passes_through = any(word in str(node.target) for word in ("dropout", "contiguous", "to."))
+        passes_through = any(word in str(node.target) for word in PASSING_THROUGH)
         return not passes_through and all(r.alias_info is None for r in schema.returns)
+    if any(n.meta.get("container") for n in node.all_input_nodes):
+        return node.target not in JOINS_OF_CONTAINERS and node.target in FRESH_FUNCTIONS
     return node.target in FRESH_FUNCTIONS

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
-from ._affine import TRANSPOSED
+from ._affine import CONVS, TRANSPOSED
 from ._channels import Layer
 from ._cutting import norm_behind
 from ._errors import OptionError, ShapeError
@@ -96,11 +97,13 @@ class Responses:
         self._moments: dict[fx.Node, Moments] = {}
         runner = Readers(net, readers_of(widths), self._add)
         with torch.no_grad():
-            for i, (inputs, _) in enumerate(data):
+            for i, batch in enumerate(data):
                 step(f"responses, batch {i + 1}")
-                _run(runner, inputs)
+                _run(runner, _inputs_of(batch))
         if not self._moments and readers_of(widths):
             raise OptionError("data holds no batches")
+        if not all(bool(one.mean.isfinite().all()) for one in self._moments.values()):
+            raise OptionError("the network computes NaN or Inf on the data")
 
     def _add(self, layer: Layer, value: Tensor) -> Tensor:
         rows = _by_channel(layer, value).transpose(0, 1).flatten(1)
@@ -115,6 +118,16 @@ class Responses:
     def deviation(self, node: fx.Node) -> Tensor:
         """Standard deviation of each channel that a layer reads, (in_channels,)."""
         return self._moments[node].variance.sqrt()
+
+
+def _inputs_of(batch: Any) -> Any:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise OptionError(
+            f"data holds a {type(batch).__name__}, where batches are pairs of (inputs, targets)"
+        )
+    if any(isinstance(x, Tensor) and not x.numel() for x in tree_leaves(batch[0])):
+        raise OptionError("data holds an empty batch")
+    return batch[0]
 
 
 def _run(runner: Readers, inputs: Any) -> Any:
@@ -140,6 +153,8 @@ def taylor(
 ) -> Tensor:
     """First-order change of the loss, per sample, if a channel were its mean: (labels,)."""
     found = torch.zeros(len(widths.roots) + 1, dtype=torch.float64)
+    if not readers_of(widths):
+        return found[:-1]
     taken: list[tuple[Layer, Tensor, Tensor]] = []
 
     def look(layer: Layer, value: Tensor) -> Tensor:
@@ -157,6 +172,8 @@ def taylor(
             change, count = _changes(widths, taken, slopes, means)
             found += change.abs().sum(0)
             samples += count
+    if not bool(found.isfinite().all()):
+        raise OptionError("the loss, or its gradient, is NaN or Inf on the data")
     return found[:-1] / samples
 
 
@@ -221,6 +238,8 @@ def by_layer(widths: Widths, made: Mapping[str, Tensor]) -> Tensor:
     """
     found = torch.zeros(len(widths.roots) + 1, dtype=torch.float64)
     layers = {str(layer.node.target): layer for layer in widths.channels.layers}
+    if not isinstance(made, Mapping) or not all(isinstance(v, Tensor) for v in made.values()):
+        raise OptionError("importance must give a dict of tensors, by paths of layers")
     for path, values in made.items():
         outs = layers[path].outs if path in layers else None
         if outs is None or values.shape != outs.shape:
@@ -255,9 +274,11 @@ def _scales(net: Net, layer: Layer) -> Tensor:
     norm = norm_behind(net, layer.node)
     module: Any = None if norm is None else net.module(norm)
     if module is None or module.weight is None:
+        is_conv = type(layer.module) in CONVS[1:]
+        more = ", or call rmfx.insert_batch_norm first" if is_conv else ""
         raise OptionError(
             f"{layer.node.target}: no batch norm with a scale reads it alone, so there is no "
-            "bn_scale; choose another importance, or call rmfx.insert_batch_norm first"
+            f"bn_scale; choose another importance, protect this layer{more}"
         )
     scale: Tensor = module.weight.detach().abs()
     return scale

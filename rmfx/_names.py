@@ -8,6 +8,26 @@ from fnmatch import fnmatchcase
 
 from torch import fx, nn
 
+from ._errors import OptionError
+
+
+def patterns_of(name: str, given: str | Iterable[str], paths: Iterable[str]) -> tuple[str, ...]:
+    """Patterns such as "layer4.*" that an option holds, one or several.
+
+    Raises:
+        OptionError: one of them is of none of the paths that it could mean.
+    """
+    patterns = (given,) if isinstance(given, str) else tuple(given)
+    known = list(paths)
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in known):
+            some = ", ".join(known[:3]) or "there is none"
+            raise OptionError(
+                f"{name}={pattern!r} is of no layer that could be meant (such as {some}); "
+                "patterns look like 'layer4.*'"
+            )
+    return patterns
+
 
 def is_named(path: str, patterns: Iterable[str]) -> bool:
     """Whether one of some patterns such as "layer4.*" is of a module's path."""
@@ -53,7 +73,7 @@ def _name_by_place(node: fx.Node) -> str | None:
     else:
         return None
     name = re.sub(r"\W", "_", path)
-    return f"_{name}" if name[:1].isdigit() else name
+    return f"_{name}" if name[:1].isdigit() or name == "self" else name
 
 
 def free_path(gm: fx.GraphModule, node: fx.Node, taken: set[str], module: nn.Module) -> str:

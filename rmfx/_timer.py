@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._errors import OptionError
+
 
 class Timer:
     """Times networks in one runtime.
@@ -41,8 +43,10 @@ class Timer:
         self._path = None if cache is None else Path(cache)
         self._threads = threads or torch.get_num_threads()
         self._rounds, self._seconds, self._step = rounds, seconds, step
+        if self._path is not None and not self._path.parent.is_dir():
+            raise OptionError(f"cache={cache}: there is no folder {self._path.parent}")
         if self._path is not None and self._path.exists():
-            self.known = json.loads(self._path.read_text(encoding="utf-8"))
+            self.known = _read(self._path)
 
     def once(self, name: str, told: tuple[object, ...], measure: Callable[[], Any]) -> Any:
         """What `measure` gives, unless it is known of the same `told`, runtime and threads."""
@@ -69,3 +73,13 @@ class Timer:
             seconds=self._seconds,
         )
         return compare_speed(forms, inputs, self.runtime, settings)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"cache={path} cannot be read; delete it ({error})") from error
+    if not isinstance(known, dict):
+        raise OptionError(f"cache={path} holds no timings; delete it, or name another file")
+    return known

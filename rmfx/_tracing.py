@@ -29,22 +29,22 @@ from ._errors import TraceError
 
 
 class _InPlaceProxy(Proxy):
-    """Records `x += y` as an in-place operation, which `fx.Proxy` turns into a plain one."""
+    """Records `x += y` and the like as in-place operations; `fx.Proxy` makes plain ones of them."""
 
     def _record(self, function: Any, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
-    def __iadd__(self, other: Any) -> Any:
-        return self._record(operator.iadd, other)
 
-    def __isub__(self, other: Any) -> Any:
-        return self._record(operator.isub, other)
+def _recorded(function: Any) -> Any:
+    return lambda self, other: self._record(function, other)
 
-    def __imul__(self, other: Any) -> Any:
-        return self._record(operator.imul, other)
 
-    def __itruediv__(self, other: Any) -> Any:
-        return self._record(operator.itruediv, other)
+# All that tensors have, of which `x @= y` is none.
+for _name in (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
+    *("and", "or", "xor", "lshift", "rshift"),
+):
+    setattr(_InPlaceProxy, f"__i{_name}__", _recorded(getattr(operator, f"i{_name}")))
 
 
 class _Tracer(fx.Tracer):

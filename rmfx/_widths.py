@@ -17,7 +17,7 @@ from ._affine import TRANSPOSED
 from ._algebra import common_block
 from ._channels import FIXED, Channels, Layer, Table
 from ._graph import Net, positions
-from ._names import is_named
+from ._names import is_named, patterns_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +97,10 @@ class Widths:
         together: places of labels of which one at least must stay, so that no layer is empty.
     """
 
-    def __init__(self, net: Net, channels: Channels, protect: Sequence[str] = ()) -> None:
+    def __init__(self, net: Net, channels: Channels, protect: str | Sequence[str] = ()) -> None:
         self.channels = channels
+        layers = (str(n.target) for n in net.graph.nodes if n.op == "call_module")
+        protect = patterns_of("protect", protect, layers)
         makers: dict[int, list[str]] = defaultdict(list)
         stay = {FIXED}
         for name, ids in _makers(channels):

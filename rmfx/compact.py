@@ -8,6 +8,7 @@ their names and shapes compressed beside them, in a file of safetensors.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import zlib
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from ._errors import RmfxError, WeightError
 from .saving import whole_file
 
-LAYOUT = "layout"
-_DAMAGE = (SafetensorError, zlib.error, KeyError, ValueError, TypeError, RuntimeError)
+LAYOUT, CHECKSUM = "layout", "sha256"
+_DAMAGE = (OSError, SafetensorError, zlib.error, KeyError, ValueError, TypeError, RuntimeError)
 Layout = dict[str, list[tuple[str, list[int]]]]  # by type, names and shapes in the order of numbers
 
 
@@ -36,7 +37,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         path: of the file; what is there is replaced.
 
     Raises:
-        WeightError: something in the state is no tensor.
+        WeightError: something in the state is no tensor, or one that is sparse or complex.
         SaveError: the file cannot be written.
     """
     layout: Layout = defaultdict(list)
@@ -45,12 +46,15 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         if not isinstance(value, Tensor):
             raise WeightError(f"{name} is {type(value).__name__}, no tensor: use torch.save")
         kind = str(value.dtype).removeprefix("torch.")
+        if value.layout is not torch.strided or value.is_complex():
+            found = f"{value.layout} and {value.dtype}"
+            raise WeightError(f"{name} is {found}, which has no form in this file: use torch.save")
         layout[kind].append((name, list(value.shape)))
         numbers[kind].append(value.detach().cpu().reshape(-1))
     packed = base64.b85encode(zlib.compress(json.dumps(layout).encode(), 9)).decode()
     flat = {kind: torch.cat(parts) for kind, parts in numbers.items()}
     with whole_file(Path(path)) as file:
-        file.write_bytes(save(flat, {LAYOUT: packed}))
+        file.write_bytes(save(flat, {LAYOUT: packed, CHECKSUM: _checksum(flat)}))
 
 
 def load_compact(model: nn.Module, path: str | Path) -> None:
@@ -63,6 +67,8 @@ def load_compact(model: nn.Module, path: str | Path) -> None:
         with safe_open(path, "pt") as file:
             flat = {kind: file.get_tensor(kind) for kind in file.keys()}  # noqa: SIM118
             layout = json.loads(zlib.decompress(base64.b85decode(file.metadata()[LAYOUT])))
+            if file.metadata()[CHECKSUM] != _checksum(flat):
+                raise ValueError("its numbers are not those that were written")
         state = dict(_parts(flat, layout))
     except _DAMAGE as error:
         raise RmfxError(f"{path} is no whole file of save_compact: {error}") from error
@@ -70,6 +76,13 @@ def load_compact(model: nn.Module, path: str | Path) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise RmfxError(f"{path} holds the state of another model: {error}") from error
+
+
+def _checksum(flat: dict[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for kind in sorted(flat):
+        found.update(flat[kind].contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _parts(flat: dict[str, Tensor], layout: Layout) -> Iterator[tuple[str, Tensor]]:

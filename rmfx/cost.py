@@ -8,7 +8,7 @@ from typing import Any, cast
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from ._affine import CONVS
+from ._affine import CONVS, TRANSPOSED
 from ._calls import ADDS, SUBS
 from ._errors import ShapeError
 from ._graph import Net, positions
@@ -92,9 +92,11 @@ def _cost_of(gm: fx.GraphModule, node: fx.Node, live: int) -> NodeCost:
         kind = type(module).__name__
         size = sum(p.numel() for p in module.parameters())
         weights = sum(p.numel() * p.itemsize for p in module.parameters())
-        if isinstance(module, CONVS):
+        if isinstance(module, (*CONVS, *TRANSPOSED)):
             weight = cast("Tensor", module.weight)
-            macs = weight.numel() * (positions(node.meta.get("shape"), weight.dim() - 2) or 0)
+            # Where a transposed convolution is computed: at the positions that it reads.
+            at = node.all_input_nodes[0] if isinstance(module, TRANSPOSED) else node
+            macs = weight.numel() * (positions(at.meta.get("shape"), weight.dim() - 2) or 0)
     elif node.op in ("placeholder", "output", "get_attr"):
         kind = node.op
     calls = node.op.startswith("call")
@@ -118,7 +120,11 @@ def count(model: nn.Module | Any, example_inputs: Any) -> Cost:
         >>> cost.count(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1)), torch.zeros(1, 3, 4, 4)).macs
         384
     """
-    gm = _traced(model, example_inputs)
+    return count_graph(_traced(model, example_inputs))
+
+
+def count_graph(gm: fx.GraphModule) -> Cost:
+    """The same for a graph whose shapes are known."""
     live = live_bytes(gm)
     rows = [_cost_of(gm, node, live[node]) for node in gm.graph.nodes]
     return Cost(
@@ -132,7 +138,9 @@ def count(model: nn.Module | Any, example_inputs: Any) -> Cost:
 
 
 def _is_conv(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), CONVS)
+    return node.op == "call_module" and isinstance(
+        gm.get_submodule(str(node.target)), (*CONVS, *TRANSPOSED)
+    )
 
 
 def _adds_tensors(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ The model itself is never changed; modules and parameters are shared with it.
 
 from __future__ import annotations
 
+import keyword
 import re
 from typing import Any
 
@@ -183,6 +184,7 @@ def _graph_of(model: Any, inputs: Inputs | None) -> fx.GraphModule:
             "them, wrap the model in a module without hooks, or, if torch.export made it, pass "
             "the ExportedProgram itself"
         )
+    _check_names(model)
     if not isinstance(model, fx.GraphModule):
         return _graph_of_module(model, inputs)
     if is_exported(model):
@@ -216,7 +218,10 @@ def _graph_of_module(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
     name = type(model).__name__
     try:
         gm = trace_symbolically(model)
-        if inputs is None or _is_faithful(model, gm, inputs):
+        if inputs is None:
+            _check_defaults(gm)
+            return gm
+        if _is_faithful(model, gm, inputs):
             return gm
         reason = "its code does other things with proxies than with tensors"
     except TraceError as error:
@@ -233,6 +238,23 @@ def _graph_of_module(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
             f"{name} can be traced neither by torch.fx ({reason}) nor by torch.export ({error}); "
             "pass a GraphModule of your own"
         ) from error
+
+
+def _check_names(model: nn.Module) -> None:
+    """Raise TraceError for a name that torch.fx cannot write down."""
+    for path, _ in model.named_modules():
+        if keyword.iskeyword(path.rpartition(".")[2]):
+            raise TraceError(
+                f"{path}: torch.fx writes a network as Python code, in which this name, a keyword, "
+                "cannot stand; rename the module"
+            )
+
+
+def _check_defaults(gm: fx.GraphModule) -> None:
+    """Raise TraceError where code may ask whether an argument is None: of a proxy it never is."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and node.args and node.args[0] is None:
+            raise TraceError(f"its argument {node.target} may be None, which a proxy never is")
 
 
 def _is_faithful(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> bool:

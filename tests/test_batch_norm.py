@@ -24,6 +24,7 @@ from builders import (
 from torch import Tensor, nn
 
 import rmfx
+from rmfx._errors import OptionError
 from rmfx.testing import assert_equivalent
 
 Make = Callable[[], nn.Module]
@@ -258,3 +259,13 @@ def test_a_residual_block_of_flattened_tokens_is_removed() -> None:
 def test_other_reshapes_around_a_batch_norm_stay(forward: Any) -> None:
     model = ready(Apply(forward, linear=nn.Linear(4, 4), norm=nn.BatchNorm1d(4)))
     assert "BatchNorm1d" in types(fold(model, image(2, 1, 4)))
+
+
+def test_batches_for_new_norms_are_a_list() -> None:
+    model, x = ready(nn.Sequential(conv(3, 4))), image(2, 3, 8, 8)
+    with pytest.raises(OptionError, match="data is a tensor"):
+        rmfx.insert_batch_norm(model, x)
+    with pytest.raises(rmfx.ShapeError, match="an empty batch"):
+        rmfx.insert_batch_norm(model, [x[:0]])
+    with pytest.raises(OptionError, match="layers='layer9"):
+        rmfx.insert_batch_norm(model, [x], layers="layer9.*")

@@ -72,10 +72,15 @@ def test_a_file_that_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "model"
     rmfx.save_compact(model, path)
     content = path.read_bytes()
-    for damaged in (b"", content[:-4], b"x" * 100, content[:20] + b"\0" + content[21:]):
+    other_number = content[:-1] + bytes([content[-1] ^ 1])
+    other_head = content[:20] + b"\0" + content[21:]
+    for damaged in (b"", content[:-4], b"x" * 100, other_head, other_number):
         path.write_bytes(damaged)
         with pytest.raises(RmfxError, match="is no whole file of save_compact"):
             rmfx.load_compact(model, path)
+    for nothing in (tmp_path / "none", tmp_path):
+        with pytest.raises(RmfxError, match="is no whole file of save_compact"):
+            rmfx.load_compact(model, nothing)
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(RmfxError, match="is no whole file of save_compact"):
         rmfx.load_compact(model, path)
@@ -95,3 +100,11 @@ def test_what_is_no_tensor_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(WeightError, match="_extra_state is dict, no tensor"):
         rmfx.save_compact(Odd(), tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [torch.eye(2).to_sparse(), torch.ones(2, dtype=torch.complex64)])
+def test_sparse_and_complex_tensors_cannot_be_written(tmp_path: Path, value: torch.Tensor) -> None:
+    model = nn.Module()
+    model.register_buffer("own", value)
+    with pytest.raises(WeightError, match=r"own is .* use torch.save"):
+        rmfx.save_compact(model, tmp_path / "model")

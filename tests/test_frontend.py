@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -269,3 +270,65 @@ def test_subclass_of_a_layer_with_its_own_forward_is_traced_into() -> None:
     converted = rmfx.remove_residuals(model, image())
     assert rmfx.report(converted).removed == 1
     assert_equivalent(model, converted, image())
+
+
+# ---- what a trace cannot tell -------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """Does something else where its mask is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y: Tensor = self.a(x) if mask is None else self.b(x)
+        return x + y
+
+
+def test_an_argument_that_may_be_none_wants_example_inputs() -> None:
+    model = ready(Masked())
+    with pytest.raises(
+        rmfx.TraceError, match=r"its argument mask may be None.*pass example_inputs"
+    ):
+        rmfx.remove_residuals(model)
+    assert_equivalent(model, rmfx.remove_residuals(model, image()), image())
+
+
+def test_hooks_of_all_modules_are_refused() -> None:
+    model = ready(Residual(conv_branch()))
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    try:
+        with pytest.raises(rmfx.TraceError, match="hooks"):
+            rmfx.remove_residuals(model, image())
+    finally:
+        handle.remove()
+    assert rmfx.report(rmfx.remove_residuals(model, image())).removed == 1
+
+
+def test_a_module_named_by_a_keyword_is_refused() -> None:
+    model = ready(nn.Sequential(OrderedDict([("class", conv()), ("act", nn.ReLU())])))
+    for inputs in (None, image()):
+        with pytest.raises(rmfx.TraceError, match=r"class: .* a keyword"):
+            rmfx.remove_residuals(model, inputs)
+
+
+def test_a_module_named_self() -> None:
+    model = ready(nn.Sequential(OrderedDict([("self", conv()), ("act", nn.ReLU())])))
+    for inputs in (None, image()):
+        torch.testing.assert_close(rmfx.remove_noops(model, inputs)(image()), model(image()))
+    exported = rmfx.remove_noops(torch.export.export(model, (image(),)))
+    torch.testing.assert_close(exported(image()), model(image()))
+
+
+def test_the_larger_of_two_tensors() -> None:
+    class Larger(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            inner = torch.max(x, 0.1 * x).min(x + 1)
+            return inner + x.max(1, keepdim=True)[0] + x.max()
+
+    gm = rmfx.trace(ready(Larger()), image())
+    names = [getattr(n.target, "__name__", n.target) for n in gm.graph.nodes]
+    assert names.count("maximum") == names.count("minimum") == 1
+    torch.testing.assert_close(gm(image()), Larger()(image()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from builders import Apply, conv, image
 from torch import Tensor, fx, nn
 
 import rmfx
+from rmfx.testing import assert_equivalent
 
 Forward = Callable[[Any, Tensor], Any]
 
@@ -339,3 +341,57 @@ def test_numbers_are_marked() -> None:
     assert len(marked) >= 4
     assert not any(n.meta.get("number") for n in tensors)
     assert not frozen(gm)
+
+
+def into_second(join: Callable[[Any, Any], Any]) -> Forward:
+    def forward(m: Any, x: Any) -> Any:
+        x = m.a(x)
+        p = join(x.chunk(2, 1), m.b(x).chunk(2, 1))
+        p[1].relu_()
+        return torch.tanh(x)
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "join",
+    [lambda p, q: p + q, lambda p, q: p * 2, lambda p, q: 2 * p, lambda p, q: p[:1] + p[1:] + q],
+)
+def test_containers_put_together_hold_the_same_memory(join: Callable[[Any, Any], Any]) -> None:
+    with torch.no_grad():  # where torch lets a part be written to
+        check(into_second(join))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: torch.einsum("bchw->bhwc", x),
+        lambda x: torch.unsafe_chunk(x, 2, 1)[0],
+        lambda x: torch.unsafe_split(x, 2, 1)[1],
+        lambda x: torch.atleast_2d(x),
+        lambda x: torch.broadcast_tensors(x, x[:1])[0],
+    ],
+)
+def test_views_that_schemas_do_not_tell_of(view: Callable[[Tensor], Tensor]) -> None:
+    def forward(m: Any, x: Any) -> Any:
+        x = m.a(x)
+        view(x).relu_()
+        return m.b(x) + x
+
+    model = model_of(forward)
+    exported = torch.export.export(model, (image(),))
+    torch.testing.assert_close(rmfx.remove_noops(exported)(image()), model(image()))
+    torch.testing.assert_close(rmfx.remove_residuals(exported)(image()), model(image()))
+
+
+@pytest.mark.parametrize("name", ["ipow", "ifloordiv", "imod", "imul", "isub"])
+def test_every_in_place_operator_writes(name: str) -> None:
+    def forward(m: Any, x: Any) -> Any:
+        x = m.a(x)
+        skip = x
+        x = getattr(operator, name)(x, 2)
+        return m.b(x) + skip
+
+    check(forward)
+    model = model_of(forward)
+    assert_equivalent(model, rmfx.remove_residuals(model, image()), image())

@@ -14,6 +14,7 @@ from torch import nn
 import rmfx
 from rmfx import latency
 from rmfx._channels import Channels
+from rmfx._errors import OptionError
 from rmfx._graph import Net
 from rmfx._widths import Size, Widths
 from rmfx.frontend import trace
@@ -122,3 +123,13 @@ def test_points() -> None:
     assert _around(1, 8) == [(2, 1.0)]
     assert _around(7, 8) == [(6, 0.5), (8, 0.5)]
     assert _around(1, 1) == [(1, 1.0)]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{"])
+def test_a_cache_that_holds_no_timings(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "layers.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(OptionError, match="delete it"):
+        rmfx.LatencyTable("eager", cache=path)
+    with pytest.raises(OptionError, match="there is no folder"):
+        rmfx.LatencyTable("eager", cache=tmp_path / "none" / "layers.json")

@@ -284,9 +284,7 @@ def test_what_cannot_have_factors_says_why() -> None:
         *(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
         *(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
     ).eval()
-    net, report = rmfx.insert_resconv(
-        model, torch.randn(1, 3, 12, 12), layers=[*"0123456789", "11"]
-    )
+    net, report = rmfx.insert_resconv(model, torch.randn(1, 3, 12, 12), layers=list("0369"))
     assert [row.reason for row in report.layers] == [
         "3 channels become 4",
         "its kernel has no middle, or zeros are not evenly around it",
@@ -304,11 +302,8 @@ def test_what_cannot_have_factors_says_why() -> None:
     ]
     assert "3 channels become 4" in str(report)
     _, pruned = rmfx.prune_layers(net, torch.randn(1, 3, 12, 12), ratio=1.0, protect=["16"])
-    assert [row.reason for row in pruned.layers[4:]] == [
-        "has no factors",
-        "the last of its stage",
-        "protected",
-    ]
+    assert [row.reason for row in pruned.layers[4:]] == ["has no factors", "", "protected"]
+    assert pruned.removed == 1
 
 
 def test_a_strided_layer_stays() -> None:
@@ -350,3 +345,29 @@ def test_other_wrong_calls() -> None:
         rmfx.prune_layers(rmfx.fold_batch_norm(net, x), x, ratio=0.5)
     with pytest.raises(OptionError, match="scales= is empty"):
         Slimming(model, 0.1, scales=rmfx.layer_scales(model))
+    for options, message in (
+        ({"carry": float("inf")}, "carry=inf"),
+        ({"scale": float("nan")}, "scale=nan"),
+        ({"layers": ["layer9.*"]}, "layers='layer9"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            rmfx.insert_resconv(model, x, **options)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="protect='layer9"):
+        rmfx.prune_layers(net, x, ratio=0.5, protect="layer9.*")
+
+
+def test_factors_are_put_there_once() -> None:
+    x = torch.randn(1, 4, 8, 8)
+    net, _ = rmfx.insert_resconv(chain(*[(4, 4, 3, 1, 1)] * 2).eval(), x, scale=1, carry=500.0)
+    again, report = rmfx.insert_resconv(net, x)
+    assert len(rmfx.layer_scales(again)) == 2
+    assert {row.reason for row in report.layers} == {"it has factors already"}
+    torch.testing.assert_close(again(x), net(x))
+
+
+def test_a_protected_layer_is_one_that_stays() -> None:
+    x = torch.randn(1, 4, 8, 8)
+    net, _ = rmfx.insert_resconv(chain(*[(4, 4, 3, 1, 1)] * 3).eval(), x)
+    first = next(str(n) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
+    _, report = rmfx.prune_layers(net, x, ratio=1.0, protect=first)
+    assert report.removed == 2

@@ -422,7 +422,7 @@ def test_the_table_tells_what_went() -> None:
         ({"budget": -1}, "must be positive"),
         ({"target": 0.5, "of": "flops"}, "of='flops'"),
         ({"target": 0.5, "importance": "best"}, "importance='best'"),
-        ({"target": 0.5, "importance": 3}, "neither a name nor a function"),
+        ({"target": 0.5, "importance": 3}, "choose from taylor"),
         ({"target": 0.5, "allocation": "fair"}, "allocation='fair'"),
         ({"target": 0.5, "floor": 2}, "floor"),
         ({"target": 0.5}, "needs data"),
@@ -467,3 +467,98 @@ def test_deep_networks() -> None:
     model = ready(chain(conv_bn(3, 8), *blocks, conv(8, 2)))
     small, _ = pruned(model, target=0.5, importance="l2")
     assert rmfx.cost.count(small, image(1, 3, 8, 8)).macs > 0
+
+
+def test_layers_that_are_shared_count() -> None:
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+    first = (nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU())
+    model, x = nn.Sequential(*first, shared, nn.ReLU(), shared).eval(), torch.randn(1, 3, 8, 8)
+    for of in ("macs", "parameters"):
+        with pytest.raises(OptionError, match="cannot be reached"):
+            rmfx.prune_channels(model, x, target=0.5, of=of, importance="l2")
+    small, report = rmfx.prune_channels(model, x, target=0.97, importance="l2")
+    assert report.macs_before == rmfx.cost.count(model, x).macs
+    assert report.macs_after == rmfx.cost.count(small, x).macs <= 0.97 * report.macs_before
+    assert report.parameters_after == rmfx.cost.count(small, x).parameters
+
+
+@pytest.mark.parametrize("of", ["macs", "parameters"])
+def test_channels_of_ones_count(of: str) -> None:
+    layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, 8), (8, 8), (8, 2))]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
+    options = {"importance": "l2", "data": [(x, 0)], "responses": "borders", "of": of}
+    small, report = rmfx.prune_channels(model, x, target=0.6, **options)
+    before, after = rmfx.cost.count(model, x), rmfx.cost.count(small, x)
+    assert getattr(after, of) <= 0.6 * getattr(before, of)
+    assert (report.macs_after, report.parameters_after) == (after.macs, after.parameters)
+
+
+def test_transposed_convolutions_count() -> None:
+    model, x = nn.Sequential(nn.ConvTranspose2d(8, 4, 2, 2)).eval(), torch.randn(1, 8, 4, 4)
+    assert rmfx.cost.count(model, x).macs == 8 * 4 * 4 * 16
+    assert rmfx.cost.count(model, x).layers == 1
+
+
+def test_a_pattern_may_stand_alone_and_must_fit() -> None:
+    model = small_net()
+    _, report = pruned(model, target=0.6, importance="l2", protect="2.branch.0.*")
+    assert ("2.branch.0.0",) not in [f.layers for f in report.families]
+    for wrong in (["branch"], "2.brunch.*"):
+        with pytest.raises(OptionError, match=r"protect='.*' is of no layer"):
+            pruned(model, target=0.6, importance="l2", protect=wrong)
+
+
+class TwoParts(nn.Module):
+    """Two layers read parts of what one gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Conv2d(3, 8, 1), nn.Conv2d(16, 1, 1)
+        self.p, self.q = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        y: Tensor = self.o(torch.cat([self.p(a[:, :2]), self.q(a[:, 2:])], 1))
+        return y
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("seed", range(6))
+def test_what_must_stay_comes_in_multiples(allocation: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    options = {"importance": "l2", "allocation": allocation, "multiple": 2, "target": 0.5}
+    _, report = rmfx.prune_channels(TwoParts().eval(), torch.randn(1, 3, 8, 8), **options)
+    assert all(f.after % 2 == 0 for f in report.families)
+
+
+def test_nothing_to_choose_from() -> None:
+    model, x = nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 8, 8)
+    _, report = rmfx.prune_channels(
+        model, x, target=1.0, data=[(x, 0)], loss=lambda y, target: y.sum()
+    )
+    assert not report.families
+
+
+def nan_loss(y: Tensor, target: Any) -> Tensor:
+    return y.sum() * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": [(torch.randn(2, 3, 8, 8), 0), (torch.randn(0, 3, 8, 8), 0)]}, "an empty batch"),
+        ({"data": [(torch.full((2, 3, 8, 8), float("nan")), 0)]}, "NaN or Inf on the data"),
+        ({"data": [(torch.randn(2, 3, 8, 8), 0)], "loss": nan_loss}, "the loss, or its gradient"),
+        ({"data": [torch.randn(2, 3, 8, 8)]}, "holds a Tensor, where batches are pairs"),
+        ({"data": torch.randn(2, 3, 8, 8)}, "data is a tensor"),
+        ({"importance": lambda gm: [1.0]}, "must give a dict of tensors"),
+        ({"importance": "l2", "of": None}, "of=None"),
+        ({"importance": "l2", "allocation": None}, "allocation=None"),
+        ({"importance": "l2", "target": "0.5"}, "target='0.5' is no number"),
+    ],
+)
+def test_wrong_arguments_are_told(options: dict[str, Any], message: str) -> None:
+    layers = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    given = {"target": 0.5} | options
+    with pytest.raises(OptionError, match=message):
+        rmfx.prune_channels(nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8), **given)

@@ -285,7 +285,7 @@ def test_data_parallel_training_keeps_the_rings_alike(tmp_path: Path) -> None:
         ({"budget": 10**9}, "budget=1000000000"),
         ({"ratio": 0.5, "seed": -1}, "seed=-1"),
         ({"ratio": 0.5, "scope": "stage"}, "scope='stage'"),
-        ({"ratio": 0.5, "include": "nothing.*"}, "no convolution"),
+        ({"ratio": 0.5, "include": "nothing.*"}, "no layer is left to draw"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, object], message: str) -> None:
@@ -335,3 +335,25 @@ def test_a_weight_that_is_drawn_cannot_be_set() -> None:
 
 def test_a_ring_says_what_it_is() -> None:
     assert "5 for 12, seed=3" in str(Ring(torch.zeros(5), 12, 3))
+
+
+def test_rings_may_be_called_after_any_layer() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.keys, self.values = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.q(x)
+            y: Tensor = self.keys(x) * self.values(x)
+            return y
+
+    small = rmfx.share_parameters(Named(), ratio=0.5, scope="block")
+    assert list(small.parameter_rings) == ["keys_ring", "values_ring"]
+    assert small(torch.randn(1, 4, 3, 3)).shape == (1, 4, 3, 3)
+    with pytest.raises(OptionError, match="scope gives 3 for keys"):
+        rmfx.share_parameters(Named(), ratio=0.5, scope=lambda path: 3)  # type: ignore[arg-type, return-value]
+    with pytest.raises(OptionError, match=r"budget=7\.5 must be a whole number"):
+        rmfx.share_parameters(Named(), budget=7.5)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="linear layers want to be named"):
+        rmfx.share_parameters(nn.Linear(2, 2), ratio=0.5)

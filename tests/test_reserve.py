@@ -228,3 +228,12 @@ def test_a_ratio_of_nothing_changes_nothing() -> None:
     net, report = rmfx.reserve(model, 0.0)
     assert report.reserving == 0
     assert torch.equal(values(net, x), values(model, x))
+
+
+def test_one_channel_is_always_computed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), RepVGGBlock(4, 4), RepVGGBlock(4, 4)).eval()
+    net, report = rmfx.reserve(model, 0.99)
+    assert max(row.reserved for row in report.blocks) == 3
+    assert net(torch.randn(1, 3, 8, 8)).shape == (1, 4, 8, 8)
+    with pytest.raises(OptionError, match="blocks='stage9"):
+        rmfx.reserve(model, 0.5, blocks="stage9.*")
