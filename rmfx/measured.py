@@ -126,8 +126,10 @@ def cut_out(net: Net, site: Site) -> tuple[fx.GraphModule, tuple[Tensor, ...]] |
 
 def _example(node: fx.Node) -> Tensor | None:
     shape, kind = node.meta.get("shape"), node.meta.get("dtype")
-    if shape is None or None in shape or kind is None or not kind[0].is_floating_point:
+    if shape is None or None in shape or kind is None:
         return None
+    if not kind[0].is_floating_point:  # a choice, an index
+        return torch.randint(0, 2, shape, dtype=kind[0], device=kind[1])
     return torch.randn(shape, dtype=kind[0], device=kind[1])
 
 

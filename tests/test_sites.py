@@ -142,6 +142,26 @@ def test_measured_for_real_and_kept_in_a_file(tmp_path: Path) -> None:
     assert sum("time" in text for text in steps) == 2  # not timed again
 
 
+class Chosen(nn.Module):
+    """What is added was chosen, place by place, by a tensor of truth values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv(3, 4), conv(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return torch.where(x > 1, x, self.second(x)) + x
+
+
+def test_a_site_that_reads_truth_values(pretend: Any) -> None:
+    pretend((3.0, 1.0, 2.0))
+    x = image(2, 3, 8, 8)
+    options = {"loss": lambda y, target: y.square().mean(), "choices": ("keep", "open")}
+    _, report = rmfx.choose_sites(ready(Chosen()), x, [(x, 0)], **options)
+    assert [row.choice for row in report.sites] == ["open"]
+
+
 def test_a_network_without_sites() -> None:
     model = ready(chain(conv_bn(3, 4), nn.Flatten(), nn.Linear(324, 5)))
     gm, report = rmfx.choose_sites(model, image(1, 3, 9, 9), batches())
