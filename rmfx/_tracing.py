@@ -9,17 +9,22 @@ operator they call, with the values it reads, must be the same.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import operator
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.fx.proxy import Proxy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -144,26 +149,73 @@ Call = tuple[object, ...]
 
 
 class _Recording(TorchDispatchMode):
-    """Writes down every operator that runs, with its arguments; tensors get running numbers."""
+    """Writes down every operator that runs, with its arguments; tensors get running numbers.
 
-    def __init__(self, mode: FakeTensorMode, inputs: Any) -> None:
+    A tensor that the code makes of numbers of its own goes by what it holds: a trace has computed
+    it already. What is computed of such tensors alone is not written down, but done.
+    """
+
+    def __init__(self, mode: FakeTensorMode, inputs: Any, own: Collection[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._mode = mode
+        self._own = own
         self.calls: list[Call] = []
         self._numbers: dict[int, int] = {}
+        self._held: dict[int, Tensor] = {}  # what tensors without values hold, by their ids
         self._alive: list[Tensor] = []  # an id is a tensor's own for as long as it lives
         self._note(inputs)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        leaves = [self._name(leaf) for leaf in pytree.tree_leaves((args, kwargs))]
+        given = (args, kwargs or {})
+        if self._is_of_constants(func, given):
+            return self._computed(func, given)
+        writes = func._schema.is_mutable
+        leaves = [self._name(leaf, writes=writes) for leaf in pytree.tree_leaves(given)]
         # A model may write to a tensor of its own: let it write to a fake.
-        args, kwargs = as_fakes(self._mode, (args, kwargs or {}))
+        args, kwargs = as_fakes(self._mode, given)
         result = func(*args, **kwargs)
         self.calls.append((func, *leaves))
         self._note(result)
         return result
+
+    def _is_of_constants(self, func: Any, given: Any) -> bool:
+        tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return False
+        if func._schema.is_mutable:  # a tensor that the model keeps is not ours to write to
+            return bool(tensors) and all(id(t) in self._held for t in tensors)
+        return all(self._is_constant(t) for t in tensors)
+
+    def _is_constant(self, value: Tensor) -> bool:
+        if id(value) in self._held:
+            return id(value) not in self._numbers
+        return not isinstance(value, FakeTensor) and id(value) not in self._own
+
+    def _computed(self, func: Any, given: Any) -> Any:
+        """What an operator makes of constants, for which a fake stands."""
+        fakes: dict[int, Tensor] = {}
+
+        def real(leaf: Any) -> Any:
+            held = self._held.get(id(leaf), leaf)
+            fakes[id(held)] = leaf
+            return held
+
+        def fake(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            made = fakes.get(id(leaf))  # an operator in place gives what it was given
+            if not isinstance(made, FakeTensor):
+                made = self._mode.from_tensor(leaf, static_shapes=True)
+                self._held[id(made)] = leaf
+                self._alive.append(made)
+            return made
+
+        args, kwargs = pytree.tree_map(real, given)
+        with unset_fake_temporarily():
+            result = func(*args, **kwargs)
+        return pytree.tree_map(fake, result)
 
     def _note(self, values: Any) -> None:
         for value in pytree.tree_leaves(values):
@@ -171,10 +223,26 @@ class _Recording(TorchDispatchMode):
                 self._numbers[id(value)] = len(self._numbers)
                 self._alive.append(value)
 
-    def _name(self, leaf: Any) -> object:
-        if isinstance(leaf, Tensor):  # a tensor of the model goes by its id, the same in both runs
-            return ("value", self._numbers.get(id(leaf), f"weight {id(leaf)}"))
-        return repr(leaf) if isinstance(leaf, float) else leaf
+    def _name(self, leaf: Any, *, writes: bool = False) -> object:
+        if not isinstance(leaf, Tensor):
+            return repr(leaf) if isinstance(leaf, float) else leaf
+        if id(leaf) in self._numbers:
+            return ("value", self._numbers[id(leaf)])
+        if not writes and self._is_constant(leaf):
+            return (
+                "constant",
+                leaf.dtype,
+                tuple(leaf.shape),
+                _digest(self._held.get(id(leaf), leaf)),
+            )
+        return ("weight", id(leaf))  # of the model, the same in both runs
+
+
+def _digest(value: Tensor) -> str:
+    """A short form of what a tensor holds."""
+    with unset_fake_temporarily():
+        numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()
 
 
 def records_the_same(model: nn.Module, gm: fx.GraphModule, inputs: tuple[Any, ...]) -> bool:
@@ -187,17 +255,18 @@ def records_the_same(model: nn.Module, gm: fx.GraphModule, inputs: tuple[Any, ..
     Raises:
         Whatever the model's own code raises.
     """
-    expected = _calls(model, inputs)
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    expected = _calls(model, inputs, own)
     try:
-        return expected == _calls(gm, inputs)
+        return expected == _calls(gm, inputs, own)
     except Exception:  # noqa: BLE001  (a trace that missed something may fail in any way)
         return False
 
 
-def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> list[Call]:
+def _calls(model: nn.Module, inputs: tuple[Any, ...], own: Collection[int]) -> list[Call]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = as_fakes(mode, inputs)
-    recording = _Recording(mode, fake)
+    recording = _Recording(mode, fake, own)
     with unchanged(model), mode, recording, torch.no_grad(), warnings.catch_warnings():
         # The model's own, which nobody called; and torch's, of tensors that it keeps in a cache.
         warnings.simplefilter("ignore")

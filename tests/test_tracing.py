@@ -259,3 +259,69 @@ def test_a_cache_is_left_as_it_was() -> None:
     torch.testing.assert_close(filled(image()), expected)
     torch.testing.assert_close(gm(image()), expected)
     assert list(model.cache) == ["cpu"]
+
+
+# ---- tensors that the code makes of numbers of its own ------------------------------------------
+
+Made = Callable[[Any, Any], Any]
+CONSTANTS: dict[str, Made] = {
+    "a list": lambda m, x: (x - torch.tensor([0.4, 0.5, 0.6, 0.7]).view(1, 4, 1, 1)) / 0.25,
+    "of its type": lambda m, x: (
+        x * torch.tensor([2.0, 1.0, 3.0, 4.0], dtype=x.dtype).view(-1, 1, 1)
+    ),
+    "a bound": lambda m, x: torch.clamp(x, min=torch.tensor(0.1)),
+    "an order": lambda m, x: x[:, [1, 0, 3, 2]],
+    "another order": lambda m, x: x.index_select(1, torch.tensor([1, 0, 3, 2])),
+    "counted": lambda m, x: x * torch.arange(1, 5).view(4, 1, 1),
+    "written to": lambda m, x: x * written(),
+    "along a size": lambda m, x: x * torch.linspace(0, 1, x.shape[2]).view(-1, 1),
+    "not kept as a buffer": lambda m, x: x * m.plain[0],
+}
+
+
+def written() -> Tensor:
+    made = torch.zeros(4, 1, 1)
+    made += 1
+    made[1] = 2
+    return made
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_leave_the_sizes_open(name: str) -> None:
+    make = CONSTANTS[name]
+    model = ready(Apply(lambda m, x: torch.relu(m.a(make(m, x))) + x, a=conv()))
+    model.plain = [torch.rand(4, 1, 1)]
+    gm = rmfx.remove_residuals(model, image(2, 4, 8, 8))
+    for _ in range(2):
+        x = image(3, 4, 6, 7)
+        torch.testing.assert_close(gm(x), model(x))
+    assert_equivalent(model, gm, image(2, 4, 8, 8))
+
+
+LIES: dict[str, Made] = {
+    "another number": lambda m, x: x * torch.tensor(2.0 if isinstance(x, Tensor) else 3.0),
+    "another type": lambda m, x: x * torch.tensor([2.0], dtype=kind_for(x)).double(),
+    "at random": lambda m, x: x * torch.rand(4, 1, 1).mul(0).add(1),
+    "data written to it": lambda m, x: x + torch.zeros(2, 4, 8, 8, dtype=x.dtype).add_(x),
+    "data in a part of it": lambda m, x: x + partly(x),
+}
+
+
+def kind_for(x: Any) -> torch.dtype:
+    return torch.float64 if isinstance(x, Tensor) else torch.float32
+
+
+def partly(x: Any) -> Any:
+    made = torch.zeros(2, 4, 8, 8, dtype=torch.float64)
+    made.narrow(1, 0, 2).add_(x.narrow(1, 0, 2))
+    return made
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_constants_that_are_none(name: str) -> None:
+    make = LIES[name]
+    model = ready(Apply(lambda m, x: torch.relu(m.a(make(m, x))) + x, a=conv()))
+    x = image(2, 4, 8, 8)
+    gm = rmfx.remove_residuals(model, x)
+    for _ in range(2):
+        torch.testing.assert_close(gm(x), model(x))
