@@ -111,10 +111,17 @@ def read(net: Net, node: fx.Node) -> Element | Refusal:
     return found.at(node.name) if isinstance(found, Refusal) else found
 
 
-def _read_selection(net: Net, node: fx.Node, otherwise: Refusal) -> Deferred:
+def _read_selection(net: Net, node: fx.Node, otherwise: Refusal) -> Deferred | Refusal:
     def build(channels: int, dims: int) -> AffineConv | Refusal:
         return selection(net, node, channels, dims) or otherwise
 
+    source = input_of(node)
+    rank = net.rank(source) if source is not None else None
+    channels = net.channels(source, rank - 2) if source is not None and rank is not None else None
+    if rank is not None and channels is not None:
+        found = build(channels, rank - 2)
+        if isinstance(found, Refusal):
+            return found
     return Deferred(build)
 
 
@@ -499,7 +506,7 @@ def laterals(net: Net, node: fx.Node) -> list[Lateral]:
     if node.meta.get("frozen") or node.op != "call_function":
         return []
     operands = _concatenated(net, node) if node.target is torch.cat else node.args
-    if node.target is torch.cat and len(set(operands)) == 1:
+    if node.target is torch.cat and len(set(operands)) == 1 and _selects(net, node):
         return []  # the same channels several times
     found = [Lateral(node, tuple(operands), place) for place in _open_places(net, node, operands)]
 
@@ -509,6 +516,10 @@ def laterals(net: Net, node: fx.Node) -> list[Lateral]:
         return resized or isinstance(net.module(one.value), (nn.Sigmoid, nn.Hardsigmoid))
 
     return sorted(found, key=is_gate)
+
+
+def _selects(net: Net, node: fx.Node) -> bool:
+    return isinstance(_read_selection(net, node, Refusal("")), Deferred)
 
 
 def _open_places(net: Net, node: fx.Node, operands: Sequence[Any]) -> list[int]:

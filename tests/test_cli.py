@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import rmfx
 import rmfx.demo
-from rmfx import cli, latency
+from rmfx import _runtimes, cli
 from rmfx.models import DigitsNet
 
 DIGITS = "rmfx.models:DigitsNet"
@@ -275,10 +275,10 @@ def test_bench_draws(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_shows_what_failed_and_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(form: object, threads: int) -> latency.Run:
+    def fail(form: object, threads: int) -> _runtimes.Run:
         raise ValueError("no such kernel")
 
-    monkeypatch.setitem(latency.RUNTIMES, "inductor", latency.Runtime(fail))
+    monkeypatch.setitem(_runtimes.RUNTIMES, "inductor", _runtimes.Runtime(fail))
     assert cli.main([*BENCH, "--runtimes=inductor,eager", "--json"]) == 1
     output = capsys.readouterr()
     rows = json.loads(output.out)["rows"]
