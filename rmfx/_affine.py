@@ -32,6 +32,7 @@ Pads = tuple[tuple[int, int], ...]
 
 CONVS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+MULTIPLYING = (*CONVS, *TRANSPOSED)  # whose weights are multiplied at every position
 ZERO_PADS: tuple[type[nn.Module], ...] = (nn.Identity, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 CONV_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 

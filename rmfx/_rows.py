@@ -10,7 +10,7 @@ from typing import cast
 from torch import Tensor, fx, nn
 
 from ._activation import Blockwise
-from ._affine import CONVS, TRANSPOSED
+from ._affine import MULTIPLYING
 from ._carry import area_after
 from ._columns import Column, Linear, Pointwise, sizes_of
 from ._errors import Refusal, RmfxError
@@ -65,7 +65,7 @@ def _weights(net: Net, node: fx.Node) -> tuple[int, int]:
     own = made if isinstance(made, nn.Module) else module
     if own is None:
         return 0, 0
-    taps = cast("Tensor", own.weight).numel() if isinstance(own, (*CONVS, *TRANSPOSED)) else 0
+    taps = cast("Tensor", own.weight).numel() if isinstance(own, MULTIPLYING) else 0
     return taps, sum(p.numel() for p in own.parameters())
 
 

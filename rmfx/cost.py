@@ -8,7 +8,7 @@ from typing import Any, cast
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from ._affine import CONVS, TRANSPOSED
+from ._affine import MULTIPLYING, TRANSPOSED
 from ._calls import ADDS, SUBS
 from ._errors import ShapeError
 from ._graph import Net, positions
@@ -92,7 +92,7 @@ def _cost_of(gm: fx.GraphModule, node: fx.Node, live: int) -> NodeCost:
         kind = type(module).__name__
         size = sum(p.numel() for p in module.parameters())
         weights = sum(p.numel() * p.itemsize for p in module.parameters())
-        if isinstance(module, (*CONVS, *TRANSPOSED)):
+        if isinstance(module, MULTIPLYING):
             weight = cast("Tensor", module.weight)
             # Where a transposed convolution is computed: at the positions that it reads.
             at = node.all_input_nodes[0] if isinstance(module, TRANSPOSED) else node
@@ -138,9 +138,7 @@ def count_graph(gm: fx.GraphModule) -> Cost:
 
 
 def _is_conv(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(
-        gm.get_submodule(str(node.target)), (*CONVS, *TRANSPOSED)
-    )
+    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), MULTIPLYING)
 
 
 def _adds_tensors(node: fx.Node) -> bool:
