@@ -83,6 +83,41 @@ def _threshold_identity(m: nn.Module) -> Interval:
     return (threshold + room, INF)
 
 
+class Pointwise(nn.Module):
+    """A function of each value alone for which torch.nn has no module.
+
+    Args:
+        name: of the function in torch: one of `POINTWISE`.
+        options: what it takes beside the value.
+    """
+
+    def __init__(self, name: str, *options: float) -> None:
+        super().__init__()
+        self.name, self.options = name, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(torch, self.name)(x, *self.options)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """For print."""
+        return ", ".join([self.name, *map(str, self.options)])
+
+
+# name -> a closed interval that holds every value, for any options
+POINTWISE: dict[str, Interval] = {
+    **dict.fromkeys(("square", "exp", "sqrt", "rsqrt"), (0.0, INF)),
+    **dict.fromkeys(("sin", "cos", "erf", "sign"), (-1.0, 1.0)),
+    **dict.fromkeys(("pow", "log", "log1p", "reciprocal", "asinh", "atan", "sinh"), EVERYWHERE),
+    "expm1": (-1.0, INF),
+    "cosh": (1.0, INF),
+}
+
+
+def _pointwise_image(m: nn.Module) -> Interval:
+    even = m.name == "pow" and m.options[0] % 2 == 0  # type: ignore[index]
+    return (0.0, INF) if even else POINTWISE[str(m.name)]
+
+
 TABLE: dict[type[nn.Module], Row] = {
     nn.ReLU: Row(
         _slopes, lambda m: (0.0, INF), True, lambda m: 0.0, lambda m: (0.0, INF), lambda m: 1.0
@@ -114,6 +149,7 @@ TABLE: dict[type[nn.Module], Row] = {
     nn.Softshrink: Row(),
     nn.Tanhshrink: Row(),
     nn.Threshold: Row(_threshold_identity),
+    Pointwise: Row(image=_pointwise_image),
 }
 
 

@@ -7,15 +7,15 @@ A row says which targets mean a layer, the names of their arguments in order, an
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from ._activation import OWN_ACTIVATIONS
+from ._activation import OWN_ACTIVATIONS, POINTWISE, Pointwise
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -98,6 +98,19 @@ _ACTIVATIONS: tuple[tuple[type[nn.Module], str, str], ...] = (
     (nn.Tanhshrink, "tanhshrink", ""),
     (nn.Threshold, "threshold", "threshold value inplace"),
 )
+
+
+def _pointwise(name: str) -> Builder:
+    def build(given: Arguments) -> nn.Module | None:
+        numbers = all(type(value) in (int, float) for value in given.values())
+        complete = len(given) == (name == "pow")
+        return Pointwise(name, *given.values()) if numbers and complete else None
+
+    return build
+
+
+def _abs(given: Arguments) -> nn.Module | None:
+    return None if given else nn.LeakyReLU(-1.0)
 
 
 def _clamp(given: Arguments) -> nn.Module | None:
@@ -189,6 +202,11 @@ def batch_norm(given: Arguments) -> nn.Module | None:
     return module
 
 
+def instance_norm(given: Arguments) -> nn.Module | None:
+    """With running statistics it is a batch norm."""
+    return None if given.pop("use_input_stats", True) is not False else batch_norm(given)
+
+
 # ---- pooling, padding, shape --------------------------------------------------------------------
 
 
@@ -254,6 +272,15 @@ def _table() -> dict[Any, Call]:
         "min",
         _clamp,
     )
+    for name in POINTWISE:
+        functions = [getattr(torch, n, None) for n in (name, f"{name}_")]
+        overloads = _overloads(
+            *(("pow.Tensor_Scalar", "pow_.Scalar") if name == "pow" else (name,))
+        )
+        names = "exponent" if name == "pow" else ""
+        row([*functions, name, f"{name}_", *overloads], names, _pointwise(name))
+    row([operator.pow, operator.ipow], "exponent", _pointwise("pow"))
+    row([torch.abs, "abs", "abs_", operator.abs, *_overloads("abs", "abs_")], "", _abs)
     row(_overloads("log_sigmoid"), "", _activation(nn.LogSigmoid, ""))
     row([F.prelu, torch.prelu, *_overloads("prelu")], "weight", _prelu)
     for dims in (1, 2, 3):
@@ -282,6 +309,16 @@ def _table() -> dict[Any, Call]:
         [F.batch_norm],
         "running_mean running_var weight bias training momentum eps",
         batch_norm,
+    )
+    row(
+        [F.instance_norm],
+        "running_mean running_var weight bias use_input_stats momentum eps",
+        instance_norm,
+    )
+    row(
+        [torch.instance_norm, *_overloads("instance_norm")],
+        "weight bias running_mean running_var use_input_stats momentum eps cudnn_enabled",
+        instance_norm,
     )
     row(
         [torch.batch_norm, *_overloads("batch_norm")],
@@ -326,6 +363,7 @@ def _table() -> dict[Any, Call]:
 
 
 CALLS = _table()
+NORMS = (batch_norm, instance_norm)  # which have to know the number of dimensions
 
 
 def gives_several(target: Any) -> bool:
@@ -376,10 +414,29 @@ CHOICES_OF_TWO: dict[Any, Any] = {  # with two tensors
 }
 ADDCMULS = (torch.addcmul, "addcmul", *_overloads("addcmul"))
 CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate, *_overloads("cat", "concat"))
+STACKS = (torch.stack, *_overloads("stack"))
+SUMS: dict[Any, str] = {
+    **dict.fromkeys([torch.sum, "sum", *_overloads("sum.dim_IntList")], "sum"),
+    **dict.fromkeys([torch.mean, "mean", *_overloads("mean.dim")], "mean"),
+}
 IN_PLACE_BY_METHOD: dict[Any, str] = {
     operator.iadd: "add_",
     operator.isub: "sub_",
     operator.imul: "mul_",
     operator.itruediv: "div_",
 }
+CASTS = ("to", "type", "float", "double", "half", "bfloat16", "int", "long", "bool", "type_as")
+CAST_OPERATORS = _overloads("to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy")
 IN_PLACE_METHODS = ("__iadd__", "__isub__", "__imul__", "__itruediv__")
+
+
+def run_node(
+    node: fx.Node, known: Mapping[fx.Node, Any], module: Callable[[str], nn.Module]
+) -> Any:
+    """What a call gives for values of what it reads; `module` finds a layer by its path."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+    if node.op == "call_module":
+        return module(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]

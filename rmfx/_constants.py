@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ._activation import is_activation
+from ._calls import run_node
 from ._dialect import attribute
 from ._functionalise import written_by
 
@@ -35,7 +36,8 @@ def fold_constants(gm: fx.GraphModule) -> None:
                 known[node] = value
         elif _is_constant(gm, node, known):
             try:
-                known[node] = _value(gm, node, known)
+                with torch.no_grad():
+                    known[node] = run_node(node, known, gm.get_submodule)
             # An operation that fails now fails when the model runs, and not before.
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
                 continue
@@ -64,16 +66,6 @@ def _is_constant(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -
         return False
     name = str(getattr(node.target, "__name__", node.target))
     return not (node.is_impure() or any(word in name for word in RANDOM))
-
-
-@torch.no_grad()
-def _value(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: known[n])
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if node.op == "call_module":
-        return gm.get_submodule(str(node.target))(*args, **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _is_to_be_kept(node: fx.Node, known: dict[fx.Node, Any]) -> bool:

@@ -10,6 +10,7 @@ import copy
 import itertools
 import operator
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,18 +28,23 @@ from ._calls import (
     CHOICES_OF_TWO,
     CONCATENATIONS,
     IN_PLACE_BY_METHOD,
+    NORMS,
     SELECTIONS,
     SPLIT_ARGUMENTS,
     SPLITS,
+    STACKS,
+    SUMS,
     aten,
     batch_norm,
     gives_several,
     linear,
 )
 from ._names import free_name, free_path, name_nodes
+from ._shuffles import find_shuffles
 from ._zero_channels import pad_for_zeros
 
 MISSING = object()
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def has_functional_form(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -67,13 +73,19 @@ def canonicalise(gm: fx.GraphModule) -> None:
         if node.meta.get("number"):
             _fold_number(gm, node)
             continue
+        if node.target is aten._assert_tensor_metadata.default and "val" in node.args[0].meta:
+            gm.graph.erase_node(node)  # what was exported has the types that it was exported with
+            continue
         if node.op == "call_module" and node.meta.get("functional"):
             _detach_in_place(gm, node, taken, keep=node.target in frozen)
         elif node.op == "call_module" and calls[node.target] == 1:
             _pad_apart(gm, node)
+            _batch_norm_for(gm, node)
         elif node.op in ("call_function", "call_method"):
             _canonicalise_call(gm, node, taken)
     pad_for_zeros(gm)
+    for last, source, shuffle in find_shuffles(gm):
+        _call_module(gm, last, shuffle, source, taken)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)
     name_nodes(gm.graph)
 
@@ -212,6 +224,8 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
         x = given.pop("input")
         node.target, node.args, node.kwargs = F.pad, (x,), given
         return
+    if node.target in SUMS and _sum_of_stack(node):
+        return
     module = _flatten_by_view(node) or _module_for(gm, node)
     if module is not None:
         _call_module(gm, node, module, _input(node), taken)
@@ -235,6 +249,39 @@ def _add_product(node: fx.Node) -> None:
         product.meta["shape"] = tuple(torch.broadcast_shapes(*shapes))
     node.target, node.args = torch.add, (given["input"], product)
     node.kwargs = {} if value == 1 else {"alpha": value}
+
+
+def _sum_of_stack(node: fx.Node) -> bool:
+    """torch.stack((a, b, …), d).sum(d) as a + b + …, and a mean as that over their number."""
+    names = ("input", "dim", "keepdim")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    stack, dim = given.pop("input", None), given.pop("dim", None)
+    dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+    if given.pop("keepdim", False) or given or not isinstance(stack, fx.Node):
+        return False
+    known: dict[str, Any] = dict(zip(("tensors", "dim"), stack.args, strict=False)) | stack.kwargs
+    parts, same = known.get("tensors"), type(dim) is int and known.get("dim", 0) == dim
+    if stack.target not in STACKS or "frozen" in stack.meta or not same:
+        return False
+    if not isinstance(parts, (list, tuple)) or len(parts) < 2 or not _are_alike(parts):
+        return False
+    total = parts[0]
+    with node.graph.inserting_before(node):
+        for part in parts[1:]:
+            total = node.graph.call_function(torch.add, (total, part))
+            total.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        if SUMS[node.target] == "mean":
+            total = node.graph.call_function(torch.div, (total, len(parts)))
+            total.meta = {k: v for k, v in node.meta.items() if k != "val"}
+    node.replace_all_uses_with(total)
+    node.graph.erase_node(node)
+    return True
+
+
+def _are_alike(parts: Sequence[Any]) -> bool:
+    """Whether tensors have the same type, where one is known."""
+    nodes = [part for part in parts if isinstance(part, fx.Node) and "frozen" not in part.meta]
+    return len(nodes) == len(parts) and len({n.meta.get("dtype") for n in nodes}) == 1
 
 
 def _concatenation(node: fx.Node) -> None:
@@ -291,7 +338,7 @@ def _module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     resolved = {name: _constant(gm, value) for name, value in given.items()}
     if any(value is MISSING for value in resolved.values()):
         return None
-    if call.build is batch_norm:
+    if call.build in NORMS:
         resolved["rank"] = _rank(gm, x)
     try:
         return call.build(resolved)
@@ -418,6 +465,22 @@ def _pad_apart(gm: fx.GraphModule, node: fx.Node) -> None:
     parent, _, name = str(node.target).rpartition(".")
     setattr(gm.get_submodule(parent), name, bare)
     node.args = (padded,)
+
+
+def _batch_norm_for(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Let an instance norm with running statistics be the batch norm that it is at inference."""
+    norm: Any = gm.get_submodule(str(node.target))
+    dims = INSTANCE_NORMS.index(type(norm)) + 1 if type(norm) in INSTANCE_NORMS else None
+    if dims is None or norm.running_mean is None or has_hooks(norm) or "forward" in vars(norm):
+        return
+    rank = _rank(gm, _input(node))
+    if len(node.args) != 1 or rank != dims + 2:  # others take inputs without a batch dimension
+        return
+    names = ("running_mean", "running_var", "weight", "bias", "eps")
+    made = batch_norm({name: getattr(norm, name) for name in names} | {"rank": rank})
+    if made is not None:
+        parent, _, name = str(node.target).rpartition(".")
+        setattr(gm.get_submodule(parent), name, made.eval())
 
 
 def _detach_in_place(gm: fx.GraphModule, node: fx.Node, taken: set[str], *, keep: bool) -> None:

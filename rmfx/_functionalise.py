@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from ._activation import TABLE
 from ._affine import CONVS
-from ._calls import BATCH_NORMS, IN_PLACE_METHODS
+from ._calls import BATCH_NORMS, CASTS, IN_PLACE_METHODS
 from ._dialect import attribute, has_functional_form
 
 NUMBER_METHODS = ("size", "dim", "numel", "ndimension", "stride", "item", "is_floating_point")
@@ -38,7 +38,6 @@ PASSING_THROUGH = (
 )
 NUMBER_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda")
 NUMBER_MODULES = ("_operator", "operator", "math", "builtins")
-CASTS = ("to", "type", "float", "double", "half", "bfloat16", "int", "long", "bool", "type_as")
 IN_PLACE_OPERATORS = tuple(
     getattr(operator, f"i{name}")
     for name in (

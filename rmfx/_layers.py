@@ -27,7 +27,19 @@ from torch import Tensor, fx, nn
 
 from ._activation import Activation, Blockwise, is_activation
 from ._affine import CONVS, TRANSPOSED, AffineConv, Ints, Pads
-from ._calls import ADDS, ARITHMETIC, AVERAGE_POOLS, BATCH_NORMS, BORDERS, PADS, SCALES, SUBS, each
+from ._calls import (
+    ADDS,
+    ARITHMETIC,
+    AVERAGE_POOLS,
+    BATCH_NORMS,
+    BORDERS,
+    CAST_OPERATORS,
+    CASTS,
+    PADS,
+    SCALES,
+    SUBS,
+    each,
+)
 from ._errors import Refusal
 from ._graph import Net, Virtual
 from ._reasons import reason_for
@@ -100,15 +112,27 @@ def read(net: Net, node: fx.Node) -> Element | Refusal:
         return Refusal(frozen, (node.name,))
     if node.op == "call_module":
         found = _read_module(net, node)
+    elif _keeps_values(node):
+        found = Deferred(AffineConv.identity)
     elif node.op == "call_function":
         found = _read_function(net, node)
-    elif node.op == "call_method" and node.target == "contiguous":
-        found = Deferred(AffineConv.identity)
     else:
         found = Refusal(reason_for(net, node))
     if isinstance(found, Refusal) and may_select(net, node) and net.guard(node) is None:
         found = _read_selection(net, node, found)
     return found.at(node.name) if isinstance(found, Refusal) else found
+
+
+def _keeps_values(node: fx.Node) -> bool:
+    """`contiguous`, `to(memory_format=…)`, and a cast to the type that a value has."""
+    if node.op == "call_method" and node.target == "contiguous":
+        return True
+    if node.target == "to" and len(node.args) == 1 and set(node.kwargs) == {"memory_format"}:
+        return True
+    if node.target not in (*CASTS, *CAST_OPERATORS):
+        return False
+    kinds = [n.meta.get("dtype") for n in (node, input_of(node)) if n is not None]
+    return len(kinds) == 2 and None not in kinds and kinds[0] == kinds[1]
 
 
 def _read_selection(net: Net, node: fx.Node, otherwise: Refusal) -> Deferred | Refusal:

@@ -369,7 +369,7 @@ def random_statistics(module: nn.Module, seed: int) -> nn.Module:
     for layer in module.modules():
         if isinstance(layer, nn.PReLU):
             layer.weight.data.copy_(uniform(layer.weight, -0.5, 1.5))
-        if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(layer, nn.modules.batchnorm._NormBase):  # instance norms, too
             continue
         if layer.affine:
             sign = torch.where(uniform(layer.weight, 0, 1) < 0.25, -1.0, 1.0)

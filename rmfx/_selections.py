@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ._affine import AffineConv
+from ._calls import run_node
 from ._graph import Net
 
 aten = torch.ops.aten
@@ -66,14 +67,8 @@ def _run(net: Net, node: fx.Node, x: Tensor) -> Tensor | None:
         values[read] = net.attribute(read) if read.op == "get_attr" else x
     if any(n.meta.get("number") for n in values) or sum(v is x for v in values.values()) != 1:
         return None
-    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
     try:
-        if node.op == "call_module":
-            found = net.module(node)(*args, **kwargs)  # type: ignore[misc]
-        elif node.op == "call_method":
-            found = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            found = node.target(*args, **kwargs)  # type: ignore[operator]
+        found = run_node(node, values, lambda _: net.module(node))  # type: ignore[arg-type, return-value]
     except (RuntimeError, TypeError, ValueError, IndexError):  # it does not run on such a value
         return None
     return found if isinstance(found, Tensor) else None

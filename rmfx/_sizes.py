@@ -76,6 +76,9 @@ class Sizes:
 
     def _of_largest(self, node: fx.Node, inputs: list[fx.Node]) -> SizeLaw | None:
         """Of a combination, which has the sizes of the operand that is not spread out."""
+        laws = {self._known[one] for one in inputs}
+        if len(laws) == 1 and node.target is not torch.cat:
+            return laws.pop()
         shape = node.meta.get("shape")
         for one in inputs:
             own = one.meta.get("shape")

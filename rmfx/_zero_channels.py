@@ -34,21 +34,21 @@ OF_NUMBERS = (operator.add, operator.sub, operator.mul, operator.floordiv, opera
 
 
 @dataclass(frozen=True)
-class _Given:
+class Given:
     """What layers fix of a value: its channels, in dimension 1 of `dims` + 2."""
 
     channels: int
     dims: int
 
 
-class _Fixed:
-    """What layers fix of each node's value: `_Given`, a number for a number, None for nothing."""
+class Fixed:
+    """What layers fix of each node's value: `Given`, a number for a number, None for nothing."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._modules = dict(gm.named_modules(remove_duplicate=False))
-        self._known: dict[fx.Node, _Given | int | None] = {}
+        self._known: dict[fx.Node, Given | int | None] = {}
 
-    def __call__(self, node: fx.Node) -> _Given | int | None:
+    def __call__(self, node: fx.Node) -> Given | int | None:
         return on_demand(node, self._known, self._deduce)
 
     def resolved(self, value: Any) -> Any:
@@ -60,7 +60,7 @@ class _Fixed:
 
         return fx.map_arg(value, number)
 
-    def _deduce(self, node: fx.Node) -> _Given | int | None:
+    def _deduce(self, node: fx.Node) -> Given | int | None:
         if node.meta.get("number"):
             return self._number(node)
         found, shape = self._tensor(node), node.meta.get("shape")
@@ -70,9 +70,9 @@ class _Fixed:
         return found if fits else None
 
     def _number(self, node: fx.Node) -> int | None:
-        value, index = _size_read(node)
+        value, index = size_read(node)
         given = self._known.get(value) if value is not None else None
-        if isinstance(given, _Given):
+        if isinstance(given, Given):
             return given.channels if index in (1, -1 - given.dims) else None
         if node.target not in OF_NUMBERS or node.kwargs:
             return None
@@ -83,16 +83,16 @@ class _Fixed:
             return None
         return int(node.target(*numbers))
 
-    def _tensor(self, node: fx.Node) -> _Given | None:
+    def _tensor(self, node: fx.Node) -> Given | None:
         tensors = [self._known[n] for n in node.all_input_nodes if not n.meta.get("number")]
-        given = [one for one in tensors if isinstance(one, _Given)]
+        given = [one for one in tensors if isinstance(one, Given)]
         same = given[0] if given and all(one == given[0] for one in tensors) else None
         if node.op == "placeholder":
             return self._read_by(node)
         if node.op == "call_module":
             module = self._modules[str(node.target)]
             if isinstance(module, nn.modules.conv._ConvNd):
-                return _Given(module.out_channels, len(module.kernel_size))
+                return Given(module.out_channels, len(module.kernel_size))
             return same if is_activation(module) or isinstance(module, CHANNELWISE) else None
         if node.target in (*ADDS, *SUBS, *SCALES, *LIKE, *COPIES):
             return same
@@ -102,23 +102,23 @@ class _Fixed:
             return self._sliced(node, same)
         return self._padded(node, same) if node.target is F.pad and same else None
 
-    def _read_by(self, node: fx.Node) -> _Given | None:
+    def _read_by(self, node: fx.Node) -> Given | None:
         """What a convolution demands of an input of the network."""
         for user in node.users:
             module = self._modules[str(user.target)] if user.op == "call_module" else None
             if isinstance(module, nn.modules.conv._ConvNd):
-                return _Given(module.in_channels, len(module.kernel_size))
+                return Given(module.in_channels, len(module.kernel_size))
         return None
 
-    def _of_size(self, node: fx.Node) -> _Given | None:
+    def _of_size(self, node: fx.Node) -> Given | None:
         """`zeros((n, c, h, w))`, `zeros(n, c, h, w)`, and the same as methods of a tensor."""
         sizes: Any = node.args[1:] if node.target in BY_METHOD else node.args
         if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)):
             sizes = sizes[0]
         channels = self.resolved(sizes[1]) if len(sizes) > 2 else None
-        return _Given(channels, len(sizes) - 2) if isinstance(channels, int) else None
+        return Given(channels, len(sizes) - 2) if isinstance(channels, int) else None
 
-    def _sliced(self, node: fx.Node, given: _Given) -> _Given | None:
+    def _sliced(self, node: fx.Node, given: Given) -> Given | None:
         index = self.resolved(node.args[1])
         if not isinstance(index, tuple) or not all(isinstance(s, slice) for s in index):
             return None
@@ -127,17 +127,17 @@ class _Fixed:
             return None
         if chosen.step not in (None, 1):
             return None
-        return _Given(len(range(given.channels)[chosen]), given.dims)
+        return Given(len(range(given.channels)[chosen]), given.dims)
 
-    def _padded(self, node: fx.Node, given: _Given) -> _Given | None:
+    def _padded(self, node: fx.Node, given: Given) -> Given | None:
         amounts = self.resolved(node.args[1] if len(node.args) > 1 else node.kwargs["pad"])
         more = amounts[2 * given.dims :]
         if not all(isinstance(n, int) for n in more) or any(more[2:]):
             return None
-        return _Given(given.channels + sum(more), given.dims)
+        return Given(given.channels + sum(more), given.dims)
 
 
-def _size_read(node: fx.Node) -> tuple[fx.Node | None, Any]:
+def size_read(node: fx.Node) -> tuple[fx.Node | None, Any]:
     """Of which value a node reads a size, and of which dimension."""
     if node.target in ("size", aten.sym_size.int) and len(node.args) == 2:
         return node.args[0], node.args[1]  # type: ignore[return-value]
@@ -152,7 +152,7 @@ def _size_read(node: fx.Node) -> tuple[fx.Node | None, Any]:
 
 def pad_for_zeros(gm: fx.GraphModule) -> None:
     """Rewrite concatenations with zeros, and paddings and slices by numbers that layers fix."""
-    fixed = _Fixed(gm)
+    fixed = Fixed(gm)
     for node in list(gm.graph.nodes):
         if node.meta.get("frozen"):
             continue
@@ -163,19 +163,19 @@ def pad_for_zeros(gm: fx.GraphModule) -> None:
             _pad(node, fixed)
 
 
-def _pad(cat: fx.Node, fixed: _Fixed) -> None:
+def _pad(cat: fx.Node, fixed: Fixed) -> None:
     """Write a concatenation that begins or ends with zeros as a padding."""
     operands, dim = _operands(cat)
     zeros = [fixed(n) if _is_zero(n) else None for n in operands]
-    kept = [i for i, given in enumerate(zeros) if not isinstance(given, _Given)]
-    given = next((g for g in zeros if isinstance(g, _Given)), None)
+    kept = [i for i, given in enumerate(zeros) if not isinstance(given, Given)]
+    given = next((g for g in zeros if isinstance(g, Given)), None)
     if given is None or not kept or dim not in (1, -1 - given.dims):
         return
     inner = operands[kept[0] : kept[-1] + 1]
     if len(inner) == len(operands) or not _keeps_type(cat, inner[0]):
         return
     before, after = (
-        sum(g.channels for g in side if isinstance(g, _Given))
+        sum(g.channels for g in side if isinstance(g, Given))
         for side in (zeros[: kept[0]], zeros[kept[-1] + 1 :])
     )
     with cat.graph.inserting_before(cat):

@@ -6,7 +6,8 @@
     - nothing writes in place, except nodes marked `frozen` (with the reason in `node.meta`), whose
       aliases could be seen elsewhere;
     - nodes that hold numbers instead of tensors (sizes) are marked `number`;
-    - `node.meta["shape"]` holds the shape, if example inputs were given.
+    - `node.meta["shape"]` holds the shape, if example inputs were given;
+    - `node.meta["fixed"]` holds those sizes that no input can change, where others are refused;
     - what depends on parameters and buffers only has become a constant.
 The model itself is never changed; modules and parameters are shared with it.
 """
@@ -26,6 +27,7 @@ from ._activation import is_activation
 from ._affine import CONVS, AffineConv
 from ._border_fill import pad_before
 from ._constants import fold_constants
+from ._crops import crop_by_numbers
 from ._dialect import canonicalise, has_hooks
 from ._dynamo import check_in_graph, find_lifted, with_weights
 from ._errors import ModeError, Refusal, ShapeError, TraceError, WeightError
@@ -72,12 +74,14 @@ def trace(model: Any, example_inputs: Any = None, *, fold: bool = True) -> fx.Gr
     mark_numbers(gm.graph)
     _note_sources(gm.graph)
     _find_shapes(gm, inputs)
+    _note_fixed_sizes(gm)
     if fold:
         pad_before(gm)  # before what writes in place is set apart
     functionalise(gm)
     if fold:
         fold_constants(gm)
     canonicalise(gm)
+    crop_by_numbers(gm)
     gm.graph.lint()
     gm.recompile()
     guard = gm.meta.pop(GUARD_KEY, None) or guard_of(source)
@@ -128,7 +132,7 @@ def check_weights(gm: fx.GraphModule) -> None:
     """Raise WeightError for a parameter or batch statistic that cannot be computed with."""
     for name, value in gm.named_parameters():
         check_weight(name, value)
-    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
+    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
     for name, module in gm.named_modules():
         if not isinstance(module, kinds):
             continue
@@ -362,3 +366,11 @@ def _find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
     # The graph runs the model's own operations, which may raise anything.
     except Exception as error:
         raise _does_not_run(inputs, error) from error
+
+
+def _note_fixed_sizes(gm: fx.GraphModule) -> None:
+    """Note the sizes that a graph has at every call: exporting and Dynamo check their inputs."""
+    key = "val" if GUARD_KEY in gm.meta else "example_value"
+    for node in gm.graph.nodes:
+        if isinstance(value := node.meta.get(key), Tensor):
+            node.meta["fixed"] = tuple(n if isinstance(n, int) else None for n in value.shape)

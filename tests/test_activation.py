@@ -18,6 +18,7 @@ from rmfx._activation import (
     ChannelClamp,
     ChannelPReLU,
     MaskedActivation,
+    Pointwise,
     is_activation,
     way_of,
 )
@@ -65,6 +66,10 @@ MODULES: tuple[nn.Module, ...] = (
     nn.Threshold(0.0, 0.0),
     nn.Threshold(0.5, -1.0),
     nn.Threshold(-1.0, 20.0),
+    Pointwise("square"),
+    Pointwise("pow", 2),
+    Pointwise("pow", 3),
+    *map(Pointwise, ("exp", "expm1", "sinh", "cosh", "asinh", "atan", "sin", "cos", "erf", "sign")),
 )
 IDS = [str(module) for module in MODULES]
 SAMPLES = torch.cat([torch.linspace(-30, 30, 6001), torch.linspace(-1, 1, 2001)]).double()
@@ -290,7 +295,7 @@ def test_the_odd_part_is_a_multiple_of_x(module: nn.Module, factor: float) -> No
         assert torch.equal(act.apply(x), x.clamp(min=0))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TABLE if kind is not nn.Threshold])
+@pytest.mark.parametrize("kind", [k for k in TABLE if k not in (nn.Threshold, Pointwise)])
 def test_every_other_activation_has_no_odd_factor(kind: type[nn.Module]) -> None:
     act = Activation(kind().eval())
     x = torch.linspace(-1, 1, 2001, dtype=torch.float64) * min(act.reach, 30.0)

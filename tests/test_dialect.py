@@ -104,6 +104,13 @@ ACTIVATIONS: list[tuple[str, Forward]] = [
     ("Hardshrink", lambda m, x: F.hardshrink(x, 0.3)),
     ("Softshrink", lambda m, x: F.softshrink(x, 0.3)),
     ("Threshold", lambda m, x: F.threshold(x, 0.1, -2.0)),
+    ("LeakyReLU", lambda m, x: torch.abs(x)),
+    ("LeakyReLU", lambda m, x: abs(x)),
+    ("Pointwise", lambda m, x: x**2),
+    ("Pointwise", lambda m, x: torch.pow(x, exponent=3)),
+    ("Pointwise", lambda m, x: x.square()),
+    ("Pointwise", lambda m, x: torch.sin(x)),
+    ("Pointwise", lambda m, x: x.exp()),
 ]
 
 
@@ -165,6 +172,8 @@ def test_splits_of_unknown_sizes_stay() -> None:
         lambda m, x: F.hardtanh(x, 1.0, 1.0),
         lambda m, x: x.clamp(2, 1),
         lambda m, x: F.prelu(x, m.slopes * x.mean()),
+        lambda m, x: (x * x) ** m.slope,
+        lambda m, x: 2.0**x,
         lambda m, x: F.conv2d(x, m.w * x.mean(), groups=2),
         lambda m, x: F.dropout(x, 0.0, True),
         lambda m, x: F.max_pool2d(x, 2, return_indices=True),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from builders import (
     Apply,
     Residual,
+    assert_all_gone,
     assert_refused,
     assert_removed,
     assert_same,
@@ -252,6 +253,32 @@ SITES: dict[str, Make] = {
     "layer scale": lambda: Residual(
         chain(conv_branch(), Apply(lambda m, x: x * m.g, g=nn.Parameter(torch.randn(4, 1, 1))))
     ),
+    "instance norm with running statistics": lambda: Residual(
+        chain(
+            conv(), nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.ReLU(), conv()
+        )
+    ),
+    "functional instance norm": lambda: Residual(
+        chain(
+            conv(),
+            Apply(
+                lambda m, x: F.instance_norm(x, m.mean, m.var, use_input_stats=False),
+                mean=nn.Buffer(torch.randn(4)),
+                var=nn.Buffer(torch.rand(4) + 0.5),
+            ),
+            *(nn.ReLU(), conv()),
+        )
+    ),
+    "another memory format": lambda: Residual(
+        chain(
+            conv(), Apply(lambda m, x: x.to(memory_format=torch.channels_last)), nn.ReLU(), conv()
+        )
+    ),
+    "an absolute value": lambda: Residual(chain(conv(), Apply(lambda m, x: x.abs()), conv())),
+    "a square": lambda: Residual(
+        chain(conv(), nn.ReLU(), Apply(lambda m, x: x**2), nn.BatchNorm2d(4), conv())
+    ),
+    "a sine": lambda: Residual(chain(conv(), Apply(lambda m, x: torch.sin(30 * x)), conv())),
     "dropout in the branch": lambda: Residual(chain(conv(), nn.ReLU(), nn.Dropout(), conv())),
     "functional form": Functional,
     "method form": Methods,
@@ -275,6 +302,15 @@ SITES: dict[str, Make] = {
         conv(), Residual(chain(conv(), nn.ReLU(inplace=True), conv())), nn.ReLU(inplace=True)
     ),
     "sum() of a list": lambda: Residual(conv_branch(), combine=lambda x, y: sum([x, y])),
+    "sum of a stack": lambda: Residual(
+        conv_branch(), combine=lambda x, y: torch.stack([x, y]).sum(0)
+    ),
+    "sum() of a stack": lambda: Residual(
+        conv_branch(), combine=lambda x, y: torch.sum(torch.stack((x, y), dim=2), dim=2)
+    ),
+    "mean of a stack": lambda: Residual(
+        conv_branch(), combine=lambda x, y: torch.mean(torch.stack((x, y), -1), dim=(-1,))
+    ),
     "x + x": lambda: Apply(lambda m, x: x + x),
 }
 # Where no layer with weights tells the channels, only example inputs can.
@@ -284,6 +320,41 @@ NEED_INPUTS = ("branch of an activation alone", "x + x", "one conv", "explicit z
 @pytest.mark.parametrize("name", SITES)
 def test_site_of_every_kind_is_removed_exactly(name: str) -> None:
     assert_removed(ready(SITES[name]()), image(), without_inputs=name not in NEED_INPUTS)
+
+
+@pytest.mark.parametrize("cast", ["double", "to", "type", "type_as"])
+@pytest.mark.parametrize("export", [False, True])
+def test_a_cast_to_the_type_that_a_value_has_is_nothing(cast: str, export: bool) -> None:
+    def same(m: Any, x: Tensor) -> Tensor:
+        given = {"to": (torch.float64,), "type": (torch.float64,), "type_as": (x,)}
+        return getattr(x, cast)(*given.get(cast, ()))  # type: ignore[no-any-return]
+
+    model = ready(Residual(chain(conv(), Apply(same), nn.ReLU(), conv())))
+    held = torch.export.export(model, (image(),)) if export else model
+    gm = rmfx.remove_residuals(held, image())
+    assert_all_gone(model, gm, (image(),), 1, None)
+
+
+def test_a_cast_to_another_type_is_no_linear_layer() -> None:
+    branch = chain(conv(), Apply(lambda m, x: x.float().double()), nn.ReLU(), conv())
+    assert_refused(ready(Residual(branch)), image(), reason="neither linear nor")
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda x, y: torch.stack([x, y]).sum(1),
+        lambda x, y: torch.stack([x, y]).sum((0, 1)),
+        lambda x, y: torch.stack([x, y]).sum(0, keepdim=True),
+        lambda x, y: torch.stack([x, y]).sum(),
+        lambda x, y: torch.stack([x, y]).sum(0, dtype=torch.float32),
+    ],
+)
+def test_other_sums_of_a_stack_are_left_alone(combine: Any) -> None:
+    model = ready(Residual(conv_branch(), combine=combine))
+    gm = rmfx.remove_residuals(model, image())
+    assert rmfx.report(gm).removed == 0
+    torch.testing.assert_close(gm(image()), model(image()), rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

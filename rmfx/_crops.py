@@ -1,0 +1,186 @@
+"""Slices and paddings by sizes become slices and paddings by numbers.
+
+    x[:, :, -y.size(2):]    F.pad(x, (0, x.size(3) - y.size(3)))    x[..., 2:30] of a fixed size
+
+Networks without padding cut a shortcut to the size of its branch. How much that is follows from the
+layers between, whatever the size of the input: sizes are ⌊(H + a)/s⌋ of it, and where two of them
+differ by a constant, that is the number.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx
+
+from ._dialect import must_stay
+from ._graph import Net
+from ._infer import on_demand
+from ._zero_channels import size_read
+
+Sum = dict[object, int]  # sizes and how often each is added; under None, a constant
+
+
+def crop_by_numbers(gm: fx.GraphModule) -> None:
+    """Rewrite slices of space, and paddings, whose bounds are known for all sizes."""
+    if not any(_is_candidate(node) for node in gm.graph.nodes):
+        return
+    numbers = _Numbers(Net(gm))
+    own = dict(zip(numbers.net.graph.nodes, gm.graph.nodes, strict=True))
+    for twin, node in own.items():
+        if _is_candidate(node):
+            twin.args, twin.kwargs = _bounded(numbers, twin)
+            node.args, node.kwargs = fx.map_arg((twin.args, twin.kwargs), own.__getitem__)
+        numbers.note_sizes(twin)
+    gm.graph.eliminate_dead_code(is_impure_node=must_stay)
+
+
+def _is_candidate(node: fx.Node) -> bool:
+    if node.target not in (operator.getitem, F.pad) or node.meta.get("frozen"):
+        return False
+    by_numbers = any(n.meta.get("number") for n in node.all_input_nodes[1:])
+    return by_numbers or "fixed" in node.meta
+
+
+class _Numbers:
+    """Numbers of a graph as sums of sizes."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+        self._known: dict[fx.Node, Sum | None] = {}
+        self._smallest: dict[frozenset[tuple[object, int]], int] = {}
+
+    def note_sizes(self, value: fx.Node) -> None:
+        """Take note of sizes that the graph computes, which are not negative."""
+        law = None if value.meta.get("number") else self.net.sizes.law(value)
+        for dim in range(len(law.stride) if law else 0):
+            known = self.size(value, dim + 2)
+            if known is not None:
+                constant = known.get(None, 0)
+                self._smallest[_terms(known)] = min(
+                    constant, self._smallest.get(_terms(known), constant)
+                )
+
+    def is_size(self, known: Sum) -> bool:
+        """Whether a number is the size of a value, or that and more."""
+        smallest = self._smallest.get(_terms(known))
+        return smallest is not None and known.get(None, 0) >= smallest
+
+    def __call__(self, value: object) -> Sum | None:
+        if isinstance(value, fx.Node):
+            return on_demand(value, self._known, self._deduce)
+        return {None: value} if type(value) is int else None
+
+    def size(self, value: fx.Node, dim: object) -> Sum | None:
+        """One size of a value, None if it is not known."""
+        rank = self.net.rank(value)
+        if rank is None or not isinstance(dim, int) or not -rank <= dim < rank:
+            return None
+        dim %= rank
+        fixed = value.meta.get("fixed", ())[dim : dim + 1]
+        if fixed and fixed[0] is not None:
+            return {None: fixed[0]}
+        law = self.net.sizes.law(value)
+        if law is None or dim < 2 or len(law.stride) != rank - 2:
+            return None
+        growth, stride = law.growth[dim - 2], law.stride[dim - 2]
+        return {(law.source, dim, stride, growth % stride): 1, None: growth // stride}
+
+    def constant(self, value: object) -> int | None:
+        """What a number is if it is the same at all sizes."""
+        known = self(value)
+        return None if known is None else _constant(known)
+
+    def _deduce(self, node: fx.Node) -> Sum | None:
+        value, dim = size_read(node)
+        if value is not None:
+            return self.size(value, dim)
+        terms = [self._known[a] if isinstance(a, fx.Node) else self(a) for a in node.args]
+        known = [term for term in terms if term is not None]
+        if not node.meta.get("number") or node.kwargs or len(known) != len(node.args):
+            return None
+        if node.target is operator.neg:
+            return _sum({}, known[0], -1)
+        if node.target in (operator.add, operator.sub):
+            return _sum(known[0], known[1], 1 if node.target is operator.add else -1)
+        numbers = [_constant(term) for term in known]
+        if node.target is operator.floordiv and numbers[1] and numbers[0] is not None:
+            return {None: numbers[0] // numbers[1]}
+        return None
+
+
+def _sum(a: Sum, b: Sum, factor: int) -> Sum:
+    keys = {**a, **b}
+    return {key: a.get(key, 0) + factor * b.get(key, 0) for key in keys}
+
+
+def _terms(known: Sum) -> frozenset[tuple[object, int]]:
+    return frozenset((key, count) for key, count in known.items() if count and key is not None)
+
+
+def _constant(known: Sum) -> int | None:
+    return None if _terms(known) else known.get(None, 0)
+
+
+def _bounded(numbers: _Numbers, node: fx.Node) -> tuple[Any, Any]:
+    """The arguments of a slice or a padding, with numbers where they are known."""
+    if node.target is F.pad:
+
+        def number(value: fx.Node) -> Any:
+            found = numbers.constant(value) if value.meta.get("number") else None
+            return value if found is None else found
+
+        return fx.map_arg((node.args, node.kwargs), number)
+    x: Any
+    index: Any
+    x, index = node.args
+    rank = numbers.net.rank(x) if isinstance(x, fx.Node) else None
+    index = index if isinstance(index, tuple) else (index,)
+    slices = [i for i in index if isinstance(i, slice)]
+    if rank is None or len(slices) + index.count(...) != len(index) or index.count(...) > 1:
+        return node.args, node.kwargs
+    at = index.index(...) if ... in index else len(index)
+    missing = [slice(None)] * (rank - len(slices))
+    whole = [*index[:at], *missing, *index[at + 1 :]]
+    return (x, tuple(_slice(numbers, x, dim, s) for dim, s in enumerate(whole))), {}
+
+
+def _slice(numbers: _Numbers, x: fx.Node, dim: int, s: slice) -> slice:
+    """A slice that begins with a number from the front and ends with one from the back."""
+    whole = numbers.size(x, dim)
+    if dim < 2 or whole is None or not isinstance(s.step, int | None):
+        return s
+    size = _constant(whole)
+    if size is None:
+        return slice(_begin(numbers, s.start, whole), _end(numbers, s.stop, whole), s.step)
+    bounds = [numbers.constant(b) for b in (s.start, s.stop)]
+    if any(b is not None and n is None for b, n in zip((s.start, s.stop), bounds, strict=True)):
+        return s
+    begin, end, _ = slice(*bounds).indices(size)
+    return slice(begin or None, (end - size) or None, s.step) if begin < end else s
+
+
+def _begin(numbers: _Numbers, bound: Any, whole: Sum) -> Any:
+    """-y.size(2) is as far from the front as y is smaller."""
+    known = numbers(bound)
+    if known is None:
+        return bound
+    place = _constant(_sum(whole, known, 1))
+    if place is not None and numbers.is_size(_sum({}, known, -1)):
+        return max(place, 0)
+    constant = _constant(known)
+    return bound if constant is None else constant
+
+
+def _end(numbers: _Numbers, bound: Any, whole: Sum) -> Any:
+    """y.size(2) is as far from the end as y is smaller."""
+    known = numbers(bound)
+    if known is None:
+        return bound
+    place = _constant(_sum(known, whole, -1))
+    if place is not None and numbers.is_size(known):
+        return min(place, 0) or None
+    constant = _constant(known)
+    return bound if constant is None else constant
