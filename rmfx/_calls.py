@@ -426,7 +426,9 @@ IN_PLACE_BY_METHOD: dict[Any, str] = {
     operator.itruediv: "div_",
 }
 CASTS = ("to", "type", "float", "double", "half", "bfloat16", "int", "long", "bool", "type_as")
-CAST_OPERATORS = _overloads("to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy")
+CAST_OPERATORS = _overloads(
+    "to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy", "type_as"
+)
 IN_PLACE_METHODS = ("__iadd__", "__isub__", "__imul__", "__itruediv__")
 
 
