@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ._network_modules import JOINS, MODULES, NO_OPS, OPAQUE, PRODUCTS
+from ._network_modules import JOINS, MODULES, NO_OPS, OPAQUE, PRODUCTS, WITHOUT_MODULE
 from ._network_nodes import Blur, ChannelsLast, Deconv, Shuffle, Split, Transpose
 from ._networks import (
     Act,
@@ -58,12 +58,12 @@ _OTHER_FEATURES = """
 FEATURES = frozenset(  # everything that `NetworkSpec.features` may say
     [
         *(f"{kind} output" for kind in ("tensor", "tuple", "list", "dict", "nested")),
-        *(f"activation {kind}" for kind in (*MODULES, "prelu", "clamp")),
+        *(f"activation {kind}" for kind in (*MODULES, "prelu", *WITHOUT_MODULE)),
         *(f"activation as {way}{how}" for way in _WAYS for how in ("", " in-place")),
         *(f"join {form}" for form in JOINS),
         *(f"conv{dims}d" for dims in (1, 2, 3)),
         *(f"{kind} pool" for kind in ("avg", "max", "mean", "global avg", "global max")),
-        *(*OPAQUE, *NO_OPS, "functional dropout", "clone", "contiguous", "detach"),
+        *(*OPAQUE, *NO_OPS, "functional dropout", "clone", "contiguous", "detach", "channels_last"),
         *(" ".join(feature.split()) for feature in _OTHER_FEATURES.split(";")),
     ]
 )

@@ -52,8 +52,10 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "clamp": torch.clamp,
+    **{kind: getattr(torch, kind) for kind in ("abs", "sin", "erf")},
 }
-METHODS = ("clamp", "relu", "tanh", "sigmoid")  # kinds that are also methods of a tensor
+WITHOUT_MODULE = tuple(kind for kind in FUNCTIONS if kind not in MODULES)
+METHODS = ("relu", "tanh", "sigmoid", *WITHOUT_MODULE)  # kinds that are also methods of a tensor
 IN_PLACE = ("relu", "leaky_relu", "rrelu", "relu6", "hardtanh", "silu", "elu", "mish", "hardswish")
 NO_OPS: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import _network_constructs as constructs
 from ._network_features import INTO_A
-from ._network_modules import FUNCTIONS, IN_PLACE, METHODS, OPAQUE, OPAQUE_ANYWHERE
+from ._network_modules import FUNCTIONS, IN_PLACE, METHODS, OPAQUE, OPAQUE_ANYWHERE, WITHOUT_MODULE
 from ._network_values import INPUT, Path, Value, collapse, out
 from ._networks import (
     Act,
@@ -289,7 +289,7 @@ class Sampler:
             kind = self.pick(table) if not self.one_in(3) else self.pick(_MASKED)
         forms = ["module", "functional"]
         if kind in METHODS:
-            forms = ["method", "torch"] if kind == "clamp" else [*forms, "method", "torch"]
+            forms = ["method", "torch"] + (forms if kind not in WITHOUT_MODULE else [])
         if path.value.storage != INPUT:
             of_tensors = ("method", "torch")
             forms += [
@@ -341,7 +341,7 @@ class Sampler:
         kinds = ["identity", "dropout", "functional dropout", "contiguous", "detach", "clone"]
         kinds += ["alpha_dropout", "in-place dropout"]
         if path.value.is_map and path.value.dims == 2:
-            kinds.append("dropout2d")
+            kinds += ["dropout2d", "channels_last"]
         kind = self.pick(kinds)
         self.put(path, Drop(kind), alias=kind != "clone")
 

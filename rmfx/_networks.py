@@ -176,7 +176,7 @@ class Act(Node):
 
 @dataclass(frozen=True, repr=False)
 class Drop(Node):
-    """What does nothing at inference: dropout, identity, clone, detach, contiguous."""
+    """What does nothing at inference: dropout, identity, a copy, another memory format."""
 
     kind: str
 
@@ -186,6 +186,8 @@ class Drop(Node):
     def apply(self, x: Tensor) -> Tensor:
         if self.kind == "functional dropout":
             return F.dropout(x, 0.3, training=False)
+        if self.kind == "channels_last":
+            return x.to(memory_format=torch.channels_last)
         return getattr(x, self.kind)()  # type: ignore[no-any-return]
 
 
