@@ -29,6 +29,7 @@ from torch.nn.functional import softplus
 from rmfx._activation import Activation
 from rmfx._affine import CONVS, AffineConv
 from rmfx._calls import BATCH_NORMS
+from rmfx._channels import Elementwise
 from rmfx._errors import OptionError, Refusal, ShapeError
 from rmfx._graph import Net, positions
 from rmfx._layers import input_of, read, read_affine
@@ -46,7 +47,7 @@ PROTECTED = "protected"
 Inserted = tuple[fx.Node, fx.Node]  # a convolution and its batch norm
 
 
-class Carried(nn.Module):
+class Carried(Elementwise):
     """a·x: what a removed convolution leaves.
 
     Args:

@@ -138,8 +138,15 @@ def _check_reachable(ranking: _Ranking, demand: Demand) -> None:
         raise OptionError(
             f"the target of {shares[0] / 1e4:.4f} cannot be reached: with the filters that must "
             f"stay the network still costs {shares[1] / 1e4:.4f} of what it did; lower the "
-            "floor or the multiple, protect fewer layers, or ask for less"
+            f"floor or the multiple, protect fewer layers, or ask for less{_held(widths)}"
         )
+
+
+def _held(widths: Widths) -> str:
+    """Which operations keep filters in the network, for a message."""
+    names = [node.name for node in widths.channels.holders]
+    more = ", ..." if len(names) > 3 else ""
+    return f" (no channel can leave what {', '.join(names[:3])}{more} reads)" if names else ""
 
 
 def spare(widths: Widths, scores: Tensor, keep: Tensor) -> Tensor:

@@ -53,6 +53,10 @@ UNARY = (
 )
 
 
+class Elementwise(nn.Module):
+    """A module that makes each channel of the same channel of each value that it reads."""
+
+
 @dataclass(frozen=True, eq=False)
 class Labels:
     """The labels of a value's channels.
@@ -166,6 +170,7 @@ class Channels:
         tables: what holds numbers per channel.
         cuts: what names places of channels.
         values: node -> its labels, where its channels may go.
+        holders: operations whose inputs keep their channels, in order.
     """
 
     def __init__(self, net: Net) -> None:
@@ -177,6 +182,7 @@ class Channels:
         self.tables: list[Table] = []
         self.cuts: list[Cut] = []
         self.values: dict[fx.Node, Labels] = {}
+        self.holders: dict[fx.Node, None] = {}
         for node in net.graph.nodes:
             found = self._labels(node)
             if found is not None:
@@ -218,6 +224,8 @@ class Channels:
             value = self.values.get(source)
             if value is not None:
                 self._union.fix(value.ids)
+                if node.op != "output":
+                    self.holders[node] = None
 
     def _read_size(self, node: fx.Node) -> None:
         """A size in a dimension other than that of the channels may be read."""
@@ -229,7 +237,11 @@ class Channels:
     def _module(self, node: fx.Node) -> Labels | None:
         net, source = self._net, _only_tensor(node)
         module: Any = net.module(node)
-        if source is None or module is None or net.guard(node) or net.is_touched(module):
+        if module is None or net.guard(node) or net.is_touched(module):
+            return None
+        if isinstance(module, Elementwise):
+            return self._elementwise(node)
+        if source is None:
             return None
         if type(module) in (*CONVS, *TRANSPOSED):
             return self._linear(node, module, source)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from builders import ready
+from builders import image, ready
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -371,3 +371,23 @@ def test_a_protected_layer_is_one_that_stays() -> None:
     first = next(str(n) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
     _, report = rmfx.prune_layers(net, x, ratio=1.0, protect=first)
     assert report.removed == 2
+
+
+def test_filters_of_layers_with_factors_go() -> None:
+    model, x = ready(cifar_resnet(8, "B", 10)), image(2, 3, 16, 16)
+    net, _ = rmfx.insert_resconv(model, x)
+    small, _ = rmfx.prune_channels(net, x, target=0.6, importance="l2")
+    assert rmfx.cost.count(small, x).macs <= 0.6 * rmfx.cost.count(net, x).macs
+    assert len(rmfx.layer_scales(small)) == len(rmfx.layer_scales(net))
+    assert_equivalent(small, rmfx.fuse_resconv(small, x), x)
+
+
+def test_a_filter_of_zeros_goes_from_all_that_a_shortcut_ties_together() -> None:
+    model, x = ready(chain((3, 8, 3, 1, 1), (8, 8, 3, 1, 1), (8, 4, 3, 1, 1))), image(2, 3, 8, 8)
+    with torch.no_grad():
+        for i in (1, 4):  # the batch norms behind what makes the 8 channels
+            model[i].weight[5] = model[i].bias[5] = 0.0
+    net = with_factors(model, x)
+    small, report = rmfx.prune_channels(net, x, target=0.95, importance="l2")
+    assert [(f.before, f.after) for f in report.families] == [(8, 7)]
+    torch.testing.assert_close(small(x), net(x), rtol=0, atol=LIMIT)

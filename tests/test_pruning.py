@@ -531,6 +531,12 @@ def test_what_must_stay_comes_in_multiples(allocation: str, seed: int) -> None:
     assert all(f.after % 2 == 0 for f in report.families)
 
 
+def test_what_holds_filters_is_named() -> None:
+    model = ready(chain(conv(3, 8), nn.GroupNorm(2, 8), nn.ReLU(), conv(8, 8), nn.Softmax(1)))
+    with pytest.raises(OptionError, match=r"no channel can leave what _1, _4 reads"):
+        rmfx.prune_channels(model, image(2, 3, 8, 8), target=0.5, importance="l2")
+
+
 def test_nothing_to_choose_from() -> None:
     model, x = nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 8, 8)
     _, report = rmfx.prune_channels(
