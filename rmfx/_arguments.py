@@ -194,10 +194,9 @@ def _parse_batches(text: str) -> tuple[int, ...]:
 
 
 def _parse_count(text: str) -> int:
-    sizes = _parse_sizes(text, "2")
-    if len(sizes) != 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one number")
-    return sizes[0]
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _parse_sizes(text: str, example: str) -> tuple[int, ...]:

@@ -334,7 +334,7 @@ def test_bad_input_shapes_are_wrong_usage(capsys: pytest.CaptureFixture[str]) ->
         (["bench"], "required: MODEL"),
         (["bench", DIGITS, "--runtimes", "eager,abacus"], "unknown: 'abacus'"),
         (["bench", DIGITS, "--batch", "1,0"], "is not a list of sizes like 1,8"),
-        (["bench", DIGITS, "--threads", "1,2"], "is not one number"),
+        (["bench", DIGITS, "--threads", "1,2"], "is not a whole number above 0"),
         (["bench", DIGITS, "-o", "times.csv"], "must end in .json"),
         (["bench", DIGITS, "--plot", "times.gif"], "must end in .svg or .png"),
         (["bench", DIGITS], "give --input-shape"),
