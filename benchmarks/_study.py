@@ -290,7 +290,9 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
         time_all(study, Settings(runtimes, threads=2, rounds=options.rounds), setting, record)
     page, rows = study.summary(record)
     title, *_ = study.about.partition("\n")
-    made_by = f"Made by `python benchmarks/{study.name}.py`.{how_timed(record.machine)}"
+    seeds = len({job.seed for job in record.found})
+    made_by = f"Made by `python benchmarks/{study.name}.py`. Seeds: {seeds}."
+    made_by += how_timed(record.machine)
     write(record.path.with_suffix(".md"), f"# {title}\n\n{made_by}\n\n{page}\n")
     print(f"written: {record.path.with_suffix('.md')}", file=sys.stderr)
     return show(rows, [], as_json=options.json)
