@@ -30,7 +30,7 @@ from rmfx._activation import Activation
 from rmfx._affine import CONVS, AffineConv
 from rmfx._calls import BATCH_NORMS
 from rmfx._channels import Elementwise
-from rmfx._errors import OptionError, Refusal, ShapeError
+from rmfx._errors import OptionError, Refusal, ShapeError, is_number
 from rmfx._graph import Net, positions
 from rmfx._layers import input_of, read, read_affine
 from rmfx._names import is_named, patterns_of
@@ -75,12 +75,19 @@ class ResConv(Carried):
         stride: of the convolution, a number for each spatial dimension.
         scale: s at the start.
         carry: a at the start, above 0.
+        dtype: of both.
     """
 
-    def __init__(self, stride: Sequence[int], scale: float, carry: float) -> None:
-        super().__init__(torch.tensor(carry + math.log(-math.expm1(-carry))))
+    def __init__(
+        self,
+        stride: Sequence[int],
+        scale: float,
+        carry: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(torch.tensor(carry + math.log(-math.expm1(-carry)), dtype=dtype))
         self.stride = tuple(stride)
-        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.scale = nn.Parameter(torch.tensor(float(scale), dtype=dtype))
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
         """The sum; y and x have equal channels, and x `stride` times the size of y."""
@@ -95,7 +102,7 @@ class LayerRow:
 
     Attributes:
         place: its path.
-        score: |s|·mean|γ / √(v + ε)|, None where it has no factors.
+        score: |s|·mean|γ / √(v + ε)|, |s|·mean|β| if γ is 0, None where it has no factors.
         macs: multiply-adds it takes.
         removed: whether it went.
         reason: why it has no factors, or stays.
@@ -189,10 +196,10 @@ def insert_resconv(
         >>> [type(m).__name__ for m in net.children()]
         ['Conv2d', 'BatchNorm2d', 'ResConv', 'ReLU']
     """
-    if not 0 < carry < math.inf:
-        raise OptionError(f"carry={carry!r} must be above 0, and finite")
-    if not math.isfinite(scale):
-        raise OptionError(f"scale={scale!r} must be finite")
+    if not is_number(carry) or not 0 < carry < math.inf:
+        raise OptionError(f"carry={carry!r} must be a number above 0, and finite")
+    if not is_number(scale) or not math.isfinite(scale):
+        raise OptionError(f"scale={scale!r} must be a finite number")
     net = _net_of(model, example_inputs, "insert_resconv")
     convs = [str(node.target) for node in net.graph.nodes if _is_conv(net, node)]
     if convs:
@@ -316,11 +323,14 @@ def _normed(net: Net, conv: fx.Node) -> Inserted | Refusal:
         return Refusal("batch norm is not all that reads it")
     if module.in_channels != module.out_channels:
         return Refusal(f"{module.in_channels} channels become {module.out_channels}")
+    if net.module(norm).running_mean is None:  # type: ignore[union-attr]
+        return Refusal("its batch norm has no running statistics")
     if any(isinstance(net.module(user), ResConv) for user in norm.users):
         return Refusal("it has factors already")
     # The middle of the kernel meets the values that the shortcut takes.
     reach = [(k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-    around = module.padding == "same" or [2 * p for p in module.padding] == reach
+    padding = {"same": reach, "valid": [0] * len(reach)}.get(module.padding)
+    around = (padding or [2 * p for p in module.padding]) == reach
     if not around or any(k % 2 == 0 for k in module.kernel_size):
         return Refusal("its kernel has no middle, or zeros are not evenly around it")
     return net.guard(conv) or net.guard(norm) or (conv, norm)
@@ -329,7 +339,7 @@ def _normed(net: Net, conv: fx.Node) -> Inserted | Refusal:
 def _insert(net: Net, found: Inserted, scale: float, carry: float) -> None:
     conv, norm = found
     module: Any = net.module(conv)
-    gate = ResConv(module.stride, scale, carry).to(module.weight.device, module.weight.dtype)
+    gate = ResConv(module.stride, scale, carry, module.weight.dtype).to(module.weight.device)
     target = net.claim(f"{conv.target}_resconv", gate)
     with net.graph.inserting_after(norm):
         made = net.graph.call_module(target, (norm, conv.all_input_nodes[0]))
@@ -341,8 +351,12 @@ def _insert(net: Net, found: Inserted, scale: float, carry: float) -> None:
 
 
 def _check(ratio: float | None, threshold: float | None, budget: float | None) -> None:
-    if sum(value is not None for value in (ratio, threshold, budget)) != 1:
+    given = {"ratio": ratio, "threshold": threshold, "budget": budget}
+    if sum(value is not None for value in given.values()) != 1:
         raise OptionError("give one of ratio=, threshold= and budget=")
+    for name, value in given.items():
+        if value is not None and not is_number(value):
+            raise OptionError(f"{name}={value!r} must be a number")
     if ratio is not None and not 0 <= ratio <= 1:
         raise OptionError(f"ratio={ratio!r} must be from 0 to 1")
     if threshold is not None and not threshold >= 0:
@@ -365,19 +379,23 @@ def _gates(net: Net) -> dict[fx.Node, fx.Node]:
             )
         gates[norm.all_input_nodes[0]] = gate
     if not gates:
-        raise OptionError("the model has no ResConv; insert_resconv puts them there")
+        raise OptionError(
+            "the model has no ResConv; insert_resconv puts them there, exporting takes them apart"
+        )
     return gates
 
 
 def _score(net: Net, gate: fx.Node | None) -> float | None:
+    """|s| times the mean slope; of a layer without slopes, times what it adds all the same."""
     if gate is None:
         return None
     factors: Any = net.module(gate)
-    norm: Any = net.module(gate.args[0])  # type: ignore[arg-type]
-    slope = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        slope = slope * norm.weight.double()
-    return float(factors.scale.detach().double().abs() * slope.detach().abs().mean())
+    layer = AffineConv.from_batch_norm(net.module(gate.args[0]), 0)  # type: ignore[arg-type]
+    if isinstance(layer, Refusal):
+        raise OptionError(f"{gate.args[0]}: {layer.reason}")
+    scale = float(factors.scale.detach().double().abs())
+    slope, bias = (numbers.double().abs().mean() for numbers in (layer.weight, layer.bias))
+    return scale * float(slope if slope > 0 else bias)
 
 
 def _macs(net: Net, conv: fx.Node) -> int:

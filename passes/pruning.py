@@ -80,6 +80,7 @@ class PruningReport:
         macs_before, macs_after: multiply-adds.
         parameters_before, parameters_after: numbers in the parameters.
         importance, allocation: as asked for.
+        held: operations that no channel of what they read can leave, and why.
     """
 
     families: tuple[FamilyReport, ...]
@@ -89,6 +90,7 @@ class PruningReport:
     parameters_after: int
     importance: str
     allocation: str
+    held: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""
@@ -104,7 +106,8 @@ class PruningReport:
                 (self.parameters_before, self.parameters_after, "parameters"),
             )
         )
-        return f"{table}\n{macs}, {size}"
+        held = tabulate(self.held, ("no channel leaves", "since"), maxcolwidths=[None, 60])
+        return "\n".join([table, *([held] if self.held else []), f"{macs}, {size}"])
 
 
 @undisturbed
@@ -320,4 +323,5 @@ def _report(
         parameters_after=after.parameters,
         importance=importance,
         allocation=allocation,
+        held=tuple((node.name, why) for node, why in widths.channels.holders.items()),
     )

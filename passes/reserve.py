@@ -33,7 +33,7 @@ from torch import fx, nn
 from rmfx._activation import Activation, is_activation
 from rmfx._affine import CONVS, AffineConv
 from rmfx._calls import AVERAGE_POOLS, BATCH_NORMS
-from rmfx._errors import OptionError, Refusal
+from rmfx._errors import OptionError, Refusal, is_number
 from rmfx._graph import ORIGIN, Net
 from rmfx._layers import Border, input_of, read, read_affine, read_join
 from rmfx._names import is_named, module_path, patterns_of
@@ -150,10 +150,10 @@ def reserve(
         >>> [row.reserved for row in report.blocks]
         [0, 0, 0, 32, 0, 64, 0, 64, 0]
     """
-    if not 0 <= ratio < 1:
-        raise OptionError(f"ratio={ratio!r} must be at least 0 and below 1")
-    if every < 1:
-        raise OptionError(f"every={every!r} must be 1 or more")
+    if not is_number(ratio) or not 0 <= ratio < 1:
+        raise OptionError(f"ratio={ratio!r} must be a number, at least 0 and below 1")
+    if type(every) is not int or every < 1:
+        raise OptionError(f"every={every!r} must be a whole number, 1 or more")
     net = Net(trace(model, example_inputs))
     net.sweep()
     rows, before, in_a_row = [], None, 0
@@ -168,15 +168,19 @@ def reserve(
             continue
         in_a_row = in_a_row + 1 if block.channels == before else 1
         before = block.channels
-        chosen = in_a_row % every == 0 and is_named(place, blocks)
         # One channel at least is computed: a layer without any cannot run.
-        reserved = min(round(ratio * block.channels), block.channels - 1) if chosen else 0
+        reserved = min(round(ratio * block.channels), block.channels - 1)
+        reason = "" if reserved or not ratio else f"{ratio:g} of its channels is none"
+        if not is_named(place, blocks):
+            reserved, reason = 0, "not named"
+        elif in_a_row % every:
+            reserved, reason = 0, ""
         if reserved:
             _reserve(net, block, reserved)
-        rows.append(ReserveRow(place, block.channels, reserved))
+        rows.append(ReserveRow(place, block.channels, reserved, reason))
     report = ReserveReport(tuple(rows))
     if ratio and not report.reserving:
-        raise OptionError(f"no block can reserve channels\n{report}")
+        raise OptionError(f"no block reserves channels at ratio={ratio:g}, every={every}\n{report}")
     gm = net.finish()
     gm.meta.pop(META_KEY, None)  # it names additions of before
     return gm, report

@@ -144,9 +144,9 @@ def _check_reachable(ranking: _Ranking, demand: Demand) -> None:
 
 def _held(widths: Widths) -> str:
     """Which operations keep filters in the network, for a message."""
-    names = [node.name for node in widths.channels.holders]
-    more = ", ..." if len(names) > 3 else ""
-    return f" (no channel can leave what {', '.join(names[:3])}{more} reads)" if names else ""
+    held = [f"{node.name}: {reason}" for node, reason in widths.channels.holders.items()]
+    more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+    return f"; filters are held by {'; '.join(held[:3])}{more}" if held else ""
 
 
 def spare(widths: Widths, scores: Tensor, keep: Tensor) -> Tensor:

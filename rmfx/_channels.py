@@ -33,6 +33,7 @@ from ._affine import CONVS, TRANSPOSED
 from ._calls import AVERAGE_POOLS, BATCH_NORMS, BORDERS, PADS
 from ._graph import Net
 from ._layers import MEANS
+from ._reasons import reason_for
 from ._sizes import MAX_POOLS
 
 FIXED = 0
@@ -170,7 +171,7 @@ class Channels:
         tables: what holds numbers per channel.
         cuts: what names places of channels.
         values: node -> its labels, where its channels may go.
-        holders: operations whose inputs keep their channels, in order.
+        holders: operations whose inputs keep their channels, in order, and why.
     """
 
     def __init__(self, net: Net) -> None:
@@ -182,7 +183,7 @@ class Channels:
         self.tables: list[Table] = []
         self.cuts: list[Cut] = []
         self.values: dict[fx.Node, Labels] = {}
-        self.holders: dict[fx.Node, None] = {}
+        self.holders: dict[fx.Node, str] = {}
         for node in net.graph.nodes:
             found = self._labels(node)
             if found is not None:
@@ -225,7 +226,8 @@ class Channels:
             if value is not None:
                 self._union.fix(value.ids)
                 if node.op != "output":
-                    self.holders[node] = None
+                    refusal = self._net.guard(node)
+                    self.holders[node] = refusal.reason if refusal else reason_for(self._net, node)
 
     def _read_size(self, node: fx.Node) -> None:
         """A size in a dimension other than that of the channels may be read."""

@@ -61,3 +61,8 @@ class Refusal:
 
     def __str__(self) -> str:
         return f"{', '.join(self.nodes)}: {self.reason}" if self.nodes else self.reason
+
+
+def is_number(value: object) -> bool:
+    """Whether an option is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

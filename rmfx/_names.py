@@ -15,9 +15,12 @@ def patterns_of(name: str, given: str | Iterable[str], paths: Iterable[str]) -> 
     """Patterns such as "layer4.*" that an option holds, one or several.
 
     Raises:
-        OptionError: one of them is of none of the paths that it could mean.
+        OptionError: they are no patterns, or one is of none of the paths that it could mean.
     """
-    patterns = (given,) if isinstance(given, str) else tuple(given)
+    patterns = (given,) if isinstance(given, str) else given
+    if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+        raise OptionError(f"{name}={given!r} must be a pattern such as 'layer4.*', or several")
+    patterns = tuple(patterns)
     known = list(paths)
     for pattern in patterns:
         if not any(fnmatchcase(path, pattern) for path in known):

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ._errors import RmfxError, WeightError
+from ._rings import FromRing
 from .saving import whole_file
 
 LAYOUT, CHECKSUM = "layout", "sha256"
@@ -37,9 +38,11 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         path: of the file; what is there is replaced.
 
     Raises:
-        WeightError: something in the state is no tensor, or one that is sparse or complex.
+        WeightError: something in the state is no tensor, or one that is sparse or complex; or
+            weights are drawn from a ring that is not in the model.
         SaveError: the file cannot be written.
     """
+    _check_rings(model)
     layout: Layout = defaultdict(list)
     numbers: dict[str, list[Tensor]] = defaultdict(list)
     for name, value in model.state_dict().items():
@@ -72,10 +75,22 @@ def load_compact(model: nn.Module, path: str | Path) -> None:
         state = dict(_parts(flat, layout))
     except _DAMAGE as error:
         raise RmfxError(f"{path} is no whole file of save_compact: {error}") from error
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
+        model.load_state_dict(before)
         raise RmfxError(f"{path} holds the state of another model: {error}") from error
+
+
+def _check_rings(model: nn.Module) -> None:
+    known = {id(module) for module in model.modules()}
+    for path, module in model.named_modules():
+        if isinstance(module, FromRing) and id(module.ring) not in known:
+            raise WeightError(
+                f"{path} draws from a ring that is not in this model: save the whole one, or what "
+                "rmfx.materialize makes of it"
+            )
 
 
 def _checksum(flat: dict[str, Tensor]) -> str:

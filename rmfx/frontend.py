@@ -35,6 +35,7 @@ from ._exporting import GUARD_KEY, export_model, is_exported, unlifted, without_
 from ._functionalise import functionalise, mark_numbers
 from ._graph import check_weight, copy_graph
 from ._input_guard import guard_of, set_guard, with_ranks
+from ._rings import FromRing
 from ._tracing import as_fakes, first_line, is_user_file, records_the_same, trace_symbolically
 
 Inputs = tuple[Any, ...]
@@ -182,6 +183,7 @@ def _graph_of(model: Any, inputs: Inputs | None) -> fx.GraphModule:
         )
     model = _unwrapped(model)
     check_mode(model)
+    _check_rings(model)
     if has_hooks(model) and not _has_only_a_guard(model):
         raise TraceError(
             f"{type(model).__name__} has hooks of its own, which a trace would lose; remove "
@@ -242,6 +244,17 @@ def _graph_of_module(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
             f"{name} can be traced neither by torch.fx ({reason}) nor by torch.export ({error}); "
             "pass a GraphModule of your own"
         ) from error
+
+
+def _check_rings(model: nn.Module) -> None:
+    """Raise TraceError for weights of a ring, which would be lost behind the graph."""
+    for path, module in model.named_modules():
+        if isinstance(module, FromRing):
+            layer = path.partition(".parametrizations.")[0]
+            raise TraceError(
+                f"the weight of {layer} is drawn from a ring, which a graph would lose; make "
+                "ordinary weights of it first, by rmfx.materialize(model)"
+            )
 
 
 def _check_names(model: nn.Module) -> None:

@@ -108,3 +108,22 @@ def test_sparse_and_complex_tensors_cannot_be_written(tmp_path: Path, value: tor
     model.register_buffer("own", value)
     with pytest.raises(WeightError, match=r"own is .* use torch.save"):
         rmfx.save_compact(model, tmp_path / "model")
+
+
+def test_a_part_without_its_ring_is_not_written(tmp_path: Path) -> None:
+    model = rmfx.share_parameters(cifar_resnet(8, "B", 10), ratio=0.1)
+    with pytest.raises(WeightError, match="draws from a ring that is not in this model"):
+        rmfx.save_compact(model.layer2, tmp_path / "part")
+    rmfx.save_compact(nn.Sequential(model), tmp_path / "whole")
+
+
+def test_a_model_that_does_not_fit_is_left_as_it_was(tmp_path: Path) -> None:
+    rmfx.save_compact(
+        rmfx.share_parameters(cifar_resnet(8, "B", 10), ratio=0.2, seed=4), tmp_path / "other"
+    )
+    model = rmfx.share_parameters(cifar_resnet(8, "B", 10).eval(), ratio=0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RmfxError, match="holds the state of another model"):
+        rmfx.load_compact(model, tmp_path / "other")
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())

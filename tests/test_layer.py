@@ -320,6 +320,7 @@ def test_a_strided_layer_stays() -> None:
         ({"ratio": 0.5, "budget": 3}, "give one of"),
         ({"ratio": 1.5}, "ratio=1.5"),
         ({"threshold": -1.0}, "threshold=-1.0"),
+        ({"threshold": "all"}, "threshold='all' must be a number"),
         ({"budget": -1}, "budget=-1"),
         ({"budget": 10}, "without all layers that can go it is"),
     ],
@@ -349,6 +350,9 @@ def test_other_wrong_calls() -> None:
         ({"carry": float("inf")}, "carry=inf"),
         ({"scale": float("nan")}, "scale=nan"),
         ({"layers": ["layer9.*"]}, "layers='layer9"),
+        ({"layers": 3}, "layers=3 must be a pattern"),
+        ({"carry": "a"}, "carry='a' must be a number"),
+        ({"scale": True}, "scale=True must be a finite number"),
     ):
         with pytest.raises(OptionError, match=message):
             rmfx.insert_resconv(model, x, **options)  # type: ignore[arg-type]
@@ -391,3 +395,34 @@ def test_a_filter_of_zeros_goes_from_all_that_a_shortcut_ties_together() -> None
     small, report = rmfx.prune_channels(net, x, target=0.95, importance="l2")
     assert [(f.before, f.after) for f in report.families] == [(8, 7)]
     torch.testing.assert_close(small(x), net(x), rtol=0, atol=LIMIT)
+
+
+def test_a_layer_that_adds_a_constant_is_not_taken_for_nothing() -> None:
+    model, x = ready(chain((8, 8, 3, 1, 1), (8, 8, 3, 1, 1), (8, 8, 3, 1, 1))), image(2, 8, 9, 9)
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[4].weight.zero_()
+        model[4].bias.zero_()
+    net = with_factors(model, x)
+    short, report = rmfx.prune_layers(net, x, threshold=0)
+    assert [row.removed for row in report.layers] == [False, True, False]
+    torch.testing.assert_close(short(x), net(x), rtol=0, atol=LIMIT)
+
+
+def test_factors_are_as_exact_as_the_network() -> None:
+    net, _ = rmfx.insert_resconv(ready(chain((4, 4, 3, 1, 1))), image(1, 4, 5, 5), carry=0.3)
+    (gate,) = (m for m in net.modules() if isinstance(m, ResConv))
+    assert float(gate.carry.detach()) == pytest.approx(0.3, rel=1e-15)
+
+
+def test_padding_in_words() -> None:
+    for kernel, padding, fits in ((1, "valid", True), (3, "valid", False), (3, "same", True)):
+        model = nn.Sequential(nn.Conv2d(4, 4, kernel, padding=padding), nn.BatchNorm2d(4)).eval()
+        _, report = rmfx.insert_resconv(model, torch.randn(1, 4, 5, 5))
+        assert (report.layers[0].reason == "") is fits
+
+
+def test_a_batch_norm_without_statistics_gets_no_factors() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    _, report = rmfx.insert_resconv(model, torch.randn(2, 4, 5, 5))
+    assert report.layers[0].reason == "its batch norm has no running statistics"

@@ -533,8 +533,19 @@ def test_what_must_stay_comes_in_multiples(allocation: str, seed: int) -> None:
 
 def test_what_holds_filters_is_named() -> None:
     model = ready(chain(conv(3, 8), nn.GroupNorm(2, 8), nn.ReLU(), conv(8, 8), nn.Softmax(1)))
-    with pytest.raises(OptionError, match=r"no channel can leave what _1, _4 reads"):
+    with pytest.raises(OptionError, match=r"held by _1: GroupNorm divides.*; _4: Softmax weighs"):
         rmfx.prune_channels(model, image(2, 3, 8, 8), target=0.5, importance="l2")
+    _, report = rmfx.prune_channels(model, image(2, 3, 8, 8), target=1.0, importance="l2")
+    assert [name for name, _ in report.held] == ["_1", "_4"]
+    assert "GroupNorm divides by statistics" in str(report)
+
+
+def test_a_layer_that_must_stay_is_named() -> None:
+    model = ready(chain(conv(3, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 4)))
+    nn.utils.parametrizations.weight_norm(model[2])
+    _, report = rmfx.prune_channels(model, image(2, 3, 8, 8), target=1.0, importance="l2")
+    assert report.held[0][0] == "_2"
+    assert "module 2 is parametrized" in report.held[0][1]
 
 
 def test_nothing_to_choose_from() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import rmfx
-from rmfx._errors import OptionError, WeightError
+from rmfx._errors import OptionError, TraceError, WeightError
+from rmfx._rings import FromRing, Ring, plan
 from rmfx.models import cifar_resnet
-from rmfx.passes.recurrent import FromRing, Ring, plan
 
 RESNET18_RING = 512 * 512 * 9  # one convolution of the last stage
 
@@ -271,6 +272,148 @@ def test_data_parallel_training_keeps_the_rings_alike(tmp_path: Path) -> None:
     assert not torch.equal(first[name], start[name])
 
 
+BEFORE = """
+if rank == 0:
+    model.load_state_dict(torch.load(f"{folder}/start.pt"))
+parallel = """
+AFTER = """
+torch.save(model.eval()(torch.ones(1, 3, 8, 8)), f"{folder}/y{rank}")
+torch.save(model"""
+LOADED_BY_ONE = PARALLEL.replace("\nparallel = ", BEFORE).replace("\ntorch.save(model", AFTER)
+
+
+def test_a_seed_that_one_process_loads_goes_to_all(tmp_path: Path) -> None:
+    state = rmfx.share_parameters(cifar_resnet(8, "B", 10), ratio=0.1, seed=7).state_dict()
+    torch.save(state, tmp_path / "start.pt")
+    command = [sys.executable, "-c", LOADED_BY_ONE, str(tmp_path)]
+    processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first if "ring" in name)
+    assert int(second["parameter_rings.all.seed"]) == 7
+    # Statistics of batch norm are those of each process's own images, but for the last broadcast.
+    model = rmfx.share_parameters(cifar_resnet(8, "B", 10), ratio=0.1)
+    for rank, state in enumerate((first, second)):
+        model.load_state_dict(state)
+        expected = torch.load(tmp_path / f"y{rank}")
+        torch.testing.assert_close(model.eval()(torch.ones(1, 3, 8, 8)), expected)
+
+
+def test_a_sequential_of_layers_runs() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    made = rmfx.share_parameters(model, ratio=0.25)
+    x = torch.randn(2, 1, 8, 8)
+    assert made(x).shape == (2, 8, 4, 4)
+    assert torch.equal(rmfx.materialize(made)(x), made(x))
+    assert len(rmfx.materialize(made)) == 3
+
+
+@pytest.mark.parametrize("other", [{"b": 2, "a": 1}, {"a": 1, "c": 2}])
+def test_a_state_of_other_layers_or_of_another_order_is_refused(other: dict[str, int]) -> None:
+    def of(names: dict[str, int]) -> nn.Module:
+        layers = nn.ModuleDict({name: nn.Conv2d(4, 4, 1, bias=False) for name in names})
+        return rmfx.share_parameters(layers, ratio=0.5, include="*")
+
+    with pytest.raises(RuntimeError, match="other layers draw from parameter_rings"):
+        of(other).load_state_dict(of({"a": 1, "b": 2}).state_dict(), strict=False)
+
+
+def test_rings_of_other_layers_are_told_apart() -> None:
+    def of(scope: str) -> nn.Module:
+        return rmfx.share_parameters(
+            nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)),
+            ratio=0.5,
+            include="*",
+            scope=lambda path: "pq"[int(path)] if scope == "pq" else "qp"[int(path)],
+        )
+
+    with pytest.raises(RuntimeError, match="other layers draw"):
+        of("qp").load_state_dict(of("pq").state_dict())
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        rmfx.remove_residuals,
+        rmfx.fold_batch_norm,
+        rmfx.insert_resconv,
+        rmfx.merge_branches,
+        rmfx.trace,
+        rmfx.cost.count,
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_would_lose_a_ring_is_refused(verb: Callable[..., object], wrapped: bool) -> None:
+    model: nn.Module = rmfx.share_parameters(small_resnet(), ratio=0.1).eval()
+    model = nn.Sequential(model, nn.ReLU()) if wrapped else model
+    with pytest.raises(TraceError, match=r"conv1 is drawn from a ring.*rmfx\.materialize"):
+        verb(model, torch.randn(1, 3, 8, 8).double())
+    verb(rmfx.materialize(model), torch.randn(1, 3, 8, 8).double())
+
+
+def test_what_has_rings_inside_is_materialised() -> None:
+    model = rmfx.share_parameters(small_resnet().eval(), ratio=0.1)
+    x = torch.randn(1, 3, 16, 16).double()
+    for held in (nn.Sequential(model, nn.ReLU()), nn.DataParallel(model)):
+        made = rmfx.materialize(held)
+        assert not drawn(made)
+        assert "ring" not in str(list(made.state_dict()))
+        assert torch.equal(made(x), held(x))
+    part = rmfx.materialize(model.layer2)
+    y = torch.randn(1, 16, 8, 8).double()
+    assert torch.equal(part(y), model.layer2(y))
+
+
+def test_scales_are_not_trained() -> None:
+    model = rmfx.share_parameters(small_resnet(), ratio=0.1).requires_grad_(True)
+    before = {n: p.clone() for n, p in model.named_parameters() if n.endswith("original")}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
+    model(torch.randn(2, 3, 8, 8).double()).sum().backward()
+    optimizer.step()
+    after = dict(model.named_parameters())
+    assert before
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_what_is_frozen_stays_frozen() -> None:
+    model = rmfx.share_parameters(small_resnet().requires_grad_(False), ratio=0.1)
+    assert not any(p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        assert not any(p.requires_grad for p in rmfx.materialize(model).parameters())
+
+
+def test_looking_before_training_does_no_harm() -> None:
+    model = rmfx.share_parameters(small_resnet(), ratio=0.1)
+    x = torch.randn(2, 3, 8, 8).double()
+    with torch.inference_mode():
+        model.eval()(x)
+    model.train()(x).sum().backward()
+    assert model.parameter_rings["all"].numbers.grad is not None
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_compilers_follow_the_seed(warm: bool) -> None:
+    model = rmfx.share_parameters(small_resnet().eval(), ratio=0.1, seed=1)
+    other = rmfx.share_parameters(small_resnet().eval(), ratio=0.1, seed=2)
+    x = torch.randn(2, 3, 8, 8).double()
+    if warm:
+        model(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), model(x))
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(compiled(x), other(x))
+    for strict in (False, True):
+        program = torch.export.export(copy.deepcopy(other), (x,), strict=strict)
+        torch.testing.assert_close(program.module()(x), other(x))
+        assert torch.equal(other(x), model(x))
+
+
+def test_transposed_layers_draw_where_they_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(4, 4, 2))
+    made = rmfx.share_parameters(model, ratio=0.5, include="1")
+    assert torch.equal(rmfx.materialize(made)[1].weight, made[1].weight)
+
+
 # ---- refusals -----------------------------------------------------------------------------------
 
 
@@ -285,7 +428,13 @@ def test_data_parallel_training_keeps_the_rings_alike(tmp_path: Path) -> None:
         ({"budget": 10**9}, "budget=1000000000"),
         ({"ratio": 0.5, "seed": -1}, "seed=-1"),
         ({"ratio": 0.5, "scope": "stage"}, "scope='stage'"),
-        ({"ratio": 0.5, "include": "nothing.*"}, "no layer is left to draw"),
+        ({"ratio": 0.5, "include": "nothing.*"}, "is of no layer that could be meant"),
+        ({"ratio": 0.5, "include": ["conv1", "nowhere*"]}, "'nowhere\\*' is of no layer"),
+        ({"ratio": 0.5, "include": lambda path, layer: False}, "no layer is left to draw"),
+        ({"ratio": 0.5, "seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"ratio": "half"}, "ratio='half' must be a number"),
+        ({"budget": True}, "budget=True must be a whole number"),
+        ({"ratio": 0.5, "scope": lambda path: "a.b" if "1" in path else "a_b"}, "the name a_b"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, object], message: str) -> None:
@@ -303,6 +452,12 @@ def test_weights_that_cannot_be_drawn() -> None:
     mixed = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).double())
     with pytest.raises(WeightError, match="several kinds"):
         rmfx.share_parameters(mixed, ratio=0.5, include="*")
+    pruned = nn.Sequential(nn.Linear(3, 3))
+    prune.l1_unstructured(pruned[0], "weight", amount=0.5)
+    with pytest.raises(WeightError, match="0: a hook computes its weight"):
+        rmfx.share_parameters(pruned, ratio=0.5, include="*")
+    with pytest.raises(WeightError, match="the model cannot be copied"):
+        rmfx.share_parameters(nn.Sequential(pruned, nn.Linear(3, 3)), ratio=0.5, include="1")
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
     with pytest.raises(WeightError, match="0: its weight is parametrized"):
         rmfx.share_parameters(nn.Sequential(normed), ratio=0.5, include="*")
@@ -322,7 +477,7 @@ def test_rings_are_made_once_and_unmade_where_they_are() -> None:
     model = rmfx.share_parameters(small_resnet(), ratio=0.5)
     with pytest.raises(OptionError, match="has parameter_rings already"):
         rmfx.share_parameters(model, ratio=0.5)
-    with pytest.raises(OptionError, match="has no parameter_rings"):
+    with pytest.raises(OptionError, match="no weight of the model is drawn"):
         rmfx.materialize(small_resnet())
 
 

@@ -83,7 +83,7 @@ class RMRep(nn.Module):
         width, (stem_stride, *stage_strides) = widths[0], strides
         blocks: list[nn.Module] = [RepVGGBlock(image_channels, width, stem_stride)]
         for channels, count, stride in zip(widths, stages, stage_strides, strict=True):
-            reserved = round(ratio * channels)
+            reserved = min(round(ratio * channels), channels - 1)
             for i in range(count):
                 if i % 2 and reserved:
                     blocks.append(ReservingBlock(channels, reserved))
