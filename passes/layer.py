@@ -277,7 +277,8 @@ def fuse_resconv(model: nn.Module | Any, example_inputs: Any = None) -> fx.Graph
         example_inputs: a tensor or a tuple of arguments.
 
     Returns:
-        A network of ordinary layers that computes the same.
+        A network of ordinary layers that computes the same. Where a layer went before an activation
+        that bends elsewhere than at 0, such as SiLU, its factor may stay as a product.
 
     Raises:
         RmfxError: the model cannot be traced or its weights cannot be used.

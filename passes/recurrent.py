@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize
 from rmfx._affine import CONVS, TRANSPOSED
 from rmfx._errors import OptionError, WeightError
 from rmfx._names import is_named, patterns_of
+from rmfx._parametrized import make_ordinary
 from rmfx._rings import FromRing, Ring, Rings
 from rmfx._state import undisturbed
 from rmfx._tracing import first_line
@@ -270,20 +271,15 @@ def _draw(layers: Mapping[str, nn.Module], size: int, seed: int) -> Ring:
 
 
 def _materialise(path: str, layer: nn.Module) -> None:
-    """Gives a layer an ordinary weight.
-
-    torch's `remove_parametrizations` takes the property from the class, which copies share.
-    """
+    """Gives a layer an ordinary weight."""
     parametrized = [name for name, _ in layer.get_submodule("parametrizations").named_children()]
     if parametrized != ["weight"]:
         others = ", ".join(name for name in parametrized if name != "weight")
         raise WeightError(f"{path}: its {others} is parametrized as well; remove that first")
     drawn: Any = next(layer.get_submodule("parametrizations.weight").children())
     trained = any(p.requires_grad for p in drawn.ring.parameters())
-    weight = _weight(layer).detach().clone()
-    del layer.parametrizations
-    layer.__class__ = type(layer).__bases__[0]
-    layer.register_parameter("weight", nn.Parameter(weight, trained))
+    weight = nn.Parameter(_weight(layer).detach().clone(), trained)
+    make_ordinary(layer, {"weight": weight})
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -135,7 +135,7 @@ def reserve(
         blocks: patterns such as "stages.2.*" of the paths of modules whose code adds.
 
     Returns:
-        A network to be trained, and a report of all sums of parallel linear branches.
+        A network to be trained, and a report of all sums of parallel convolutions.
         `rmfx.remove_residuals`, and for most networks `rmfx.merge_branches`, deploys it.
 
     Raises:

@@ -11,6 +11,7 @@ For the statistics of batch norm after pruning there is `torch.optim.swa_utils.u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch.nn.utils import parametrize
 from ._activation import ChannelPReLU
 from ._affine import CONVS
 from ._calls import BATCH_NORMS
-from ._errors import OptionError
+from ._errors import OptionError, WeightError, is_number
+from ._parametrized import make_ordinary
 
 
 class Slimming:
@@ -39,8 +41,8 @@ class Slimming:
     def __init__(
         self, model: nn.Module, strength: float, *, scales: Iterable[Tensor] | None = None
     ) -> None:
-        if not strength >= 0:
-            raise OptionError(f"strength={strength!r} must not be negative")
+        if not is_number(strength) or not 0 <= strength < math.inf:
+            raise OptionError(f"strength={strength!r} must be a number, finite and not negative")
         self.strength = strength
         norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
         found = [m.weight for m in norms if m.weight is not None] if scales is None else scales
@@ -56,6 +58,8 @@ class Slimming:
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """γ ← sign(γ)·max(|γ| − learning_rate·strength, 0); to be called after the optimiser."""
+        if not learning_rate >= 0:
+            raise OptionError(f"learning_rate={learning_rate!r} must not be negative")
         for scale in self.scales:
             scale.copy_(F.softshrink(scale, learning_rate * self.strength))
 
@@ -176,9 +180,28 @@ def _hold(module: nn.Module, name: str, kept: Tensor, values: Tensor) -> None:
 
 
 def thaw_carries(model: nn.Module) -> None:
-    """Undo `freeze_carries`: the values that were held become ordinary parameters."""
-    for module in list(model.modules()):
-        held = getattr(module, "parametrizations", None)
-        for name in list(held) if isinstance(held, nn.ModuleDict) else ():
-            if any(isinstance(part, _Kept) for part in held[name]):  # type: ignore[index]
-                parametrize.remove_parametrizations(module, name)
+    """Undo `freeze_carries`: the values that were held become ordinary parameters.
+
+    Raises:
+        WeightError: a layer has other parametrizations beside those of `freeze_carries`.
+    """
+    found = {path: _held(path, module) for path, module in model.named_modules()}
+    for path, held in found.items():
+        if held:
+            module = model.get_submodule(path)
+            for name, parameter in held.items():
+                with torch.no_grad():
+                    parameter.copy_(getattr(module, name))
+            make_ordinary(module, held)
+
+
+def _held(path: str, module: nn.Module) -> dict[str, nn.Parameter]:
+    """What an optimiser knows of the parameters of a layer that are held."""
+    own: Any = getattr(module, "parametrizations", {})
+    parts = {name: list(one) for name, one in own.items()}
+    if not any(isinstance(part, _Kept) for several in parts.values() for part in several):
+        return {}
+    for name, several in parts.items():
+        if not all(isinstance(part, _Kept) for part in several):
+            raise WeightError(f"{path}: its {name} is parametrized otherwise, too; remove that")
+    return {name: own[name].original for name in own}

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import Residual, assert_same, chain, conv, conv_bn, image, ready, snapshot, types
+from builders import (
+    Residual,
+    assert_same,
+    chain,
+    conv,
+    conv_bn,
+    conv_branch,
+    image,
+    ready,
+    snapshot,
+    types,
+)
 from torch import nn
+from torch.nn.utils import parametrize
 
 import rmfx
 from rmfx import training
+from rmfx._errors import OptionError, WeightError
 
 
 def test_inserted_batch_norms_change_nothing_and_train_from_where_they_are() -> None:
@@ -103,3 +117,42 @@ def test_frozen_carries_can_be_closed_after_training(signed: bool) -> None:
         back = rmfx.close_carries(trained.eval(), x)
         assert rmfx.cost.count(back, x).adds == adds
         torch.testing.assert_close(back(x), trained(x), rtol=1e-11, atol=1e-11)
+
+
+def test_copies_of_what_is_frozen_stay_frozen() -> None:
+    plain = rmfx.remove_residuals(ready(Residual(conv_branch())), image())
+    assert training.freeze_carries(plain) > 0
+    other = copy.deepcopy(plain)
+    training.thaw_carries(plain)
+    assert torch.equal(other(image()), plain(image()))
+    training.thaw_carries(other)
+    assert list(other.state_dict()) == list(plain.state_dict())
+
+
+def test_what_is_thawed_is_what_the_optimiser_knows() -> None:
+    plain = rmfx.remove_residuals(ready(Residual(conv_branch())), image())
+    before = [id(p) for p in plain.parameters()]
+    training.freeze_carries(plain)
+    assert {id(p) for p in plain.parameters()} == set(before)
+    training.thaw_carries(plain)
+    assert {id(p) for p in plain.parameters()} == set(before)
+
+
+def test_other_parametrizations_stand_in_the_way_of_thawing() -> None:
+    plain = rmfx.remove_residuals(ready(Residual(conv_branch())), image())
+    training.freeze_carries(plain)
+    held = next(m for m in plain.modules() if parametrize.is_parametrized(m, "weight"))
+    parametrize.register_parametrization(held, "weight", nn.Tanh())
+    with pytest.raises(WeightError, match="its weight is parametrized otherwise"):
+        training.thaw_carries(plain)
+
+
+@pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan"), "a"])
+def test_a_strength_that_makes_no_sense(strength: Any) -> None:
+    with pytest.raises(OptionError, match="strength="):
+        training.Slimming(nn.BatchNorm2d(2), strength)
+
+
+def test_a_rate_that_makes_no_sense() -> None:
+    with pytest.raises(OptionError, match="learning_rate=-1"):
+        training.Slimming(nn.BatchNorm2d(2), 0.1).step(-1)
