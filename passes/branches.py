@@ -74,7 +74,9 @@ class ConcatenationRule:
     def match(self, net: Net, node: fx.Node) -> Stack | Refusal | None:
         if node.target is not torch.cat or node.meta.get("frozen") or len(node.args) != 2:
             return None
-        operands = list(node.args[0])  # type: ignore[arg-type]
+        if not isinstance(node.args[0], (list, tuple)):  # parts of a split, say
+            return None
+        operands = list(node.args[0])
         if not all(is_tensor_node(net, x) for x in operands):
             return None
         paths = [_linear_path(net, x, node) for x in operands]

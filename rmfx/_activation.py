@@ -105,7 +105,7 @@ class Pointwise(nn.Module):
 
 # name -> a closed interval that holds every value, for any options
 POINTWISE: dict[str, Interval] = {
-    **dict.fromkeys(("square", "exp", "sqrt", "rsqrt"), (0.0, INF)),
+    **dict.fromkeys(("abs", "square", "exp", "sqrt", "rsqrt"), (0.0, INF)),
     **dict.fromkeys(("sin", "cos", "erf", "sign"), (-1.0, 1.0)),
     **dict.fromkeys(("pow", "log", "log1p", "reciprocal", "asinh", "atan", "sinh"), EVERYWHERE),
     "expm1": (-1.0, INF),
@@ -149,7 +149,9 @@ TABLE: dict[type[nn.Module], Row] = {
     nn.Softshrink: Row(),
     nn.Tanhshrink: Row(),
     nn.Threshold: Row(_threshold_identity),
-    Pointwise: Row(image=_pointwise_image),
+    Pointwise: Row(
+        identity=lambda m: (0.0, INF) if m.name == "abs" else (INF, -INF), image=_pointwise_image
+    ),
 }
 
 
@@ -211,7 +213,10 @@ class MaskedActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for i, activation in enumerate(self.activations):
-            y = torch.where(getattr(self, f"mask{i}"), activation(x), y)
+            mask = getattr(self, f"mask{i}")
+            # A root of a carry below 0 would be NaN, and so its gradient; 1 is in every domain.
+            own = torch.where(mask, x, 1.0) if isinstance(activation, Pointwise) else x
+            y = torch.where(mask, activation(own), y)
         return y
 
 

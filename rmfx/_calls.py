@@ -109,10 +109,6 @@ def _pointwise(name: str) -> Builder:
     return build
 
 
-def _abs(given: Arguments) -> nn.Module | None:
-    return None if given else nn.LeakyReLU(-1.0)
-
-
 def _clamp(given: Arguments) -> nn.Module | None:
     low, high = given.get("min"), given.get("max")
     if any(isinstance(v, Tensor) for v in (low, high)) or (low is None and high is None):
@@ -273,14 +269,12 @@ def _table() -> dict[Any, Call]:
         _clamp,
     )
     for name in POINTWISE:
-        functions = [getattr(torch, n, None) for n in (name, f"{name}_")]
-        overloads = _overloads(
-            *(("pow.Tensor_Scalar", "pow_.Scalar") if name == "pow" else (name,))
-        )
+        forms = (name, f"{name}_")
+        functions = [getattr(m, n, None) for m in (torch, operator) for n in forms]
+        overloads = _overloads(*(forms if name != "pow" else ("pow.Tensor_Scalar", "pow_.Scalar")))
         names = "exponent" if name == "pow" else ""
-        row([*functions, name, f"{name}_", *overloads], names, _pointwise(name))
-    row([operator.pow, operator.ipow], "exponent", _pointwise("pow"))
-    row([torch.abs, "abs", "abs_", operator.abs, *_overloads("abs", "abs_")], "", _abs)
+        row([*functions, *forms, *overloads], names, _pointwise(name))
+    row([operator.ipow], "exponent", _pointwise("pow"))
     row(_overloads("log_sigmoid"), "", _activation(nn.LogSigmoid, ""))
     row([F.prelu, torch.prelu, *_overloads("prelu")], "weight", _prelu)
     for dims in (1, 2, 3):
@@ -364,6 +358,7 @@ def _table() -> dict[Any, Call]:
 
 CALLS = _table()
 NORMS = (batch_norm, instance_norm)  # which have to know the number of dimensions
+OF_REAL_NUMBERS = (_clamp,)  # modules that do otherwise to integers than the call
 
 
 def gives_several(target: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
+from ._affine import CONVS
 from ._dialect import must_stay
 from ._graph import Net
 from ._infer import on_demand
@@ -83,8 +84,11 @@ class _Numbers:
         if fixed and fixed[0] is not None:
             return {None: fixed[0]}
         law = self.net.sizes.law(value)
-        if law is None or dim < 2 or len(law.stride) != rank - 2:
+        if law is None or law.clips or dim < 2 or len(law.stride) != rank - 2:
             return None
+        readers = [self.net.module(user) for user in law.source.users]
+        if "shape" not in value.meta and not any(type(m) in CONVS[1:] for m in readers):
+            return None  # only a convolution wants a batch dimension
         growth, stride = law.growth[dim - 2], law.stride[dim - 2]
         return {(law.source, dim, stride, growth % stride): 1, None: growth // stride}
 
@@ -144,7 +148,8 @@ def _bounded(numbers: _Numbers, node: fx.Node) -> tuple[Any, Any]:
     at = index.index(...) if ... in index else len(index)
     missing = [slice(None)] * (rank - len(slices))
     whole = [*index[:at], *missing, *index[at + 1 :]]
-    return (x, tuple(_slice(numbers, x, dim, s) for dim, s in enumerate(whole))), {}
+    bounded = [_slice(numbers, x, dim, s) for dim, s in enumerate(whole)]
+    return (node.args, node.kwargs) if bounded == whole else ((x, tuple(bounded)), {})
 
 
 def _slice(numbers: _Numbers, x: fx.Node, dim: int, s: slice) -> slice:

@@ -24,11 +24,11 @@ from ._calls import (
     ADDCMULS,
     ARITHMETIC,
     CALLS,
-    CHANNELWISE,
     CHOICES_OF_TWO,
     CONCATENATIONS,
     IN_PLACE_BY_METHOD,
     NORMS,
+    OF_REAL_NUMBERS,
     SELECTIONS,
     SPLIT_ARGUMENTS,
     SPLITS,
@@ -39,11 +39,14 @@ from ._calls import (
     gives_several,
     linear,
 )
+from ._layer_facts import is_layers_size, is_real, rank_of
 from ._names import free_name, free_path, name_nodes
 from ._shuffles import find_shuffles
 from ._zero_channels import pad_for_zeros
 
 MISSING = object()
+VIEWS: dict[Any, Any] = {"view": "reshape", aten.view.default: aten.reshape.default}
+NARROWS = (torch.narrow, aten.narrow.default)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
@@ -62,8 +65,8 @@ def canonicalise(gm: fx.GraphModule) -> None:
     taken = {name for name, _ in gm.named_modules(remove_duplicate=False)}
     for node in list(gm.graph.nodes):
         if node.target is operator.getitem:
-            _take_first(node)
-            _slice_of_split(node)
+            _take_first(gm, node)
+            _slice_of_split(gm, node)
     calls = Counter(n.target for n in gm.graph.nodes if n.op == "call_module")
     frozen = {n.target for n in gm.graph.nodes if n.op == "call_module" and n.meta.get("frozen")}
     for node in list(gm.graph.nodes):
@@ -90,7 +93,7 @@ def canonicalise(gm: fx.GraphModule) -> None:
     name_nodes(gm.graph)
 
 
-def _take_first(node: fx.Node) -> None:
+def _take_first(gm: fx.GraphModule, node: fx.Node) -> None:
     """Let an operator whose first result alone is read stand for that result."""
     call, index = node.args
     if not isinstance(call, fx.Node) or index != 0:
@@ -98,6 +101,10 @@ def _take_first(node: fx.Node) -> None:
     if call.target not in CALLS or not gives_several(call.target):
         return
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in call.users):
+        return
+    call.meta["first"] = True
+    if _module_for(gm, call) is None:
+        del call.meta["first"]
         return
     for user in [user for user in call.users if user is not node]:
         user.replace_all_uses_with(node)
@@ -109,7 +116,7 @@ def _take_first(node: fx.Node) -> None:
     node.graph.erase_node(call)
 
 
-def _slice_of_split(node: fx.Node) -> None:
+def _slice_of_split(gm: fx.GraphModule, node: fx.Node) -> None:
     """Let a part of a split be a slice: split(x, 4, dim=1)[1] is x[:, 4:8]."""
     if node.target is not operator.getitem or node.meta.get("frozen"):
         return
@@ -127,6 +134,8 @@ def _slice_of_split(node: fx.Node) -> None:
     shape = x.meta.get("shape", getattr(x.meta.get("val"), "shape", None))
     dim = dim + len(shape) if dim < 0 and shape is not None else dim
     size = shape[dim] if shape is not None and 0 <= dim < len(shape) else None
+    if not is_layers_size(gm, x, dim):
+        size = x.meta.get("fixed", (None,) * (dim + 1))[dim]
     ends = _ends_of_parts("chunk" in name, amount, size if isinstance(size, int) else None)
     if dim < 0 or ends is None or not -len(ends) <= index < len(ends):
         return
@@ -157,7 +166,7 @@ def _fold_number(gm: fx.GraphModule, node: fx.Node) -> None:
     """Replace a number of dimensions that is known, and comparisons and assertions of constants."""
     is_rank = node.op == "call_method" and node.target in ("dim", "ndimension")
     if is_rank or (node.target is getattr and node.args[1:] == ("ndim",)):
-        rank = _rank(gm, node.args[0] if isinstance(node.args[0], fx.Node) else None)
+        rank = rank_of(gm, node.args[0] if isinstance(node.args[0], fx.Node) else None)
         if rank is not None:
             replace_by_number(node, rank)
     elif node.target in (operator.eq, operator.ne) and not node.all_input_nodes:
@@ -192,6 +201,8 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
     if any(n.meta.get("container") for n in node.all_input_nodes):
         return
     if node.target in ARITHMETIC and not {"rounding_mode", "out"} & set(node.kwargs):
+        if any(isinstance(a, (list, tuple)) for a in node.args):  # [x] * 2
+            return
         node.op, node.target = "call_function", ARITHMETIC[node.target]
         return
     if node.target in SELECTIONS and not node.kwargs:
@@ -224,9 +235,14 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
         x = given.pop("input")
         node.target, node.args, node.kwargs = F.pad, (x,), given
         return
-    if node.target in SUMS and _sum_of_stack(node):
+    if node.target in VIEWS and _has_sizes(node):
+        node.target = VIEWS[node.target]  # layers may give values in another memory format
+    if node.target == "narrow" or node.target in NARROWS:
+        _slice_by_narrow(gm, node)
         return
-    module = _flatten_by_view(node) or _module_for(gm, node)
+    if node.target in SUMS and _sum_of_stack(gm, node):
+        return
+    module = _flatten_by_view(gm, node) or _module_for(gm, node)
     if module is not None:
         _call_module(gm, node, module, _input(node), taken)
 
@@ -251,7 +267,7 @@ def _add_product(node: fx.Node) -> None:
     node.kwargs = {} if value == 1 else {"alpha": value}
 
 
-def _sum_of_stack(node: fx.Node) -> bool:
+def _sum_of_stack(gm: fx.GraphModule, node: fx.Node) -> bool:
     """torch.stack((a, b, …), d).sum(d) as a + b + …, and a mean as that over their number."""
     names = ("input", "dim", "keepdim")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
@@ -263,7 +279,7 @@ def _sum_of_stack(node: fx.Node) -> bool:
     parts, same = known.get("tensors"), type(dim) is int and known.get("dim", 0) == dim
     if stack.target not in STACKS or "frozen" in stack.meta or not same:
         return False
-    if not isinstance(parts, (list, tuple)) or len(parts) < 2 or not _are_alike(parts):
+    if not isinstance(parts, (list, tuple)) or len(parts) < 2 or not _are_alike(gm, parts):
         return False
     total = parts[0]
     with node.graph.inserting_before(node):
@@ -278,10 +294,11 @@ def _sum_of_stack(node: fx.Node) -> bool:
     return True
 
 
-def _are_alike(parts: Sequence[Any]) -> bool:
-    """Whether tensors have the same type, where one is known."""
+def _are_alike(gm: fx.GraphModule, parts: Sequence[Any]) -> bool:
+    """Whether tensors hold real numbers of one type; integers are not added as they are summed."""
     nodes = [part for part in parts if isinstance(part, fx.Node) and "frozen" not in part.meta]
-    return len(nodes) == len(parts) and len({n.meta.get("dtype") for n in nodes}) == 1
+    same = len(nodes) == len(parts) and len({n.meta.get("dtype") for n in nodes}) == 1
+    return same and all(is_real(gm, node) for node in nodes)
 
 
 def _concatenation(node: fx.Node) -> None:
@@ -335,11 +352,13 @@ def _module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     x = given.pop("input", None)
     if not isinstance(x, fx.Node) or set(given) - set(call.names):
         return None
+    if call.build in OF_REAL_NUMBERS and not is_real(gm, x):
+        return None
     resolved = {name: _constant(gm, value) for name, value in given.items()}
     if any(value is MISSING for value in resolved.values()):
         return None
     if call.build in NORMS:
-        resolved["rank"] = _rank(gm, x)
+        resolved["rank"] = rank_of(gm, x)
     try:
         return call.build(resolved)
     # Arguments that the module does not take; some modules check theirs by assertions.
@@ -383,29 +402,7 @@ def _constant(gm: fx.GraphModule, value: Any) -> Any:
     return value
 
 
-def _rank(gm: fx.GraphModule, node: fx.Node | None) -> int | None:
-    """Number of dimensions of a node's value, from its shape or from the layer before it."""
-    while node is not None:
-        shape = node.meta.get("shape", getattr(node.meta.get("val"), "shape", None))
-        if shape is not None:
-            return len(shape)
-        if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
-            for dims in (1, 2, 3):
-                kinds = tuple(getattr(nn, f"{k}{dims}d") for k in ("Conv", "MaxPool", "AvgPool"))
-                if isinstance(module, kinds):
-                    return dims + 2
-            if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
-                return 4 if isinstance(module, nn.BatchNorm2d) else 5
-            if not is_activation(module) and not isinstance(module, (*CHANNELWISE, nn.Linear)):
-                return None
-        elif node.target not in (torch.add, torch.sub, torch.mul, torch.div, torch.neg):
-            return None
-        node = next((n for n in node.all_input_nodes if n.op != "get_attr"), None)
-    return None
-
-
-def _flatten_by_view(node: fx.Node) -> nn.Module | None:
+def _flatten_by_view(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """`x.view(x.size(0), -1)` and its relatives are `nn.Flatten(1)`."""
     if node.target not in ("view", "reshape", torch.reshape) or len(node.args) < 2:
         return None
@@ -413,6 +410,8 @@ def _flatten_by_view(node: fx.Node) -> nn.Module | None:
     if len(sizes) != 2 or sizes[1] != -1 or not isinstance(sizes[0], fx.Node):
         return None
     x, size = node.args[0], sizes[0]
+    if not isinstance(x, fx.Node) or (rank_of(gm, x) or 0) < 2:
+        return None
     if size.target == "size" and size.args == (x, 0):
         return nn.Flatten(1)
     if size.target is not operator.getitem or size.args[1] != 0:
@@ -423,6 +422,33 @@ def _flatten_by_view(node: fx.Node) -> nn.Module | None:
     by_method = shape.target == "size" and shape.args == (x,)
     by_attribute = shape.target is getattr and shape.args == (x, "shape")
     return nn.Flatten(1) if by_method or by_attribute else None
+
+
+def _has_sizes(node: fx.Node) -> bool:
+    """Whether a view is to sizes, not to another type."""
+    sizes: Any = node.args[1:]
+    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)) else sizes
+    return bool(sizes) and not node.kwargs and all(_is_whole(n) for n in sizes)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, fx.Node) and "number" in value.meta)
+
+
+def _slice_by_narrow(gm: fx.GraphModule, node: fx.Node) -> None:
+    """narrow(x, dim, start, length) as x[…, start:start + length], for a start that is a number."""
+    if len(node.args) != 4 or node.kwargs:
+        return
+    x, dim, start, length = node.args
+    rank = rank_of(gm, x if isinstance(x, fx.Node) else None)
+    if not isinstance(dim, int) or type(start) is not int or start < 0:
+        return
+    if (dim < 0 and rank is None) or (start and not isinstance(length, int)):
+        return
+    stop: Any = start + length if isinstance(length, int) else length
+    dim = dim + (rank or 0) if dim < 0 else dim
+    node.op, node.target = "call_function", operator.getitem
+    node.args = (x, (*[slice(None)] * dim, slice(start or None, stop)))
 
 
 def _slice(node: fx.Node) -> None:
@@ -471,9 +497,10 @@ def _batch_norm_for(gm: fx.GraphModule, node: fx.Node) -> None:
     """Let an instance norm with running statistics be the batch norm that it is at inference."""
     norm: Any = gm.get_submodule(str(node.target))
     dims = INSTANCE_NORMS.index(type(norm)) + 1 if type(norm) in INSTANCE_NORMS else None
-    if dims is None or norm.running_mean is None or has_hooks(norm) or "forward" in vars(norm):
+    is_linear = dims is not None and norm.track_running_stats and norm.running_mean is not None
+    if dims is None or not is_linear or has_hooks(norm) or "forward" in vars(norm):
         return
-    rank = _rank(gm, _input(node))
+    rank = rank_of(gm, _input(node))
     if len(node.args) != 1 or rank != dims + 2:  # others take inputs without a batch dimension
         return
     names = ("running_mean", "running_var", "weight", "bias", "eps")

@@ -288,7 +288,7 @@ class Net:
 
     def _unique(self, name: str) -> str:
         candidate, i = name, 1
-        while candidate in self._names:
+        while candidate in self._names or hasattr(fx.GraphModule, candidate):
             candidate, i = f"{name}_{i}", i + 1
         self._names.add(candidate)
         return candidate

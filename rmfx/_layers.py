@@ -46,7 +46,9 @@ from ._reasons import reason_for
 from ._selections import may_select, selection
 from ._sizes import MAX_POOLS, conditions_of
 
-MEANS: tuple[object, ...] = ("mean", torch.mean, torch.ops.aten.mean.dim)
+aten = torch.ops.aten
+CONTIGUOUS = ("contiguous", aten.contiguous.default)
+MEANS: tuple[object, ...] = ("mean", torch.mean, aten.mean.dim)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +120,8 @@ def read(net: Net, node: fx.Node) -> Element | Refusal:
         found = _read_function(net, node)
     else:
         found = Refusal(reason_for(net, node))
+    if not isinstance(found, Refusal) and _changes_type(node):
+        found = Refusal(f"{_describe(node)} changes the type of values")
     if isinstance(found, Refusal) and may_select(net, node) and net.guard(node) is None:
         found = _read_selection(net, node, found)
     return found.at(node.name) if isinstance(found, Refusal) else found
@@ -125,14 +129,21 @@ def read(net: Net, node: fx.Node) -> Element | Refusal:
 
 def _keeps_values(node: fx.Node) -> bool:
     """`contiguous`, `to(memory_format=…)`, and a cast to the type that a value has."""
-    if node.op == "call_method" and node.target == "contiguous":
+    if not node.args or node.args[0] is not input_of(node):  # a weight, cast to the type of x
+        return False
+    if node.target in CONTIGUOUS or (node.target is aten.clone.default and node.kwargs):
         return True
     if node.target == "to" and len(node.args) == 1 and set(node.kwargs) == {"memory_format"}:
         return True
-    if node.target not in (*CASTS, *CAST_OPERATORS):
-        return False
-    kinds = [n.meta.get("dtype") for n in (node, input_of(node)) if n is not None]
-    return len(kinds) == 2 and None not in kinds and kinds[0] == kinds[1]
+    known = all("dtype" in n.meta for n in (node, *node.all_input_nodes))
+    return node.target in (*CASTS, *CAST_OPERATORS) and known and not _changes_type(node)
+
+
+def _changes_type(node: fx.Node) -> bool:
+    """Whether a node is known to give other values than those of its input's type."""
+    source = input_of(node)
+    kinds = [n.meta.get("dtype") for n in (node, source) if n is not None]
+    return len(kinds) == 2 and None not in kinds and kinds[0] != kinds[1]
 
 
 def _read_selection(net: Net, node: fx.Node, otherwise: Refusal) -> Deferred | Refusal:

@@ -91,9 +91,10 @@ def _groups_of(x: Tensor, y: Any) -> int | None:
     if not isinstance(y, Tensor) or y.shape != x.shape or x.shape[1] < 2:
         return None
     step = int(y[0, 1].flatten()[0]) // (x.numel() // (x.shape[0] * x.shape[1]))
-    groups = x.shape[1] // max(step, 1)
-    is_shuffle = x.shape[1] % groups == 0 and torch.equal(F.channel_shuffle(x, groups), y)
-    return groups if is_shuffle else None
+    groups = x.shape[1] // step if 0 < step <= x.shape[1] else 1
+    if groups < 2 or x.shape[1] % groups:
+        return None
+    return groups if torch.equal(F.channel_shuffle(x, groups), y) else None
 
 
 def _sizes(source: fx.Node, fixed: Fixed) -> Iterator[tuple[int, ...]]:

@@ -10,7 +10,8 @@ Pooling with `ceil_mode` rounds the size up, with a last window that hangs over 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,17 +32,21 @@ KEEP_SIZE = (torch.add, torch.sub, torch.mul, torch.div, torch.cat)
 
 @dataclass(frozen=True)
 class SizeLaw:
-    """Spatial sizes ⌊(H + growth)/stride⌋ of the sizes H of an input."""
+    """Spatial sizes ⌊(H + growth)/stride⌋ of the sizes H of an input.
+
+    `clips` says that a slice is on the way, which gives 0 where that would be negative.
+    """
 
     source: fx.Node
     stride: Ints
     growth: Ints
+    clips: bool = field(default=False, compare=False)
 
     def through(self, stride: Ints, growth: Ints) -> SizeLaw:
         """The law behind a layer."""
         grown = tuple(a + s * g for a, s, g in zip(self.growth, self.stride, growth, strict=True))
         steps = tuple(s * t for s, t in zip(self.stride, stride, strict=True))
-        return SizeLaw(self.source, steps, grown)
+        return SizeLaw(self.source, steps, grown, self.clips)
 
 
 class Sizes:
@@ -76,13 +81,12 @@ class Sizes:
 
     def _of_largest(self, node: fx.Node, inputs: list[fx.Node]) -> SizeLaw | None:
         """Of a combination, which has the sizes of the operand that is not spread out."""
-        laws = {self._known[one] for one in inputs}
-        if len(laws) == 1 and node.target is not torch.cat:
-            return laws.pop()
-        shape = node.meta.get("shape")
+        laws = sorted((self._known[one] for one in inputs), key=lambda law: bool(law and law.clips))
+        if len(set(laws)) == 1 and (node.target is not torch.cat or node.args[1] == 1):
+            return laws[0]
+        shape = node.meta.get("shape", (None,) * 3)
         for one in inputs:
-            own = one.meta.get("shape")
-            if shape is not None and own is not None and own[2:] == shape[2:]:
+            if None not in shape[2:] and one.meta.get("shape", ())[2:] == shape[2:]:
                 return self._known[one]
         return None
 
@@ -91,7 +95,9 @@ class Sizes:
 
         module = self._net.module(node)
         if isinstance(module, MAX_POOLS):
-            return None if module.ceil_mode else _behind_pool(module, before)
+            dims = MAX_POOLS.index(type(module)) + 1
+            fits = dims == len(before.stride) and not module.ceil_mode
+            return _behind_pool(module, before) if fits else None
         element = read(self._net, node)
         if isinstance(element, Deferred):
             dims = len(before.stride)
@@ -103,8 +109,10 @@ class Sizes:
             return None
         if not isinstance(element, AffineConv):
             return before
-        same_dims = element.dims == len(before.stride)
-        return before.through(element.stride, element.growth) if same_dims else None
+        if element.dims != len(before.stride):
+            return None
+        clips = before.clips or (node.target is getitem and min(element.growth) < 0)
+        return replace(before.through(element.stride, element.growth), clips=clips)
 
 
 def _behind_pool(pool: nn.Module, before: SizeLaw) -> SizeLaw:

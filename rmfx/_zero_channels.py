@@ -141,13 +141,24 @@ def size_read(node: fx.Node) -> tuple[fx.Node | None, Any]:
     """Of which value a node reads a size, and of which dimension."""
     if node.target in ("size", aten.sym_size.int) and len(node.args) == 2:
         return node.args[0], node.args[1]  # type: ignore[return-value]
-    whole = node.args[0] if node.target is operator.getitem else None
+    whole, index = node.args if node.target is operator.getitem else (None, None)
     if not isinstance(whole, fx.Node):
         return None, None
+    if whole.target is operator.getitem and isinstance(whole.args[1], slice):
+        whole, index = _through(whole.args[1], whole.args[0], index)
     is_shape = whole.target is getattr and whole.args[1] == "shape"
     if is_shape or (whole.target == "size" and len(whole.args) == 1):
-        return whole.args[0], node.args[1]  # type: ignore[return-value]
+        return whole.args[0], index  # type: ignore[return-value]
     return None, None
+
+
+def _through(part: slice, shape: Any, index: Any) -> tuple[Any, Any]:
+    """A shape and a place in it, for a place in a part of it: x.shape[2:][1] is x.shape[3]."""
+    start = part.start or 0
+    numbers = isinstance(index, int) and isinstance(start, int) and part.step is None
+    if not numbers or index < 0 or (start < 0 <= start + index):
+        return shape, None
+    return shape, start + index
 
 
 def pad_for_zeros(gm: fx.GraphModule) -> None:

@@ -66,6 +66,7 @@ MODULES: tuple[nn.Module, ...] = (
     nn.Threshold(0.0, 0.0),
     nn.Threshold(0.5, -1.0),
     nn.Threshold(-1.0, 20.0),
+    Pointwise("abs"),
     Pointwise("square"),
     Pointwise("pow", 2),
     Pointwise("pow", 3),

@@ -1,0 +1,322 @@
+"""What outside testers found: code that people write, held in every way, at several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import Apply, chain, conv, image, ready
+from torch import Tensor, fx, nn
+
+import rmfx
+from rmfx.testing import assert_equivalent
+
+Forward = Callable[[Any, Tensor], Tensor]
+VERBS = (
+    rmfx.trace,
+    rmfx.remove_noops,
+    rmfx.remove_residuals,
+    rmfx.merge_branches,
+    rmfx.merge_convs,
+    rmfx.fold_batch_norm,
+)
+
+
+def model_of(forward: Forward, **more: Any) -> nn.Module:
+    torch.manual_seed(0)
+    parts = {"a": conv(), "b": conv(kernel=1), "c": conv(), "g": nn.Parameter(torch.rand(4, 1, 1))}
+    return ready(Apply(forward, **(parts | more)))
+
+
+def held(model: nn.Module, x: Tensor, *, export: bool = True) -> list[tuple[Any, Any]]:
+    """A model and example inputs, in several ways."""
+    found: list[tuple[Any, Any]] = [(model, x), (model, None), (fx.symbolic_trace(model), x)]
+    if export:
+        program = torch.export.export(model, (x,))
+        found += [(program, None), (program.run_decompositions(), None)]
+    return found
+
+
+def check(forward: Forward, x: Tensor, *others: Tensor, export: bool = True, **more: Any) -> None:
+    """Every verb leaves what is computed; others are of further sizes, for what is not exported."""
+    model = model_of(forward, **more)
+    for how, example in held(model, x, export=export):
+        for verb in VERBS:
+            try:
+                gm = verb(how, example)
+            except rmfx.RmfxError:
+                assert example is None  # without example inputs a network may be unreadable
+                continue
+            sizes = (x,) if isinstance(how, torch.export.ExportedProgram) else (x, *others)
+            for value in sizes:
+                torch.testing.assert_close(gm(value), model(value), rtol=1e-9, atol=1e-9)
+
+
+WEIGHTS: dict[str, Forward] = {
+    "type_as": lambda m, x: x + m.c(x) * m.g.type_as(x),
+    "to": lambda m, x: x + m.c(x) * m.g.to(x),
+    "behind a sigmoid": lambda m, x: x + m.c(x) * torch.sigmoid(m.g.type_as(x)),
+    "shift": lambda m, x: torch.relu(m.c(x) + m.g.to(x)) + x,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_weight_that_is_cast_to_the_type_of_a_value_is_no_value(name: str) -> None:
+    check(WEIGHTS[name], image(2, 4, 8, 8))
+
+
+def test_an_instance_norm_told_to_use_the_instance_does() -> None:
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    norm.track_running_stats = False
+    check(lambda m, x: x + m.n(m.c(x)), image(2, 4, 8, 8), n=norm)
+
+
+@pytest.mark.parametrize("kind", ["bool", "uint8"])
+def test_sums_of_stacks_that_hold_no_real_numbers(kind: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        parts = [x, m.a(x), m.b(x)]
+        if kind == "bool":
+            return m.b(x) * torch.stack([part > 0 for part in parts]).sum(0)
+        return m.b(x) * torch.stack([(part.abs() * 99).to(torch.uint8) for part in parts]).sum(0)
+
+    check(forward, image(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: torch.cat((x, m.a(x)), 3)[..., -x.size(3) :],
+        lambda m, x: (torch.cat((m.a(x), x), 2)[:, :, : x.size(2)] * 2).sum(2),
+    ],
+)
+def test_a_concatenation_along_space_is_larger(forward: Forward) -> None:
+    x = image(2, 4, 8, 8)
+    check(forward, x, image(1, 4, 5, 7))
+    auto = torch.export.Dim.AUTO
+    model = model_of(forward)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    for verb in VERBS:
+        gm = verb(program, None)
+        for value in (x, image(2, 4, 10, 12)):
+            torch.testing.assert_close(gm(value), model(value))
+
+
+def test_a_slice_of_a_small_map_is_empty() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = x[:, :, 6:]
+        return F.pad(y, (0, 0, 0, x.size(2) - y.size(2)))
+
+    check(forward, image(2, 4, 9, 8), image(1, 4, 5, 8), export=False)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: sum(_parts(m.c(x), 2, 2)),
+        lambda m, x: m.c(x).split(4, 2)[-1],
+        lambda m, x: m.c(x).chunk(2, 0)[0],
+        lambda m, x: m.c(x).permute(0, 2, 3, 1).chunk(2, 1)[1],
+    ],
+)
+def test_parts_of_space_follow_its_size(forward: Forward) -> None:
+    check(forward, image(2, 4, 8, 8), image(4, 4, 16, 8), export=False)
+
+
+def _parts(x: Tensor, count: int, dim: int) -> list[Tensor]:
+    parts = x.chunk(count, dim)
+    return [parts[i] for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.a((x * 3).int().clamp(-0.5, 1.5).double()) + x,
+        lambda m, x: m.a((x * 3).long().clamp(max=1).double()) + x,
+        lambda m, x: m.a((x * 3).long().abs().double()) + x,
+        lambda m, x: m.a(torch.fft.irfft2(torch.fft.rfft2(x).abs(), s=x.shape[2:])) + x,
+    ],
+)
+def test_functions_of_integers_and_complex_numbers_stay(forward: Forward) -> None:
+    check(forward, image(2, 4, 8, 8))
+
+
+def test_reflections_as_exporting_takes_them_apart() -> None:
+    check(
+        lambda m, x: x + m.d(F.pad(x, (1, 1, 1, 1), mode="reflect")),
+        image(2, 4, 8, 8),
+        d=conv(padding=0),
+    )
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.sqrt(F.relu(x) + 1),
+        lambda x: (F.relu(x) + 1) ** 0.5,
+        lambda x: torch.rsqrt(F.relu(x) + 1),
+        lambda x: torch.log(F.relu(x) + 1),
+    ],
+)
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_gradients_do_not_see_the_carry_outside_of_a_domain(
+    function: Callable[[Tensor], Tensor], differentiable: bool
+) -> None:
+    model, x = model_of(lambda m, x: x + m.b(function(m.a(x)))), image(2, 4, 8, 8)
+    gm = rmfx.remove_residuals(model, x, differentiable=differentiable)
+    assert rmfx.report(gm).removed == 1
+    found = []
+    for net in (model, gm):
+        own = x.clone().requires_grad_(True)
+        net(own).square().sum().backward()
+        found.append(own.grad)
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: (x / 255.0) + m.c(x / 255.0),
+        lambda m, x: m.b(torch.relu(m.c(x / 255))),
+        lambda m, x: m.b((x - 200) / 255 + 1),
+    ],
+)
+def test_images_of_bytes(forward: Forward) -> None:
+    model = model_of(forward).float()
+    x = (torch.rand(2, 4, 8, 8) * 255).to(torch.uint8)
+    for how in (model, fx.symbolic_trace(model), torch.export.export(model, (x,))):
+        for verb in VERBS:
+            torch.testing.assert_close(verb(how, x)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: F.pad(x.double(), (1, 1, 1, 1)) + m.a(F.pad(x.double(), (1, 1, 1, 1))),
+        lambda m, x: x.double() * 2 + m.a(x.double() * 2),
+    ],
+)
+def test_layers_are_not_named_after_methods(forward: Forward) -> None:
+    check(forward, image(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: torch.cat(torch.split(m.c(x), 2, 1), 1),
+        lambda m, x: torch.cat(m.a(x).chunk(2, 1)[::-1], 1),
+        lambda m, x: (
+            m.d(x) + torch.cat([m.c(x)] + [m.c(x).mul(0)] * (m.d(x).size(1) // x.size(1) - 1), 1)
+        ),
+    ],
+)
+def test_concatenations_of_containers(forward: Forward) -> None:
+    check(forward, image(2, 4, 8, 8), d=conv(4, 8))
+
+
+def test_a_batch_norm_with_a_weight_that_is_computed() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        weight = x.mean((0, 2, 3))
+        return m.c(x) + F.batch_norm(m.a(x), m.mean, m.var, weight=weight)
+
+    buffers = {"mean": nn.Buffer(torch.randn(4)), "var": nn.Buffer(torch.rand(4) + 0.5)}
+    check(forward, image(2, 4, 8, 8), **buffers)
+
+
+def grouped(g: int, x: Tensor) -> Tensor:
+    b, c, h, w = x.size()
+    return x.view(g, b * c // g, h, w).transpose(0, 1).reshape(b, c, h, w)
+
+
+def test_views_that_mix_batch_and_channels() -> None:
+    check(lambda m, x: x + m.c(grouped(2, m.a(x))), image(3, 4, 8, 8), image(1, 4, 5, 4))
+
+
+def test_a_view_of_one_dimension() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = (m.a(x) + x).mean((1, 2, 3))
+        return y.view(y.size(0), -1)
+
+    check(forward, image(3, 4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: (
+            x.view(x.size(0), 2, 2, x.size(2), x.size(3))
+            .transpose(1, 2)
+            .reshape(x.shape)
+            .view(x.size(0), -1)
+        ),
+        lambda m, x: (
+            m.c(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1).view(-1, 4)
+        ),
+        lambda m, x: _last(m, x.contiguous(memory_format=torch.channels_last)),
+    ],
+)
+def test_views_do_not_rely_on_a_memory_format(forward: Forward) -> None:
+    x = image(2, 4, 8, 6)
+    model = model_of(forward)
+    formats = [x]
+    try:
+        model(x.to(memory_format=torch.channels_last))
+        formats.append(x.to(memory_format=torch.channels_last))
+    except RuntimeError:
+        pass
+    check(forward, *formats)
+
+
+def _last(m: Any, y: Tensor) -> Tensor:
+    return (y + m.b(torch.relu(m.c(y)))).permute(0, 2, 3, 1).view(-1, 4)
+
+
+def test_unbatched_maps_behind_a_pool() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        p = m.pool(x)
+        y = p[..., 1:]
+        return y + p[..., p.size(2) - y.size(2) :]
+
+    check(forward, image(4, 9, 12), pool=nn.MaxPool2d((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x, y: x[..., : y.shape[2:][0], : y.shape[-2:][1]],
+        lambda x, y: x.narrow(2, 0, y.size(2)).narrow(-1, 0, y.size(3)),
+        lambda x, y: torch.narrow(x, 2, 0, y.size(2))[..., 2:-2].contiguous(),
+    ],
+)
+def test_other_ways_to_write_a_crop(cut: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.d(torch.relu(m.d(x)))
+        return y + cut(x, y)
+
+    model, x = model_of(forward, d=conv(padding=0)), image(2, 4, 9, 8)
+    for how, example in held(model, x):
+        gm = rmfx.remove_residuals(how, example)
+        torch.testing.assert_close(gm(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_the_chomp_of_a_tcn_is_read_in_every_form() -> None:
+    model = ready(chain(conv(3, 4, dims=1), nn.ReLU(), Twice(), conv(4, 2, dims=1)))
+    x = image(2, 3, 20)
+    for how, example in held(model, x):
+        gm = rmfx.remove_residuals(how, example)
+        assert rmfx.report(gm).removed == 1
+        assert_equivalent(model, gm, x)
+
+
+class Twice(nn.Module):
+    """The block of a TCN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (conv(dims=1, padding=2) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x)[:, :, :-2].contiguous())
+        return torch.relu(x + self.second(y)[:, :, :-2].contiguous())
