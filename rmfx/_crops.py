@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx
 
@@ -55,9 +56,9 @@ class _Numbers:
 
     def note_sizes(self, value: fx.Node) -> None:
         """Take note of sizes that the graph computes, which are not negative."""
-        law = None if value.meta.get("number") else self.net.sizes.law(value)
-        for dim in range(len(law.stride) if law else 0):
-            known = self.size(value, dim + 2)
+        rank = None if value.meta.get("number") else self.net.rank(value)
+        for dim in range(2, rank or 0):
+            known = self.size(value, dim)
             if known is not None:
                 constant = known.get(None, 0)
                 self._smallest[_terms(known)] = min(
@@ -80,9 +81,8 @@ class _Numbers:
         if rank is None or not isinstance(dim, int) or not -rank <= dim < rank:
             return None
         dim %= rank
-        fixed = value.meta.get("fixed", ())[dim : dim + 1]
-        if fixed and fixed[0] is not None:
-            return {None: fixed[0]}
+        if "fixed" in value.meta:
+            return _of_expression(_noted(value).shape[dim])
         law = self.net.sizes.law(value)
         if law is None or law.clips or dim < 2 or len(law.stride) != rank - 2:
             return None
@@ -101,6 +101,8 @@ class _Numbers:
         value, dim = size_read(node)
         if value is not None:
             return self.size(value, dim)
+        if isinstance(_noted(node), torch.SymInt):
+            return _of_expression(_noted(node))
         terms = [self._known[a] if isinstance(a, fx.Node) else self(a) for a in node.args]
         known = [term for term in terms if term is not None]
         if not node.meta.get("number") or node.kwargs or len(known) != len(node.args):
@@ -113,6 +115,21 @@ class _Numbers:
         if node.target is operator.floordiv and numbers[1] and numbers[0] is not None:
             return {None: numbers[0] // numbers[1]}
         return None
+
+
+def _noted(node: fx.Node) -> Any:
+    """What exporting or Dynamo noted of a value."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def _of_expression(size: int | torch.SymInt) -> Sum | None:
+    """A size as they know it."""
+    if isinstance(size, int):
+        return {None: size}
+    terms = size.node.expr.as_coefficients_dict()
+    if not all(factor.is_Integer for factor in terms.values()):
+        return None
+    return {None if term == 1 else term: int(factor) for term, factor in terms.items()}
 
 
 def _sum(a: Sum, b: Sum, factor: int) -> Sum:

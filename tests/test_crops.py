@@ -147,3 +147,17 @@ def test_a_known_cut_is_that_of_every_size(
     for n in (length, length + 1, length + 2):
         x = image(1, 2, n)
         assert torch.equal(gm(x), model(x))
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_dynamo_sees_it_at_every_size(name: str) -> None:
+    model = ready(chain(conv(2, 4, dims=1), nn.ReLU(), causal(CUTS[name])))
+    reports: list[rmfx.Report] = []
+    torch._dynamo.reset()
+    options = {"backend": "eager", "on_report": reports.append}
+    compiled = torch.compile(model, backend="rmfx", dynamic=True, options=options)
+    with torch.no_grad():
+        for length in (20, 33, 27):
+            x = image(2, 2, length)
+            torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-10)
+    assert {report.removed for report in reports} == {1}
