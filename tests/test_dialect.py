@@ -159,6 +159,13 @@ def test_parts_of_a_split_are_slices(split: Callable[[Tensor], tuple[Tensor, ...
         assert torch.equal(gm(x), model(x))
 
 
+def test_parts_of_known_amounts_need_no_sizes() -> None:
+    gm = rmfx.trace(Holder(lambda m, x: torch.split(x, 2, 1)[1], dims=2).eval())
+    assert "split" not in gm.code
+    x = torch.randn(2, 5, 4, 3)
+    assert torch.equal(gm(x), x[:, 2:4])
+
+
 def test_splits_of_unknown_sizes_stay() -> None:
     gm = rmfx.trace(Holder(lambda m, x: x.chunk(2, 1)[0], dims=2).eval())
     assert "chunk" in gm.code
