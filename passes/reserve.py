@@ -36,6 +36,7 @@ from rmfx._calls import AVERAGE_POOLS, BATCH_NORMS
 from rmfx._errors import OptionError, Refusal, is_number
 from rmfx._graph import ORIGIN, Net
 from rmfx._layers import Border, input_of, read, read_affine, read_join
+from rmfx._meta import forget
 from rmfx._names import is_named, module_path, patterns_of
 from rmfx._regions import cut_module
 from rmfx._sizes import MAX_POOLS, SizeLaw
@@ -354,8 +355,8 @@ def _cut(net: Net, node: fx.Node, start: int, channels: int) -> tuple[int, int]:
         channels = module.num_features
     elif not (_terms(net, node) or does_nothing(net, node) or _is_channelwise(module)):
         return 0, 0  # a constant or a padding: all of it is computed
-    for key in ("shape", "val", "example_value", "tensor_meta"):
-        node.meta.pop(key, None)
+    forget(node)
+    node.meta.pop("shape", None)
     if start and module is not None:
         net.virtual[str(node.target)] = _from(module, start, channels)
     return start, needed

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from ._dialect import attribute
+from ._meta import forget, without_notes
 
 aten = torch.ops.aten
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
@@ -204,12 +205,11 @@ def _rewrite(gm: fx.GraphModule, found: _Filled) -> None:
     source: Any = first.args[0]
     padded.args = (source, *pad.args[1:])
     shape, before = pad.meta["shape"], source.meta["shape"]
-    padded.meta = {**pad.meta, "shape": (*before[:2], *shape[2:])}
-    padded.meta.pop("val", None)
+    padded.meta = {**without_notes(pad), "shape": (*before[:2], *shape[2:])}
     first.args = (padded, *first.args[1:])
     for node in found.layers:
         node.meta["shape"] = (*node.meta["shape"][:2], *shape[2:])
-        node.meta.pop("val", None)
+        forget(node)
     for write in found.writes:
         for node in reversed(write.nodes):
             gm.graph.erase_node(node)

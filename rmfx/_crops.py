@@ -20,6 +20,7 @@ from ._affine import CONVS
 from ._dialect import must_stay
 from ._graph import Net
 from ._infer import on_demand
+from ._meta import GUARDED, noted, sizes_of_every_call
 from ._zero_channels import size_read
 
 Sum = dict[object, int]  # sizes and how often each is added; under None, a constant
@@ -43,7 +44,7 @@ def _is_candidate(node: fx.Node) -> bool:
     if node.target not in (operator.getitem, F.pad) or node.meta.get("frozen"):
         return False
     by_numbers = any(n.meta.get("number") for n in node.all_input_nodes[1:])
-    return by_numbers or "fixed" in node.meta
+    return by_numbers or GUARDED in node.meta
 
 
 class _Numbers:
@@ -81,8 +82,9 @@ class _Numbers:
         if rank is None or not isinstance(dim, int) or not -rank <= dim < rank:
             return None
         dim %= rank
-        if "fixed" in value.meta:
-            return _of_expression(_noted(value).shape[dim])
+        known = sizes_of_every_call(value)
+        if known is not None:
+            return _of_expression(known[dim])
         law = self.net.sizes.law(value)
         if law is None or law.clips or dim < 2 or len(law.stride) != rank - 2:
             return None
@@ -101,8 +103,8 @@ class _Numbers:
         value, dim = size_read(node)
         if value is not None:
             return self.size(value, dim)
-        if isinstance(_noted(node), torch.SymInt):
-            return _of_expression(_noted(node))
+        if isinstance(noted(node), torch.SymInt):
+            return _of_expression(noted(node))
         terms = [self._known[a] if isinstance(a, fx.Node) else self(a) for a in node.args]
         known = [term for term in terms if term is not None]
         if not node.meta.get("number") or node.kwargs or len(known) != len(node.args):
@@ -115,11 +117,6 @@ class _Numbers:
         if node.target is operator.floordiv and numbers[1] and numbers[0] is not None:
             return {None: numbers[0] // numbers[1]}
         return None
-
-
-def _noted(node: fx.Node) -> Any:
-    """What exporting or Dynamo noted of a value."""
-    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def _of_expression(size: int | torch.SymInt) -> Sum | None:

@@ -40,6 +40,7 @@ from ._calls import (
     linear,
 )
 from ._layer_facts import is_layers_size, is_real, rank_of
+from ._meta import sizes_of_every_call, without_notes
 from ._names import free_name, free_path, name_nodes
 from ._shuffles import find_shuffles
 from ._zero_channels import pad_for_zeros
@@ -135,7 +136,7 @@ def _slice_of_split(gm: fx.GraphModule, node: fx.Node) -> None:
     dim = dim + len(shape) if dim < 0 and shape is not None else dim
     size = shape[dim] if shape is not None and 0 <= dim < len(shape) else None
     if not is_layers_size(gm, x, dim):
-        size = x.meta.get("fixed", (None,) * (dim + 1))[dim]
+        size = (sizes_of_every_call(x) or (None,) * (dim + 1))[dim]
     if size is None and "chunk" not in name and isinstance(amount, int) and index >= 0:
         size = (index + 1) * amount  # where all before it end
     ends = _ends_of_parts("chunk" in name, amount, size if isinstance(size, int) else None)
@@ -259,9 +260,8 @@ def _add_product(node: fx.Node) -> None:
         return
     with node.graph.inserting_before(node):
         product = node.graph.call_function(torch.mul, (given["tensor1"], given["tensor2"]))
-    product.meta = {k: v for k, v in node.meta.items() if k != "val"}
+    product.meta = without_notes(node, "shape")
     sources = [n for n in product.all_input_nodes if "shape" in n.meta]
-    product.meta.pop("shape", None)
     if len(sources) == 2:
         shapes = [[1 if n is None else n for n in s.meta["shape"]] for s in sources]
         product.meta["shape"] = tuple(torch.broadcast_shapes(*shapes))
@@ -287,10 +287,10 @@ def _sum_of_stack(gm: fx.GraphModule, node: fx.Node) -> bool:
     with node.graph.inserting_before(node):
         for part in parts[1:]:
             total = node.graph.call_function(torch.add, (total, part))
-            total.meta = {k: v for k, v in node.meta.items() if k != "val"}
+            total.meta = without_notes(node)
         if SUMS[node.target] == "mean":
             total = node.graph.call_function(torch.div, (total, len(parts)))
-            total.meta = {k: v for k, v in node.meta.items() if k != "val"}
+            total.meta = without_notes(node)
     node.replace_all_uses_with(total)
     node.graph.erase_node(node)
     return True
@@ -481,7 +481,7 @@ def _pad_apart(gm: fx.GraphModule, node: fx.Node) -> None:
     flat, x = list(conv._reversed_padding_repeated_twice), node.args[0]
     with gm.graph.inserting_before(node):
         padded = gm.graph.call_function(F.pad, (x, flat), {"mode": conv.padding_mode})
-    padded.meta = {k: v for k, v in node.meta.items() if k not in ("shape", "val")}
+    padded.meta = without_notes(node, "shape")
     shape = x.meta.get("shape") if isinstance(x, fx.Node) else None
     if shape is not None:
         pairs = list(zip(flat[::2], flat[1::2], strict=True))[::-1]

@@ -24,6 +24,7 @@ from ._activation import TABLE
 from ._affine import CONVS
 from ._calls import BATCH_NORMS, CASTS, IN_PLACE_METHODS
 from ._dialect import attribute, has_functional_form
+from ._meta import noted
 
 NUMBER_METHODS = ("size", "dim", "numel", "ndimension", "stride", "item", "is_floating_point")
 CONTAINER_METHODS = (
@@ -101,7 +102,7 @@ def _is_container(node: fx.Node) -> bool:
 
 
 def _is_number(node: fx.Node) -> bool:
-    value = node.meta.get("val", node.meta.get("example_value"))
+    value = noted(node)
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)):
         return True
     if node.op == "call_method":

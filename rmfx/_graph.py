@@ -34,6 +34,7 @@ from ._input_guard import (
     with_multiples,
     with_ranks,
 )
+from ._meta import forget
 from ._sizes import Sizes, conditions_of
 
 Shape = tuple[int | None, ...]
@@ -272,8 +273,7 @@ class Net:
 
     def resize(self, node: fx.Node, axis: int, channels: int) -> None:
         """Take note that a node's value has other channels now: what tracing noted is no more."""
-        for key in ("val", "example_value", "tensor_meta"):
-            node.meta.pop(key, None)
+        forget(node)
         if "shape" in node.meta:
             shape = list(node.meta["shape"])
             shape[axis] = channels

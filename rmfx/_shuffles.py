@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ._calls import run_node
+from ._meta import noted, sizes_of_every_call
 from ._zero_channels import Fixed
 
 aten = torch.ops.aten
@@ -99,16 +100,16 @@ def _groups_of(x: Tensor, y: Any) -> int | None:
 
 def _sizes(source: fx.Node, fixed: Fixed) -> Iterator[tuple[int, ...]]:
     """Two sizes of a value, which differ in all that the graph leaves open."""
-    shape, known = source.meta.get("shape"), fixed(source)
-    if shape is None and isinstance(known, int | None):
+    shape, given = source.meta.get("shape"), fixed(source)
+    if shape is None and isinstance(given, int | None):
         return
     if shape is None:
-        shape = (None, known.channels, *[None] * known.dims)  # type: ignore[union-attr]
+        shape = (None, given.channels, *[None] * given.dims)  # type: ignore[union-attr]
     if len(shape) < 3 or shape[1] is None:
         return
-    fixed_sizes = source.meta.get("fixed", (None, shape[1], *[None] * len(shape[2:])))
+    known = sizes_of_every_call(source) or (None, shape[1], *[None] * len(shape[2:]))
     for first in (3, 5):
-        sizes = tuple(first + i if n is None else n for i, n in enumerate(fixed_sizes))
+        sizes = tuple(n if isinstance(n, int) else first + i for i, n in enumerate(known))
         if torch.Size(sizes).numel() <= LARGEST:
             yield sizes
 
@@ -141,7 +142,7 @@ def _as_size(number: fx.Node, source: fx.Node, x: Tensor) -> int | None:
     """A number that the graph knows to be a size of `source`, of whichever value it was read."""
     mine: Any
     value: Any
-    mine, value = (n.meta.get("val", n.meta.get("example_value")) for n in (number, source))
+    mine, value = noted(number), noted(source)
     if isinstance(mine, torch.SymInt) and value is not None:
         for size, n in zip(x.shape, value.shape, strict=True):
             if isinstance(n, torch.SymInt) and n.node.expr == mine.node.expr:

@@ -20,6 +20,7 @@ from torch import fx, nn
 from ._affine import AffineConv
 from ._graph import ORIGIN, Net, Shape, Virtual, data_input, with_channels
 from ._layers import Border, Lateral, MaxPool, keeps_dims, read
+from ._meta import without_notes
 
 # Far enough to give exactly 1 in every floating type.
 ONE_AT: dict[type[nn.Module], float] = {nn.Sigmoid: 40.0, nn.Hardsigmoid: 4.0}
@@ -128,7 +129,7 @@ def _remade(
     """
     with net.graph.inserting_after(node):
         made = net.graph.node_copy(node, lambda n: places.get(n, n))
-    made.meta = {k: v for k, v in node.meta.items() if k != "val"}
+    made.meta = without_notes(node)
     shape = node.meta.get("shape")
     if shape is not None:
         made.meta["shape"] = with_channels(shape, channels, dims)

@@ -23,6 +23,7 @@ from torch import fx, nn
 from ._activation import is_activation
 from ._calls import ADDS, CHANNELWISE, SCALES, SUBS
 from ._infer import on_demand
+from ._meta import without_notes
 
 aten = torch.ops.aten
 LIKE = (torch.zeros_like, aten.zeros_like.default)
@@ -193,7 +194,7 @@ def _pad(cat: fx.Node, fixed: Fixed) -> None:
         value = inner[0]
         if len(inner) > 1:
             value = cat.graph.call_function(torch.cat, (inner, 1))
-            value.meta = {k: v for k, v in cat.meta.items() if k not in ("val", "shape")}
+            value.meta = without_notes(cat, "shape")
             shape = cat.meta.get("shape")
             if shape is not None:
                 channels = None if shape[1] is None else shape[1] - before - after

@@ -7,7 +7,7 @@
       aliases could be seen elsewhere;
     - nodes that hold numbers instead of tensors (sizes) are marked `number`;
     - `node.meta["shape"]` holds the shape, if example inputs were given;
-    - `node.meta["fixed"]` holds those sizes that no input can change, where others are refused;
+    - nodes are marked `guarded` where inputs of other sizes than those noted are refused;
     - what depends on parameters and buffers only has become a constant.
 The model itself is never changed; modules and parameters are shared with it.
 """
@@ -35,6 +35,7 @@ from ._exporting import GUARD_KEY, export_model, is_exported, unlifted, without_
 from ._functionalise import functionalise, mark_numbers
 from ._graph import check_weight, copy_graph
 from ._input_guard import guard_of, set_guard, with_ranks
+from ._meta import GUARDED, noted
 from ._rings import FromRing
 from ._tracing import as_fakes, first_line, is_user_file, records_the_same, trace_symbolically
 
@@ -75,7 +76,7 @@ def trace(model: Any, example_inputs: Any = None, *, fold: bool = True) -> fx.Gr
     mark_numbers(gm.graph)
     _note_sources(gm.graph)
     _find_shapes(gm, inputs)
-    _note_fixed_sizes(gm)
+    _mark_guarded(gm)
     if fold:
         pad_before(gm)  # before what writes in place is set apart
     functionalise(gm)
@@ -360,10 +361,10 @@ def note_shape(node: fx.Node, value: Tensor) -> None:
 
 def _find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
     """Note every tensor's shape: from a run on fake tensors, or as Dynamo or export noted it."""
-    noted = any("example_value" in n.meta for n in gm.graph.nodes if n.op == "placeholder")
-    if inputs is None or noted:
+    by_dynamo = any("example_value" in n.meta for n in gm.graph.nodes if n.op == "placeholder")
+    if inputs is None or by_dynamo:
         for node in gm.graph.nodes:
-            value = node.meta.get("val", node.meta.get("example_value"))
+            value = noted(node)
             if isinstance(value, Tensor):
                 note_shape(node, value)
         return
@@ -381,9 +382,9 @@ def _find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
         raise _does_not_run(inputs, error) from error
 
 
-def _note_fixed_sizes(gm: fx.GraphModule) -> None:
-    """Note the sizes that a graph has at every call: exporting and Dynamo check their inputs."""
+def _mark_guarded(gm: fx.GraphModule) -> None:
+    """Mark what exporting and Dynamo noted, which check their inputs."""
     key = "val" if GUARD_KEY in gm.meta else "example_value"
     for node in gm.graph.nodes:
-        if isinstance(value := node.meta.get(key), Tensor):
-            node.meta["fixed"] = tuple(n if isinstance(n, int) else None for n in value.shape)
+        if key in node.meta:
+            node.meta[GUARDED] = True

@@ -1,0 +1,32 @@
+"""What is noted of a node's value, and how long that holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+NOTED = ("val", "example_value", "tensor_meta")  # by exporting, by Dynamo and by torch.fx
+GUARDED = "guarded"  # the sizes noted are those of every call: others are refused
+
+
+def noted(node: fx.Node) -> Any:
+    """What exporting or Dynamo noted of a value, None if nothing."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def sizes_of_every_call(node: fx.Node) -> tuple[Any, ...] | None:
+    """Sizes of a value, a number or a SymInt each, None where inputs of other sizes may come."""
+    value = noted(node) if GUARDED in node.meta else None
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def without_notes(node: fx.Node, *others: str) -> dict[str, Any]:
+    """The metadata of a node for one that holds another value."""
+    return {key: value for key, value in node.meta.items() if key not in (*NOTED, *others)}
+
+
+def forget(node: fx.Node) -> None:
+    """Drop what was noted of a value that is another one now."""
+    for key in NOTED:
+        node.meta.pop(key, None)
