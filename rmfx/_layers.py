@@ -120,7 +120,8 @@ def read(net: Net, node: fx.Node) -> Element | Refusal:
         found = _read_function(net, node)
     else:
         found = Refusal(reason_for(net, node))
-    if not isinstance(found, Refusal) and _changes_type(node):
+    # What a layer with weights gives under autocast is a matter of the layer.
+    if not isinstance(found, Refusal) and node.op == "call_function" and _changes_type(node):
         found = Refusal(f"{_describe(node)} changes the type of values")
     if isinstance(found, Refusal) and may_select(net, node) and net.guard(node) is None:
         found = _read_selection(net, node, found)

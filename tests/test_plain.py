@@ -94,7 +94,7 @@ NOT_PLAIN: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "a product with a parameter": (lambda m, x: m.c(x) * m.p, "p reads nothing"),
     "a size that is computed": (
         lambda m, x: (lambda y: y.view(y.size(1), -1))(m.c(x)),
-        "c is read by size, view",
+        "c is read by size, reshape",
     ),
 }
 

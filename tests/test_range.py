@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from rmfx import trace
-from rmfx._activation import TABLE, Activation
+from rmfx._activation import TABLE, Activation, Pointwise
 from rmfx._affine import AffineConv
 from rmfx._graph import Net
 from rmfx._range import Range, Ranges, affine_range
@@ -85,7 +86,8 @@ def check(net: Net, ranges: Ranges, inputs: list[Tensor], *, axis: int | None = 
 # ---- soundness ----------------------------------------------------------------------------------
 
 ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
-    *(kind for kind in TABLE if kind is not nn.Threshold),
+    *(kind for kind in TABLE if kind not in (nn.Threshold, Pointwise)),
+    *(functools.partial(Pointwise, name) for name in ("abs", "square", "sin", "exp")),
     lambda: nn.Threshold(0.5, -1.0),
     lambda: nn.LeakyReLU(-0.5),
     lambda: nn.LeakyReLU(2.0),
