@@ -242,6 +242,7 @@ def _in_type_of(join: fx.Node, value: fx.Node) -> fx.Node:
     with join.graph.inserting_before(join):
         cast = join.graph.call_method("to", (value, join.meta["dtype"][0]))
     cast.meta = dict(join.meta)
+    value.meta.pop("dtype", None)  # that of the join, which a layer under autocast does not give
     return cast
 
 
