@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from rmfx._affine import CONVS, TRANSPOSED
+from rmfx._affine import CONVS, MULTIPLYING
 from rmfx._errors import OptionError, WeightError
 from rmfx._names import is_named, patterns_of
 from rmfx._parametrized import make_ordinary
@@ -34,7 +34,6 @@ from rmfx._tracing import first_line
 Model = TypeVar("Model", bound=nn.Module)
 Scope = str | Callable[[str], str]
 RINGS = "parameter_rings"  # the attribute of a model under which its rings are
-DRAWING = (*CONVS, *TRANSPOSED)
 
 
 # ---- the verbs ----------------------------------------------------------------------------------
@@ -132,7 +131,7 @@ def _included(model: nn.Module, include: Any) -> dict[str, nn.Module]:
     """Layers by path, in the order of the model."""
     if not isinstance(model, nn.Module):
         raise OptionError(f"cannot share the parameters of a {type(model).__name__}")
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, DRAWING)}
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, MULTIPLYING)}
     if include is None:
         convolutions = {path: m for path, m in layers.items() if isinstance(m, CONVS[1:])}
         found = dict(list(convolutions.items())[1:])

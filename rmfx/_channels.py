@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ._activation import OWN_ACTIVATIONS, is_activation
-from ._affine import CONVS, TRANSPOSED
+from ._affine import MULTIPLYING, TRANSPOSED
 from ._calls import AVERAGE_POOLS, BATCH_NORMS, BORDERS, PADS
 from ._graph import Net
 from ._layers import MEANS
@@ -48,10 +48,7 @@ ELEMENTWISE = (
     *(torch.add, torch.sub, torch.mul, torch.div, torch.neg),
     *(torch.maximum, torch.minimum, torch.where),
 )
-UNARY = (
-    *(torch.abs, torch.exp, torch.square, torch.sqrt),
-    *("abs", "exp", "square", "sqrt", "contiguous", "clone", "detach", "float", "double"),
-)
+UNARY = ("contiguous", "clone", "detach", "float", "double")
 
 
 class Elementwise(nn.Module):
@@ -245,7 +242,7 @@ class Channels:
             return self._elementwise(node)
         if source is None:
             return None
-        if type(module) in (*CONVS, *TRANSPOSED):
+        if type(module) in MULTIPLYING:
             return self._linear(node, module, source)
         value = self.values.get(source)
         if value is None:

@@ -20,6 +20,7 @@ from ._affine import CONVS
 from ._dialect import must_stay
 from ._graph import Net
 from ._infer import on_demand
+from ._layers import slice_by_slice
 from ._meta import GUARDED, noted, sizes_of_every_call
 from ._zero_channels import size_read
 
@@ -159,9 +160,7 @@ def _bounded(numbers: _Numbers, node: fx.Node) -> tuple[Any, Any]:
     slices = [i for i in index if isinstance(i, slice)]
     if rank is None or len(slices) + index.count(...) != len(index) or index.count(...) > 1:
         return node.args, node.kwargs
-    at = index.index(...) if ... in index else len(index)
-    missing = [slice(None)] * (rank - len(slices))
-    whole = [*index[:at], *missing, *index[at + 1 :]]
+    whole = slice_by_slice(index, rank)
     bounded = [_slice(numbers, x, dim, s) for dim, s in enumerate(whole)]
     return (node.args, node.kwargs) if bounded == whole else ((x, tuple(bounded)), {})
 
@@ -173,7 +172,8 @@ def _slice(numbers: _Numbers, x: fx.Node, dim: int, s: slice) -> slice:
         return s
     size = _constant(whole)
     if size is None:
-        return slice(_begin(numbers, s.start, whole), _end(numbers, s.stop, whole), s.step)
+        start, stop = _bound(numbers, s.start, whole, 1), _bound(numbers, s.stop, whole, -1)
+        return slice(start, stop, s.step)
     bounds = [numbers.constant(b) for b in (s.start, s.stop)]
     if any(b is not None and n is None for b, n in zip((s.start, s.stop), bounds, strict=True)):
         return s
@@ -181,25 +181,19 @@ def _slice(numbers: _Numbers, x: fx.Node, dim: int, s: slice) -> slice:
     return slice(begin or None, (end - size) or None, s.step) if begin < end else s
 
 
-def _begin(numbers: _Numbers, bound: Any, whole: Sum) -> Any:
-    """-y.size(2) is as far from the front as y is smaller."""
+def _bound(numbers: _Numbers, bound: Any, whole: Sum, sign: int) -> Any:
+    """A bound as a number: how much is cut off.
+
+    Where a slice begins at -y.size(2), or ends at y.size(2), it is that by which y is smaller.
+
+    Args:
+        sign: 1 for where a slice begins, -1 for where it ends.
+    """
     known = numbers(bound)
     if known is None:
         return bound
-    place = _constant(_sum(whole, known, 1))
-    if place is not None and numbers.is_size(_sum({}, known, -1)):
-        return max(place, 0)
-    constant = _constant(known)
-    return bound if constant is None else constant
-
-
-def _end(numbers: _Numbers, bound: Any, whole: Sum) -> Any:
-    """y.size(2) is as far from the end as y is smaller."""
-    known = numbers(bound)
-    if known is None:
-        return bound
-    place = _constant(_sum(known, whole, -1))
-    if place is not None and numbers.is_size(known):
-        return min(place, 0) or None
+    cut = _constant(_sum(whole, known, sign))
+    if cut is not None and numbers.is_size(_sum({}, known, -sign)):
+        return sign * max(cut, 0) or None
     constant = _constant(known)
     return bound if constant is None else constant

@@ -40,7 +40,7 @@ from ._calls import (
     linear,
 )
 from ._layer_facts import is_layers_size, is_real, rank_of
-from ._meta import sizes_of_every_call, without_notes
+from ._meta import shape_of, sizes_of_every_call, without_notes
 from ._names import free_name, free_path, name_nodes
 from ._shuffles import find_shuffles
 from ._zero_channels import pad_for_zeros
@@ -132,7 +132,7 @@ def _slice_of_split(gm: fx.GraphModule, node: fx.Node) -> None:
         return
     if not isinstance(dim, int):
         return
-    shape = x.meta.get("shape", getattr(x.meta.get("val"), "shape", None))
+    shape = shape_of(x)
     dim = dim + len(shape) if dim < 0 and shape is not None else dim
     size = shape[dim] if shape is not None and 0 <= dim < len(shape) else None
     if not is_layers_size(gm, x, dim):

@@ -33,15 +33,23 @@ _SPATIAL = {
 T = TypeVar("T")
 
 
-def on_demand(node: fx.Node, known: dict[fx.Node, T], compute: Callable[[fx.Node], T]) -> T:
+def on_demand(
+    node: fx.Node,
+    known: dict[fx.Node, T],
+    compute: Callable[[fx.Node], T],
+    inputs: Callable[[fx.Node], Sequence[fx.Node]] = lambda node: node.all_input_nodes,
+) -> T:
     """The value of a node, computed after those of its inputs, all kept in `known`.
 
     A loop instead of a recursion: networks are deeper than Python's stack.
+
+    Args:
+        inputs: of a node that is computed, by default all that it reads.
     """
     stack = [node]
     while stack:
         here = stack[-1]
-        missing = [n for n in here.all_input_nodes if n not in known]
+        missing = [n for n in inputs(here) if n not in known]
         if here in known:
             stack.pop()
         elif missing:

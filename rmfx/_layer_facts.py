@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ._activation import is_activation
-from ._affine import CONVS, TRANSPOSED
+from ._affine import MULTIPLYING
 from ._calls import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS
+from ._meta import shape_of
 
 KEEPING = (*ADDS, *SUBS, *SCALES)  # operations that keep the type of real numbers
 # What keeps the order of dimensions, too.
@@ -51,7 +52,7 @@ def is_layers_size(gm: fx.GraphModule, value: fx.Node, dim: int) -> bool:
         shape = value.meta.get("shape", ())
         if isinstance(layer, (nn.Linear, nn.LayerNorm)):
             return dim == len(shape) - 1
-        if isinstance(layer, (*CONVS, *TRANSPOSED, *BATCH_NORMS)) or here.op == "placeholder":
+        if isinstance(layer, (*MULTIPLYING, *BATCH_NORMS)) or here.op == "placeholder":
             return dim == 1
         known = layer is not None and (is_activation(layer) or isinstance(layer, LAYERS_IN_ORDER))
         here = _source(here) if known or here.target in IN_ORDER else None
@@ -59,7 +60,7 @@ def is_layers_size(gm: fx.GraphModule, value: fx.Node, dim: int) -> bool:
 
 
 def _has_weights(gm: fx.GraphModule, node: fx.Node) -> bool:
-    kinds = (*CONVS, *TRANSPOSED, *BATCH_NORMS)
+    kinds = (*MULTIPLYING, *BATCH_NORMS)
     return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), kinds)
 
 
@@ -71,7 +72,7 @@ def _source(node: fx.Node) -> fx.Node | None:
 def rank_of(gm: fx.GraphModule, node: fx.Node | None) -> int | None:
     """Number of dimensions of a node's value, from its shape or from the layer before it."""
     while node is not None:
-        shape = node.meta.get("shape", getattr(node.meta.get("val"), "shape", None))
+        shape = shape_of(node)
         if shape is not None:
             return len(shape)
         if node.op == "call_module":

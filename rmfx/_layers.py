@@ -342,17 +342,21 @@ def _read_slice(node: fx.Node) -> Deferred | Refusal:
         return Refusal("an index with two ellipses")
 
     def build(channels: int, dims: int) -> AffineConv | Refusal:
-        rank = dims + 2
-        if len(parts) > rank or dims == 0:
+        if len(parts) > dims + 2 or dims == 0:
             return Refusal("a slice of the batch or of the features")
-        fill = [slice(None)] * (rank - len(parts))
-        at = index.index(...) if ... in index else len(index)
-        full = [*index[:at], *fill, *index[at + 1 :]]
+        full = slice_by_slice(index, dims + 2)
         if full[0].indices(2**62) != (0, 2**62, 1):
             return Refusal("a slice of the batch")
         return _strided_crop(channels, full[1], full[2:])
 
     return Deferred(build)
+
+
+def slice_by_slice(index: tuple[Any, ...], rank: int) -> list[slice]:
+    """A slice for every dimension, of an index of slices and at most one ellipsis."""
+    at = index.index(...) if ... in index else len(index)
+    given = [*index[:at], *index[at + 1 :]]
+    return [*given[:at], *[slice(None)] * (rank - len(given)), *given[at:]]
 
 
 def _strided_crop(channels: int, chosen: slice, slices: list[slice]) -> AffineConv | Refusal:

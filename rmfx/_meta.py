@@ -15,6 +15,11 @@ def noted(node: fx.Node) -> Any:
     return node.meta.get("val", node.meta.get("example_value"))
 
 
+def shape_of(node: fx.Node) -> Any:
+    """The shape of a value, None where nobody noted it."""
+    return node.meta.get("shape", getattr(node.meta.get("val"), "shape", None))
+
+
 def sizes_of_every_call(node: fx.Node) -> tuple[Any, ...] | None:
     """Sizes of a value, a number or a SymInt each, None where inputs of other sizes may come."""
     value = noted(node) if GUARDED in node.meta else None

@@ -8,7 +8,7 @@ running it on numbers that tell where they come from, at two sizes of all that m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ._calls import run_node
+from ._infer import on_demand
 from ._meta import noted, sizes_of_every_call
-from ._zero_channels import Fixed
+from ._zero_channels import Fixed, Given
 
 aten = torch.ops.aten
 
@@ -77,7 +78,7 @@ def _groups(gm: fx.GraphModule, last: fx.Node, source: fx.Node, fixed: Fixed) ->
     """Of the shuffle that leads from one node to another, None if something else does."""
     found = set()
     for sizes in _sizes(source, fixed):
-        x = torch.arange(torch.Size(sizes).numel()).view(sizes)
+        x = torch.arange(math.prod(sizes)).view(sizes)
         try:
             y = _run(gm, last, source, x)
         # It does not run at such a size, or reads what is not known.
@@ -98,20 +99,19 @@ def _groups_of(x: Tensor, y: Any) -> int | None:
     return groups if torch.equal(F.channel_shuffle(x, groups), y) else None
 
 
-def _sizes(source: fx.Node, fixed: Fixed) -> Iterator[tuple[int, ...]]:
+def _sizes(source: fx.Node, fixed: Fixed) -> set[tuple[int, ...]]:
     """Two sizes of a value, which differ in all that the graph leaves open."""
-    shape, given = source.meta.get("shape"), fixed(source)
-    if shape is None and isinstance(given, int | None):
-        return
-    if shape is None:
-        shape = (None, given.channels, *[None] * given.dims)  # type: ignore[union-attr]
-    if len(shape) < 3 or shape[1] is None:
-        return
+    shape = source.meta.get("shape")
+    if shape is None and isinstance(given := fixed(source), Given):
+        shape = (None, given.channels, *[None] * given.dims)
+    if shape is None or len(shape) < 3 or shape[1] is None:
+        return set()
     known = sizes_of_every_call(source) or (None, shape[1], *[None] * len(shape[2:]))
-    for first in (3, 5):
-        sizes = tuple(n if isinstance(n, int) else first + i for i, n in enumerate(known))
-        if torch.Size(sizes).numel() <= LARGEST:
-            yield sizes
+    probes = {
+        tuple(n if isinstance(n, int) else first + i for i, n in enumerate(known))
+        for first in (3, 5)
+    }
+    return {sizes for sizes in probes if math.prod(sizes) <= LARGEST}
 
 
 def _run(gm: fx.GraphModule, last: fx.Node, source: fx.Node, x: Tensor) -> Any:
@@ -121,21 +121,21 @@ def _run(gm: fx.GraphModule, last: fx.Node, source: fx.Node, x: Tensor) -> Any:
         LookupError: something is read that does not follow from it.
     """
     known: dict[fx.Node, Any] = {source: x}
-    stack = [last]
-    while stack:
-        here = stack[-1]
-        missing = [n for n in here.all_input_nodes if n not in known]
-        if here in known:
-            stack.pop()
-        elif here.meta.get("number") and (size := _as_size(here, source, x)) is not None:
-            known[here] = size
-        elif here.op not in ("call_module", "call_function", "call_method") or here < source:
-            raise LookupError(here.name)
-        elif missing:
-            stack += missing
-        else:
-            known[here] = run_node(here, known, gm.get_submodule)
-    return known[last]
+
+    def follows(node: fx.Node) -> bool:
+        return source < node and node.op in ("call_module", "call_function", "call_method")
+
+    def compute(node: fx.Node) -> Any:
+        size = _as_size(node, source, x)
+        if size is None and not follows(node):
+            raise LookupError(node.name)
+        return run_node(node, known, gm.get_submodule) if size is None else size
+
+    def inputs(node: fx.Node) -> list[fx.Node]:
+        needed = follows(node) and _as_size(node, source, x) is None
+        return node.all_input_nodes if needed else []
+
+    return on_demand(last, known, compute, inputs)
 
 
 def _as_size(number: fx.Node, source: fx.Node, x: Tensor) -> int | None:
