@@ -134,13 +134,15 @@ def _slice_of_split(gm: fx.GraphModule, node: fx.Node) -> None:
         return
     shape = shape_of(x)
     dim = dim + len(shape) if dim < 0 and shape is not None else dim
-    size = shape[dim] if shape is not None and 0 <= dim < len(shape) else None
+    if dim < 0:  # which one that is, nobody knows
+        return
+    size = shape[dim] if shape is not None and dim < len(shape) else None
     if not is_layers_size(gm, x, dim):
         size = (sizes_of_every_call(x) or (None,) * (dim + 1))[dim]
     if size is None and "chunk" not in name and isinstance(amount, int) and index >= 0:
         size = (index + 1) * amount  # where all before it end
     ends = _ends_of_parts("chunk" in name, amount, size if isinstance(size, int) else None)
-    if dim < 0 or ends is None or not -len(ends) <= index < len(ends):
+    if ends is None or not -len(ends) <= index < len(ends):
         return
     start, stop = ends[index]
     node.args = (x, (*[slice(None)] * dim, slice(start or None, stop)))

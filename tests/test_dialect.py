@@ -166,8 +166,9 @@ def test_parts_of_known_amounts_need_no_sizes() -> None:
     assert torch.equal(gm(x), x[:, 2:4])
 
 
-def test_splits_of_unknown_sizes_stay() -> None:
-    gm = rmfx.trace(Holder(lambda m, x: x.chunk(2, 1)[0], dims=2).eval())
+@pytest.mark.parametrize("dim", [1, -1])
+def test_splits_of_unknown_sizes_stay(dim: int) -> None:
+    gm = rmfx.trace(Holder(lambda m, x: x.chunk(2, dim)[0], dims=2).eval())
     assert "chunk" in gm.code
 
 
