@@ -37,6 +37,7 @@ class Outcome:
         joins: joins whose value was compared, at each size.
         error_even, error_odd: largest relative error at the output and at every join; the second is
             None where the network does not take the odd size.
+        noise: how far one rounding of the input moves the original there, at either size.
         sensitivity: smallest error at a join that dropping one operand would have caused; None
             where no join has a counterpart.
         plain: whether the result is a chain.
@@ -60,6 +61,7 @@ class Outcome:
     joins: int = 0
     error_even: float | None = None
     error_odd: float | None = None
+    noise: float | None = None
     sensitivity: float | None = None
     plain: bool = False
     sequential: float | None = None
@@ -155,6 +157,7 @@ def table_row(outcome: Outcome) -> dict[str, Any]:
         "plain": "yes" if outcome.plain else "",
         "multiply-adds": _number(outcome.macs_ratio, ".2f"),
         "error": _number(outcome.error, ".0e"),
+        "noise": _number(outcome.noise, ".0e"),
         "joins": outcome.joins,
         "sensitivity": _number(outcome.sensitivity, ".0e"),
         "pass, s": f"{outcome.pass_seconds:.1f}",
@@ -164,7 +167,7 @@ def table_row(outcome: Outcome) -> dict[str, Any]:
 
 _COLUMNS = (
     *("network", "adds", "removed", "blocked", "open", "share", "plain", "multiply-adds"),
-    *("error", "joins", "sensitivity", "pass, s", "notes"),
+    *("error", "noise", "joins", "sensitivity", "pass, s", "notes"),
 )
 
 

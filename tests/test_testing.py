@@ -372,3 +372,33 @@ def test_removing_residuals_keeps_drawn_networks_exact_at_every_join() -> None:
         after = rmfx.remove_residuals(before, inputs)
         compared += len(assert_equivalent(before, after, inputs).joins)
     assert compared > 10
+
+
+# ---- what no pass can be better than ------------------------------------------------------------
+
+
+class Cancelling(nn.Module):
+    """The join is (x - 1) / 2, of which the output hides the last digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1).double()
+        for parameter in self.conv.parameters():
+            nn.init.constant_(parameter, -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x) + x) + 1e3
+
+
+def test_noise_floor_is_what_a_rounding_of_the_input_does_at_outputs_and_joins() -> None:
+    net, x = Cancelling().eval(), 1 + 1e-6 * torch.rand(1, 1, 6, 6, dtype=torch.float64)
+    converted = rmfx.remove_residuals(net, x)
+    assert 1e-11 < testing.noise_floor(net, converted, x) < 1e-9
+    assert testing.noise_floor(net, net, x) < 1e-15  # no report, hence the output only
+    assert testing.noise_floor(net, converted, (x,)) == testing.noise_floor(net, converted, x)
+
+
+def test_noise_floor_leaves_integers_and_the_callers_random_numbers_alone() -> None:
+    net, state = Returns(lambda x: x + 1), torch.get_rng_state()
+    assert testing.noise_floor(net, net, torch.arange(6)) == 0
+    assert torch.equal(torch.get_rng_state(), state)

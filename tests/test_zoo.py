@@ -241,7 +241,8 @@ def test_markdown_tells_of_a_network_that_raised() -> None:
     [
         (Outcome("resnet18", "failed", "TypeError: x"), "TypeError: x"),
         (Outcome("resnet18", adds=8, left=1, error_even=0.0), "1 additions left"),
-        (Outcome("dla34", adds=8, error_even=1e-9), "error at the usual size"),
+        (Outcome("dla34", adds=8, error_even=1e-9), "relative error"),
+        (Outcome("dla34", adds=8, error_even=1e-9, noise=5e-11), "relative error"),
         (Outcome("dla34", error_even=0.0, reasons={"no reason given": 1}), "without a reason"),
         (Outcome("vgg11_bn", error_even=0.0, identical=False), "not identical"),
         (Outcome("convnext_tiny", adds=1, blocked={"max pool": 1}), "left alone for max pool"),
@@ -249,6 +250,13 @@ def test_markdown_tells_of_a_network_that_raised() -> None:
 )
 def test_demands_can_fail(outcome: Outcome, what: str) -> None:
     assert any(what in problem for problem in zoo.failures(NETS[outcome.network], outcome))
+
+
+def test_an_error_that_any_rounding_makes_is_allowed() -> None:
+    outcome = Outcome("dla34", adds=8, error_even=1e-9, error_odd=1e-11, noise=2e-10)
+    assert not zoo.failures(NETS["dla34"], outcome)
+    small = Outcome("vgg11_bn", error_even=3e-13)
+    assert zoo.limits([outcome, small], [])[1].value == 3e-13
 
 
 @pytest.mark.slow
