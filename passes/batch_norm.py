@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from rmfx._affine import CONVS, AffineConv
 from rmfx._algebra import compose
+from rmfx._batches import check_batches
 from rmfx._calls import BATCH_NORMS
 from rmfx._errors import Refusal
 from rmfx._graph import Net, Virtual
@@ -32,7 +33,7 @@ from rmfx._site import weight_types
 from rmfx._state import undisturbed
 from rmfx.frontend import trace
 
-from .calibration import check_batches, identity_norm, measure
+from .calibration import identity_norm, measure
 
 RESHAPES = (
     "reshape_as",
@@ -224,7 +225,7 @@ def insert_batch_norm(
         >>> [type(m).__name__ for m in rmfx.insert_batch_norm(model, [x]).children()]
         ['Conv2d', 'BatchNorm2d', 'ReLU']
     """
-    check_batches("data", data)
+    check_batches("data", data, pairs=False)
     batches = list(data)
     net = Net(trace(model, batches[0] if batches else None))
     convs = [str(n.target) for n in net.graph.nodes if type(net.module(n)) in CONVS[1:]]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmfx._algebra import in_turn
+from rmfx._batches import check_batches
 from rmfx._errors import OptionError, ShapeError
 from rmfx._moments import Moments
 from rmfx._range import Range
@@ -96,7 +97,7 @@ def measure(
     Raises:
         ShapeError: there is no batch, or values change their channels from batch to batch.
     """
-    check_batches("calibration", batches)
+    check_batches("calibration", batches, pairs=False)
     recorder = _Recorder(gm, extremes=extremes, wanted=wanted)
     count = 0
     with torch.no_grad():
@@ -109,12 +110,6 @@ def measure(
     if not count:
         raise ShapeError("calibration holds no batch; pass at least one")
     return Measured(recorder.moments, recorder.extremes)
-
-
-def check_batches(name: str, batches: object) -> None:
-    """Raise OptionError for a tensor, whose first dimension would be taken for the batches."""
-    if isinstance(batches, Tensor):
-        raise OptionError(f"{name} is a tensor; pass a list of batches, such as [x]")
 
 
 def _run(recorder: _Recorder, inputs: tuple[Any, ...]) -> None:
@@ -139,6 +134,9 @@ def identity_norm(
         moments: of the carried values; mean 0 and variance 1 if None. Channels beyond those
             measured (zero padding of the carry) get mean 0 and variance 1.
         runs: in so many its own channels and the carried ones take turns.
+
+    Raises:
+        OptionError: the moments are not finite in the type of the batch norm.
     """
     eps = float(module.eps)  # type: ignore[arg-type]
     mean, variance = (
@@ -156,6 +154,11 @@ def identity_norm(
     wide = wide.to(own_mean.device, own_mean.dtype)
     # γ follows from the variance as it is stored, so that rounding cancels.
     stored = variance.to(own_mean.dtype).to(torch.float64)
+    if not (stored.isfinite().all() and mean.to(own_mean.dtype).isfinite().all()):
+        raise OptionError(
+            "on the calibration data the network computes NaN, Inf or numbers whose variance is "
+            f"beyond {own_mean.dtype}; pass data on which it does not"
+        )
     gamma = torch.sqrt(stored + eps)
     with torch.no_grad():
         for target, own, carry in (

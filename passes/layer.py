@@ -78,6 +78,8 @@ class ResConv(Carried):
         dtype: of both.
     """
 
+    way_out = "; rmfx.fuse_resconv makes one layer of it and its convolution"
+
     def __init__(
         self,
         stride: Sequence[int],

@@ -29,16 +29,15 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from rmfx._allocation import ALLOCATIONS, Demand, Multiple, allocate
+from rmfx._batches import Batches, Loss, check_batches
 from rmfx._channels import Channels
-from rmfx._cutting import cut, reads_ones
+from rmfx._cutting import cut, norm_behind, reads_ones
 from rmfx._errors import OptionError, ShapeError
 from rmfx._graph import Net
 from rmfx._importance import (
     BY_DATA,
     IMPORTANCES,
-    Batches,
     Custom,
-    Loss,
     Responses,
     activation,
     by_layer,
@@ -190,6 +189,8 @@ def prune_channels(
     meter = _meter(of, step)
     if found is not None and responses == "borders":
         meter = _with_ones(meter)
+    if found is not None and of == "parameters":
+        meter = _with_biases(net, meter)
     before = count_graph(net.source)
     whole, fixed = _whole(widths, meter, of, before)
     allowed = budget if budget is not None else (target or 1) * whole
@@ -282,10 +283,8 @@ def _check(
         raise OptionError(f"importance={importance!r} needs data; or choose importance='l2'")
     if data is None and responses == "borders":
         raise OptionError("responses='borders' needs data")
-    if isinstance(data, Tensor):
-        raise OptionError("data is a tensor; pass batches of (inputs, targets), such as [(x, y)]")
-    if data is not None and iter(data) is data:
-        raise OptionError("data is an iterator, which can be gone through once; pass a list")
+    if data is not None:
+        check_batches("data", data, twice=True)
 
 
 def _whole(widths: Widths, meter: Meter, of: str | LatencyTable, cost: Cost) -> tuple[float, float]:
@@ -304,6 +303,19 @@ def _with_ones(meter: Meter) -> Meter:
         if reads and size.ins < part.ins.numel():
             size = replace(size, ins=size.ins + 1)
         return meter(part, size)
+
+    return cost
+
+
+def _with_biases(net: Net, meter: Meter) -> Meter:
+    """With the bias that a layer gets for the channels it has lost, if it had none."""
+
+    def cost(part: Part, size: Size) -> float:
+        has_none = part.module is not None and getattr(part.module, "bias", part.module) is None
+        mixes = part.carries.numel() < part.ins.numel()
+        lost = has_none and mixes and size.ins < part.ins.numel()
+        gets = lost and norm_behind(net, part.node) is None
+        return meter(part, size) + (size.outs if gets else 0)
 
     return cost
 

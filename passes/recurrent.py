@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from rmfx._affine import CONVS, MULTIPLYING
-from rmfx._errors import OptionError, WeightError
+from rmfx._errors import OptionError, WeightError, is_number
 from rmfx._names import is_named, patterns_of
 from rmfx._parametrized import make_ordinary
 from rmfx._rings import FromRing, Ring, Rings
@@ -226,7 +226,7 @@ def _sizes(totals: dict[str, int], budget: int | None, ratio: float | None) -> d
     total = sum(totals.values())
     if (budget is None) == (ratio is None):
         raise OptionError("give either budget=, a number, or ratio=, a share")
-    if ratio is not None and not (isinstance(ratio, (int, float)) and 0 < ratio <= 1):
+    if ratio is not None and not (is_number(ratio) and 0 < ratio <= 1):
         raise OptionError(f"ratio={ratio!r} must be a number above 0 and at most 1")
     wanted = budget if budget is not None else max(len(totals), round(total * cast(float, ratio)))
     is_whole = isinstance(wanted, SupportsIndex) and not isinstance(wanted, bool)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -101,8 +101,7 @@ class Block:
 
     Attributes:
         fork: the value they start from.
-        nodes: all their layers and sums, in the order of the graph, and the activation behind them
-            where it would change what comes from the fork. The last one's channels are to pass.
+        nodes: all their layers and sums, in the order of the graph.
         channels: of the fork and of the last.
         dims: spatial dimensions.
     """
@@ -158,6 +157,7 @@ def reserve(
     net = Net(trace(model, example_inputs))
     net.sweep()
     rows, before, in_a_row = [], None, 0
+    renewed: dict[fx.Node, fx.Node] = {}  # what blocks gave, and what they give now
     found = _blocks(net)
     if found:
         blocks = patterns_of("blocks", blocks, [module_path(join) for join, _ in found])
@@ -177,9 +177,13 @@ def reserve(
         elif in_a_row % every:
             reserved, reason = 0, ""
         if reserved:
-            _reserve(net, block, reserved)
+            block = replace(block, fork=renewed.get(block.fork, block.fork))
+            value, whole = _reserve(net, block, reserved)
+            renewed[value] = whole
         rows.append(ReserveRow(place, block.channels, reserved, reason))
     report = ReserveReport(tuple(rows))
+    if not rows:
+        raise OptionError("no block reserves channels: nowhere are parallel linear branches added")
     if ratio and not report.reserving:
         raise OptionError(f"no block reserves channels at ratio={ratio:g}, every={every}\n{report}")
     gm = net.finish()
@@ -228,10 +232,7 @@ def _block(net: Net, join: fx.Node) -> Block | Refusal | None:
         return Refusal(f"{channels} channels become {made}")
     if not _keeps_size(net, fork, layers, dims):
         return Refusal("the size changes")
-    behind = _to_activation(net, join)
-    if behind and _fixes_all_of(net, behind[-1], fork):
-        behind = []
-    return Block(fork, [*layers, *behind], channels, dims)
+    return Block(fork, list(layers), channels, dims)
 
 
 def _back_to_fork(net: Net, join: fx.Node) -> tuple[fx.Node, Layers] | None:
@@ -303,8 +304,11 @@ def _fixes_all_of(net: Net, act: fx.Node, fork: fx.Node) -> bool:
 # ---- letting channels pass ----------------------------------------------------------------------
 
 
-def _reserve(net: Net, block: Block, reserved: int) -> None:
-    """Let the first channels of a block's input pass."""
+def _reserve(net: Net, block: Block, reserved: int) -> tuple[fx.Node, fx.Node]:
+    """Let the first channels of a block's input pass; gives what was read and what is instead."""
+    behind = _to_activation(net, block.nodes[-1])
+    if behind and not _fixes_all_of(net, behind[-1], block.fork):
+        block = replace(block, nodes=[*block.nodes, *behind])
     value = block.nodes[-1]
     readers = list(value.users)
     _narrow(net, block, reserved)
@@ -319,6 +323,7 @@ def _reserve(net: Net, block: Block, reserved: int) -> None:
         node.meta = {key: value.meta[key] for key in ORIGIN if key in value.meta}
     for reader in readers:
         reader.replace_input_with(value, whole)
+    return value, whole
 
 
 def _narrow(net: Net, block: Block, start: int) -> None:

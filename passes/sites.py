@@ -30,9 +30,9 @@ from torch import fx, nn
 from torch.optim.swa_utils import update_bn
 
 from rmfx._activation import Activation, Blockwise
-from rmfx._errors import OptionError, Refusal, ShapeError
+from rmfx._batches import Batches, Loss, check_batches, inputs_of, loss_on, output_on
+from rmfx._errors import OptionError, Refusal, ShapeError, is_number
 from rmfx._graph import Net
-from rmfx._importance import Batches, Loss
 from rmfx._layers import CHANNEL_BY_CHANNEL, Lateral, read_join
 from rmfx._names import module_path
 from rmfx._rewrite import apply_rule
@@ -167,11 +167,14 @@ def choose_sites(
     unknown = [name for name in choices if name not in CHOICES]
     if unknown or "keep" not in choices:
         raise OptionError(f"choices={choices!r}: 'keep', and any of 'open' and 'cut'")
-    if not budget >= 0:
+    if not is_number(budget) or not budget >= 0:
         raise OptionError(f"budget={budget!r}: what cutting may add to the loss is not negative")
     if example_inputs is None:
         raise ShapeError("choose_sites needs example inputs: it times sites at their sizes")
+    check_batches("data", data)
     batches = [*data]
+    for batch in batches:
+        inputs_of(batch)
     if not batches:
         raise OptionError("data holds no batches")
     source = trace(model, example_inputs)
@@ -328,13 +331,15 @@ class _Unpacked(nn.Module):
         self.network = network
 
     def forward(self, inputs: Any) -> Any:
-        return self.network(*inputs) if isinstance(inputs, (tuple, list)) else self.network(inputs)
+        return output_on(self.network, inputs)
 
 
 @torch.no_grad()
 def _loss_of(gm: fx.GraphModule, batches: Sequence[Any], loss: Loss) -> float:
     network = _Unpacked(gm)
-    return statistics.fmean(float(loss(network(inputs), target)) for inputs, target in batches)
+    return statistics.fmean(
+        float(loss_on(loss, network(inputs), target)) for inputs, target in batches
+    )
 
 
 # ---- the choice ---------------------------------------------------------------------------------

@@ -136,8 +136,9 @@ def _check_reachable(ranking: _Ranking, demand: Demand) -> None:
         whole = demand.cost(widths, widths.everything())
         shares = (math.floor(1e4 * demand.budget / whole), math.ceil(1e4 * least / whole))
         raise OptionError(
-            f"the target of {shares[0] / 1e4:.4f} cannot be reached: with the filters that must "
-            f"stay the network still costs {shares[1] / 1e4:.4f} of what it did; lower the "
+            f"a budget of {demand.budget:.6g}, {shares[0] / 1e4:.4f} of what the network costs, "
+            f"cannot be reached: with the filters that must stay it still costs {least:.6g}, "
+            f"{shares[1] / 1e4:.4f} of that; lower the "
             f"floor or the multiple, protect fewer layers, or ask for less{_held(widths)}"
         )
 

@@ -52,7 +52,13 @@ UNARY = ("contiguous", "clone", "detach", "float", "double")
 
 
 class Elementwise(nn.Module):
-    """A module that makes each channel of the same channel of each value that it reads."""
+    """A module that makes each channel of that channel of each value that it reads, as a sum."""
+
+
+def adds_itself(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node calls a module that adds values."""
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return isinstance(module, Elementwise) and len(node.all_input_nodes) > 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from ._affine import CONVS, TRANSPOSED
+from ._batches import Batches, Loss, inputs_of, loss_on, output_on
 from ._channels import Layer
 from ._cutting import norm_behind
-from ._errors import OptionError, ShapeError
+from ._errors import OptionError
 from ._graph import Net
 from ._moments import Moments
 from ._widths import Widths
@@ -31,9 +31,7 @@ from ._widths import Widths
 BY_DATA = ("taylor", "activation")
 BY_WEIGHT = ("bn_scale", "l1", "l2", "geometric_median")
 IMPORTANCES = (*BY_DATA, *BY_WEIGHT, "random")
-Loss = Callable[[Any, Any], Tensor]
 Custom = Callable[[fx.GraphModule], Mapping[str, Tensor]]
-Batches = Iterable[tuple[Any, Any]]
 
 
 class Readers(fx.Interpreter):
@@ -99,7 +97,7 @@ class Responses:
         with torch.no_grad():
             for i, batch in enumerate(data):
                 step(f"responses, batch {i + 1}")
-                _run(runner, _inputs_of(batch))
+                output_on(runner.run, inputs_of(batch))
         if not self._moments and readers_of(widths):
             raise OptionError("data holds no batches")
         if not all(bool(one.mean.isfinite().all()) for one in self._moments.values()):
@@ -118,26 +116,6 @@ class Responses:
     def deviation(self, node: fx.Node) -> Tensor:
         """Standard deviation of each channel that a layer reads, (in_channels,)."""
         return self._moments[node].variance.sqrt()
-
-
-def _inputs_of(batch: Any) -> Any:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise OptionError(
-            f"data holds a {type(batch).__name__}, where batches are pairs of (inputs, targets)"
-        )
-    if any(isinstance(x, Tensor) and not x.numel() for x in tree_leaves(batch[0])):
-        raise OptionError("data holds an empty batch")
-    return batch[0]
-
-
-def _run(runner: Readers, inputs: Any) -> Any:
-    given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    try:
-        return runner.run(*given)
-    # The net runs the model's own operations, which may raise anything.
-    except Exception as error:
-        shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in given]
-        raise ShapeError(f"the model does not run on a batch of data {shapes}: {error}") from error
 
 
 # ---- by data ------------------------------------------------------------------------------------
@@ -167,7 +145,7 @@ def taylor(
         for i, (inputs, target) in enumerate(data):
             step(f"importance, batch {i + 1}")
             taken.clear()
-            value = loss(_run(runner, inputs), target)
+            value = loss_on(loss, output_on(runner.run, inputs), target)
             slopes = torch.autograd.grad(value, [probe for *_, probe in taken])
             change, count = _changes(widths, taken, slopes, means)
             found += change.abs().sum(0)

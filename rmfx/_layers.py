@@ -192,7 +192,8 @@ def _read_module(net: Net, node: fx.Node) -> Element | Refusal:
     if refusal:
         return refusal
     if len(node.args) + len(node.kwargs) != 1:
-        return Refusal(f"{type(module).__name__} is called with more than one input")
+        way_out = getattr(module, "way_out", "")
+        return Refusal(f"{type(module).__name__} is called with more than one input{way_out}")
     if type(module) in CONVS:
         return AffineConv.from_conv(module)
     if type(module) in TRANSPOSED and max(module.stride) == 1:  # type: ignore[arg-type]

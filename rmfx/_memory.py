@@ -24,6 +24,7 @@ from torch import fx, nn
 from ._activation import OWN_ACTIVATIONS, is_activation
 from ._affine import AffineConv
 from ._calls import ADDS, SUBS
+from ._channels import adds_itself
 from ._errors import Refusal
 from ._graph import Net, Shape
 from ._layers import CHANNEL_BY_CHANNEL, Lateral, MaxPool, read_join
@@ -99,7 +100,7 @@ class Skip:
 def skips(net: Net) -> Iterator[Skip]:
     """Every addition of two tensors, with the depth of its FIFO."""
     for node in net.graph.nodes:
-        if read_join(net, node) is not None:
+        if read_join(net, node) is not None or adds_itself(net.source, node):
             yield Skip(node.name, _fifo(net, node))
 
 

@@ -20,7 +20,7 @@ from ._affine import AffineConv
 from ._errors import Refusal, RmfxError
 from ._graph import Net
 from ._infer import on_demand
-from ._layers import Deferred, input_of, read, read_join
+from ._layers import Border, Deferred, input_of, read, read_join
 
 HULL_OF_INPUT = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
@@ -240,6 +240,12 @@ class Ranges:
             return activation_range(element, x.on_axis(last=False) if element.is_per_channel else x)
         if isinstance(element, Blockwise):
             return _blockwise_range(element, x.on_axis(last=not element.dims))
+        if isinstance(element, Border):
+            mode, value = element.filling
+            x = x.on_axis(last=False)
+            if mode != "constant":  # it repeats what is there
+                return x
+            return Range(x.low.clamp(max=value), x.high.clamp(min=value), x.last)
         if isinstance(element, Deferred):
             source = input_of(node)
             rank = self._net.rank(node)

@@ -23,7 +23,7 @@ from ._activation import OWN_ACTIVATIONS, Activation
 from ._affine import AffineConv
 from ._calls import BATCH_NORMS
 from ._graph import Net, Virtual
-from ._layers import Deferred, input_of, keeps_dims, read
+from ._layers import Border, Deferred, input_of, keeps_dims, read
 from ._pinned import features_behind
 from ._site import weight_types
 
@@ -133,7 +133,7 @@ def _follow(
     net: Net, node: fx.Node, value: fx.Node, place: tuple[int, int, int]
 ) -> Inner | Leaf | None:
     """A reader of a value of (units, block, dims), None where channels must stay as they are."""
-    dims = place[-1]
+    _, block, dims = place
     if node.meta.get("frozen") or node.op == "output" or input_of(node) is not value:
         return None
     element = read(net, node)
@@ -145,6 +145,8 @@ def _follow(
         found = _deferred(net, node, element, place)
         if found is not None:
             return found
+    if isinstance(element, Border) and element.dims == dims:
+        return Inner(node, block, dims)
     return _module(net, node, place) or _mean(node, place)
 
 

@@ -27,6 +27,10 @@ class Timer:
 
     Attributes:
         known: what was measured, by a hash of what it was measured of and how.
+
+    Raises:
+        LatencyError: an option is out of range, or the runtime is not known.
+        OptionError: the cache is no file of timings.
     """
 
     def __init__(
@@ -38,11 +42,15 @@ class Timer:
         seconds: float,
         step: Callable[[str], object],
     ) -> None:
+        # This needs the package to be there, which imports those who time.
+        from .latency import Settings
+
         self.runtime = runtime
+        threads = torch.get_num_threads() if threads is None else threads
+        self._settings = Settings((runtime,), threads=threads, rounds=rounds, seconds=seconds)
         self.known: dict[str, Any] = {}
         self._path = None if cache is None else Path(cache)
-        self._threads = threads or torch.get_num_threads()
-        self._rounds, self._seconds, self._step = rounds, seconds, step
+        self._step = step
         if self._path is not None and not self._path.parent.is_dir():
             raise OptionError(f"cache={cache}: there is no folder {self._path.parent}")
         if self._path is not None and self._path.exists():
@@ -50,7 +58,7 @@ class Timer:
 
     def once(self, name: str, told: tuple[object, ...], measure: Callable[[], Any]) -> Any:
         """What `measure` gives, unless it is known of the same `told`, runtime and threads."""
-        options = (self.runtime, self._threads, torch.__version__)
+        options = (self.runtime, self._settings.threads, torch.__version__)
         key = hashlib.sha256(repr((*told, options)).encode()).hexdigest()[:16]
         if key not in self.known:
             self._step(f"time {name} in {self.runtime}")
@@ -63,16 +71,9 @@ class Timer:
         self, forms: Sequence[nn.Module], inputs: tuple[Tensor, ...]
     ) -> list[tuple[float, ...]]:
         """Seconds of a call of each form, a number for each round."""
-        # This needs the package to be there, which imports those who time.
-        from .latency import Settings, compare_speed
+        from .latency import compare_speed
 
-        settings = Settings(
-            runtimes=(self.runtime,),
-            threads=self._threads,
-            rounds=self._rounds,
-            seconds=self._seconds,
-        )
-        return compare_speed(forms, inputs, self.runtime, settings)
+        return compare_speed(forms, inputs, self.runtime, self._settings)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from ._affine import MULTIPLYING, TRANSPOSED
 from ._calls import ADDS, SUBS
+from ._channels import adds_itself
 from ._errors import ShapeError
 from ._graph import Net, positions
 from ._memory import Skip, live_bytes, size_of
@@ -131,7 +132,7 @@ def count_graph(gm: fx.GraphModule) -> Cost:
         macs=sum(row.macs for row in rows),
         parameters=sum(p.numel() for p in gm.parameters()),
         layers=sum(_is_conv(gm, node) for node in gm.graph.nodes),
-        adds=sum(_adds_tensors(node) for node in gm.graph.nodes),
+        adds=sum(_adds_tensors(gm, node) for node in gm.graph.nodes),
         moved=sum(row.moved for row in rows),
         peak=max(row.live for row in rows),
     )
@@ -141,7 +142,9 @@ def _is_conv(gm: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), MULTIPLYING)
 
 
-def _adds_tensors(node: fx.Node) -> bool:
+def _adds_tensors(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if adds_itself(gm, node):
+        return True
     if node.op != "call_function" or node.target not in (*ADDS, *SUBS):
         return False
     tensors = [n for n in node.all_input_nodes if n.op != "get_attr"]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import statistics
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from ._errors import RmfxError
+from ._errors import RmfxError, is_number
 from ._runtimes import RUNTIMES, Form, Run, RuntimeFailure, as_failure, times_of, torch_threads
 from .conversion import Conversion, convert
 from .saving import as_function, default_tolerance, random_like, relative_error
@@ -102,8 +103,11 @@ class Settings:
             raise LatencyError(
                 f"no runtime {', '.join(unknown) or 'is named'}; known are {', '.join(RUNTIMES)}"
             )
-        if not self.batches or min(*self.batches, self.threads, self.rounds) < 1:
-            raise LatencyError("batches, threads and rounds must be at least 1")
+        counts = (*self.batches, self.threads, self.rounds)
+        if not self.batches or any(not isinstance(n, int) or n < 1 for n in counts):
+            raise LatencyError("batches, threads and rounds must be whole numbers, at least 1")
+        if not is_number(self.seconds) or not 0 <= self.seconds < math.inf:
+            raise LatencyError(f"seconds={self.seconds!r} must be a number, at least 0")
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def optimize(
         The fastest form; `rmfx.report` holds what was done at each site and what was measured.
 
     Raises:
-        LatencyError: the runtime is not installed or fails.
+        LatencyError: an option is out of range, or the runtime is unknown, not installed or fails.
         RmfxError: the model cannot be traced or its weights cannot be used.
 
     Example:
@@ -88,15 +88,11 @@ def optimize(
     """
     check_policy(policy)
     inputs = _inputs(example_inputs)
+    threads = torch.get_num_threads() if threads is None else threads
+    settings = Settings((runtime,), threads=threads, rounds=rounds, seconds=seconds)
     forms, tried = _forms(model, inputs, policy, step)
     if len(forms) == 1:
         return _with_report(forms["folded"], Report(tried))
-    settings = Settings(
-        runtimes=(runtime,),
-        threads=threads or torch.get_num_threads(),
-        rounds=rounds,
-        seconds=seconds,
-    )
     times = compare_speed(list(forms.values()), inputs, runtime, settings, step)
     if any(_verdict(times[0], own) is None for own in times[1:]):
         more = replace(settings, rounds=3 * rounds)

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from ._errors import NotPlainError
 from ._input_guard import guard_of, set_guard
+from .frontend import trace
 
 
 class Apply(nn.Module):
@@ -36,17 +37,23 @@ class Apply(nn.Module):
         return ", ".join([str(name), *map(repr, self.args), *map(str, self.kwargs.items())])
 
 
-def is_plain(gm: fx.GraphModule) -> bool:
-    """Whether every value of the graph has one consumer, from one input to one output."""
-    return _why_not_plain(gm) is None
-
-
-def to_sequential(gm: fx.GraphModule) -> nn.Sequential:
-    """A plain graph as `nn.Sequential`; modules are copied.
+def is_plain(model: nn.Module | Any) -> bool:
+    """Whether every value of a model's graph has one consumer, from one input to one output.
 
     Raises:
-        NotPlainError: the graph is not a chain; the message names the node.
+        RmfxError: the model is no `GraphModule` and cannot be traced.
     """
+    return _why_not_plain(_graph_of(model)) is None
+
+
+def to_sequential(model: nn.Module | Any) -> nn.Sequential:
+    """A plain network as `nn.Sequential`; modules are copied.
+
+    Raises:
+        NotPlainError: its graph is not a chain; the message names the node.
+        RmfxError: the model is no `GraphModule` and cannot be traced.
+    """
+    gm = _graph_of(model)
     reason = _why_not_plain(gm)
     if reason is not None:
         raise NotPlainError(f"the graph is not plain: {reason}")
@@ -56,6 +63,10 @@ def to_sequential(gm: fx.GraphModule) -> nn.Sequential:
     if guard is not None and guard.multiples:
         set_guard(network, guard)
     return network
+
+
+def _graph_of(model: nn.Module | Any) -> fx.GraphModule:
+    return model if isinstance(model, fx.GraphModule) else trace(model)
 
 
 def _module(gm: fx.GraphModule, node: fx.Node) -> nn.Module:

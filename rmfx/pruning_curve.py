@@ -13,7 +13,7 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ._importance import Batches
+from ._batches import Batches, loss_on, output_on
 from .latency import check_plotting, write_figure
 from .passes.pruning import PruningReport, prune_channels
 from .report import short
@@ -134,8 +134,8 @@ def _point(
     losses, hits = [], []
     with torch.no_grad():
         for inputs, wanted in data:
-            output = network(*inputs) if isinstance(inputs, (tuple, list)) else network(inputs)
-            losses.append(float(loss(output, wanted)))
+            output = output_on(network, inputs)
+            losses.append(float(loss_on(loss, output, wanted)))
             if _are_classes(output, wanted):
                 hits.append((output.argmax(1) == wanted).float())
     accuracy = float(torch.cat(hits).mean()) if hits else None

@@ -43,6 +43,8 @@ class Slimming:
     ) -> None:
         if not is_number(strength) or not 0 <= strength < math.inf:
             raise OptionError(f"strength={strength!r} must be a number, finite and not negative")
+        if isinstance(scales, Tensor):
+            raise OptionError("scales is a tensor; pass a list of parameters")
         self.strength = strength
         norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
         found = [m.weight for m in norms if m.weight is not None] if scales is None else scales
@@ -58,8 +60,8 @@ class Slimming:
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """γ ← sign(γ)·max(|γ| − learning_rate·strength, 0); to be called after the optimiser."""
-        if not learning_rate >= 0:
-            raise OptionError(f"learning_rate={learning_rate!r} must not be negative")
+        if not 0 <= learning_rate < math.inf:
+            raise OptionError(f"learning_rate={learning_rate!r} must be finite and not negative")
         for scale in self.scales:
             scale.copy_(F.softshrink(scale, learning_rate * self.strength))
 
@@ -76,10 +78,13 @@ def gradual_targets(final: float, steps: int, start: float = 1.0) -> Iterator[fl
     >>> [round(share, 3) for share in gradual_targets(0.5, 3)]
     [0.648, 0.519, 0.5]
     """
-    if steps < 1 or not 0 < final <= start <= 1:
-        raise OptionError("gradual_targets needs steps of 1 or more and 0 < final <= start <= 1")
-    for step in range(1, steps + 1):
-        yield final + (start - final) * (1 - step / steps) ** 3
+    is_whole = isinstance(steps, int) and not isinstance(steps, bool)
+    if not is_whole or steps < 1 or not 0 < final <= start <= 1:
+        raise OptionError(
+            "gradual_targets needs a whole number of steps, 1 or more, and 0 < final <= start <= 1"
+        )
+    done = (step / steps for step in range(1, steps + 1))
+    return (final + (start - final) * (1 - share) ** 3 for share in done)
 
 
 class Distillation:
@@ -102,8 +107,10 @@ class Distillation:
         temperature: float = 4.0,
         loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
     ) -> None:
-        if not 0 <= weight <= 1 or not temperature > 0:
-            raise OptionError("weight must lie between 0 and 1, temperature must be positive")
+        if not 0 <= weight <= 1 or not 0 < temperature < math.inf:
+            raise OptionError(
+                "weight must lie between 0 and 1, temperature must be positive and finite"
+            )
         self.teacher = teacher.eval()
         self.weight, self.temperature, self.loss = weight, temperature, loss
 

@@ -269,3 +269,12 @@ def test_batches_for_new_norms_are_a_list() -> None:
         rmfx.insert_batch_norm(model, [x[:0]])
     with pytest.raises(OptionError, match="layers='layer9"):
         rmfx.insert_batch_norm(model, [x], layers="layer9.*")
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda x: x / 0, lambda x: x * float("nan"), lambda x: x * 1e200]
+)
+def test_data_of_which_there_is_no_variance_are_refused(spoil: Any) -> None:
+    model, x = ready(nn.Sequential(conv(3, 4))), image(2, 3, 8, 8)
+    with pytest.raises(OptionError, match="NaN, Inf or numbers whose variance is beyond"):
+        rmfx.insert_batch_norm(model, [x, spoil(x)])

@@ -327,9 +327,6 @@ STAYS: dict[str, Make] = {
     ),
     "softmax": lambda: chain(zeroed(wide(), [1]), nn.Softmax(1), narrow()),
     "group norm": lambda: chain(zeroed(wide(), [1]), nn.GroupNorm(2, 8), narrow()),
-    "a reader that pads by reflection": lambda: chain(
-        zeroed(wide(), [1]), narrow(padding_mode="reflect")
-    ),
     "a layer called twice": lambda: Apply(
         lambda m, x: m.b(m.a(m.b(m.a(x)))), a=zeroed(wide(), [1]), b=narrow()
     ),
@@ -454,6 +451,21 @@ def test_borders_are_exact() -> None:
         )
     assert float(difference[..., 0, :].max()) < EXACT
     assert float(folded.abs().max()) > 0.1  # what is at stake
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_a_constant_stays_itself_behind_a_border_of_values(mode: str) -> None:
+    """No zeros come in, so that the next bias takes all constants."""
+    reader = nn.Conv2d(8, 4, 3, padding=1, padding_mode=mode)
+    model = chain(constant(wide(), [0, 1, 4, 5]), nn.SiLU(), reader).double().eval()
+    assert widths(clean(model, image())) == [4, 4]
+
+
+def test_a_border_of_a_number_is_no_constant() -> None:
+    reader = narrow(padding=0)
+    zero = zeroed(wide(), [0, 1, 4, 5])
+    model = chain(zero, nn.ConstantPad2d(1, 2.0), reader).double().eval()
+    assert widths(clean(model, image())) == [5, 4]
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_other_types_than_float32_are_refused() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"runtimes": ("abacus",)}, {"runtimes": ()}, {"batches": ()}, {"batches": (0,)}]
-    + [{"threads": 0}, {"rounds": 0}],
+    + [{"threads": 0}, {"rounds": 0}, {"rounds": "a"}, {"seconds": -1.0}, {"seconds": "a"}],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(LatencyError):

@@ -426,3 +426,13 @@ def test_a_batch_norm_without_statistics_gets_no_factors() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval()
     _, report = rmfx.insert_resconv(model, torch.randn(2, 4, 5, 5))
     assert report.layers[0].reason == "its batch norm has no running statistics"
+
+
+def test_the_additions_of_factors_are_counted_and_refused_with_the_way_out() -> None:
+    net, _ = rmfx.insert_resconv(ready(cifar_resnet(8)), image(1, 3, 8, 8))
+    x = image(1, 3, 8, 8)
+    factors = len(rmfx.layer_scales(net))
+    assert rmfx.cost.count(net, x).adds == factors + 3
+    assert len(rmfx.cost.skips(net, x)) == factors + 3
+    report = rmfx.report(rmfx.remove_residuals(net, x))
+    assert any("rmfx.fuse_resconv makes one layer of it" in row.reason for row in report.rows)

@@ -107,6 +107,8 @@ def test_a_site_is_cut_out_as_it_stands() -> None:
 def test_bad_runtimes_and_passes_are_named() -> None:
     model, x = wide(4), image(1, 4, 8, 8, dtype=torch.float32)
     with pytest.raises(LatencyError, match="no runtime abacus"):
-        rmfx.remove_residuals(model, x, policy=MeasuredPolicy("abacus"))
+        MeasuredPolicy("abacus")
+    with pytest.raises(LatencyError, match="at least 1"):
+        MeasuredPolicy("eager", rounds=0)
     with pytest.raises(rmfx.RmfxError, match="merge_convs"):
         rmfx.merge_convs(model, x, policy=measured.MeasuredPolicy())

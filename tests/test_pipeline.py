@@ -148,6 +148,8 @@ def test_bad_arguments() -> None:
         rmfx.optimize(model, image(), policy="best")
     with pytest.raises(LatencyError, match="no runtime abacus"):
         rmfx.optimize(model, image(), runtime="abacus")
+    with pytest.raises(LatencyError, match="no runtime abacus"):  # also where nothing is measured
+        rmfx.optimize(nn.Conv2d(4, 4, 1).double().eval(), image(), runtime="abacus")
 
 
 @settings(deadline=None)

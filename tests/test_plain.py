@@ -155,3 +155,12 @@ def test_an_exported_chain_is_plain() -> None:
     assert rmfx.is_plain(gm)
     x = image(2, 3, 8, 8)
     torch.testing.assert_close(rmfx.to_sequential(gm)(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_any_module_may_be_asked() -> None:
+    assert not rmfx.is_plain(ready(Residual(basic_branch())))
+    with pytest.raises(rmfx.NotPlainError, match="is read by"):
+        rmfx.to_sequential(ready(Residual(basic_branch())))
+    model = ready(chain(conv_bn(3, 4), nn.ReLU()))
+    assert rmfx.is_plain(model)
+    assert torch.equal(rmfx.to_sequential(model)(image(2, 3, 5, 5)), model(image(2, 3, 5, 5)))

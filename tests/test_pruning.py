@@ -268,6 +268,29 @@ def test_parameters_are_counted_as_they_are() -> None:
     assert widths.cost(everything, multiply_adds) == cost.macs
 
 
+@pytest.mark.parametrize("responses", ["bias", "borders", "none"])
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_a_budget_of_parameters_has_room_for_new_biases(allocation: str, responses: str) -> None:
+    """A layer without bias that loses inputs gets one for what they were on average."""
+    widths = pairwise((3, 16, 16, 16, 4))
+    convs = [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False) for n_in, n_out in widths]
+    model = ready(chain(*[layer for each in convs for layer in (each, nn.ReLU())]))
+    for budget in (4000, 2000, 900):
+        small, report = rmfx.prune_channels(
+            model,
+            image(1, 3, 6, 6),
+            budget=budget,
+            of="parameters",
+            importance="l2",
+            data=[(image(4, 3, 6, 6), torch.zeros(4))],
+            allocation=allocation,
+            responses=responses,
+        )
+        size = sum(p.numel() for p in small.parameters())
+        assert size == report.parameters_after
+        assert budget / 2 < size <= budget
+
+
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_channels_that_do_nothing_go_first(importance: str) -> None:
     model = small_net()

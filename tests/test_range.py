@@ -124,6 +124,9 @@ LAYERS: tuple[Callable[[], nn.Module], ...] = (
     lambda: nn.AdaptiveAvgPool2d(5),
     lambda: nn.AdaptiveMaxPool2d(5),
     lambda: nn.ZeroPad2d((1, 0, -1, 2)),
+    lambda: nn.ConstantPad2d((1, 0, 0, 2), -1.5),
+    lambda: nn.ReflectionPad2d((1, 0, 1, 2)),
+    lambda: nn.CircularPad2d(1),
     lambda: nn.Dropout(),
     lambda: nn.Identity(),
     lambda: nn.Upsample(scale_factor=2),  # not known to the analysis
@@ -171,7 +174,7 @@ def networks(draw: st.DrawFn, layers: tuple[Callable[[], nn.Module], ...]) -> nn
 
 SIZE_CHANGING = (
     *(nn.ZeroPad2d, nn.Upsample, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
-    *(nn.AvgPool2d,),
+    *(nn.AvgPool2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.CircularPad2d),
 )
 INPUT_RANGES = st.sampled_from((None, (0.0, 1.0), (-2.0, 3.0), (0.0, INF), (-INF, 0.0), (1.0, 1.0)))
 

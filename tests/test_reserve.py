@@ -108,6 +108,20 @@ def test_the_first_channels_pass_and_the_others_stay(data: st.DataObject) -> Non
         assert rmfx.is_plain(plain)
 
 
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_blocks_in_a_row_all_reserve(act: str) -> None:
+    """What the second one starts from is what the first one gives now."""
+    blocks = [Sum(conv(8, 8, 3), conv(8, 8, 1), then=ACTIVATIONS[act](8)) for _ in range(3)]
+    model, x = ready(nn.Sequential(conv(3, 8, 3), *blocks)), image(2, 3, 6, 7)
+    net, report = rmfx.reserve(model, 0.25, every=1, blocks="*")
+    assert [row.reserved for row in report.blocks] == [2, 2, 2]
+    expected = values(model[0], x)
+    for block in model[1:]:
+        expected = torch.cat([expected[:, :2], values(block, expected)[:, 2:]], 1)
+    torch.testing.assert_close(values(net, x), expected, rtol=1e-12, atol=1e-12)
+    assert rmfx.is_plain(rmfx.remove_residuals(net, x))
+
+
 def repvgg(*, before: nn.Module | None = None) -> nn.Module:
     """Six blocks of 8 channels behind an activation."""
     blocks = (RepVGGBlock(8, 8) for _ in range(6))
@@ -209,8 +223,8 @@ def test_why_a_block_does_not_reserve() -> None:
     assert reason(three).count("the size changes") == 1
     assert "one is read elsewhere" in reason(Tapped())
     shared = nn.Conv2d(4, 4, 3, padding=1)
-    assert "0 of 0 blocks" in reason(Sum(shared, shared))
-    assert "0 of 0 blocks" in reason(cifar_resnet(8))  # its branches have activations
+    assert "nowhere are parallel" in reason(Sum(shared, shared))
+    assert "nowhere are parallel" in reason(cifar_resnet(8))  # its branches have activations
 
 
 def test_numbers_that_make_no_sense() -> None:

@@ -87,6 +87,8 @@ def test_distillation_is_the_mean_of_both_losses() -> None:
     torch.testing.assert_close(only_taught(x, teacher(x), target).detach(), torch.tensor(0.0))
     with pytest.raises(rmfx.RmfxError, match="temperature"):
         training.Distillation(teacher, temperature=0)
+    with pytest.raises(rmfx.RmfxError, match="finite"):
+        training.Distillation(teacher, temperature=float("inf"))
 
 
 def test_targets_fall_to_the_last() -> None:
@@ -156,3 +158,13 @@ def test_a_strength_that_makes_no_sense(strength: Any) -> None:
 def test_a_rate_that_makes_no_sense() -> None:
     with pytest.raises(OptionError, match="learning_rate=-1"):
         training.Slimming(nn.BatchNorm2d(2), 0.1).step(-1)
+
+
+def test_wrong_options_are_said_at_once() -> None:
+    with pytest.raises(rmfx.RmfxError, match="whole number of steps"):
+        training.gradual_targets(0.5, 2.5)  # type: ignore[arg-type]
+    norm = nn.BatchNorm2d(3)
+    with pytest.raises(rmfx.RmfxError, match="scales is a tensor"):
+        training.Slimming(norm, 0.1, scales=norm.weight)
+    with pytest.raises(rmfx.RmfxError, match="must be finite"):
+        training.Slimming(norm, 0.1).step(float("inf"))
