@@ -50,6 +50,7 @@ from rmfx._sides import call_again, combine, tap
 from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed
 from rmfx._strategy import AUTO, SAME_ACTIVATION, STRATEGIES, Settled, settle
+from rmfx._tracing import OWN_GRADIENT
 from rmfx.frontend import trace, with_constants
 from rmfx.report import META_KEY, Report, SiteReport
 
@@ -382,6 +383,11 @@ def remove_residuals(
     if differentiable:
         if not fold_batch_norm:
             raise OptionError("differentiable=True needs fold_batch_norm=True")
+        if OWN_GRADIENT in source.meta:
+            raise OptionError(
+                f"{source.meta[OWN_GRADIENT]}: here the code switches gradients off, or has one of "
+                "its own, which differentiable=True would lose; convert without it"
+            )
         rewrite = partial(
             _convert,
             strict=strict,

@@ -67,7 +67,6 @@ def canonicalise(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.target is operator.getitem:
             _take_first(gm, node)
-            _slice_of_split(gm, node)
     calls = Counter(n.target for n in gm.graph.nodes if n.op == "call_module")
     frozen = {n.target for n in gm.graph.nodes if n.op == "call_module" and n.meta.get("frozen")}
     for node in list(gm.graph.nodes):
@@ -87,6 +86,8 @@ def canonicalise(gm: fx.GraphModule) -> None:
             _batch_norm_for(gm, node)
         elif node.op in ("call_function", "call_method"):
             _canonicalise_call(gm, node, taken)
+    for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
+        _slice_of_split(gm, node)  # once the layers are modules, which say what sizes they fix
     pad_for_zeros(gm)
     for last, source, shuffle in find_shuffles(gm):
         _call_module(gm, last, shuffle, source, taken)

@@ -15,7 +15,7 @@ from torch.fx.experimental import _config as symbolic_config
 from ._errors import TraceError
 from ._graph import copy_graph
 from ._input_guard import Expected, InputGuard, Size, parameters_of
-from ._tracing import first_line, unchanged
+from ._tracing import OWN_GRADIENT, first_line, own_gradients, unchanged
 
 GUARD_KEY = "rmfx_input_guard"
 
@@ -30,6 +30,15 @@ def export_model(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     Raises:
         TraceError: the model cannot be exported.
     """
+    functions: list[str] = []
+    with own_gradients(functions):
+        gm = _unlifted_of(model, inputs)
+    if functions:
+        gm.meta[OWN_GRADIENT] = functions[0]
+    return gm
+
+
+def _unlifted_of(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     tensors = all(isinstance(x, Tensor) for x in inputs)
     shapes = tuple({0: Dim.AUTO} if x.dim() > 1 else None for x in inputs) if tensors else None
     try:
@@ -108,7 +117,7 @@ def _expected(node: fx.Node) -> Expected:
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         return Expected(node.name, tuple(_size(n) for n in value.shape))
-    if isinstance(value, (int, float, str, bool)):
+    if value is None or isinstance(value, (int, float, str, bool)):
         return Expected(node.name, constant=(value,))
     return Expected(node.name)
 

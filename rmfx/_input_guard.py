@@ -117,6 +117,12 @@ class InputGuard:
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by parameter, None for those not given."""
         bound: dict[str, Any] = {}
+        takes = len(self.parameters)
+        if len(args) > takes and not any(name.startswith("*") for name in self.parameters):
+            raise ShapeError(
+                f"{len(args)} inputs are given, but the network was converted for {takes}; convert "
+                "it again with example inputs like these"
+            )
         for i, name in enumerate(self.parameters):
             if name.startswith("**"):
                 bound[name[2:]] = {k: v for k, v in kwargs.items() if k not in bound}
@@ -129,8 +135,13 @@ class InputGuard:
     def _check(self, want: Expected, value: Any, sizes: dict[str, int]) -> None:
         if want.constant is not None and not _same(value, want.constant[0]):
             raise ShapeError(
-                f"{want.name} is {value!r}, but the network was exported for {want.constant[0]!r}; "
-                "convert it again with example inputs of that value"
+                f"{want.name} is {_text(value)}, but the network was exported for "
+                f"{want.constant[0]!r}; convert it again with example inputs of that value"
+            )
+        if want.sizes is not None and value is None:
+            raise ShapeError(
+                f"{want.name} is not given, but the network was converted for a tensor; convert it "
+                "again with example inputs like these"
             )
         # Proxies pass: whoever traces the network checks its inputs when it runs.
         if want.sizes is None or not isinstance(value, Tensor):
@@ -183,11 +194,16 @@ class InputGuard:
                 )
 
 
+def _text(value: object) -> str:
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
 def _same(value: object, constant: object) -> bool:
     if isinstance(value, fx.Proxy):
         return True
-    both_nan = value != value and constant != constant
-    return type(value) is type(constant) and (value == constant or both_nan)
+    if type(value) is not type(constant):
+        return False
+    return value == constant or (value != value and constant != constant)
 
 
 def guard_of(module: nn.Module) -> InputGuard | None:

@@ -234,7 +234,7 @@ def _read_function(net: Net, node: fx.Node) -> Element | Refusal:
     if target is operator.getitem:
         return _read_slice(node)
     if target is F.pad:
-        return _read_pad(node)
+        return _read_pad(net, node)
     return Refusal(reason_for(net, node))
 
 
@@ -281,8 +281,8 @@ def _read_pad_module(node: fx.Node, module: Any) -> Deferred | Border | Refusal:
     return _spatial_pad(flat) if value == 0 else _border(node, flat, ("constant", value))
 
 
-def _read_pad(node: fx.Node) -> Deferred | Border | Refusal:
-    """`F.pad(x, pad, mode="constant", value=0)`: around space, or zeros around channels."""
+def _read_pad(net: Net, node: fx.Node) -> Deferred | Border | Refusal:
+    """`F.pad(x, pad, mode="constant", value=0)`: around space, or a number around channels."""
     names = ("input", "pad", "mode", "value")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     flat = given.get("pad")
@@ -293,6 +293,9 @@ def _read_pad(node: fx.Node) -> Deferred | Border | Refusal:
         return _spatial_pad(tuple(flat))
     if not isinstance(value, (int, float, type(None))):
         return Refusal("the padding is not constant")
+    *space, (before, after) = zip(flat[::2], flat[1::2], strict=True) if flat else [(0, 0)]
+    if mode == "constant" and net.rank(node) == len(space) + 2 and not any(map(any, space)):
+        return Deferred(lambda channels, dims: _pad_channels(channels, dims, before, after, value))
     return _border(node, tuple(flat), (mode, float(value or 0)))
 
 
@@ -315,19 +318,27 @@ def _spatial_pad(flat: Ints) -> Deferred:
         before, after = features[0] if features else (0, 0)
         if not before and not after:
             return AffineConv.identity(channels, dims, padding=space)
-        return _pad_channels(channels, dims, before, after, space)
+        return _pad_channels(channels, dims, before, after, padding=space)
 
     return Deferred(build)
 
 
 def _pad_channels(
-    channels: int, dims: int, before: int, after: int, padding: Pads
+    channels: int,
+    dims: int,
+    before: int,
+    after: int,
+    value: float | None = None,
+    padding: Pads | None = None,
 ) -> AffineConv | Refusal:
     if channels + before + after < 1 or before < -channels or after < -channels:
         return Refusal("the padding removes every channel")
-    weight = torch.eye(channels, dtype=torch.bfloat16)
+    number = torch.tensor(value or 0.0, dtype=torch.float64)
+    narrow = number.to(torch.bfloat16)  # a type that no other one has to follow
+    weight = torch.eye(channels).to(narrow if narrow == number else number)
     weight = F.pad(weight, (0, 0, before, after))
-    return AffineConv.pointwise(weight, dims=dims, padding=padding)
+    bias = F.pad(weight.new_zeros(channels), (before, after), value=float(number))
+    return AffineConv.pointwise(weight, bias, dims=dims, padding=padding)
 
 
 def _read_slice(node: fx.Node) -> Deferred | Refusal:

@@ -214,6 +214,7 @@ def _tensors(gm: nn.Module) -> dict[str, Tensor]:
 
 def _with_random_weights(source: fx.GraphModule) -> fx.GraphModule:
     generic = copy.deepcopy(source)
+    set_guard(generic, guard_of(source))  # fx copies no hooks
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in _tensors(generic).items():

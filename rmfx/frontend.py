@@ -37,9 +37,19 @@ from ._graph import check_weight, copy_graph
 from ._input_guard import guard_of, set_guard, with_ranks
 from ._meta import GUARDED, noted
 from ._rings import FromRing
-from ._tracing import as_fakes, first_line, is_user_file, records_the_same, trace_symbolically
+from ._tracing import (
+    OWN_GRADIENT,
+    KeepsStateError,
+    as_fakes,
+    check_state,
+    first_line,
+    is_user_file,
+    records_the_same,
+    trace_symbolically,
+)
 
 Inputs = tuple[Any, ...]
+SWITCHES_OF_GRADIENTS = ("_set_grad_enabled", "set_grad_enabled", "wrap_with_set_grad_enabled")
 RANKS_OF_NORM: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3),
     nn.BatchNorm2d: (4,),
@@ -73,6 +83,7 @@ def trace(model: Any, example_inputs: Any = None, *, fold: bool = True) -> fx.Gr
     gm = _private_copy(source)
     check_weights(gm)
     _check_functional_mode(gm)
+    _note_switches(gm)
     mark_numbers(gm.graph)
     _note_sources(gm.graph)
     _find_shapes(gm, inputs)
@@ -90,6 +101,19 @@ def trace(model: Any, example_inputs: Any = None, *, fold: bool = True) -> fx.Gr
     ranks = {n.name: len(n.meta["shape"]) for n in gm.graph.nodes if "shape" in n.meta}
     set_guard(gm, with_ranks(guard, gm, ranks))
     return gm
+
+
+def _note_switches(gm: fx.GraphModule) -> None:
+    """Note whether a part has a gradient of its own; raise TraceError for autocast of a part."""
+    for node in gm.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if name in ("_enter_autocast", "_exit_autocast"):
+            raise TraceError(
+                f"{node.name}: the code switches autocast for a part of the network, and a rewrite "
+                "would take layers out of it; take the switch out, or convert what is inside of it"
+            )
+        if node.meta.get(OWN_GRADIENT) or name in SWITCHES_OF_GRADIENTS:
+            gm.meta.setdefault(OWN_GRADIENT, node.name)
 
 
 def with_constants(gm: fx.GraphModule) -> fx.GraphModule:
@@ -134,6 +158,12 @@ def check_weights(gm: fx.GraphModule) -> None:
     """Raise WeightError for a parameter or batch statistic that cannot be computed with."""
     for name, value in gm.named_parameters():
         check_weight(name, value)
+    for name, buffer in gm.named_buffers():
+        if buffer.requires_grad and not buffer.is_leaf:
+            raise WeightError(
+                f"{name}: this buffer was computed with gradients on and cannot be copied; replace "
+                f"it by itself without them: model.{name} = model.{name}.detach()"
+            )
     kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
     for name, module in gm.named_modules():
         if not isinstance(module, kinds):
@@ -224,13 +254,18 @@ def _graph_of_module(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
     """By symbolic tracing, which leaves every size open; by torch.export where that fails."""
     name = type(model).__name__
     try:
-        gm = trace_symbolically(model)
+        gm = trace_symbolically(model, twice=inputs is None)
+        _check_stars(gm)
         if inputs is None:
             _check_defaults(gm)
             return gm
         if _is_faithful(model, gm, inputs):
             return gm
         reason = "its code does other things with proxies than with tensors"
+    except KeepsStateError as error:
+        if inputs is not None:
+            raise TraceError(f"{name} cannot be traced: {error}") from error
+        reason = str(error)
     except TraceError as error:
         reason = str(error)
     if inputs is None:
@@ -239,7 +274,10 @@ def _graph_of_module(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
             "torch.export can be used"
         )
     try:
+        check_state(model, inputs)
         return export_model(model, inputs)
+    except KeepsStateError as error:
+        raise TraceError(f"{name} cannot be traced: {error}") from error
     except TraceError as error:
         raise TraceError(
             f"{name} can be traced neither by torch.fx ({reason}) nor by torch.export ({error}); "
@@ -268,6 +306,13 @@ def _check_names(model: nn.Module) -> None:
             )
 
 
+def _check_stars(gm: fx.GraphModule) -> None:
+    """Raise TraceError where code reads any number of arguments: of a proxy nobody knows it."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and str(node.target).startswith("*") and node.users:
+            raise TraceError(f"it reads any number of arguments, as {node.target}")
+
+
 def _check_defaults(gm: fx.GraphModule) -> None:
     """Raise TraceError where code may ask whether an argument is None: of a proxy it never is."""
     for node in gm.graph.nodes:
@@ -279,6 +324,8 @@ def _is_faithful(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> bool:
     check_weights(gm)  # its message is better than that of a model which cannot run
     try:
         return records_the_same(model, gm, inputs)
+    except KeepsStateError:
+        raise
     # Both run the model's own code, which may raise anything.
     except Exception as error:
         raise _does_not_run(inputs, error) from error

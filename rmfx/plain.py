@@ -59,9 +59,7 @@ def to_sequential(model: nn.Module | Any) -> nn.Sequential:
         raise NotPlainError(f"the graph is not plain: {reason}")
     layers = (n for n in gm.graph.nodes if n.op not in ("placeholder", "output"))
     network = nn.Sequential(*(_module(gm, node) for node in layers)).train(gm.training)
-    guard = guard_of(gm)
-    if guard is not None and guard.multiples:
-        set_guard(network, guard)
+    set_guard(network, guard_of(gm))
     return network
 
 

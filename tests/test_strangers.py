@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import Apply, chain, conv, image, ready
+from builders import Apply, Residual, chain, conv, conv_branch, image, ready
 from torch import Tensor, fx, nn
 
 import rmfx
@@ -321,3 +323,205 @@ class Twice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.first(x)[:, :, :-2].contiguous())
         return torch.relu(x + self.second(y)[:, :, :-2].contiguous())
+
+
+# ---- what a model's code does beside computing --------------------------------------------------
+
+
+def test_code_that_switches_autocast_keeps_its_precision() -> None:
+    """The part without autocast runs in float32, also in what is made of it."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            y = m.a(torch.relu(m.b(x.float())))
+        return x + y  # type: ignore[no-any-return]
+
+    model = ready(Apply(forward, a=conv(), b=conv())).float()
+    x = image(dtype=torch.float32)
+    compiled = torch.compile(model, backend="rmfx", options={"backend": "eager"})
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        for made in (rmfx.remove_residuals(model, x), rmfx.fold_batch_norm(model, x)):
+            torch.testing.assert_close(made(x), expected, rtol=1e-6, atol=1e-6)
+        with pytest.warns(UserWarning, match="switches autocast"):
+            torch.testing.assert_close(compiled(x), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(rmfx.TraceError, match="switches autocast off"):
+        rmfx.trace(model)
+
+
+class Reversed(torch.autograd.Function):
+    """The identity, with the gradient of its negative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return -grad
+
+
+def _without_gradients(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = m.a(torch.relu(m.b(x)))
+    return x + y  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [_without_gradients, lambda m, x: x + m.a(torch.relu(Reversed.apply(m.b(x))))],
+    ids=["no_grad", "a function"],
+)
+def test_gradients_of_its_own_are_not_lost_silently(forward: Any) -> None:
+    model, x = ready(Apply(forward, a=conv(), b=conv())), image().requires_grad_()
+    assert rmfx.report(rmfx.remove_residuals(model, x.detach())).rows
+    with pytest.raises(rmfx.RmfxError, match="which differentiable=True would lose"):
+        rmfx.remove_residuals(model, x.detach(), differentiable=True)
+    options = {"backend": "eager", "differentiable": True}
+    compiled = torch.compile(model, backend="rmfx", options=options)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the graph stays as it is
+        (found,) = torch.autograd.grad(compiled(x).sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_model_that_notes_its_sizes_compiles() -> None:
+    """Dynamo then names the weights by way of __dict__."""
+
+    class Notes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.size = Residual(conv_branch()), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.size: Any = x.shape[2:]
+            return self.block(x)  # type: ignore[no-any-return]
+
+    model, x, reports = ready(Notes()), image(), []
+    options = {"backend": "eager", "on_report": reports.append}
+    with torch.no_grad():
+        found = torch.compile(model, backend="rmfx", options=options)(x)
+    torch.testing.assert_close(found, model(x))
+    assert [report.removed for report in reports] == [1]
+
+
+def test_a_buffer_with_a_history_is_named() -> None:
+    model = ready(Apply(lambda m, x: x + m.a(torch.relu(x)) * m.last, a=conv()))
+    model.register_buffer("last", torch.ones(1, dtype=torch.float64, requires_grad=True) * 2)
+    with pytest.raises(rmfx.WeightError, match=r"last = model.last.detach\(\)"):
+        rmfx.remove_residuals(model, image())
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def test_arguments_that_were_not_given_stay_so() -> None:
+    def forward(m: Any, x: Tensor, other: Tensor | None = None) -> Tensor:
+        x = x if other is None else x + other
+        return x + m.a(torch.relu(x))  # type: ignore[no-any-return]
+
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = conv()
+
+        def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+            return forward(self, x, other)
+
+    model, x = ready(Optional()), image()
+    for given, wrong in (
+        ((x, None), [(x, x)]),
+        ((x,), [(x, x)]),
+        ((x, x), [(x, None), (x,)]),
+    ):
+        for verb in (rmfx.remove_residuals, rmfx.trace, rmfx.fold_batch_norm):
+            made = verb(model, given)
+            torch.testing.assert_close(made(*given), model(*given))
+            for others in wrong:
+                with pytest.raises(rmfx.ShapeError):
+                    made(*others)
+
+
+def test_any_number_of_arguments() -> None:
+    class Star(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = conv()
+
+        def forward(self, *xs: Tensor, **options: float) -> Tensor:
+            return xs[0] * options.get("scale", 1.0) + self.a(torch.relu(xs[-1]))
+
+    model, x = ready(Star()), image()
+    for given in ((x,), (x, x + 1)):
+        made = rmfx.remove_residuals(model, given)
+        torch.testing.assert_close(made(*given), model(*given))
+        with pytest.raises(rmfx.ShapeError):
+            made(x, x, x)
+    assert rmfx.report(rmfx.remove_residuals(model, (x,))).removed
+    with pytest.raises(rmfx.TraceError, match="any number of arguments"):
+        rmfx.trace(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"differentiable": True}])
+def test_sizes_that_were_exported_are_checked_however_it_is_converted(options: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(torch.relu(m.b(x)))
+        return x + (y * 2 if x.shape[-1] > 6 else y)  # type: ignore[no-any-return]
+
+    model, x = ready(Apply(forward, a=conv(), b=conv())), image(2, 4, 8, 8)
+    made = rmfx.remove_residuals(model, x, **options)
+    forms = [made] if options else [made, rmfx.to_sequential(made), copy.deepcopy(made)]
+    for form in forms:
+        torch.testing.assert_close(form(x), model(x))
+        with pytest.raises(rmfx.ShapeError, match="exported for"):
+            form(image(2, 4, 5, 5))
+
+
+# ---- sums inside of sums ------------------------------------------------------------------------
+
+
+def test_a_sum_inside_a_branch_leaves_the_outer_one_open_to_removal() -> None:
+    """Removing the inner one puts channels of ones beside a value, which is linear."""
+
+    def film(m: Any, x: Tensor, e: Tensor) -> Tensor:
+        e = m.e(e)[:, :, None, None]
+        return x + m.b(torch.relu(m.a(x) * (1 + e) + e))  # type: ignore[no-any-return]
+
+    class Film(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.e = conv(), conv(), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor, e: Tensor) -> Tensor:
+            return film(self, x, e)
+
+    def split(m: Any, x: Tensor) -> Tensor:
+        y, z = torch.relu(m.c(x)).chunk(2, 1)
+        p = torch.sigmoid(m.f((y + z).mean((2, 3), keepdim=True)))
+        return x + m.o(p[:, :4] * y + p[:, 4:] * z)  # type: ignore[no-any-return]
+
+    attention = Apply(split, c=conv(4, 8), f=conv(4, 8, 1), o=conv(4, 4, 1))
+    for model, inputs in (
+        (ready(Film()), (image(), torch.randn(2, 3).double())),
+        (ready(attention), (image(),)),
+    ):
+        made = rmfx.remove_residuals(model, inputs)
+        rows = rmfx.report(made).rows
+        assert {row.status for row in rows} == {"removed"}
+        assert_equivalent(model, made, inputs)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [torch.relu, F.silu, F.gelu, torch.tanh, Tensor.relu, lambda x: F.dropout(x, 0.5, False)],
+)
+def test_parts_behind_a_function_are_parts_behind_its_layer(function: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y, z = function(m.c(x)).chunk(2, 1)
+        return x + m.o(y * z)  # type: ignore[no-any-return]
+
+    model = ready(Apply(forward, c=conv(4, 8), o=conv()))
+    made = rmfx.remove_residuals(model, image())
+    assert rmfx.report(made).removed == 1
+    assert_equivalent(model, made, image())

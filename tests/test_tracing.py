@@ -325,3 +325,71 @@ def test_constants_that_are_none(name: str) -> None:
     gm = rmfx.remove_residuals(model, x)
     for _ in range(2):
         torch.testing.assert_close(gm(x), model(x))
+
+
+# ---- what a model keeps from call to call -------------------------------------------------------
+
+
+class Keeps(nn.Module):
+    """x + f(x)·factor, where the factor may be kept from call to call."""
+
+    def __init__(self, factor: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.branch, self.factor = conv_branch(), factor
+        self.register_buffer("n", torch.ones(1))
+        self.k, self.log, self.kept, self.cache = 0, [], None, {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x) * self.factor(self, x)  # type: ignore[no-any-return]
+
+
+def _assign(m: Any, name: str, value: Any) -> Any:
+    setattr(m, name, value)
+    return value
+
+
+def _once(m: Any, make: Callable[[], Any]) -> Any:
+    if m.kept is None:
+        m.kept = make()
+    return m.kept
+
+
+COUNTS: dict[str, Callable[[Any, Any], Any]] = {
+    "a number": lambda m, x: _assign(m, "k", m.k + 1),
+    "a new attribute": lambda m, x: _assign(m, "new", getattr(m, "new", 0) + 1),
+    "a list": lambda m, x: [m.log.append(1), len(m.log)][1],
+    "a buffer": lambda m, x: _assign(m, "n", m.n + 1),
+    "the input before": lambda m, x: _once(m, lambda: x),
+    "a mean of the input before": lambda m, x: _once(m, lambda: x.mean()),
+}
+KEEPS: dict[str, Callable[[Any, Any], Any]] = {
+    "a counter that nobody reads": lambda m, x: [_assign(m, "k", m.k + 1), 2.0][1],
+    "the last input": lambda m, x: [_assign(m, "kept", x), m.log.append(x), 2.0][2],
+    "a table of numbers": lambda m, x: m.cache.setdefault("f", 2.0),
+    "a tensor of numbers": lambda m, x: _once(m, lambda: torch.full((1,), 0.5).double()),
+}
+FILLS: dict[str, Callable[[Any, Any], Any]] = {
+    "positions": lambda m, x: _once(m, lambda: torch.arange(x.shape[-1]).to(x)),
+    "ones": lambda m, x: _once(m, lambda: torch.ones_like(x) * 2 + x.new_zeros(1)),
+    "what follows from a buffer": lambda m, x: _once(m, lambda: m.n * 2),
+    "a buffer written in place": lambda m, x: m.n.mul_(1.5),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_what_depends_on_the_calls_before_is_refused(name: str) -> None:
+    for inputs in (image(), None):
+        with pytest.raises(rmfx.TraceError, match="computes with it at the next call"):
+            rmfx.remove_residuals(ready(Keeps(COUNTS[name])), inputs)
+
+
+@pytest.mark.parametrize("name", {**KEEPS, **FILLS})
+def test_what_a_model_keeps_may_be_harmless(name: str) -> None:
+    made = {**KEEPS, **FILLS}[name]
+    model = ready(Keeps(made))
+    converted = rmfx.remove_residuals(model, image())
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(converted(image()), model(image()), rtol=1e-12, atol=1e-12)
+    if name in KEEPS:
+        assert rmfx.report(rmfx.remove_residuals(ready(Keeps(made)))).rows
