@@ -313,7 +313,7 @@ class Net:
                 continue
             target = str(node.target)
             if node.op == "get_attr":
-                root[target] = copy.deepcopy(self.attribute(node), memo)
+                root[target] = _copied(self.attribute(node), memo)
             elif target in self.virtual:
                 self._materialise(node, root)
             else:
@@ -385,6 +385,13 @@ def _computed_tensors(module: nn.Module) -> dict[int, object]:
         for value in vars(part).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
+
+
+def _copied(value: Any, memo: dict[int, object]) -> Any:
+    """A copy of what a graph reads; of tensors one that a recorder of operators can follow."""
+    if type(value) is not Tensor:
+        return copy.deepcopy(value, memo)
+    return memo.setdefault(id(value), value.detach().clone().requires_grad_(value.requires_grad))
 
 
 def between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:

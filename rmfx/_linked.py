@@ -47,6 +47,7 @@ class _Recorder(TorchDispatchMode):
         self._memory: dict[tuple[object, ...], fx.Node] = {}
         self._storage: dict[fx.Node, set[int]] = {}  # of what a node reads and gives
         self._given: dict[fx.Node, set[int]] = {}  # of what it gives or writes
+        self._copies: set[int] = set()  # tensors that deepcopy has made of nobody knows which
         self._alive: list[Tensor] = []
         self._tensors = dict(sources)
         self.sources: dict[str, fx.Node] = {}
@@ -66,6 +67,8 @@ class _Recorder(TorchDispatchMode):
             return result
         if func is aten.set_.source_Storage_storage_offset:  # how deepcopy fills a buffer
             del self._nodes[id(result)]
+            self._copies.add(id(result))
+            self._alive.append(result)
             return result
         results = pytree.tree_leaves(result)
         if not any(isinstance(t, Tensor) for t in results):
@@ -92,6 +95,8 @@ class _Recorder(TorchDispatchMode):
         found = self._nodes.get(id(tensor))
         if found is None and not tensor.is_meta:  # `tensor.data` is another name, unrecorded
             found = self._memory.get(_place(tensor))
+        if found is None and id(tensor) in self._copies:
+            raise RmfxError(f"it is not known of which weight a {tuple(tensor.shape)} is a copy")
         if found is None:
             name = f"constant_{len(self.constants)}"
             self.constants[name] = tensor.detach().clone()
@@ -257,6 +262,7 @@ class _Linker:
                 self._places[node] = self._graph.node_copy(node)
         layers = {node: self._weights_of(node) for node in gm.graph.nodes}
         used = {self._weights[name] for names in layers.values() for name in names or ()}
+        used |= {self._weights[str(node.target)] for node in gm.graph.nodes if self._varies(node)}
         for node in self._recorder.needed(used):
             self._copy_recorded(node)
         for node in gm.graph.nodes:
@@ -321,7 +327,16 @@ class _Linker:
         y.name, y.meta = node.name, dict(node.meta)
         self._places[node] = y
 
+    def _varies(self, node: fx.Node) -> bool:
+        """Whether a node reads a constant that was computed from the sources."""
+        if node.op != "get_attr" or str(node.target) in self._tensors:
+            return False
+        return self._weights.get(str(node.target)) in self._varying
+
     def _copy(self, node: fx.Node, names: tuple[str, ...] | None) -> None:
+        if self._varies(node):
+            self._places[node] = self._places[self._weights[str(node.target)]]
+            return
         module = self._converted.get_submodule(str(node.target)) if names else None
         if isinstance(module, MaskedActivation):
             self._copy_masked(node, module)

@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -80,6 +81,8 @@ class _Tracer(fx.Tracer):
         # fx would give back an ordinary dict.
         if type(a) is OrderedDict:
             return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
+        if isinstance(a, dict) and type(a) is not dict:
+            raise TraceError(f"it makes a {type(a).__name__}, of which a trace makes a dict")
         return super().create_arg(a)
 
 
@@ -125,7 +128,7 @@ def trace_symbolically(model: nn.Module, *, twice: bool = True) -> fx.GraphModul
                 if "." not in name and isinstance(tensor, Tensor):
                     setattr(model, name, tensor)
             return fx.GraphModule(model, graph, type(model).__name__)
-    except KeepsStateError:
+    except TraceError:
         raise
     # Tracing runs the model's own code, which may raise anything.
     except Exception as error:
@@ -281,7 +284,8 @@ class _Recording(TorchDispatchMode):
     """Writes down every operator that runs, with its arguments; tensors get running numbers.
 
     A tensor that the code makes of numbers of its own goes by what it holds: a trace has computed
-    it already. What is computed of such tensors alone is not written down, but done.
+    it already. What is computed of such tensors alone is not written down, but done. What is computed
+    of the model's tensors alone, or of the size of others, goes by how it is: it may be kept.
     """
 
     def __init__(
@@ -312,11 +316,12 @@ class _Recording(TorchDispatchMode):
         if self._is_of_constants(func, given):
             return self._computed(func, given)
         writes = func._schema.is_mutable
-        leaves = [self._name(leaf, writes=writes) for leaf in pytree.tree_leaves(given)]
+        name = _look if func in FILLED else partial(self._name, writes=writes)
+        leaves = [name(leaf) for leaf in pytree.tree_leaves(given)]
         # A model may write to a tensor of its own: let it write to a fake.
         args, kwargs = as_fakes(self._mode, given)
         result = func(*args, **kwargs)
-        if not writes and self._is_of_weights(func, given):
+        if func in FILLED or (not writes and self._is_of_weights(func, given)):
             self._note_derived((func, *leaves), result)
             return result
         if writes or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
@@ -329,8 +334,6 @@ class _Recording(TorchDispatchMode):
         tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
         if torch.Tag.nondeterministic_seeded in func.tags:
             return False
-        if func in FILLED:
-            return True
         if func._schema.is_mutable:  # a tensor that the model keeps is not ours to write to
             return bool(tensors) and all(id(t) in self._held for t in tensors)
         return all(self._is_constant(t) for t in tensors)
@@ -360,8 +363,6 @@ class _Recording(TorchDispatchMode):
 
         def real(leaf: Any) -> Any:
             held = self._held.get(id(leaf), leaf)
-            if func in FILLED and isinstance(held, FakeTensor):  # its size and type are enough
-                held = torch.empty(held.shape, dtype=held.dtype, device=held.device)
             fakes[id(held)] = leaf
             return held
 
@@ -410,6 +411,11 @@ class _Recording(TorchDispatchMode):
             "weight",
             self._written.get(id(leaf), id(leaf)),
         )  # of the model, the same in both runs
+
+
+def _look(leaf: Any) -> object:
+    """What there is to a tensor but its values."""
+    return (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
 
 
 def _digest(value: Tensor) -> str:

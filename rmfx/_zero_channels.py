@@ -6,12 +6,16 @@ Shortcuts of CIFAR ResNets and PyramidNets grow by channels of zeros, which peop
     torch.cat((x, x.mul(0)), 1)
     F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
 
-All are F.pad with a number that the layers fix, whatever the input. A number that may follow from
-the size of the image stays as it is.
+All are F.pad with a number that the layers fix, whatever the input; so is the number in
+
+    x / math.sqrt(x.size(1))
+
+A number that may follow from the size of the image stays as it is.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +26,7 @@ from torch import fx, nn
 
 from ._activation import is_activation
 from ._calls import ADDS, CHANNELWISE, SCALES, SUBS
+from ._errors import is_number
 from ._infer import on_demand
 from ._meta import without_notes
 
@@ -31,7 +36,10 @@ OF_SIZE = (torch.zeros, aten.zeros.default)
 BY_METHOD = ("new_zeros", aten.new_zeros.default)
 COPIES = (torch.clone, aten.clone.default, aten.detach.default, "clone", "detach", "contiguous")
 PRODUCTS = (operator.mul, torch.mul)
-OF_NUMBERS = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg)
+OF_NUMBERS = (
+    *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg),
+    *(operator.truediv, operator.pow, math.sqrt),
+)
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,9 @@ class Fixed:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._modules = dict(gm.named_modules(remove_duplicate=False))
-        self._known: dict[fx.Node, Given | int | None] = {}
+        self._known: dict[fx.Node, Given | float | None] = {}
 
-    def __call__(self, node: fx.Node) -> Given | int | None:
+    def __call__(self, node: fx.Node) -> Given | float | None:
         return on_demand(node, self._known, self._deduce)
 
     def resolved(self, value: Any) -> Any:
@@ -57,11 +65,11 @@ class Fixed:
 
         def number(node: fx.Node) -> Any:
             found = self(node)
-            return found if isinstance(found, int) else node
+            return node if found is None or isinstance(found, Given) else found
 
         return fx.map_arg(value, number)
 
-    def _deduce(self, node: fx.Node) -> Given | int | None:
+    def _deduce(self, node: fx.Node) -> Given | float | None:
         if node.meta.get("number"):
             return self._number(node)
         found, shape = self._tensor(node), node.meta.get("shape")
@@ -70,7 +78,7 @@ class Fixed:
         fits = len(shape) == found.dims + 2 and shape[1] in (None, found.channels)
         return found if fits else None
 
-    def _number(self, node: fx.Node) -> int | None:
+    def _number(self, node: fx.Node) -> float | None:
         value, index = size_read(node)
         given = self._known.get(value) if value is not None else None
         if isinstance(given, Given):
@@ -78,11 +86,13 @@ class Fixed:
         if node.target not in OF_NUMBERS or node.kwargs:
             return None
         numbers = [self._known[a] if isinstance(a, fx.Node) else a for a in node.args]
-        if not all(isinstance(n, int) for n in numbers):
+        if not all(is_number(n) for n in numbers):
             return None
-        if node.target is operator.floordiv and not numbers[1]:
+        try:
+            value = node.target(*numbers)
+        except (ArithmeticError, ValueError):  # it fails when the network runs, and not before
             return None
-        return int(node.target(*numbers))
+        return value if is_number(value) and math.isfinite(value) else None
 
     def _tensor(self, node: fx.Node) -> Given | None:
         tensors = [self._known[n] for n in node.all_input_nodes if not n.meta.get("number")]
@@ -173,6 +183,8 @@ def pad_for_zeros(gm: fx.GraphModule) -> None:
             node.kwargs = {k: fixed.resolved(v) for k, v in node.kwargs.items()}
         elif node.target is torch.cat:
             _pad(node, fixed)
+        elif node.target in SCALES and not node.meta.get("number"):
+            node.args = fixed.resolved(node.args)
 
 
 def _pad(cat: fx.Node, fixed: Fixed) -> None:

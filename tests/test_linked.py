@@ -7,7 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from builders import Residual, adds, basic_branch, chain, conv_bn, conv_branch, image, ready
+import torch.nn.functional as F
+from builders import (
+    Apply,
+    Residual,
+    adds,
+    basic_branch,
+    chain,
+    conv,
+    conv_bn,
+    conv_branch,
+    image,
+    ready,
+)
 from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -164,3 +176,33 @@ def test_a_detached_branch_stays_detached() -> None:
 def test_it_excludes_kept_batch_norms() -> None:
     with pytest.raises(rmfx.RmfxError, match="differentiable=True needs fold_batch_norm=True"):
         rmfx.remove_residuals(network(), differentiable=True, fold_batch_norm=False)
+
+
+MADE_OF_PARAMETERS: dict[str, Any] = {
+    "a temperature": lambda m, y, x: y * m.t.exp(),
+    "a power": lambda m, y, x: y.clamp(min=1e-6).pow(m.t.exp()),
+    "weights between": lambda m, y, x: torch.lerp(x, y, torch.sigmoid(m.g)[:, None, None]),
+    "a cosine": lambda m, y, x: F.linear(F.normalize(y.mean((2, 3))), F.normalize(m.h)),
+    "an einsum": lambda m, y, x: torch.einsum("bchw,c->bchw", y, m.g.view(-1)),
+    "a tied kernel": lambda m, y, x: F.linear(y.mean((2, 3)), m.b.weight.mean((2, 3))),
+    "a quotient": lambda m, y, x: y / F.softplus(m.t),
+}
+
+
+@pytest.mark.parametrize("name", MADE_OF_PARAMETERS)
+def test_what_is_made_of_parameters_elsewhere_follows_them(name: str) -> None:
+    function = MADE_OF_PARAMETERS[name]
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return function(m, x + m.a(torch.relu(m.b(x))), x)  # type: ignore[no-any-return]
+
+    parts = {"g": nn.Parameter(torch.randn(4)), "t": nn.Parameter(torch.randn(1))}
+    parts |= {"h": nn.Parameter(torch.randn(3, 4))}
+    model: Any = ready(Apply(forward, a=conv(), b=conv(kernel=1), **parts))
+    x = image()
+    linked = rmfx.remove_residuals(model, x, differentiable=True)
+    assert rmfx.report(linked).removed == 1
+    for _ in range(2):
+        assert_equivalent(model, linked, x)
+        assert_same_gradients(model, linked, (x,))
+        perturb(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -476,6 +477,30 @@ def test_sizes_that_were_exported_are_checked_however_it_is_converted(options: A
         torch.testing.assert_close(form(x), model(x))
         with pytest.raises(rmfx.ShapeError, match="exported for"):
             form(image(2, 4, 5, 5))
+
+
+def test_a_dict_of_a_class_of_its_own_is_not_made_a_dict() -> None:
+    class Output(dict[str, Tensor]):
+        pass
+
+    model = ready(Apply(lambda m, x: Output(y=x + m.a(torch.relu(x))), a=conv()))
+    with pytest.raises(rmfx.TraceError, match="makes a Output"):
+        rmfx.remove_residuals(model)
+
+
+NUMBERS: dict[str, Forward] = {
+    "power": lambda m, x: x + m.a(torch.relu(m.b(x))) * x.shape[1] ** -0.5,
+    "root": lambda m, x: x + m.a(torch.relu(m.b(x))) / math.sqrt(x.size(1)),
+    "sum": lambda m, x: x + (x.size(1) + 2) / 3 * m.a(torch.relu(m.b(x))),
+    "of the image": lambda m, x: x + m.a(torch.relu(m.b(x))) / math.sqrt(x.size(2)),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_channels_are_numbers(name: str) -> None:
+    check(NUMBERS[name], image(), image(2, 4, 6, 5))
+    made = rmfx.remove_residuals(model_of(NUMBERS[name]), image())
+    assert rmfx.report(made).removed == (name != "of the image")
 
 
 # ---- sums inside of sums ------------------------------------------------------------------------
