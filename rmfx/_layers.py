@@ -48,6 +48,7 @@ from ._sizes import MAX_POOLS, conditions_of
 
 aten = torch.ops.aten
 CONTIGUOUS = ("contiguous", aten.contiguous.default)
+LARGEST_NUMBER = 1e18  # of what is padded with: beyond it stands for infinity, as beside a maximum
 MEANS: tuple[object, ...] = ("mean", torch.mean, aten.mean.dim)
 
 
@@ -294,7 +295,8 @@ def _read_pad(net: Net, node: fx.Node) -> Deferred | Border | Refusal:
     if not isinstance(value, (int, float, type(None))):
         return Refusal("the padding is not constant")
     *space, (before, after) = zip(flat[::2], flat[1::2], strict=True) if flat else [(0, 0)]
-    if mode == "constant" and net.rank(node) == len(space) + 2 and not any(map(any, space)):
+    is_number = mode == "constant" and abs(value or 0.0) < LARGEST_NUMBER
+    if is_number and net.rank(node) == len(space) + 2 and not any(map(any, space)):
         return Deferred(lambda channels, dims: _pad_channels(channels, dims, before, after, value))
     return _border(node, tuple(flat), (mode, float(value or 0)))
 

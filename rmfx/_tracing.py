@@ -284,8 +284,8 @@ class _Recording(TorchDispatchMode):
     """Writes down every operator that runs, with its arguments; tensors get running numbers.
 
     A tensor that the code makes of numbers of its own goes by what it holds: a trace has computed
-    it already. What is computed of such tensors alone is not written down, but done. What is computed
-    of the model's tensors alone, or of the size of others, goes by how it is: it may be kept.
+    it already. What is computed of such tensors alone is not written down, but done. What comes of
+    the model's tensors alone, or of the size of others, goes by how it does: it may be kept.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -99,9 +100,28 @@ def test_a_crop_with_a_value_is_no_padding() -> None:
     assert_refused(ready(Residual(branch)), image(), reason="crops and pads")
 
 
-def test_padding_of_channels_with_a_value_is_refused() -> None:
-    branch = chain(conv(4, 3), Apply(lambda m, x: F.pad(x, (0, 0, 0, 0, 0, 1), value=3.0)))
-    assert_refused(ready(Residual(branch)), image(), reason="beyond space")
+@pytest.mark.parametrize("value", [3.0, 0.1, -1e6])
+@pytest.mark.parametrize("pads", [(0, 1), (1, 0), (2, -1), (-1, 2), (-2, 3)])
+def test_padding_of_channels_with_a_number_is_linear(value: float, pads: tuple[int, int]) -> None:
+    pad = Apply(lambda m, x: F.pad(x, (0, 0, 0, 0, *pads), value=value))
+    for branch in (
+        chain(conv(4, 3), pad),
+        chain(conv(4, 3), nn.ReLU(), pad, nn.SiLU(), conv(kernel=1)),
+    ):
+        assert_removed(ready(Residual(branch)), image())
+
+
+@pytest.mark.parametrize(
+    ("pads", "value"),
+    [((1, 1, 0, 0, 0, 1), 3.0), ((0, 0, 0, 0, 0, 1), -math.inf), ((0, 0, 0, 0, 0, 1), -1e300)],
+)
+def test_what_cannot_be_a_bias_is_refused(pads: tuple[int, ...], value: float) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.conv(x)
+        return F.pad(x, pads, value=value)[:, :, :, : x.shape[-1]].clamp(min=-9.0)
+
+    branch = Apply(forward, conv=conv(4, 3))
+    assert_refused(ready(Residual(branch)), image(), reason="")
 
 
 @pytest.mark.parametrize("way", ["relu", "odd-pair"])
