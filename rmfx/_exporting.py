@@ -15,7 +15,8 @@ from torch.fx.experimental import _config as symbolic_config
 from ._errors import TraceError
 from ._graph import copy_graph
 from ._input_guard import Expected, InputGuard, Size, parameters_of
-from ._tracing import OWN_GRADIENT, first_line, own_gradients, unchanged
+from ._kept import unchanged
+from ._tracing import OWN_GRADIENT, first_line, own_gradients
 
 GUARD_KEY = "rmfx_input_guard"
 

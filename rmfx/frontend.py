@@ -35,18 +35,11 @@ from ._exporting import GUARD_KEY, export_model, is_exported, unlifted, without_
 from ._functionalise import functionalise, mark_numbers
 from ._graph import check_weight, copy_graph
 from ._input_guard import guard_of, set_guard, with_ranks
+from ._kept import KeepsStateError
 from ._meta import GUARDED, noted
 from ._rings import FromRing
-from ._tracing import (
-    OWN_GRADIENT,
-    KeepsStateError,
-    as_fakes,
-    check_state,
-    first_line,
-    is_user_file,
-    records_the_same,
-    trace_symbolically,
-)
+from ._tracing import OWN_GRADIENT, first_line, is_user_file, trace_symbolically
+from ._witness import as_fakes, check_state, records_the_same
 
 Inputs = tuple[Any, ...]
 SWITCHES_OF_GRADIENTS = ("_set_grad_enabled", "set_grad_enabled", "wrap_with_set_grad_enabled")
