@@ -85,6 +85,24 @@ def test_what_is_deployed_is_plain_and_computes_the_same(model: nn.Module) -> No
     assert_equivalent(model, plain, x, tolerance=1e-10)
 
 
+@pytest.mark.slow
+def test_the_deepest_network_is_deployed_exactly() -> None:
+    """With statistics of a batch, as training leaves them: others make more of any rounding."""
+    torch.manual_seed(0)
+    model = rmrep(133, 0.75).double()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.1)
+            norm.momentum = None  # the mean of all that is seen
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 96, 96).double())
+    x = torch.randn(2, 3, 96, 96).double()
+    plain = rmfx.remove_residuals(model.eval(), x, strict=True)
+    assert rmfx.is_plain(plain)
+    assert len(assert_equivalent(model, plain, x, tolerance=1e-10).joins) == 133
+
+
 def test_repvgg_becomes_one_convolution_a_block() -> None:
     x = torch.randn(1, 3, 32, 32).double()
     merged = rmfx.merge_branches(ready(rmrep(9, 0.5, 10)), x)
