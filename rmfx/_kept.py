@@ -89,6 +89,7 @@ def unchanged(model: nn.Module) -> Iterator[State]:
 
 
 def keeps_state(changed: str) -> KeepsStateError:
+    """The error about a model that changes an attribute and computes with it."""
     return KeepsStateError(
         f"its code changes {changed} and computes with it at the next call, which no graph can; "
         "give it as an input or, where it is a buffer, write to it in place"

@@ -157,16 +157,10 @@ class _Recording(TorchDispatchMode):
         if id(leaf) in self._derived:
             return ("derived", self._derived[id(leaf)])
         if not writes and self._is_constant(leaf):
-            return (
-                "constant",
-                leaf.dtype,
-                tuple(leaf.shape),
-                _digest(self._held.get(id(leaf), leaf)),
-            )
-        return (
-            "weight",
-            self._written.get(id(leaf), id(leaf)),
-        )  # of the model, the same in both runs
+            digest = _digest(self._held.get(id(leaf), leaf))
+            return ("constant", leaf.dtype, tuple(leaf.shape), digest)
+        # Of the model, the same in both runs.
+        return ("weight", self._written.get(id(leaf), id(leaf)))
 
 
 def _look(leaf: Any) -> object:
