@@ -297,8 +297,17 @@ def _read_pad(net: Net, node: fx.Node) -> Deferred | Border | Refusal:
     *space, (before, after) = zip(flat[::2], flat[1::2], strict=True) if flat else [(0, 0)]
     is_number = mode == "constant" and abs(value or 0.0) < LARGEST_NUMBER
     if is_number and net.rank(node) == len(space) + 2 and not any(map(any, space)):
-        return Deferred(lambda channels, dims: _pad_channels(channels, dims, before, after, value))
+        return _channel_pad(len(space), before, after, value)
     return _border(node, tuple(flat), (mode, float(value or 0)))
+
+
+def _channel_pad(space: int, before: int, after: int, value: float | None) -> Deferred:
+    def build(channels: int, dims: int) -> AffineConv | Refusal:
+        if dims != space:  # features, which are the last dimension
+            return Refusal("padding reaches beyond the channels")
+        return _pad_channels(channels, dims, before, after, value)
+
+    return Deferred(build)
 
 
 def _border(node: fx.Node, flat: Ints, filling: tuple[str, float]) -> Border | Refusal:

@@ -242,7 +242,8 @@ class Ranges:
             return _blockwise_range(element, x.on_axis(last=not element.dims))
         if isinstance(element, Border):
             mode, value = element.filling
-            x = x.on_axis(last=False)
+            in_space = self._net.rank(node) == element.dims + 2  # else it pads channels, too
+            x = x.on_axis(last=False) if in_space else _hull(x)
             if mode != "constant":  # it repeats what is there
                 return x
             return Range(x.low.clamp(max=value), x.high.clamp(min=value), x.last)

@@ -111,6 +111,21 @@ def test_padding_of_channels_with_a_number_is_linear(value: float, pads: tuple[i
         assert_removed(ready(Residual(branch)), image())
 
 
+@pytest.mark.parametrize("pads", [(0, 0, 1, -1), (1, -1, 0, 0), (0, 0, 0, 0, 1, -1), (1, -1)])
+@pytest.mark.parametrize("shape", [(2, 4, 4), (2, 5, 4), (3, 2, 5, 4), (4, 4, 4, 4), (3, 4)])
+@pytest.mark.parametrize("value", [0.0, 2.0])
+def test_a_padding_of_features_is_no_padding_of_dimension_1(
+    pads: tuple[int, ...], shape: tuple[int, ...], value: float
+) -> None:
+    if len(pads) > 2 * len(shape):
+        return
+    pad = Apply(lambda m, x: F.pad(x, pads, value=value))
+    model = ready(Residual(chain(nn.Linear(4, 4), pad, nn.Linear(4, 4))))
+    for example in (image(*shape), None):
+        made = rmfx.remove_residuals(model, example)
+        assert_equivalent(model, made, image(*shape))
+
+
 @pytest.mark.parametrize(
     ("pads", "value"),
     [((1, 1, 0, 0, 0, 1), 3.0), ((0, 0, 0, 0, 0, 1), -math.inf), ((0, 0, 0, 0, 0, 1), -1e300)],
