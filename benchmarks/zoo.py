@@ -276,7 +276,8 @@ def _whole_demands(net: ZooNet, outcome: Outcome) -> dict[str, bool]:
     }
     if net.chain:
         demands["not plain"] = outcome.plain
-        demands["to_sequential differs"] = (outcome.sequential or 0.0) <= ERROR_LIMIT
+        error = outcome.sequential
+        demands["to_sequential differs"] = error is not None and error <= ERROR_LIMIT
     return demands
 
 

@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, SupportsIndex, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from rmfx._affine import CONVS, MULTIPLYING
-from rmfx._errors import OptionError, WeightError, is_number
+from rmfx._errors import OptionError, WeightError, is_number, is_whole
 from rmfx._names import is_named, patterns_of
 from rmfx._parametrized import make_ordinary
 from rmfx._rings import FromRing, Ring, Rings
@@ -229,8 +229,7 @@ def _sizes(totals: dict[str, int], budget: int | None, ratio: float | None) -> d
     if ratio is not None and not (is_number(ratio) and 0 < ratio <= 1):
         raise OptionError(f"ratio={ratio!r} must be a number above 0 and at most 1")
     wanted = budget if budget is not None else max(len(totals), round(total * cast(float, ratio)))
-    is_whole = isinstance(wanted, SupportsIndex) and not isinstance(wanted, bool)
-    if not is_whole or not len(totals) <= wanted <= total:
+    if not is_whole(wanted) or not len(totals) <= wanted <= total:
         raise OptionError(
             f"budget={wanted!r} must be a whole number from {len(totals)}, one for each ring, to "
             f"{total}, what the layers need"

@@ -182,10 +182,10 @@ def reserve(
             renewed[value] = whole
         rows.append(ReserveRow(place, block.channels, reserved, reason))
     report = ReserveReport(tuple(rows))
-    if not rows:
-        raise OptionError("no block reserves channels: nowhere are parallel linear branches added")
     if ratio and not report.reserving:
-        raise OptionError(f"no block reserves channels at ratio={ratio:g}, every={every}\n{report}")
+        where = f" at ratio={ratio:g}, every={every}\n{report}"
+        nowhere = ": nowhere are parallel linear branches added"
+        raise OptionError(f"no block reserves channels{where if rows else nowhere}")
     gm = net.finish()
     gm.meta.pop(META_KEY, None)  # it names additions of before
     return gm, report

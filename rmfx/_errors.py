@@ -7,6 +7,7 @@ this one site or pair cannot be rewritten exactly, everything else goes on.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import SupportsIndex
 
 
 class RmfxError(Exception):
@@ -66,3 +67,8 @@ class Refusal:
 def is_number(value: object) -> bool:
     """Whether an option is a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> bool:
+    """Whether an option is a whole number."""
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from ._errors import RmfxError, is_number
+from ._errors import RmfxError, is_number, is_whole
 from ._runtimes import RUNTIMES, Form, Run, RuntimeFailure, as_failure, times_of, torch_threads
 from .conversion import Conversion, convert
 from .saving import as_function, default_tolerance, random_like, relative_error
@@ -104,7 +104,7 @@ class Settings:
                 f"no runtime {', '.join(unknown) or 'is named'}; known are {', '.join(RUNTIMES)}"
             )
         counts = (*self.batches, self.threads, self.rounds)
-        if not self.batches or any(not isinstance(n, int) or n < 1 for n in counts):
+        if not self.batches or not all(is_whole(n) and n >= 1 for n in counts):
             raise LatencyError("batches, threads and rounds must be whole numbers, at least 1")
         if not is_number(self.seconds) or not 0 <= self.seconds < math.inf:
             raise LatencyError(f"seconds={self.seconds!r} must be a number, at least 0")

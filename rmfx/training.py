@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from ._activation import ChannelPReLU
 from ._affine import CONVS
 from ._calls import BATCH_NORMS
-from ._errors import OptionError, WeightError, is_number
+from ._errors import OptionError, WeightError, is_number, is_whole
 from ._parametrized import make_ordinary
 
 
@@ -78,8 +78,7 @@ def gradual_targets(final: float, steps: int, start: float = 1.0) -> Iterator[fl
     >>> [round(share, 3) for share in gradual_targets(0.5, 3)]
     [0.648, 0.519, 0.5]
     """
-    is_whole = isinstance(steps, int) and not isinstance(steps, bool)
-    if not is_whole or steps < 1 or not 0 < final <= start <= 1:
+    if not is_whole(steps) or steps < 1 or not 0 < final <= start <= 1:
         raise OptionError(
             "gradual_targets needs a whole number of steps, 1 or more, and 0 < final <= start <= 1"
         )

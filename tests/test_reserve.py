@@ -225,6 +225,10 @@ def test_why_a_block_does_not_reserve() -> None:
     shared = nn.Conv2d(4, 4, 3, padding=1)
     assert "nowhere are parallel" in reason(Sum(shared, shared))
     assert "nowhere are parallel" in reason(cifar_resnet(8))  # its branches have activations
+    model, x = cifar_resnet(8).eval(), torch.ones(1, 3, 8, 8)
+    net, report = rmfx.reserve(model, 0)  # asks for nothing
+    assert not report.blocks
+    assert torch.equal(values(net, x), values(model, x))
 
 
 def test_numbers_that_make_no_sense() -> None:
