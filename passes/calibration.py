@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmfx._algebra import in_turn
-from rmfx._batches import check_batches
+from rmfx._batches import check_batches, output_on
 from rmfx._errors import OptionError, ShapeError
 from rmfx._moments import Moments
 from rmfx._range import Range
@@ -105,24 +105,11 @@ def measure(
             inputs = as_inputs(batch) or ()
             if any(isinstance(x, Tensor) and not x.numel() for x in inputs):
                 raise ShapeError("calibration holds an empty batch")
-            _run(recorder, inputs)
+            output_on(recorder.run, inputs, "calibration batch of")
             count += 1
     if not count:
         raise ShapeError("calibration holds no batch; pass at least one")
     return Measured(recorder.moments, recorder.extremes)
-
-
-def _run(recorder: _Recorder, inputs: tuple[Any, ...]) -> None:
-    try:
-        recorder.run(*inputs)
-    except ShapeError:
-        raise
-    # The graph runs the model's own operations, which may raise anything.
-    except Exception as error:
-        shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs]
-        raise ShapeError(
-            f"the model does not run on a calibration batch of {shapes}: {error}"
-        ) from error
 
 
 def identity_norm(

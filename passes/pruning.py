@@ -190,7 +190,7 @@ def prune_channels(
     if found is not None and responses == "borders":
         meter = _with_ones(meter)
     if found is not None and of == "parameters":
-        meter = _with_biases(net, meter)
+        meter = _with_biases(net, widths, meter)
     before = count_graph(net.source)
     whole, fixed = _whole(widths, meter, of, before)
     allowed = budget if budget is not None else (target or 1) * whole
@@ -307,14 +307,19 @@ def _with_ones(meter: Meter) -> Meter:
     return cost
 
 
-def _with_biases(net: Net, meter: Meter) -> Meter:
+def _with_biases(net: Net, widths: Widths, meter: Meter) -> Meter:
     """With the bias that a layer gets for the channels it has lost, if it had none."""
+    without = {
+        part
+        for part in widths.parts
+        if part.module is not None
+        and getattr(part.module, "bias", part.module) is None
+        and part.carries.numel() < part.ins.numel()  # else it mixes no channels
+        and norm_behind(net, part.node) is None
+    }
 
     def cost(part: Part, size: Size) -> float:
-        has_none = part.module is not None and getattr(part.module, "bias", part.module) is None
-        mixes = part.carries.numel() < part.ins.numel()
-        lost = has_none and mixes and size.ins < part.ins.numel()
-        gets = lost and norm_behind(net, part.node) is None
+        gets = part in without and size.ins < part.ins.numel()
         return meter(part, size) + (size.outs if gets else 0)
 
     return cost

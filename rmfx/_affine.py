@@ -353,10 +353,8 @@ class AffineConv:
         own = self.regroup(groups)
         weight, bias = own.weight.to(device, dtype), own.bias.to(device, dtype)
         if not (is_finite(weight) and is_finite(bias)):
-            wider = next(
-                (t for t in (torch.float32, torch.float64) if t.itemsize > dtype.itemsize), 0
-            )
-            way_out = f"convert the model in {wider}" if wider else "scale its weights down"
+            wider = [t for t in (torch.float32, torch.float64) if t.itemsize > dtype.itemsize]
+            way_out = f"convert the model in {wider[0]}" if wider else "scale its weights down"
             raise WeightError(f"a merged weight is too large for {dtype}; {way_out}")
         symmetric = all(left == right >= 0 for left, right in self.padding)
         layer = self._empty(own, symmetric, device, dtype)

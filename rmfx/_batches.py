@@ -47,19 +47,29 @@ def inputs_of(batch: Any) -> Any:
     return batch[0]
 
 
-def output_on(network: Callable[..., Any], inputs: Any) -> Any:
+def as_tuple(inputs: Any) -> tuple[Any, ...]:
+    """Inputs, one or several, as arguments."""
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def output_on(network: Callable[..., Any], inputs: Any, what: str = "batch of data") -> Any:
     """What a network gives for the inputs of a batch, be they one tensor or several.
+
+    Args:
+        what: the batch is, for the message.
 
     Raises:
         ShapeError: it raises something.
     """
-    given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    given = as_tuple(inputs)
     try:
         return network(*given)
+    except ShapeError:
+        raise
     # The network runs the model's own operations, which may raise anything.
     except Exception as error:
         shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in given]
-        raise ShapeError(f"the model does not run on a batch of data {shapes}: {error}") from error
+        raise ShapeError(f"the model does not run on a {what} {shapes}: {error}") from error
 
 
 def loss_on(loss: Loss, output: Any, target: Any) -> Tensor:

@@ -22,6 +22,8 @@ from ._dialect import replace_by_number
 from ._functionalise import written_inputs
 from ._graph import attach, copy_graph
 
+OF_MODULES = ("__dict__", "_modules", "_parameters", "_buffers")  # in names of their tensors
+
 
 @dataclass(frozen=True)
 class Lifted:
@@ -72,9 +74,6 @@ def _is_of_module(source: Any) -> bool:
     return bool(guard.is_specialized_nn_module() or guard.is_unspecialized_nn_module())
 
 
-_OF_MODULES = ("__dict__", "_modules", "_parameters", "_buffers")
-
-
 def _path(source: Any) -> str:
     """`L['self']._modules['layer1']._parameters['weight']` is layer1.weight."""
     name = source.name
@@ -82,7 +81,7 @@ def _path(source: Any) -> str:
     inside = re.sub(r"^[LG]\['[^']*'\]", "", text)
     parts = re.findall(r"\['([^']+)'\]|\.(\w+)|\[(\d+)\]", inside)
     words = [a or b or c for a, b, c in parts]
-    kept = [w for w in words if w not in _OF_MODULES]
+    kept = [w for w in words if w not in OF_MODULES]
     return ".".join(re.sub(r"\W", "_", w) for w in kept) or "weight"
 
 

@@ -295,13 +295,14 @@ def _read_pad(net: Net, node: fx.Node) -> Deferred | Border | Refusal:
     if not isinstance(value, (int, float, type(None))):
         return Refusal("the padding is not constant")
     *space, (before, after) = zip(flat[::2], flat[1::2], strict=True) if flat else [(0, 0)]
-    is_number = mode == "constant" and abs(value or 0.0) < LARGEST_NUMBER
+    number = float(value or 0)
+    is_number = mode == "constant" and abs(number) < LARGEST_NUMBER
     if is_number and net.rank(node) == len(space) + 2 and not any(map(any, space)):
-        return _channel_pad(len(space), before, after, value)
-    return _border(node, tuple(flat), (mode, float(value or 0)))
+        return _channel_pad(len(space), before, after, number)
+    return _border(node, tuple(flat), (mode, number))
 
 
-def _channel_pad(space: int, before: int, after: int, value: float | None) -> Deferred:
+def _channel_pad(space: int, before: int, after: int, value: float) -> Deferred:
     def build(channels: int, dims: int) -> AffineConv | Refusal:
         if dims != space:  # features, which are the last dimension
             return Refusal("padding reaches beyond the channels")
@@ -339,16 +340,16 @@ def _pad_channels(
     dims: int,
     before: int,
     after: int,
-    value: float | None = None,
+    value: float = 0.0,
     padding: Pads | None = None,
 ) -> AffineConv | Refusal:
     if channels + before + after < 1 or before < -channels or after < -channels:
         return Refusal("the padding removes every channel")
-    number = torch.tensor(value or 0.0, dtype=torch.float64)
+    number = torch.tensor(value, dtype=torch.float64)
     narrow = number.to(torch.bfloat16)  # a type that no other one has to follow
     weight = torch.eye(channels).to(narrow if narrow == number else number)
     weight = F.pad(weight, (0, 0, before, after))
-    bias = F.pad(weight.new_zeros(channels), (before, after), value=float(number))
+    bias = F.pad(weight.new_zeros(channels), (before, after), value=value)
     return AffineConv.pointwise(weight, bias, dims=dims, padding=padding)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,15 +69,18 @@ class _Recording(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         given = (args, kwargs or {})
-        if self._is_of_constants(func, given):
+        flat = pytree.tree_leaves(given)
+        tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
+        repeats = torch.Tag.nondeterministic_seeded not in func.tags
+        if repeats and self._is_of_constants(func, tensors):
             return self._computed(func, given)
         writes = func._schema.is_mutable
         name = _look if func in FILLED else partial(self._name, writes=writes)
-        leaves = [name(leaf) for leaf in pytree.tree_leaves(given)]
+        leaves = [name(leaf) for leaf in flat]
         # A model may write to a tensor of its own: let it write to a fake.
         args, kwargs = as_fakes(self._mode, given)
         result = func(*args, **kwargs)
-        if func in FILLED or (not writes and self._is_of_weights(func, given)):
+        if func in FILLED or (repeats and not writes and self._is_of_weights(tensors)):
             self._note_derived((func, *leaves), result)
             return result
         if writes or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
@@ -86,19 +89,13 @@ class _Recording(TorchDispatchMode):
         self._note(result)
         return result
 
-    def _is_of_constants(self, func: Any, given: Any) -> bool:
-        tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            return False
+    def _is_of_constants(self, func: Any, tensors: Sequence[Tensor]) -> bool:
         if func._schema.is_mutable:  # a tensor that the model keeps is not ours to write to
             return bool(tensors) and all(id(t) in self._held for t in tensors)
         return all(self._is_constant(t) for t in tensors)
 
-    def _is_of_weights(self, func: Any, given: Any) -> bool:
-        tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
-        if not tensors or torch.Tag.nondeterministic_seeded in func.tags:
-            return False
-        return not any(id(tensor) in self._numbers for tensor in tensors)
+    def _is_of_weights(self, tensors: Sequence[Tensor]) -> bool:
+        return bool(tensors) and not any(id(tensor) in self._numbers for tensor in tensors)
 
     def _note_derived(self, call: Call, result: Any) -> None:
         """What is computed of the model's tensors alone, which it may keep, goes by how it is."""

@@ -173,7 +173,7 @@ def _through(part: slice, shape: Any, index: Any) -> tuple[Any, Any]:
 
 
 def pad_for_zeros(gm: fx.GraphModule) -> None:
-    """Rewrite concatenations with zeros, and paddings and slices by numbers that layers fix."""
+    """Rewrite concatenations with zeros; paddings, slices and scales by numbers that layers fix."""
     fixed = Fixed(gm)
     for node in list(gm.graph.nodes):
         if node.meta.get("frozen"):

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ._activation import is_activation
 from ._affine import CONVS, AffineConv
+from ._batches import as_tuple
 from ._border_fill import pad_before
 from ._constants import fold_constants
 from ._crops import crop_by_numbers
@@ -130,11 +131,7 @@ def _note_sources(graph: fx.Graph) -> None:
 
 def as_inputs(example_inputs: Any) -> Inputs | None:
     """Example inputs as a tuple of arguments."""
-    if example_inputs is None:
-        return None
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs)
-    return (example_inputs,)
+    return None if example_inputs is None else as_tuple(example_inputs)
 
 
 def check_mode(model: nn.Module) -> None:
@@ -247,35 +244,43 @@ def _graph_of_module(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
     """By symbolic tracing, which leaves every size open; by torch.export where that fails."""
     name = type(model).__name__
     try:
+        found = _symbolic(model, inputs)
+    except KeepsStateError as error:
+        raise TraceError(f"{name} cannot be traced: {error}") from error
+    if isinstance(found, fx.GraphModule):
+        return found
+    if inputs is None:
+        raise TraceError(
+            f"{name} cannot be traced symbolically ({found}); pass example_inputs, so that "
+            "torch.export can be used"
+        )
+    try:
+        return export_model(model, inputs)
+    except TraceError as error:
+        raise TraceError(
+            f"{name} can be traced neither by torch.fx ({found}) nor by torch.export ({error}); "
+            "pass a GraphModule of your own"
+        ) from error
+
+
+def _symbolic(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule | str:
+    """The symbolic trace of a model, or why there is none.
+
+    Raises:
+        KeepsStateError: the example inputs show that no other trace can hold either.
+    """
+    try:
         gm = trace_symbolically(model, twice=inputs is None)
         _check_stars(gm)
         if inputs is None:
             _check_defaults(gm)
-            return gm
-        if _is_faithful(model, gm, inputs):
-            return gm
-        reason = "its code does other things with proxies than with tensors"
-    except KeepsStateError as error:
+    except TraceError as error:
         if inputs is not None:
-            raise TraceError(f"{name} cannot be traced: {error}") from error
-        reason = str(error)
-    except TraceError as error:
-        reason = str(error)
-    if inputs is None:
-        raise TraceError(
-            f"{name} cannot be traced symbolically ({reason}); pass example_inputs, so that "
-            "torch.export can be used"
-        )
-    try:
-        check_state(model, inputs)
-        return export_model(model, inputs)
-    except KeepsStateError as error:
-        raise TraceError(f"{name} cannot be traced: {error}") from error
-    except TraceError as error:
-        raise TraceError(
-            f"{name} can be traced neither by torch.fx ({reason}) nor by torch.export ({error}); "
-            "pass a GraphModule of your own"
-        ) from error
+            check_state(model, inputs)
+        return str(error)
+    if inputs is None or _is_faithful(model, gm, inputs):
+        return gm
+    return "its code does other things with proxies than with tensors"
 
 
 def _check_rings(model: nn.Module) -> None:

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ._batches import as_tuple
 from ._network_features import FEATURES
 from ._network_modules import Network, random_statistics
 from ._network_nodes import Blur, ChannelsLast, Deconv, Shuffle, Split, Transpose
@@ -166,8 +167,8 @@ def assert_equivalent(
     >>> assert_equivalent(net, net, torch.randn(1, 1, 5, 5, dtype=torch.float64)).error
     0.0
     """
-    inputs = _as_tuple(inputs)
-    rows = [row for row in _report_rows(after) if row.node is not None]
+    inputs = as_tuple(inputs)
+    rows = _report_rows(after)
     with torch.no_grad():
         expected, actual = before(*_cloned(inputs)), after(*_cloned(inputs))
         _assert_same_structure(expected, actual)
@@ -203,8 +204,8 @@ def noise_floor(before: nn.Module, after: nn.Module, inputs: Any) -> float:
     >>> 0 < noise_floor(net, net, torch.randn(1, 1, 5, 5, dtype=torch.float64)) < 1e-15
     True
     """
-    inputs = _as_tuple(inputs)
-    joins = {row.join for row in _report_rows(after) if row.node is not None}
+    inputs = as_tuple(inputs)
+    joins = {row.join for row in _report_rows(after)}
     traced, _ = _trace_with_joins(before, inputs, joins)
     places = joins | {traced.graph.output_node().name}
     generator = torch.Generator().manual_seed(0)
@@ -227,17 +228,13 @@ def _neighbour(x: Any, generator: torch.Generator) -> Any:
     return x.nextafter(torch.where(up, math.inf, -math.inf).to(x.dtype))
 
 
-def _as_tuple(inputs: Any) -> tuple[Any, ...]:
-    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-
-
 def _report_rows(after: nn.Module) -> list[Any]:
-    """The rows of the report, none where the pass left no report."""
+    """The rows of joins that have a counterpart, none where the pass left no report."""
     from .report import report  # the oracle of a pass without report needs none
 
     if not isinstance(after, fx.GraphModule) or "rmfx_report" not in after.meta:
         return []
-    return list(report(after).rows)
+    return [row for row in report(after).rows if row.node is not None]
 
 
 class _Recorder(fx.Interpreter):
