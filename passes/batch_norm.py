@@ -31,6 +31,7 @@ from rmfx._names import is_named, patterns_of
 from rmfx._rewrite import apply_rule
 from rmfx._site import weight_types
 from rmfx._state import undisturbed
+from rmfx._verification import checked
 from rmfx.frontend import trace
 
 from .calibration import identity_norm, measure
@@ -171,13 +172,17 @@ def merge_pair(net: Net, first: fx.Node, second: fx.Node) -> Pair | Refusal:
 
 
 @undisturbed
-def fold_batch_norm(model: nn.Module | Any, example_inputs: Any = None) -> fx.GraphModule:
+def fold_batch_norm(
+    model: nn.Module | Any, example_inputs: Any = None, *, verify: bool = True
+) -> fx.GraphModule:
     """Fold every batch norm that stands next to a linear layer into it.
 
     Args:
         model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
         example_inputs: a tensor or a tuple of arguments, optional; with them, batch norm after
             `nn.Linear` can be folded too.
+        verify: compare the result with the model, on random inputs of several sizes, before it is
+            returned; see `rmfx.verify`. Needs example inputs.
 
     Returns:
         A new module that computes the same; what could not be folded stays as it is.
@@ -193,12 +198,17 @@ def fold_batch_norm(model: nn.Module | Any, example_inputs: Any = None) -> fx.Gr
     """
     net = Net(trace(model, example_inputs))
     fold(net)
-    return net.finish()
+    made = net.finish()
+    return checked("fold_batch_norm", model, net.source, made, example_inputs, wanted=verify)
 
 
 @undisturbed
 def insert_batch_norm(
-    model: nn.Module | Any, data: Iterable[Any], *, layers: str | Sequence[str] = ("*",)
+    model: nn.Module | Any,
+    data: Iterable[Any],
+    *,
+    layers: str | Sequence[str] = ("*",),
+    verify: bool = True,
 ) -> fx.GraphModule:
     """Put a batch norm behind every convolution that has none, without changing the output.
 
@@ -210,6 +220,7 @@ def insert_batch_norm(
         model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
         data: batches of inputs, each a tensor or a tuple of arguments.
         layers: patterns such as "layer4.*" of the paths of convolutions.
+        verify: compare the result with the model before it is returned; see `rmfx.verify`.
 
     Returns:
         A new module that computes the same up to rounding.
@@ -243,7 +254,8 @@ def insert_batch_norm(
         with net.graph.inserting_after(node):
             made = net.put(norm, node, f"{node.target}_norm", node)
         node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
-    return net.finish()
+    normed = net.finish()
+    return checked("insert_batch_norm", model, net.source, normed, batches[0], wanted=verify)
 
 
 def _has_no_norm(net: Net, node: fx.Node, layers: Sequence[str]) -> bool:

@@ -36,6 +36,7 @@ from rmfx._range import Ranges
 from rmfx._rewrite import apply_rule
 from rmfx._site import Site, weight_types
 from rmfx._state import undisturbed
+from rmfx._verification import checked
 from rmfx.frontend import trace
 
 from .batch_norm import fold
@@ -166,6 +167,7 @@ def merge_branches(
     *,
     strict: bool = False,
     policy: Policy = "all",
+    verify: bool = True,
 ) -> fx.GraphModule:
     """Merge every sum of parallel linear branches into one layer, and such concatenations.
 
@@ -177,6 +179,8 @@ def merge_branches(
             multiply-adds and traffic to memory become less (needs example inputs); a function
             that is given the site's row (`rmfx.SiteReport`, with expected costs) and answers; or
             an `rmfx.MeasuredPolicy`, which times each site.
+        verify: compare the result with the model, on random inputs of several sizes, before it is
+            returned; see `rmfx.verify`. Needs example inputs.
 
     Returns:
         A new module that computes the same; `rmfx.report` tells what became of every sum.
@@ -207,4 +211,5 @@ def merge_branches(
     made, refusals = apply_to_joins(net, sums)
     check_strict("merge_branches", refusals, strict=strict)
     apply_rule(net, LinearRule(concerns=made.__contains__))
-    return finish(net, sums, refusals, joins)
+    merged = finish(net, sums, refusals, joins)
+    return checked("merge_branches", model, net.source, merged, example_inputs, wanted=verify)

@@ -49,6 +49,7 @@ from rmfx._range import check_range
 from rmfx._regions import put
 from rmfx._site import weight_types
 from rmfx._state import undisturbed
+from rmfx._verification import checked
 from rmfx._widths import Widths
 from rmfx.frontend import trace
 from rmfx.report import META_KEY
@@ -334,7 +335,11 @@ def _uniform(module: nn.Module) -> nn.Module | None:
 
 @undisturbed
 def close_carries(
-    model: nn.Module | Any, example_inputs: Any, *, input_range: Interval | None = None
+    model: nn.Module | Any,
+    example_inputs: Any,
+    *,
+    input_range: Interval | None = None,
+    verify: bool = True,
 ) -> fx.GraphModule:
     """Turn carries back into residual connections: the inverse of `remove_residuals`, as exact.
 
@@ -347,6 +352,8 @@ def close_carries(
         example_inputs: a tensor or a tuple of arguments.
         input_range: (low, high) of every input value, if known. Values outside it may give wrong
             results.
+        verify: compare the result with the model, on random inputs of several sizes, before it is
+            returned; see `rmfx.verify`.
 
     Returns:
         A new module that computes the same; without carries it is the same network.
@@ -373,6 +380,20 @@ def close_carries(
     if example_inputs is None:
         raise ShapeError("close_carries needs example inputs: it follows channels by their shapes")
     net = Net(trace(model, example_inputs))
+    closed = _closed(net, example_inputs, input_range)
+    return checked(
+        "close_carries",
+        model,
+        net.source,
+        closed,
+        example_inputs,
+        wanted=verify,
+        input_range=input_range,
+    )
+
+
+def _closed(net: Net, example_inputs: Any, input_range: Interval | None) -> fx.GraphModule:
+    """The network with its carries closed, and without what was there for them only."""
     origins = _Origins(net, input_range)
     splits: dict[fx.Node, list[_Split]] = {}
     for node in net.graph.nodes:

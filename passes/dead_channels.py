@@ -53,6 +53,7 @@ from rmfx._regions import (
     put,
 )
 from rmfx._state import undisturbed
+from rmfx._verification import checked
 from rmfx.frontend import trace
 from rmfx.report import META_KEY, Report
 
@@ -357,7 +358,11 @@ def _report_after(net: Net, changed: set[fx.Node]) -> dict[str, object]:
 
 @undisturbed
 def eliminate_dead_channels(
-    model: nn.Module | Any, example_inputs: Any = None, *, input_range: Interval | None = None
+    model: nn.Module | Any,
+    example_inputs: Any = None,
+    *,
+    input_range: Interval | None = None,
+    verify: bool = True,
 ) -> fx.GraphModule:
     """Remove channels that are zero, constant, unused or equal to another one.
 
@@ -367,6 +372,8 @@ def eliminate_dead_channels(
             followed further, for example through batch norm behind `nn.Linear`.
         input_range: (low, high) of every input value, if known: it can prove that an activation
             never fires. Values outside it may give wrong results.
+        verify: compare the result with the model, on random inputs of several sizes, before it is
+            returned; see `rmfx.verify`. Needs example inputs.
 
     Returns:
         A new module that computes the same. The report of an earlier `remove_residuals` stays with
@@ -388,4 +395,12 @@ def eliminate_dead_channels(
     net = Net(trace(_named(model), example_inputs))
     cleaner = Cleaner(net, PinnedRanges(net, input_range))
     cleaner.run()
-    return net.finish(_report_after(net, cleaner.changed))
+    return checked(
+        "eliminate_dead_channels",
+        model,
+        net.source,
+        net.finish(_report_after(net, cleaner.changed)),
+        example_inputs,
+        wanted=verify,
+        input_range=input_range,
+    )

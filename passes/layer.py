@@ -37,6 +37,7 @@ from rmfx._names import is_named, patterns_of
 from rmfx._range import Ranges
 from rmfx._rewrite import apply_rule
 from rmfx._state import undisturbed
+from rmfx._verification import checked
 from rmfx.frontend import trace
 from rmfx.report import META_KEY, short
 
@@ -271,12 +272,16 @@ def prune_layers(
 
 
 @undisturbed
-def fuse_resconv(model: nn.Module | Any, example_inputs: Any = None) -> fx.GraphModule:
+def fuse_resconv(
+    model: nn.Module | Any, example_inputs: Any = None, *, verify: bool = True
+) -> fx.GraphModule:
     """Merge convolutions with their batch norms, factors and shortcuts, for deployment.
 
     Args:
         model: with what `insert_resconv` put there, pruned or not, in eval mode; not changed.
         example_inputs: a tensor or a tuple of arguments.
+        verify: compare the result with the model, on random inputs of several sizes, before it is
+            returned; see `rmfx.verify`. Needs example inputs.
 
     Returns:
         A network of ordinary layers that computes the same. Where a layer went before an activation
@@ -286,16 +291,18 @@ def fuse_resconv(model: nn.Module | Any, example_inputs: Any = None) -> fx.Graph
         RmfxError: the model cannot be traced or its weights cannot be used.
     """
     net = Net(trace(model, example_inputs))
+    source = net.source
     for node in list(net.graph.nodes):
         if isinstance(net.module(node), Carried):
             _write_out(net, node)
     apply_rule(net, _FixedRule(Ranges(net)))
     # A sum has to be one layer before a factor can go through the activation behind it.
-    net = Net(trace(merge_branches(net.finish(), example_inputs), example_inputs))
+    merged = merge_branches(net.finish(), example_inputs, verify=False)
+    net = Net(trace(merged, example_inputs))
     apply_rule(net, _ScaleRule())
-    fused: fx.GraphModule = merge_convs(net.finish(), example_inputs)
+    fused: fx.GraphModule = merge_convs(net.finish(), example_inputs, verify=False)
     fused.meta.pop(META_KEY, None)  # it names the additions that were written out above
-    return fused
+    return checked("fuse_resconv", model, source, fused, example_inputs, wanted=verify)
 
 
 def layer_scales(model: nn.Module) -> list[Tensor]:

@@ -32,6 +32,7 @@ from rmfx._rows import expense_of
 from rmfx._selections import may_select
 from rmfx._site import weight_types
 from rmfx._state import undisturbed
+from rmfx._verification import checked
 from rmfx.frontend import trace
 from rmfx.measured import MeasuredPolicy
 from rmfx.report import SiteReport
@@ -169,7 +170,11 @@ def _row(net: Net, nodes: Sequence[fx.Node], segments: Sequence[Segment]) -> Sit
 
 @undisturbed
 def merge_convs(
-    model: nn.Module | Any, example_inputs: Any = None, *, policy: Policy = "profitable"
+    model: nn.Module | Any,
+    example_inputs: Any = None,
+    *,
+    policy: Policy = "profitable",
+    verify: bool = True,
 ) -> fx.GraphModule:
     """Merge consecutive linear layers.
 
@@ -179,6 +184,8 @@ def merge_convs(
         policy: "profitable": the cut of each chain with the fewest multiply-adds; "all": the one
             with the fewest layers, even where the result is dearer; or a function that is given a
             row (`rmfx.SiteReport`) for each chain that the cheapest cut would shorten, and answers.
+        verify: compare the result with the model, on random inputs of several sizes, before it is
+            returned; see `rmfx.verify`. Needs example inputs.
 
     Returns:
         A new module that computes the same with at most as many linear layers.
@@ -199,4 +206,4 @@ def merge_convs(
         raise OptionError("merge_convs has no sites to measure: pass 'profitable' or 'all'")
     net = Net(trace(model, example_inputs))
     apply_rule(net, LinearRule(policy=policy))
-    return net.finish()
+    return checked("merge_convs", model, net.source, net.finish(), example_inputs, wanted=verify)

@@ -17,6 +17,7 @@ from rmfx._graph import Net
 from rmfx._layers import input_of
 from rmfx._rewrite import apply_rule
 from rmfx._state import undisturbed
+from rmfx._verification import checked
 from rmfx.frontend import trace
 
 NOOP_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
@@ -84,16 +85,20 @@ def _is_neutral(node: fx.Node, source: fx.Node) -> bool:
 
 
 @undisturbed
-def remove_noops(model: nn.Module | Any, example_inputs: Any = None) -> fx.GraphModule:
+def remove_noops(
+    model: nn.Module | Any, example_inputs: Any = None, *, verify: bool = True
+) -> fx.GraphModule:
     """Remove identities, eval-mode dropout and the like from a model.
 
     Args:
         model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
         example_inputs: a tensor or a tuple of arguments, optional.
+        verify: compare the result with the model, on random inputs of several sizes, before it is
+            returned; see `rmfx.verify`. Needs example inputs.
 
     Raises:
         RmfxError: the model cannot be traced or its weights cannot be used.
     """
     net = Net(trace(model, example_inputs))
     apply_rule(net, NoopRule())
-    return net.finish()
+    return checked("remove_noops", model, net.source, net.finish(), example_inputs, wanted=verify)

@@ -33,6 +33,7 @@ from torch import fx, nn
 from rmfx._activation import Blockwise, Interval, way_of
 from rmfx._affine import AffineConv
 from rmfx._alignment import may_reorder
+from rmfx._batches import check_batches
 from rmfx._columns import Column, Layer, Linear, Normalised, Plan, Pointwise, Shared, Sided, build
 from rmfx._dynamo import find_lifted
 from rmfx._errors import OptionError, Refusal, RefusedError, RmfxError
@@ -49,8 +50,9 @@ from rmfx._rows import expense_of, row_of_match, row_of_refusal, with_expense
 from rmfx._sides import call_again, combine, tap
 from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed
-from rmfx._strategy import AUTO, SAME_ACTIVATION, STRATEGIES, Settled, settle
+from rmfx._strategy import AUTO, EXACTNESS, SAME_ACTIVATION, STRATEGIES, Settled, settle
 from rmfx._tracing import OWN_GRADIENT
+from rmfx._verification import checked
 from rmfx.frontend import trace, with_constants
 from rmfx.report import META_KEY, Report, SiteReport
 
@@ -324,6 +326,7 @@ def remove_residuals(
     calibration: Iterable[Any] | None = None,
     differentiable: bool = False,
     policy: Policy = "all",
+    verify: bool = True,
 ) -> fx.GraphModule:
     """Rewrite every residual connection that can be removed exactly.
 
@@ -356,6 +359,8 @@ def remove_residuals(
             multiply-adds and traffic to memory become less (needs example inputs); a function
             that is given the site's row (`rmfx.SiteReport`, with expected costs) and answers; or
             an `rmfx.MeasuredPolicy`, which times each site.
+        verify: compare the result with the model, on random inputs of several sizes, before it is
+            returned; see `rmfx.verify`. Needs example inputs.
 
     Returns:
         A new module with the same inputs and outputs; `rmfx.report` tells what was done.
@@ -381,6 +386,7 @@ def remove_residuals(
     check_range(input_range)
     check_policy(policy)
     source = trace(model, example_inputs, fold=not differentiable)
+    batches = _Batches(calibration) if calibration is not None else None
     if differentiable:
         if not fold_batch_norm:
             raise OptionError("differentiable=True needs fold_batch_norm=True")
@@ -402,16 +408,48 @@ def remove_residuals(
             return rewrite(with_constants(generic))
 
         lifted = find_lifted(model) if isinstance(model, fx.GraphModule) else ()
-        return linked(source, convert, lifted)
-    return _convert(
+        converted = linked(source, convert, lifted)
+    else:
+        converted = _convert(
+            source,
+            strict=strict,
+            allowed=allowed,
+            input_range=input_range,
+            fold_batch_norm=fold_batch_norm,
+            calibration=batches,
+            policy=policy,
+        )
+    return checked(
+        "remove_residuals",
+        model,
         source,
-        strict=strict,
-        allowed=allowed,
+        converted,
+        example_inputs,
+        wanted=verify,
         input_range=input_range,
-        fold_batch_norm=fold_batch_norm,
-        calibration=calibration,
-        policy=policy,
+        batches=batches.first if batches is not None and _is_calibrated(converted) else (),
+        gradients=differentiable,
     )
+
+
+class _Batches:
+    """Calibration data, gone through once, of which the first batch is kept."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        check_batches("calibration", data, pairs=False)
+        self._data = data
+        self.first: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._data:
+            self.first = self.first or [batch]
+            yield batch
+
+
+def _is_calibrated(converted: fx.GraphModule) -> bool:
+    """Whether a network holds for values like those of the calibration data only."""
+    rows = converted.meta[META_KEY].rows
+    return any(row.exactness == EXACTNESS[-1] for row in rows)
 
 
 def _convert(

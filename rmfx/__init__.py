@@ -12,8 +12,10 @@ from ._errors import (
     RmfxError,
     ShapeError,
     TraceError,
+    VerificationError,
     WeightError,
 )
+from ._verification import verify
 from .frontend import trace
 from .latency_table import LatencyTable
 from .measured import MeasuredPolicy
@@ -36,7 +38,7 @@ from .passes.reserve import ReserveReport, reserve
 from .passes.residual import remove_residuals
 from .passes.sites import ChoiceReport, choose_sites
 from .plain import is_plain, to_sequential
-from .report import Report, SiteReport, report
+from .report import Report, SiteReport, Verification, report
 
 if TYPE_CHECKING:
     from .compact import load_compact, save_compact
@@ -60,6 +62,8 @@ __all__ = [
     "ShapeError",
     "SiteReport",
     "TraceError",
+    "Verification",
+    "VerificationError",
     "WeightError",
     "choose_sites",
     "close_carries",
@@ -86,6 +90,7 @@ __all__ = [
     "share_parameters",
     "to_sequential",
     "trace",
+    "verify",
 ]
 
 

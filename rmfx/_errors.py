@@ -30,6 +30,10 @@ class ShapeError(RmfxError):
     """Inputs do not fit the model, or the converted network was not made for their sizes."""
 
 
+class VerificationError(RmfxError):
+    """A result does not compute what the original computes; it is not handed out."""
+
+
 class NotPlainError(RmfxError):
     """The graph is not a chain, so it cannot be written as `nn.Sequential`."""
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ._arguments import make_parser
 from ._errors import OptionError, RmfxError
 from ._importance import BY_DATA
-from .conversion import Conversion, compare, convert
+from .conversion import Conversion, convert
 from .fuzz import fuzz
 from .html import check_packages, page
 from .latency import (
@@ -43,7 +43,6 @@ from .loading import LoadedModel, load_model, named_object
 from .pruning_curve import plot as draw_curve
 from .pruning_curve import pruning_curve
 from .saving import SUFFIXES, SavedFile, as_function, check_output, check_place, save, whole_file
-from .testing import Equivalence
 
 
 class FoundError(RmfxError):
@@ -115,7 +114,7 @@ def _run_report(options: argparse.Namespace) -> None:
     with _quiet_stdout(), _progress(steps, width=30) as step:
         step("load")
         loaded, inputs = _load(options, options.model)
-        step("convert")
+        step("convert and verify")
         conversion = _convert(options, loaded, inputs)
         if options.html:
             _write_page(options, loaded, _require(inputs), conversion, step)
@@ -156,14 +155,12 @@ def _run_convert(options: argparse.Namespace) -> None:
     if not options.output.endswith(SUFFIXES):
         raise _UsageError(f"argument -o: {options.output} must end in {' or '.join(SUFFIXES)}")
     check_output(options.output)
-    with _quiet_stdout(), _progress(4) as step:
+    with _quiet_stdout(), _progress(3, width=30) as step:
         step("load")
         loaded, inputs = _load(options, options.model)
         inputs = _require(inputs)
-        step("convert")
+        step("convert and verify")
         conversion = _convert(options, loaded, inputs)
-        step("compare")
-        found = compare(loaded.model, conversion.after, inputs, tolerance=options.tolerance)
         step("write and check")
         saved = save(
             conversion.after,
@@ -176,10 +173,9 @@ def _run_convert(options: argparse.Namespace) -> None:
     result = {
         "model": options.model,
         "output": dataclasses.asdict(saved) | {"path": str(saved.path)},
-        "joins": [dataclasses.asdict(join) for join in found.joins],
         **conversion.to_dict(),
     }
-    _show(options, f"{head}\n{conversion}\n\n{_describe_checks(found, saved)}", result)
+    _show(options, f"{head}\n{conversion}\n\n{_describe_file(saved)}", result)
 
 
 def _run_prune(options: argparse.Namespace) -> None:
@@ -248,16 +244,9 @@ def _batches(name: str) -> list[Any]:
     return batches
 
 
-def _describe_checks(found: Equivalence, saved: SavedFile) -> str:
-    lines = []
-    if found.joins:
-        worst = max(join.error for join in found.joins)
-        lines.append(
-            f"Compared at {len(found.joins)} joins: the values differ by {worst:.1e} at most"
-            f" (relative); a dropped skip would differ by {found.sensitivity:.1e} or more."
-        )
+def _describe_file(saved: SavedFile) -> str:
     batch = "batches of any size" if saved.free_batch else "the batch size of the example"
-    lines += [
+    lines = [
         f"Wrote {saved.path} ({saved.size / 1e6:.1f} MB, for {batch}).",
         f"Loaded it and ran it on {saved.runs} random inputs: it differs from the original by"
         f" {saved.error:.1e} at most (accepted up to {saved.tolerance:.0e}).",

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from ._errors import RmfxError
+from ._errors import RmfxError, VerificationError
 
 SUFFIXES = (".pt2", ".onnx")
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -46,10 +46,6 @@ Function = Callable[..., Any]
 
 class SaveError(RmfxError):
     """The network cannot be written as asked; nothing was left behind."""
-
-
-class VerificationError(SaveError):
-    """What was written does not compute what the original computes."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,509 @@
+"""Conversions check themselves before they leave.
+
+A proof that a rewrite is exact rests on what the compiler believes of every operator around it. So
+the result is run beside the original on inputs that nobody converted it for: fresh values, and
+every kind of size that the result claims to take (`_trial_inputs` lists them). Outputs are
+compared, and the value at each join with its counterpart, since outputs alone are a weak witness
+(see `_equivalence`). A size that the original fails on, or the result refuses, says nothing.
+
+The limit is the oracle's tolerance in the model's type, relative to the largest number that is
+added. Where that is exceeded the original is run again with its inputs moved by one rounding, and
+ten times of what that does is allowed too: no rewrite can be nearer to the original than the
+original is to itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ._activation import Interval
+from ._batches import as_tuple
+from ._equivalence import (
+    Recorder,
+    cloned,
+    default_tolerance,
+    largest,
+    moved_by_one_rounding,
+    operands_of,
+    report_rows,
+    structure_change,
+    trace_with_joins,
+)
+from ._errors import ShapeError, VerificationError
+from ._tracing import first_line
+from ._trial_inputs import SAME, Example, Inputs, candidates
+from .report import META_KEY, JoinError, SiteReport, Verification, shape_text
+
+SMALL = 1 << 21  # parameters up to which a network is run at further sizes
+ROUNDINGS = 10  # of the inputs, whose effect is allowed for
+ON_GRADIENTS = 100  # times the tolerance: they add up over all positions
+SMALL_GRADIENT = 1e-3  # of the largest one: others are compared with that
+CALLED = 1 << 11  # positions up to which a network with a graph is called as well
+ON_SHIFTS = 100  # times the tolerance: a shift costs digits
+
+Shape = tuple[int, ...]
+M = TypeVar("M", bound=nn.Module)
+
+
+def verify(
+    before: nn.Module | ExportedProgram,
+    after: nn.Module,
+    inputs: Any,
+    *,
+    tolerance: float | None = None,
+    input_range: Interval | None = None,
+) -> Verification:
+    """Compare what a pass made of a network with the original, at sizes that the result takes.
+
+    Every pass does this with its own result where it is given example inputs (`verify=True`).
+
+    Args:
+        before: the original, in eval mode; not changed.
+        after: what a pass made of it. Where it carries a report (see `rmfx.report`) the value of
+            every join that the report lists is compared with its counterpart.
+        inputs: example inputs, a tensor or a tuple of arguments. Values are drawn afresh: normally
+            distributed, or uniformly from `input_range`; whole numbers and truth values are drawn
+            from those of the example. Sizes are the example's and others, as far as `after` takes
+            them.
+        tolerance: the largest error relative to the largest value or operand; by default that of
+            `rmfx.testing.assert_equivalent` for the coarsest type in use. Ten times what one
+            rounding of the inputs does to the original is allowed as well.
+        input_range: (low, high) of every input value, where `after` was made for such.
+
+    Returns:
+        What was compared, and for which joins a dropped skip would not have been seen.
+
+    Raises:
+        VerificationError: a value differs, or `after` fails at a size at which the original runs.
+        TraceError: `after` has a report, and the original cannot be traced again.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
+    >>> verify(net, net, torch.randn(1, 1, 9, 9)).error
+    0.0
+    """
+    given = as_tuple(inputs)
+    original = before.module() if isinstance(before, ExportedProgram) else before
+    names = {row.join for row in report_rows(after)}
+    source = trace_with_joins(original, given, names)[0] if names else None
+    pair = _Pair("the pass", _apart(original), source, after, tolerance)
+    return pair.run(Example(given, input_range=input_range))
+
+
+def checked(
+    verb: str,
+    model: Any,
+    source: fx.GraphModule,
+    after: fx.GraphModule,
+    inputs: Any,
+    *,
+    wanted: bool = True,
+    input_range: Interval | None = None,
+    batches: Sequence[Any] = (),
+    gradients: bool = False,
+) -> fx.GraphModule:
+    """The result of a verb, verified where that is wanted and can be; its report says so.
+
+    Args:
+        verb: its name, for messages.
+        model: what the caller gave to it.
+        source: the graph that was traced of it, whose joins the report names.
+        after: the result.
+        inputs: the example inputs, if there are any.
+        wanted: whether the caller wants it verified.
+        input_range: of the inputs for which the result holds.
+        batches: inputs for which alone it holds, as far as anybody knows, if there are such.
+        gradients: whether those of inputs and parameters, which both share, must be the same too.
+
+    Raises:
+        VerificationError: it does not compute what the model computes.
+    """
+    if not wanted:
+        found = Verification(reason="verify=False")
+    elif inputs is None:
+        found = Verification(reason="there are no example inputs")
+    else:
+        pair = _Pair(verb, _original(model, source), source, after, gradients=gradients)
+        example = Example(as_tuple(inputs), input_range=input_range)
+        found = pair.run(example, [as_tuple(batch) for batch in batches])
+    made = after.meta.get(META_KEY)
+    if made is not None:
+        after.meta[META_KEY] = replace(made, verification=found)
+    return after
+
+
+def _original(model: Any, source: fx.GraphModule) -> nn.Module:
+    """A copy of what the caller holds, to be run; its graph where it cannot be copied."""
+    model = model.module() if isinstance(model, ExportedProgram) else model
+    try:
+        copied: nn.Module = _apart(model)
+    # Copying runs code of the model's own objects, which may raise anything.
+    except Exception:  # noqa: BLE001
+        return _apart(source)
+    return copied
+
+
+def _apart(model: M) -> M:
+    """A copy that may run without the caller's model noticing; it shares the parameters."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+# ---- one pair of networks -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What a network gave: its output and its values at some nodes, or how it failed."""
+
+    output: Any = None
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    failure: Exception | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """A value before and after.
+
+    Attributes:
+        text: where it is, and what was done there.
+        key: the name of the join, or the number of the output.
+        expected, actual: the value before and after.
+        scale: the largest number from which it is computed.
+        module: the path of the module that adds.
+    """
+
+    text: str
+    key: str | int
+    expected: Any
+    actual: Any
+    scale: float
+    module: str = ""
+
+    def error(self) -> float:
+        """The largest difference."""
+        return _difference(self.expected, self.actual)
+
+
+class _Pair:
+    """An original and what became of it.
+
+    Args:
+        verb: the pass that made it, for messages.
+        before: a copy of the original, which may be run.
+        source: its graph, if joins are to be compared.
+        after: the result.
+        tolerance: the relative error that is allowed, None for that of the types in use.
+        gradients: whether to compare gradients, too.
+    """
+
+    def __init__(
+        self,
+        verb: str,
+        before: nn.Module,
+        source: fx.GraphModule | None,
+        after: nn.Module,
+        tolerance: float | None = None,
+        *,
+        gradients: bool = False,
+    ) -> None:
+        self._gradients = gradients
+        self._verb, self._before, self._tolerance = verb, before, tolerance
+        self._rows: list[SiteReport] = report_rows(after) if source is not None else []
+        writes = source is None or any("frozen" in node.meta for node in source.graph.nodes)
+        self._after = _apart(after) if writes else after
+        self._graphs: tuple[fx.GraphModule, ...] = ()
+        self._operands: dict[str, list[tuple[fx.Node, float]]] = {}
+        if source is not None and isinstance(after, fx.GraphModule):
+            joins = {row.join for row in self._rows}
+            nodes = [node for node in source.graph.nodes if node.name in joins]
+            self._operands = {node.name: operands_of(node) for node in nodes}
+            self._graphs = (_apart(source), _apart(after)) if writes else (source, after)
+        self._reason = "the original gives no finite values to compare with"
+        self._shapes: list[tuple[Shape, ...]] = []
+        self._error, self._limit = 0.0, 0.0
+        self._joins: dict[str, JoinError] = {}
+
+    def run(self, example: Example, batches: Sequence[Inputs] = ()) -> Verification:
+        """Compare at every kind of size; on batches alone where there are any.
+
+        Raises:
+            VerificationError: the result is another function.
+        """
+        for batch in batches:
+            self._compare(batch)
+        if not batches and not self._run_at(example):
+            self._run_at(replace(example, last=True))
+        if not self._shapes:
+            self._compare(example.inputs)
+        if not self._shapes:
+            return Verification(reason=self._reason)
+        return Verification(
+            shapes=tuple(self._shapes),
+            error=self._error,
+            limit=self._limit,
+            joins=tuple(self._joins.values()),
+        )
+
+    def _run_at(self, example: Example) -> bool:
+        """Whether both ran at another size than the example's."""
+        several = False
+        small = sum(p.numel() for p in self._after.parameters()) <= SMALL
+        for seed, choices in enumerate(candidates(example, further=small)):
+            for sizes in choices:
+                if self._compare(example.resized(sizes, seed)):
+                    several = several or any(size != SAME for size in sizes)
+                    break
+        return several
+
+    def _compare(self, inputs: Inputs) -> bool:
+        """Whether both run on some inputs, and give the same.
+
+        Raises:
+            VerificationError: both run and give something else, or only the original runs.
+        """
+        after = self._run(1, inputs)
+        if isinstance(after.failure, ShapeError):
+            return False
+        before = self._run(0, inputs)
+        if before.failure is not None or not _is_finite(before.output):
+            return False
+        if after.failure is not None:
+            kind, text = type(after.failure).__name__, first_line(after.failure)
+            raise self._error_at(inputs, f"the original runs and the result raises {kind}: {text}")
+        if self._agree(inputs, before, after):
+            self._shapes.append(_shapes(inputs))
+        if self._gradients and _positions(inputs) <= CALLED:
+            self._compare_gradients(inputs)
+            self._gradients = False  # once is enough
+        return True
+
+    def _run(self, side: int, inputs: Inputs) -> _Run:
+        """Run one side: the network as it is called and, for the values inside, its graph."""
+        module = (self._before, self._after)[side]
+        output, values = None, dict[str, Any]()
+        try:
+            if not self._graphs or _positions(inputs) <= CALLED:
+                with torch.no_grad(), _seeded():
+                    output = module(*cloned(inputs))
+            if self._graphs:
+                with torch.no_grad(), _seeded():
+                    recorder = Recorder(self._graphs[side], self._names(side))
+                    found = recorder.run(*cloned(inputs))
+                output, values = found if output is None else output, recorder.values
+        # Both run the model's own operations, which may raise anything.
+        except Exception as failure:  # noqa: BLE001
+            return _Run(failure=failure)
+        return _Run(output, values)
+
+    def _names(self, side: int) -> set[str]:
+        """The nodes whose values are compared."""
+        if side:
+            return {str(row.node) for row in self._rows}
+        operands = (node.name for found in self._operands.values() for node, _ in found)
+        return {*self._operands, *operands}
+
+    def _agree(self, inputs: Inputs, before: _Run, after: _Run) -> bool:
+        """Whether joins and outputs are the same; False where chance decides what they are.
+
+        Raises:
+            VerificationError: one is not; the first in the order of the graph is named.
+        """
+        limit = self._tolerance
+        if limit is None:
+            limit = default_tolerance(self._before, (inputs, before.output))
+            limit *= ON_SHIFTS if any(row.strategy == "shift" for row in self._rows) else 1
+        places = list(self._places(inputs, before, after))
+        wrong = [place for place in places if not place.error() <= limit * place.scale]
+        if wrong:
+            moved = self._run(0, moved_by_one_rounding(inputs))
+            for place in wrong:
+                allowed = limit * place.scale + ROUNDINGS * _difference(
+                    place.expected, _value_at(moved, place.key), unknown=0.0
+                )
+                if place.error() <= allowed:
+                    continue
+                if self._is_random(inputs, before):
+                    self._reason = "the original draws numbers at random"
+                    return False
+                raise self._error_at(inputs, _told(place, allowed))
+        self._note(places, before, limit)
+        return True
+
+    def _places(self, inputs: Inputs, before: _Run, after: _Run) -> Iterator[_Place]:
+        """What is compared, in the order of the graph."""
+        for row in self._rows:
+            text = f"the join {row.join} at {row.place or 'the top level'}"
+            if row.strategy:
+                text += f" (removed; {row.strategy}{f', {row.layout}' if row.layout else ''})"
+            if str(row.node) not in after.values:
+                raise self._error_at(inputs, f"{text} has no counterpart, which the report names")
+            parts = [c * largest(before.values[n.name]) for n, c in self._operands[row.join]]
+            expected, actual = before.values[row.join], after.values[str(row.node)]
+            scale = max(map(abs, parts), default=0.0)
+            yield _Place(text, row.join, expected, actual, scale, row.place)
+        change = structure_change(before.output, after.output)
+        if change:
+            raise self._error_at(inputs, change)
+        leaves = (pytree.tree_leaves(run.output) for run in (before, after))
+        for i, (a, b) in enumerate(zip(*leaves, strict=True)):
+            yield _Place(f"output {i}", i, a, b, largest(a) if isinstance(a, Tensor) else 0.0)
+
+    def _note(self, places: Sequence[_Place], before: _Run, limit: float) -> None:
+        """Note what was compared, and whether it would have shown a dropped skip."""
+        self._limit = max(self._limit, limit)
+        for place in places:
+            if place.scale:
+                self._error = max(self._error, place.error() / place.scale)
+            if isinstance(place.key, str):
+                self._joins[place.key] = self._join(place, before)
+
+    def _join(self, place: _Place, before: _Run) -> JoinError:
+        """The largest error at a join so far, and the largest sensitivity."""
+        name = str(place.key)
+        known = self._joins.get(name, JoinError(place.module, 0.0, 0.0))
+        scale = place.scale or math.inf
+        parts = [abs(c) * largest(before.values[n.name]) for n, c in self._operands[name]]
+        error, sensitivity = place.error() / scale, min(parts, default=0.0) / scale
+        return JoinError(place.module, max(known.error, error), max(known.sensitivity, sensitivity))
+
+    def _compare_gradients(self, inputs: Inputs) -> None:
+        """Demand that both send the same gradients to inputs and parameters.
+
+        Raises:
+            VerificationError: one differs.
+        """
+        parameters = {name: p for name, p in self._before.named_parameters() if p.requires_grad}
+        given = list(parameters.values())
+        expected, moved, actual = (
+            _gradients(module, x, given)
+            for module, x in (
+                (self._before, inputs),
+                (self._before, moved_by_one_rounding(inputs)),
+                (self._after, inputs),
+            )
+        )
+        whole = max(map(largest, expected), default=0.0)
+        names = [*(f"input {i}" for i in range(len(expected) - len(given))), *parameters]
+        for name, a, b, near in zip(names, expected, actual, moved, strict=True):
+            scale = max(largest(a), whole * SMALL_GRADIENT)
+            allowed = ON_GRADIENTS * self._limit * scale + ROUNDINGS * _difference(a, near)
+            if not _difference(a, b) <= allowed:
+                error = _difference(a, b) / scale if scale else math.inf
+                raise self._error_at(
+                    inputs, f"the gradient of {name} differs by {error:.2g} (relative)"
+                )
+
+    def _is_random(self, inputs: Inputs, before: _Run) -> bool:
+        """Whether the original draws numbers at random: then two runs need not agree."""
+        with torch.no_grad(), _seeded(1):
+            again = self._before(*cloned(inputs))
+        pairs = zip(pytree.tree_leaves(before.output), pytree.tree_leaves(again), strict=True)
+        return any(_difference(a, b) > 0 for a, b in pairs)
+
+    def _error_at(self, inputs: Inputs, what: str) -> VerificationError:
+        return VerificationError(
+            f"{self._verb}: on random inputs of {shape_text(_shapes(inputs))} {what}; nothing was "
+            "returned. This is a bug of rmfx, please report it with the model's code; "
+            "policy=lambda site: ... can leave single sites as they are, and verify=False returns "
+            "the result unchecked"
+        )
+
+
+def _gradients(module: nn.Module, inputs: Inputs, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Of a random sum of the outputs, by the floating inputs and some parameters; zero if none."""
+    given = cloned(inputs)
+    own = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor) and _has_gradient(x)]
+    with torch.enable_grad(), _seeded():
+        for x in own:
+            x.requires_grad_()
+        output = module(*given)
+        parts = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+        total = sum((x * torch.randn(x.shape).to(x)).sum() for x in parts)
+        wanted = [*own, *parameters]
+        if not isinstance(total, Tensor) or not wanted:
+            return [torch.zeros_like(x) for x in wanted]
+        found = torch.autograd.grad(total, wanted, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
+
+
+def _has_gradient(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _told(place: _Place, allowed: float) -> str:
+    scale = place.scale or 1.0
+    return (
+        f"{place.text} differs by {place.error() / scale:.2g}, relative to the largest number it "
+        f"is computed from, where {allowed / scale:.2g} would be rounding"
+    )
+
+
+def _value_at(run: _Run, key: str | int) -> Any:
+    if isinstance(key, str):
+        return run.values.get(key)
+    leaves = pytree.tree_leaves(run.output)
+    return leaves[key] if key < len(leaves) else None
+
+
+def _difference(expected: Any, actual: Any, unknown: float = math.inf) -> float:
+    """The largest difference; `unknown` where there is no such number.
+
+    What is not finite, such as the mask of an attention, has to be so on both sides.
+    """
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+        return 0.0 if expected is actual or expected == actual else unknown
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return unknown
+    if torch.equal(expected, actual):
+        return 0.0
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return unknown
+    finite = expected.isfinite()
+    if not bool(finite.all()):
+        same = torch.equal(expected.nan_to_num()[~finite], actual.nan_to_num()[~finite])
+        nans = torch.equal(expected.isnan(), actual.isnan())
+        if not (same and nans):
+            return unknown
+        expected, actual = expected[finite], actual[finite]
+    found = largest(expected - actual)
+    return found if math.isfinite(found) else unknown
+
+
+def _is_finite(output: Any) -> bool:
+    tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+    return all(bool(x.isfinite().all()) for x in tensors)
+
+
+def _shapes(inputs: Inputs) -> tuple[Shape, ...]:
+    return tuple(tuple(x.shape) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
+
+
+def _positions(inputs: Inputs) -> int:
+    """The most positions, batch and space, of an input."""
+    return max((math.prod((*shape[:1], *shape[2:])) for shape in _shapes(inputs)), default=0)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int = 0) -> Iterator[None]:
+    """Let what is drawn at random be the same each time, and afterwards as if nothing was."""
+    python, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)
