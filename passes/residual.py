@@ -34,6 +34,7 @@ from rmfx._activation import Blockwise, Interval, way_of
 from rmfx._affine import AffineConv
 from rmfx._alignment import may_reorder
 from rmfx._columns import Column, Layer, Linear, Normalised, Plan, Pointwise, Shared, Sided, build
+from rmfx._dialect import canonicalise
 from rmfx._dynamo import find_lifted
 from rmfx._errors import OptionError, Refusal, RefusedError, RmfxError
 from rmfx._graph import Net, Shape, Virtual, put_in_order
@@ -51,7 +52,7 @@ from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed
 from rmfx._strategy import AUTO, SAME_ACTIVATION, STRATEGIES, Settled, settle
 from rmfx._tracing import OWN_GRADIENT
-from rmfx.frontend import trace, with_constants
+from rmfx.frontend import trace
 from rmfx.report import META_KEY, Report, SiteReport
 
 from .batch_norm import fold
@@ -399,7 +400,8 @@ def remove_residuals(
         )
 
         def convert(generic: fx.GraphModule) -> fx.GraphModule:
-            return rewrite(with_constants(generic))
+            canonicalise(generic)  # functions of constants may be layers now
+            return rewrite(generic)
 
         lifted = find_lifted(model) if isinstance(model, fx.GraphModule) else ()
         return linked(source, convert, lifted)
