@@ -269,6 +269,11 @@ class Activation:
         return bool(self.odd) and begin == 0 and self.image[0] >= 0
 
     @property
+    def has_kink(self) -> bool:
+        """Whether its slope jumps at an end of `identity`, where it has no gradient of its own."""
+        return self.row.slope is not None or self.row.bounds is not None
+
+    @property
     def is_per_channel(self) -> bool:
         """Whether its own parameters already differ from channel to channel."""
         return isinstance(self.module, nn.PReLU) and self.module.num_parameters > 1
@@ -306,7 +311,7 @@ def is_activation(module: nn.Module) -> bool:
 
 
 def _slope_as_key(module: nn.PReLU) -> float:
-    """Equal for two PReLUs of one slope; slopes per channel, and those that may change, are one's own."""
+    """Equal for two PReLUs of one slope; their own if slopes are several or may change."""
     if module.num_parameters == 1:
         with contextlib.suppress(WeightValueError):
             return float(module.weight.detach())

@@ -25,11 +25,11 @@ LARGEST_GROWTH = 4
 SMALL = 1 << 16
 
 
-def fold_constants(gm: fx.GraphModule) -> dict[str, str]:
+def fold_constants(gm: fx.GraphModule) -> dict[str, fx.Node]:
     """Replace every value that depends on parameters and buffers only by a buffer.
 
     Returns:
-        The names of the nodes that gave the values, by the names of the buffers.
+        The nodes that gave the values, by the names of the buffers.
     """
     known: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
@@ -49,11 +49,11 @@ def fold_constants(gm: fx.GraphModule) -> dict[str, str]:
             except WeightValueError:  # what a number decides stays in the graph
                 continue
     made = 0
-    names: dict[str, str] = {}
+    made_by: dict[str, fx.Node] = {}
     for node in [node for node in known if _is_to_be_kept(node, known)]:
         name, made = _free_name(gm, made)
         gm.register_buffer(name, known[node])
-        names[name] = node.name
+        made_by[name] = node
         with gm.graph.inserting_before(node):
             constant = gm.graph.get_attr(name)
         constant.meta = {k: v for k, v in node.meta.items() if k in ("shape", "dtype")}
@@ -61,7 +61,7 @@ def fold_constants(gm: fx.GraphModule) -> dict[str, str]:
     for node in reversed(list(known)):
         if not node.users:
             gm.graph.erase_node(node)
-    return names
+    return made_by
 
 
 def _is_constant(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> bool:

@@ -130,8 +130,8 @@ class _Linker:
         source: the graph whose tensors the result reads.
         converted: what a pass made of a copy of it, with random weights.
         recorder: which operators it ran on them.
-        made_by: names of the source's nodes that make the recorder's sources which are no tensors
-            of its own, by the names of these.
+        made_by: the nodes of the source that make those of the recorder's sources that are no
+            tensors of its own, by their names.
         handed: where tensors lie that the graph is handed at every call.
     """
 
@@ -140,7 +140,7 @@ class _Linker:
         source: fx.GraphModule,
         converted: fx.GraphModule,
         recorder: Recorder,
-        made_by: Mapping[str, str],
+        made_by: Mapping[str, fx.Node],
         handed: set[tuple[object, ...]],
     ) -> None:
         self._handed = handed
@@ -187,25 +187,24 @@ class _Linker:
     def _copy_own_code(self, used: set[fx.Node]) -> None:
         """Let the model's own operations make of its parameters what they did."""
         needed = {str(n.target) for n in self._recorder.needed(used) if n in self._source_nodes}
-        by_name = {node.name: node for node in self._source.graph.nodes}
-        wanted = {by_name[self._made_by[name]] for name in needed if name in self._made_by}
+        wanted = {self._made_by[name] for name in needed if name in self._made_by}
         for node in reversed(self._source.graph.nodes):
             if node in wanted:
                 wanted.update(node.all_input_nodes)
         for node in self._source.graph.nodes:
-            if node not in wanted:
-                continue
-            if node.op == "get_attr":
-                self._places[node] = self._own_tensor(str(node.target))
-                continue
-            self._places[node] = self._graph.node_copy(node, lambda n: self._places[n])
-            if node.op == "call_module":
-                self._root[str(node.target)] = self._source.get_submodule(str(node.target))
-        self._own |= {
-            name: self._places[by_name[by]]
-            for name, by in self._made_by.items()
-            if by_name[by] in self._places
-        }
+            if node in wanted:
+                self._copy_own(node)
+        places = {name: self._places.get(node) for name, node in self._made_by.items()}
+        self._own |= {name: place for name, place in places.items() if place is not None}
+
+    def _copy_own(self, node: fx.Node) -> None:
+        target = str(node.target)
+        if node.op == "get_attr":
+            self._places[node] = self._own_tensor(target)
+            return
+        self._places[node] = self._graph.node_copy(node, lambda n: self._places[n])
+        if node.op == "call_module":
+            self._root[target] = self._source.get_submodule(target)
 
     def _own_tensor(self, name: str) -> fx.Node:
         """The node that reads a tensor of the source, or makes what stands for one."""
@@ -300,13 +299,15 @@ class _Linker:
         for i, activation in enumerate(module.activations):
             mask, target = f"{node.target}.mask{i}", f"{node.target}.activations.{i}"
             self._root[mask] = getattr(module, f"mask{i}")
+            chosen = self._graph.get_attr(mask)
             if isinstance(activation, PRELUS):
                 weight = self._weight(f"{target}.weight")
                 value = self._graph.call_function(_function(activation), (x, weight))
             else:
                 self._root[target] = activation
-                value = self._graph.call_module(target, (x,))
-            y = self._graph.call_function(torch.where, (self._graph.get_attr(mask), value, y))
+                own = self._graph.call_function(torch.where, (chosen, x, 1.0))  # as the module does
+                value = self._graph.call_module(target, (own,))
+            y = self._graph.call_function(torch.where, (chosen, value, y))
         y.name, y.meta = node.name, dict(node.meta)
         self._places[node] = y
 

@@ -33,24 +33,27 @@ class Kind(IntEnum):
     PARTICULAR = 3  # in another way, as a sign does
 
 
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Operators by name, without the underscore of those that write.
-MAKING = frozenset(
-    f"{how}{what}{like}"
-    for what in ("empty", "zeros", "ones", "full", "empty_strided")
-    for how, like in (("new_", ""), ("", "_like"))
+MAKING = _names(
+    "new_empty new_empty_strided new_zeros new_ones new_full "
+    "empty_like zeros_like ones_like full_like"
 )
-MOVING = frozenset(
-    "cat stack clone copy masked_select _to_copy lift_fresh index index_select gather flip roll repeat "
-    "constant_pad_nd tril triu where fill masked_fill index_put repeat_interleave resize "
-    "_unsafe_view unfold diag_embed select_scatter slice_scatter diagonal_scatter".split()
+MOVING = _names(
+    "cat stack clone copy _to_copy lift_fresh index index_select gather masked_select flip roll "
+    "repeat repeat_interleave constant_pad_nd tril triu where fill masked_fill index_put "
+    "_unsafe_view unfold diag_embed select_scatter slice_scatter diagonal_scatter"
 )
-SMOOTH = frozenset(
+SMOOTH = _names(
     "add sub rsub mul div neg reciprocal square sqrt rsqrt exp sum mean cumsum addcmul mm bmm mv "
-    "dot addmm baddbmm convolution".split()
+    "dot addmm baddbmm convolution"
 )
-TESTS = frozenset(
-    "eq ne any all equal nonzero count_nonzero is_nonzero isnan isinf isposinf isneginf "
-    "logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not".split()
+TESTS = _names(
+    "eq ne any all equal nonzero count_nonzero isnan isinf isposinf isneginf "
+    "logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not"
 )
 CHOOSING = frozenset(("index", "masked_select"))  # their masks alone tell the size
 # Operators whose result is their input, as far as values and gradients go.
@@ -153,9 +156,8 @@ class Recorder(TorchDispatchMode):
             kind = Kind.SURE
         if kind > self._may_leave:
             raise WeightValueError(
-                f"a decision would rest on the value that a weight has today "
-                f"({getattr(func, '__name__', func)}), which with differentiable=True may change; "
-                "convert without it"
+                "a decision would rest on a number that the model's tensors hold today, and with "
+                "differentiable=True they may change; convert without it"
             )
 
     def copied(self, tensor: Tensor) -> Tensor:

@@ -110,15 +110,16 @@ def _note_switches(gm: fx.GraphModule) -> None:
             gm.meta.setdefault(OWN_GRADIENT, node.name)
 
 
-def with_constants(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, str]]:
+def with_constants(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     """A traced graph in which what depends on the model's tensors alone is a buffer, its value now.
 
     Returns:
-        The graph, to be brought into the dialect again, and the names of the nodes of the given
-        graph that made the buffers, by the names of these.
+        The graph, to be brought into the dialect again, and the nodes of the given graph that make
+        the buffers' values, by the names of the buffers.
     """
     folded = _private_copy(gm)
-    made_by = fold_constants(folded)
+    nodes = dict(zip(folded.graph.nodes, gm.graph.nodes, strict=True))
+    made_by = {name: nodes[node] for name, node in fold_constants(folded).items()}
     folded.recompile()
     set_guard(folded, guard_of(gm))
     return folded, made_by
