@@ -51,7 +51,7 @@ from rmfx._sides import call_again, combine, tap
 from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed
 from rmfx._strategy import AUTO, SAME_ACTIVATION, STRATEGIES, Settled, settle
-from rmfx._tracing import OWN_GRADIENT
+from rmfx._tracing import BAKED, OWN_GRADIENT
 from rmfx.frontend import trace
 from rmfx.report import META_KEY, Report, SiteReport
 
@@ -389,6 +389,12 @@ def remove_residuals(
             raise OptionError(
                 f"{source.meta[OWN_GRADIENT]}: here the code switches gradients off, or has one of "
                 "its own, which differentiable=True would lose; convert without it"
+            )
+        if BAKED in source.meta:
+            raise OptionError(
+                f"{source.meta[BAKED]}: the code computes with a parameter that it takes out of a "
+                "list or a dict, so a trace holds the result of today, which differentiable=True "
+                "may not bake; read it as an attribute (self.weight), or export the model first"
             )
         rewrite = partial(
             _convert,

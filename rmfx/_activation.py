@@ -175,6 +175,11 @@ class ChannelClamp(nn.Module):
         return torch.clamp(x, self.low, self.high)  # type: ignore[arg-type]
 
 
+def channel_clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The same with the gradient of Hardtanh: none at the bounds, where torch.clamp passes it."""
+    return torch.where((x > low) & (x < high), x, torch.clamp(x, low, high).detach())
+
+
 class ChannelPReLU(nn.Module):
     """PReLU with slopes per channel where the channel dimension is not dimension 1.
 

@@ -28,7 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ._activation import ChannelPReLU, MaskedActivation, channel_prelu
+from ._activation import (
+    ChannelClamp,
+    ChannelPReLU,
+    MaskedActivation,
+    channel_clamp,
+    channel_prelu,
+)
 from ._affine import CONV_FUNCTIONS, CONVS
 from ._calls import BATCH_NORMS
 from ._dialect import attribute
@@ -311,6 +317,17 @@ class _Linker:
         y.name, y.meta = node.name, dict(node.meta)
         self._places[node] = y
 
+    def _copy_clamp(self, node: fx.Node, module: ChannelClamp) -> None:
+        bounds = []
+        for name, bound in (("low", module.low), ("high", module.high)):
+            self._root[f"{node.target}.{name}"] = bound
+            bounds.append(self._graph.get_attr(f"{node.target}.{name}"))
+        y = self._graph.call_function(
+            channel_clamp, (self._places[node.all_input_nodes[0]], *bounds)
+        )
+        y.name, y.meta = node.name, dict(node.meta)
+        self._places[node] = y
+
     def _varies(self, node: fx.Node) -> bool:
         """Whether a node reads a constant that was computed from the sources."""
         if node.op != "get_attr" or str(node.target) in self._tensors:
@@ -322,15 +339,19 @@ class _Linker:
         if self._varies(node):
             self._places[node] = self._weight(str(node.target))
             return
-        module = self._converted.get_submodule(str(node.target)) if names else None
-        if isinstance(module, MaskedActivation):
+        called = node.op == "call_module"
+        module = self._converted.get_submodule(str(node.target)) if called else None
+        if isinstance(module, ChannelClamp):
+            self._copy_clamp(node, module)
+            return
+        if isinstance(module, MaskedActivation) and names:
             self._copy_masked(node, module)
             return
         given = {name.rpartition(".")[2]: self._weight(name) for name in names or ()}
         copied = self._graph.node_copy(node, lambda n: self._places[n])
         self._places[node] = copied
         target = str(node.target)
-        if module is not None:
+        if names is not None and module is not None:
             copied.op, copied.target = "call_function", _function(module)
             x = copied.args[0] if copied.args else next(iter(copied.kwargs.values()))
             copied.args, copied.kwargs = _arguments(module, x, given), {}

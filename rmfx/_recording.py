@@ -117,6 +117,10 @@ class Recorder(TorchDispatchMode):
             self._note(result, self.node(tensors[0]))
             return result
         results = _tensors_in(result)
+        if not results and kind and func._schema.is_mutable:
+            raise RmfxError(
+                f"{func} writes to weights and gives nothing back; convert without differentiable=True"
+            )
         if results:
             call = self._call(func, args, kwargs, results)
             for tensor in results:
@@ -205,7 +209,7 @@ class Recorder(TorchDispatchMode):
         needed = set(outputs)
         memory = {place for node in outputs for place in self._storage[node]}
         for node in reversed(self.graph.nodes):
-            writes = node.op == "call_function" and _writes(node) and self._storage[node] & memory
+            writes = node.op == "call_function" and _writes(node) and self._given[node] & memory
             if node in needed or writes:
                 needed.add(node)
                 needed.update(node.all_input_nodes)
@@ -217,7 +221,7 @@ class _Watch(TorchFunctionMode):
     """Sees the functions that reach for values or copy memory without an operator."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._recorder = recorder
 
     def __torch_function__(
