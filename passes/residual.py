@@ -351,8 +351,10 @@ def remove_residuals(
             are (for "shift").
         differentiable: compute the new weights inside the graph, from the model's own parameters,
             which the result shares: gradients reach them, and every change of theirs counts. Each
-            call then pays for that computation. Excludes `fold_batch_norm=False`. For another type
-            cast the model and convert it again, not the result.
+            call then pays for that computation. Excludes `fold_batch_norm=False`. The result, or a
+            copy of it, may be cast to another type. What puts other tensors in the place of the
+            model's own (a cast of the model itself, `load_state_dict(assign=True)`) calls for
+            another conversion.
         policy: which sites to rewrite of those that can be: "all"; "profitable", those whose
             multiply-adds and traffic to memory become less (needs example inputs); a function
             that is given the site's row (`rmfx.SiteReport`, with expected costs) and answers; or

@@ -119,7 +119,8 @@ class Recorder(TorchDispatchMode):
         results = _tensors_in(result)
         if not results and kind and func._schema.is_mutable:
             raise RmfxError(
-                f"{func} writes to weights and gives nothing back; convert without differentiable=True"
+                f"{func} writes to weights and gives nothing back; convert without "
+                "differentiable=True"
             )
         if results:
             call = self._call(func, args, kwargs, results)
