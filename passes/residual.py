@@ -35,6 +35,7 @@ from rmfx._affine import AffineConv
 from rmfx._alignment import may_reorder
 from rmfx._batches import check_batches
 from rmfx._columns import Column, Layer, Linear, Normalised, Plan, Pointwise, Shared, Sided, build
+from rmfx._dialect import canonicalise
 from rmfx._dynamo import find_lifted
 from rmfx._errors import OptionError, Refusal, RefusedError, RmfxError
 from rmfx._graph import Net, Shape, Virtual, put_in_order
@@ -51,9 +52,9 @@ from rmfx._sides import call_again, combine, tap
 from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed
 from rmfx._strategy import AUTO, EXACTNESS, SAME_ACTIVATION, STRATEGIES, Settled, settle
-from rmfx._tracing import OWN_GRADIENT
+from rmfx._tracing import BAKED, OWN_GRADIENT
 from rmfx._verification import checked
-from rmfx.frontend import trace, with_constants
+from rmfx.frontend import trace
 from rmfx.report import META_KEY, Report, SiteReport
 
 from .batch_norm import fold
@@ -353,8 +354,10 @@ def remove_residuals(
             are (for "shift").
         differentiable: compute the new weights inside the graph, from the model's own parameters,
             which the result shares: gradients reach them, and every change of theirs counts. Each
-            call then pays for that computation. Excludes `fold_batch_norm=False`. For another type
-            cast the model and convert it again, not the result.
+            call then pays for that computation. Excludes `fold_batch_norm=False`. The result, or a
+            copy of it, may be cast to another type. What puts other tensors in the place of the
+            model's own (a cast of the model itself, `load_state_dict(assign=True)`) calls for
+            another conversion.
         policy: which sites to rewrite of those that can be: "all"; "profitable", those whose
             multiply-adds and traffic to memory become less (needs example inputs); a function
             that is given the site's row (`rmfx.SiteReport`, with expected costs) and answers; or
@@ -395,6 +398,12 @@ def remove_residuals(
                 f"{source.meta[OWN_GRADIENT]}: here the code switches gradients off, or has one of "
                 "its own, which differentiable=True would lose; convert without it"
             )
+        if BAKED in source.meta:
+            raise OptionError(
+                f"{source.meta[BAKED]}: the code computes with a parameter that it takes out of a "
+                "list or a dict, so a trace holds the result of today, which differentiable=True "
+                "may not bake; read it as an attribute (self.weight), or export the model first"
+            )
         rewrite = partial(
             _convert,
             strict=strict,
@@ -405,7 +414,8 @@ def remove_residuals(
         )
 
         def convert(generic: fx.GraphModule) -> fx.GraphModule:
-            return rewrite(with_constants(generic))
+            canonicalise(generic)  # functions of constants may be layers now
+            return rewrite(generic)
 
         lifted = find_lifted(model) if isinstance(model, fx.GraphModule) else ()
         converted = linked(source, convert, lifted)

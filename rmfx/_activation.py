@@ -10,6 +10,7 @@ row of `TABLE`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from ._errors import WeightValueError
 
 Interval = tuple[float, float]
 INF = math.inf
@@ -172,6 +175,11 @@ class ChannelClamp(nn.Module):
         return torch.clamp(x, self.low, self.high)  # type: ignore[arg-type]
 
 
+def channel_clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The same with the gradient of Hardtanh: none at the bounds, where torch.clamp passes it."""
+    return torch.where((x > low) & (x < high), x, torch.clamp(x, low, high).detach())
+
+
 class ChannelPReLU(nn.Module):
     """PReLU with slopes per channel where the channel dimension is not dimension 1.
 
@@ -247,7 +255,10 @@ class Activation:
         """κ in act(x) − act(−x) = κ·x for |x| up to `reach`; 0 if there is none."""
         if self.row.odd is None or self.is_per_channel:
             return 0.0
-        factor = self.row.odd(self.module)
+        try:
+            factor = self.row.odd(self.module)
+        except WeightValueError:  # a slope that may come to be -1 leaves no odd part
+            return 0.0
         return factor if math.isfinite(factor) else 0.0
 
     @property
@@ -263,6 +274,11 @@ class Activation:
         return bool(self.odd) and begin == 0 and self.image[0] >= 0
 
     @property
+    def has_kink(self) -> bool:
+        """Whether its slope jumps at an end of `identity`, where it has no gradient of its own."""
+        return self.row.slope is not None or self.row.bounds is not None
+
+    @property
     def is_per_channel(self) -> bool:
         """Whether its own parameters already differ from channel to channel."""
         return isinstance(self.module, nn.PReLU) and self.module.num_parameters > 1
@@ -272,8 +288,7 @@ class Activation:
         """Equal for two activations that are the same function of every channel."""
         module = self.module
         if isinstance(module, nn.PReLU):
-            same = id(module) if module.num_parameters > 1 else float(module.weight.detach())
-            return (nn.PReLU, module.num_parameters, same)
+            return (nn.PReLU, module.num_parameters, _slope_as_key(module))
         ignored = ("training", "inplace")
         options = {k: v for k, v in vars(module).items() if k[0] != "_" and k not in ignored}
         return (type(module), *sorted(options.items()))
@@ -298,6 +313,14 @@ class Activation:
 
 def is_activation(module: nn.Module) -> bool:
     return type(module) in TABLE
+
+
+def _slope_as_key(module: nn.PReLU) -> float:
+    """Equal for two PReLUs of one slope; their own if slopes are several or may change."""
+    if module.num_parameters == 1:
+        with contextlib.suppress(WeightValueError):
+            return float(module.weight.detach())
+    return id(module.weight)
 
 
 @dataclass(frozen=True, eq=False)

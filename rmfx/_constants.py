@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from ._activation import is_activation
 from ._calls import run_node
 from ._dialect import attribute
+from ._errors import WeightValueError
 from ._functionalise import written_by
 
 TRANSPOSITIONS = (torch.ops.aten.t.default, torch.ops.aten.permute.default)
@@ -24,8 +25,12 @@ LARGEST_GROWTH = 4
 SMALL = 1 << 16
 
 
-def fold_constants(gm: fx.GraphModule) -> None:
-    """Replace every value that depends on parameters and buffers only by a buffer."""
+def fold_constants(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    """Replace every value that depends on parameters and buffers only by a buffer.
+
+    Returns:
+        The nodes that gave the values, by the names of the buffers.
+    """
     known: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
         if node.meta.get("frozen"):
@@ -41,10 +46,14 @@ def fold_constants(gm: fx.GraphModule) -> None:
             # An operation that fails now fails when the model runs, and not before.
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
                 continue
+            except WeightValueError:  # what a number decides stays in the graph
+                continue
     made = 0
+    made_by: dict[str, fx.Node] = {}
     for node in [node for node in known if _is_to_be_kept(node, known)]:
         name, made = _free_name(gm, made)
         gm.register_buffer(name, known[node])
+        made_by[name] = node
         with gm.graph.inserting_before(node):
             constant = gm.graph.get_attr(name)
         constant.meta = {k: v for k, v in node.meta.items() if k in ("shape", "dtype")}
@@ -52,6 +61,7 @@ def fold_constants(gm: fx.GraphModule) -> None:
     for node in reversed(list(known)):
         if not node.users:
             gm.graph.erase_node(node)
+    return made_by
 
 
 def _is_constant(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> bool:

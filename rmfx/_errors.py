@@ -26,6 +26,10 @@ class WeightError(RmfxError):
     """A weight cannot be computed with: NaN, Inf, no data, not floating point, or overflow."""
 
 
+class WeightValueError(RmfxError):
+    """A decision would rest on the value of a weight that may change."""
+
+
 class ShapeError(RmfxError):
     """Inputs do not fit the model, or the converted network was not made for their sizes."""
 

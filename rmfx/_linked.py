@@ -6,22 +6,35 @@ they are at every call. Nothing is baked, so nothing can be stale.
 
 The pass takes decisions as it goes, and none of them may rest on the values of today's weights (a
 bias that happens to be zero, a range that only they prove). So it runs on a copy with random
-weights, in which nothing is special.
+weights, in which nothing is special, and the recorder lets no number out of them but answers that
+almost all weights would give.
+
+What the model's own code makes of its parameters (a quantised or a detached weight) is not the
+pass's business: the pass sees a weight with random values of its own, and the result makes it with
+the very operations of the model, whose gradients these are.
+
+The algebra computes in float64. Where it names the type of the weights the result asks a parameter
+for its type, so the result can be cast as any other module.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._activation import ChannelPReLU, MaskedActivation, channel_prelu
+from ._activation import (
+    ChannelClamp,
+    ChannelPReLU,
+    MaskedActivation,
+    channel_clamp,
+    channel_prelu,
+)
 from ._affine import CONV_FUNCTIONS, CONVS
 from ._calls import BATCH_NORMS
 from ._dialect import attribute
@@ -29,132 +42,10 @@ from ._dynamo import Lifted
 from ._errors import RmfxError
 from ._graph import ConvertedModule
 from ._input_guard import guard_of, set_guard
+from ._recording import Kind, Recorder, place
+from .frontend import with_constants
 
-aten = torch.ops.aten
 PRELUS = (nn.PReLU, ChannelPReLU)
-# Operators whose result is their input, as far as values and gradients go.
-TRANSPARENT = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
-
-
-class _Recorder(TorchDispatchMode):
-    """Writes down the operators that run as a graph over some named tensors."""
-
-    def __init__(self, sources: Mapping[str, Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.graph = fx.Graph()
-        self.constants: dict[str, Tensor] = {}
-        self._nodes: dict[int, fx.Node] = {}
-        self._memory: dict[tuple[object, ...], fx.Node] = {}
-        self._storage: dict[fx.Node, set[int]] = {}  # of what a node reads and gives
-        self._given: dict[fx.Node, set[int]] = {}  # of what it gives or writes
-        self._copies: set[int] = set()  # tensors that deepcopy has made of nobody knows which
-        self._alive: list[Tensor] = []
-        self._tensors = dict(sources)
-        self.sources: dict[str, fx.Node] = {}
-        for name, tensor in sources.items():
-            if id(tensor) not in self._nodes:  # tied weights are one
-                self._note(tensor, self.graph.get_attr(name))
-            self.sources[name] = self._nodes[id(tensor)]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if func in TRANSPARENT:
-            self._note(result, self.node(tensors[0]))
-            return result
-        if func is aten.set_.source_Storage_storage_offset:  # how deepcopy fills a buffer
-            del self._nodes[id(result)]
-            self._copies.add(id(result))
-            self._alive.append(result)
-            return result
-        results = pytree.tree_leaves(result)
-        if not any(isinstance(t, Tensor) for t in results):
-            return result  # a number, with which the pass decides something
-        arguments = pytree.tree_map_only(Tensor, self.node, (args, kwargs))
-        call = self.graph.call_function(func, *arguments)
-        self._given[call] = {_storage(t) for t in results if isinstance(t, Tensor)}
-        self._storage[call] = self._given[call] | {_storage(t) for t in tensors}
-        if isinstance(result, Tensor):
-            self._note(result, call)
-        else:
-            for i, tensor in enumerate(result):
-                self._note(tensor, self.graph.call_function(_item, (call, i)))
-        return result
-
-    def _note(self, tensor: Tensor, node: fx.Node) -> None:
-        self._nodes[id(tensor)] = node
-        self._memory[_place(tensor)] = node
-        self._storage.setdefault(node, set()).add(_storage(tensor))
-        self._alive.append(tensor)  # an id is a tensor's own for as long as it lives
-
-    def node(self, tensor: Tensor) -> fx.Node:
-        """The node that holds a tensor; one made elsewhere is a constant."""
-        found = self._nodes.get(id(tensor))
-        if found is None and not tensor.is_meta:  # `tensor.data` is another name, unrecorded
-            found = self._memory.get(_place(tensor))
-        if found is None and id(tensor) in self._copies:
-            raise RmfxError(f"it is not known of which weight a {tuple(tensor.shape)} is a copy")
-        if found is None:
-            name = f"constant_{len(self.constants)}"
-            self.constants[name] = tensor.detach().clone()
-            found = self.graph.get_attr(name)
-            self._note(tensor, found)
-        return found
-
-    def node_of_copy(self, name: str, tensor: Tensor) -> fx.Node:
-        """The node that holds a tensor of the result, which may be a copy made by `deepcopy`.
-
-        Raises:
-            RmfxError: nobody saw how it was made, so it may hold today's random weights.
-        """
-        if id(tensor) in self._nodes or _place(tensor) in self._memory:
-            return self.node(tensor)
-        source = self._tensors.get(name)
-        if source is None or not torch.equal(source, tensor):
-            raise RmfxError(f"{name}: it is not known how this weight follows from the parameters")
-        return self.sources[name]
-
-    def needed(self, outputs: set[fx.Node]) -> list[fx.Node]:
-        """The nodes on which some nodes depend, in order, with the writes to their memory."""
-        needed = set(outputs)
-        memory = {place for node in outputs for place in self._storage[node]}
-        for node in reversed(self.graph.nodes):
-            writes = node.op == "call_function" and _writes(node) and self._storage[node] & memory
-            if node in needed or writes:
-                needed.add(node)
-                needed.update(node.all_input_nodes)
-                memory |= self._storage[node]
-        return [node for node in self.graph.nodes if node in needed]
-
-    def varying(self) -> set[fx.Node]:
-        """The nodes whose values depend on the sources, at once or by a later write."""
-        found, memory = set(self.sources.values()), set[int]()
-        for node in self.graph.nodes:
-            if any(n in found for n in node.all_input_nodes) or self._storage[node] & memory:
-                found.add(node)
-                memory |= self._given.get(node, set())
-        return found | {node for node in self.graph.nodes if self._storage[node] & memory}
-
-
-def _item(values: Any, index: int) -> Any:
-    return values[index]
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema and schema.is_mutable)
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _place(tensor: Tensor) -> tuple[object, ...]:
-    layout = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype)
-    return (_storage(tensor), *layout)
 
 
 # ---- the graph ----------------------------------------------------------------------------------
@@ -179,15 +70,16 @@ def linked(
     Raises:
         RmfxError: a layer was made whose weights cannot be handed over.
     """
-    generic = _with_random_weights(source)
-    recorder = _Recorder(_tensors(generic))
+    with Recorder(_tensors(source), may_leave=Kind.FIXED) as reader:
+        folded, made_by = with_constants(source)
+    made_by = {name: by for name, by in made_by.items() if reader.kind(folded.get_buffer(name))}
+    weights = {*_tensors(source), *made_by}
+    generic = _with_random_weights(folded, weights)
+    tensors = {name: t for name, t in _tensors(generic).items() if name in weights}
+    recorder = Recorder(tensors, may_leave=Kind.SURE)
     with recorder, torch.no_grad():
         converted = convert(generic)
-    weights = {
-        name: recorder.node_of_copy(name, tensor) for name, tensor in _tensors(converted).items()
-    }
-    linker = _Linker(source, converted, recorder, weights, {_place(x.value) for x in lifted})
-    made = linker.link()
+    made = _Linker(source, converted, recorder, made_by, {place(x.value) for x in lifted}).link()
     if lifted:
         _read_inputs(made, lifted)
     return made
@@ -196,11 +88,11 @@ def linked(
 def _read_inputs(gm: fx.GraphModule, lifted: Sequence[Lifted]) -> None:
     """Let a graph read lifted tensors where it is handed them; there is nothing to check then."""
     inputs = gm.graph.find_nodes(op="placeholder")
-    given = {_place(one.value): inputs[one.position] for one in lifted}
+    given = {place(one.value): inputs[one.position] for one in lifted}
     for node in list(gm.graph.nodes):
         tensor = attribute(gm, node) if node.op == "get_attr" else None
-        if isinstance(tensor, Tensor) and _place(tensor) in given:
-            node.replace_all_uses_with(given[_place(tensor)])
+        if isinstance(tensor, Tensor) and place(tensor) in given:
+            node.replace_all_uses_with(given[place(tensor)])
             gm.graph.erase_node(node)
     for check in gm.graph.find_nodes(
         op="call_function", target=torch.ops.rmfx.weights_are_fresh.default
@@ -217,42 +109,62 @@ def _tensors(gm: nn.Module) -> dict[str, Tensor]:
     return {**dict(parameters), **dict(gm.named_buffers(remove_duplicate=False))}
 
 
-def _with_random_weights(source: fx.GraphModule) -> fx.GraphModule:
+def _with_random_weights(source: fx.GraphModule, names: Collection[str]) -> fx.GraphModule:
+    """A copy of a graph with random numbers in the tensors of some names.
+
+    Parameters have any sign; buffers, of which some are variances, keep the one they have.
+    """
     generic = copy.deepcopy(source)
     set_guard(generic, guard_of(source))  # fx copies no hooks
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in _tensors(generic).items():
-            if not tensor.is_floating_point():
+            if name not in names or not tensor.is_floating_point():
                 continue
             size = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
             sign = torch.randint(2, tensor.shape, generator=generator) * 2 - 1
-            tensor.copy_(size if name.endswith("running_var") else size * sign)
+            if not isinstance(tensor, nn.Parameter):
+                sign = torch.where(tensor.cpu() < 0, -1, 1)
+            tensor.copy_(size * sign)
     return generic
 
 
 class _Linker:
-    """Puts recorded weights and a converted graph together."""
+    """Puts recorded weights and a converted graph together.
+
+    Args:
+        source: the graph whose tensors the result reads.
+        converted: what a pass made of a copy of it, with random weights.
+        recorder: which operators it ran on them.
+        made_by: the nodes of the source that make those of the recorder's sources that are no
+            tensors of its own, by their names.
+        handed: where tensors lie that the graph is handed at every call.
+    """
 
     def __init__(
         self,
         source: fx.GraphModule,
         converted: fx.GraphModule,
-        recorder: _Recorder,
-        weights: Mapping[str, fx.Node],
+        recorder: Recorder,
+        made_by: Mapping[str, fx.Node],
         handed: set[tuple[object, ...]],
     ) -> None:
         self._handed = handed
         self._source, self._converted, self._recorder = source, converted, recorder
-        self._weights = weights
-        self._varying = recorder.varying()
+        self._made_by = made_by
         # Looked up for every node.
+        self._made = _tensors(converted)
+        self._weights = {name: recorder.node(tensor) for name, tensor in self._made.items()}
         self._modules = dict(source.named_modules())
         self._tensors = _tensors(source)
+        self._by_type = {t.dtype: name for name, t in reversed(self._tensors.items())}
+        self._by_device = {t.device: name for name, t in reversed(self._tensors.items())}
         self._source_nodes = set(recorder.sources.values())
         self._graph = fx.Graph()
         self._root: dict[str, Any] = {}
-        self._places: dict[fx.Node, fx.Node] = {}
+        self._places: dict[fx.Node, fx.Node] = {}  # of nodes of all three graphs
+        self._own: dict[str, fx.Node] = {}  # of tensors of the source
+        self._features: dict[tuple[str, str], fx.Node] = {}
 
     def link(self) -> fx.GraphModule:
         """The graph of both."""
@@ -263,6 +175,7 @@ class _Linker:
         layers = {node: self._weights_of(node) for node in gm.graph.nodes}
         used = {self._weights[name] for names in layers.values() for name in names or ()}
         used |= {self._weights[str(node.target)] for node in gm.graph.nodes if self._varies(node)}
+        self._copy_own_code(used)
         for node in self._recorder.needed(used):
             self._copy_recorded(node)
         for node in gm.graph.nodes:
@@ -275,13 +188,87 @@ class _Linker:
         set_guard(made, guard_of(gm))
         return made.eval()
 
-    def _copy_recorded(self, node: fx.Node) -> None:
-        copied = self._graph.node_copy(node, lambda n: self._places[n])
-        self._places[node] = copied
+    # ---- the weights ------------------------------------------------------------------------
+
+    def _copy_own_code(self, used: set[fx.Node]) -> None:
+        """Let the model's own operations make of its parameters what they did."""
+        needed = {str(n.target) for n in self._recorder.needed(used) if n in self._source_nodes}
+        wanted = {self._made_by[name] for name in needed if name in self._made_by}
+        for node in reversed(self._source.graph.nodes):
+            if node in wanted:
+                wanted.update(node.all_input_nodes)
+        for node in self._source.graph.nodes:
+            if node in wanted:
+                self._copy_own(node)
+        places = {name: self._places.get(node) for name, node in self._made_by.items()}
+        self._own |= {name: place for name, place in places.items() if place is not None}
+
+    def _copy_own(self, node: fx.Node) -> None:
+        target = str(node.target)
         if node.op == "get_attr":
-            name = str(node.target)
-            of_source = node in self._source_nodes
-            self._root[name] = (self._tensors if of_source else self._recorder.constants)[name]
+            self._places[node] = self._own_tensor(target)
+            return
+        self._places[node] = self._graph.node_copy(node, lambda n: self._places[n])
+        if node.op == "call_module":
+            self._root[target] = self._source.get_submodule(target)
+
+    def _own_tensor(self, name: str) -> fx.Node:
+        """The node that reads a tensor of the source, or makes what stands for one."""
+        if name not in self._own:
+            self._own[name] = self._graph.get_attr(name)
+            self._root[name] = self._tensors[name]
+        return self._own[name]
+
+    def _copy_recorded(self, node: fx.Node) -> None:
+        if node in self._source_nodes:
+            copied = self._own_tensor(str(node.target))
+        elif node.op == "get_attr":
+            name = self._free(str(node.target))
+            copied = self._graph.get_attr(name)
+            self._root[name] = self._recorder.constants[str(node.target)]
+        else:
+            options = {k: self._live(v) for k, v in node.kwargs.items()}  # stand before it
+            copied = self._graph.node_copy(node, lambda n: self._places[n])
+            copied.kwargs = options
+        if node in self._recorder.doubles:
+            copied = self._graph.call_method("to", (copied, torch.float64))
+        self._places[node] = copied
+
+    def _free(self, name: str) -> str:
+        taken = (*self._tensors, *self._made, *self._root)
+        candidates = (f"{name}_{i}" if i else name for i in count())
+        return next(one for one in candidates if one not in taken)
+
+    def _live(self, option: Any) -> Any:
+        """A type or a device of the weights as it is at a call; float64 is that of the algebra."""
+        if isinstance(option, torch.device) and option in self._by_device:
+            return self._feature(self._by_device[option], "device")
+        if isinstance(option, torch.dtype) and option is not torch.float64:
+            return self._type(option)
+        return fx.map_arg(option, lambda n: self._places[n])
+
+    def _type(self, dtype: torch.dtype) -> Any:
+        """The type at a call of the weights that have a type now."""
+        name = self._by_type.get(dtype) if dtype.is_floating_point else None
+        return self._feature(name, "dtype") if name else dtype
+
+    def _feature(self, name: str, feature: str) -> fx.Node:
+        if (name, feature) not in self._features:
+            tensor = self._own_tensor(name)
+            self._features[name, feature] = self._graph.call_function(getattr, (tensor, feature))
+        return self._features[name, feature]
+
+    def _weight(self, name: str) -> fx.Node:
+        """The node that gives a weight of the result, in the type of the model's weights."""
+        recorded, dtype = self._weights[name], self._made[name].dtype
+        if recorded in self._source_nodes:
+            return self._own_tensor(str(recorded.target))
+        given = self._places[recorded]
+        if dtype is not torch.float64 or dtype not in self._by_type:
+            return given
+        return self._graph.call_method("to", (given, self._type(dtype)))
+
+    # ---- the layers -------------------------------------------------------------------------
 
     def _weights_of(self, node: fx.Node) -> tuple[str, ...] | None:
         """Names of the weights that a node's module gets from the graph; None to call it as is."""
@@ -289,11 +276,12 @@ class _Linker:
             return None
         module = self._converted.get_submodule(str(node.target))
         names = tuple(f"{node.target}.{name}" for name in _tensors(module))
-        if not any(self._weights[name] in self._varying for name in names):
+        if not any(self._recorder.varies(self._weights[name]) for name in names):
             return None
         if self._is_untouched(module, str(node.target)):
             return None
-        if type(module) not in (*CONVS, *BATCH_NORMS, *PRELUS, MaskedActivation):
+        known = type(module) in (*CONVS, *BATCH_NORMS, *PRELUS, MaskedActivation)
+        if not known or getattr(module, "padding_mode", "zeros") != "zeros":
             raise RmfxError(
                 f"{node.name}: a {type(module).__name__} cannot take its weights from the graph; "
                 "convert without differentiable=True"
@@ -305,11 +293,11 @@ class _Linker:
         own = self._modules.get(target)
         if own is None or type(own) is not type(module):
             return False
-        if any(_place(tensor) in self._handed for tensor in _tensors(own).values()):
+        if any(place(tensor) in self._handed for tensor in _tensors(own).values()):
             return False
         names = [f"{target}.{name}" for name in _tensors(module)]
         sources = self._recorder.sources
-        return all(sources.get(name) is _origin(self._weights[name]) for name in names)
+        return all(sources.get(n) is self._recorder.origin(self._weights[n]) for n in names)
 
     def _copy_masked(self, node: fx.Node, module: MaskedActivation) -> None:
         """A masked activation, one of whose activations has slopes that vary, in single steps."""
@@ -317,13 +305,26 @@ class _Linker:
         for i, activation in enumerate(module.activations):
             mask, target = f"{node.target}.mask{i}", f"{node.target}.activations.{i}"
             self._root[mask] = getattr(module, f"mask{i}")
+            chosen = self._graph.get_attr(mask)
             if isinstance(activation, PRELUS):
-                weight = self._places[self._weights[f"{target}.weight"]]
+                weight = self._weight(f"{target}.weight")
                 value = self._graph.call_function(_function(activation), (x, weight))
             else:
                 self._root[target] = activation
-                value = self._graph.call_module(target, (x,))
-            y = self._graph.call_function(torch.where, (self._graph.get_attr(mask), value, y))
+                own = self._graph.call_function(torch.where, (chosen, x, 1.0))  # as the module does
+                value = self._graph.call_module(target, (own,))
+            y = self._graph.call_function(torch.where, (chosen, value, y))
+        y.name, y.meta = node.name, dict(node.meta)
+        self._places[node] = y
+
+    def _copy_clamp(self, node: fx.Node, module: ChannelClamp) -> None:
+        bounds = []
+        for name, bound in (("low", module.low), ("high", module.high)):
+            self._root[f"{node.target}.{name}"] = bound
+            bounds.append(self._graph.get_attr(f"{node.target}.{name}"))
+        y = self._graph.call_function(
+            channel_clamp, (self._places[node.all_input_nodes[0]], *bounds)
+        )
         y.name, y.meta = node.name, dict(node.meta)
         self._places[node] = y
 
@@ -331,21 +332,26 @@ class _Linker:
         """Whether a node reads a constant that was computed from the sources."""
         if node.op != "get_attr" or str(node.target) in self._tensors:
             return False
-        return self._weights.get(str(node.target)) in self._varying
+        name = str(node.target)
+        return name in self._weights and self._recorder.varies(self._weights[name])
 
     def _copy(self, node: fx.Node, names: tuple[str, ...] | None) -> None:
         if self._varies(node):
-            self._places[node] = self._places[self._weights[str(node.target)]]
+            self._places[node] = self._weight(str(node.target))
             return
-        module = self._converted.get_submodule(str(node.target)) if names else None
-        if isinstance(module, MaskedActivation):
+        called = node.op == "call_module"
+        module = self._converted.get_submodule(str(node.target)) if called else None
+        if isinstance(module, ChannelClamp):
+            self._copy_clamp(node, module)
+            return
+        if isinstance(module, MaskedActivation) and names:
             self._copy_masked(node, module)
             return
+        given = {name.rpartition(".")[2]: self._weight(name) for name in names or ()}
         copied = self._graph.node_copy(node, lambda n: self._places[n])
         self._places[node] = copied
         target = str(node.target)
         if names is not None and module is not None:
-            given = {name.rpartition(".")[2]: self._places[self._weights[name]] for name in names}
             copied.op, copied.target = "call_function", _function(module)
             x = copied.args[0] if copied.args else next(iter(copied.kwargs.values()))
             copied.args, copied.kwargs = _arguments(module, x, given), {}
@@ -362,13 +368,6 @@ class _Linker:
     def _is_known(self, target: str) -> bool:
         module = self._converted.get_submodule(target)
         return self._is_untouched(module, target) and bool(_tensors(module))
-
-
-def _origin(node: fx.Node) -> fx.Node:
-    """The node that a weight is a plain copy of."""
-    while node.target in (aten.clone.default, aten.copy_.default):
-        node = node.args[-1] if node.target is aten.copy_.default else node.args[0]  # type: ignore[assignment]
-    return node
 
 
 def _function(module: nn.Module) -> Callable[..., Tensor]:

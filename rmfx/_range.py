@@ -157,7 +157,7 @@ class Ranges:
     Args:
         net: the net.
         input_range: of the inputs, if known.
-        weights_vary: whether weights may change, so that they prove nothing.
+        weights_vary: whether weights may change, so that they prove nothing, and gradients count.
         measured: extremes found on data, by node name: with the channels in dimension 1, and with
             the channels last.
     """
@@ -172,8 +172,10 @@ class Ranges:
     ) -> None:
         self._measured = measured or {}
         self._net = net
-        self._weights_vary = weights_vary
+        self.weights_vary = weights_vary
         self._input = Range.of(*input_range) if input_range else ANYTHING
+        if weights_vary:  # at the very ends of an activation's identity its gradient is another one
+            self._input = _beyond(self._input)
         self._known: dict[fx.Node, Range] = {}
 
     def of(self, node: fx.Node) -> Range:
@@ -233,7 +235,7 @@ class Ranges:
 
     def _through(self, node: fx.Node, x: Range) -> Range:
         element = read(self._net, node) if node.op != "output" else Refusal("")
-        if self._weights_vary and _has_parameters(element):
+        if self.weights_vary and _has_parameters(element):
             return ANYTHING
         if isinstance(element, Activation):
             # Slopes per channel belong to dimension 1.
@@ -254,7 +256,7 @@ class Ranges:
                 return ANYTHING
             channels = self._net.channels(source, rank - 2)
             element = element.build(channels, rank - 2) if channels else Refusal("")
-        if not isinstance(element, AffineConv) or self._weights_vary:
+        if not isinstance(element, AffineConv) or self.weights_vary:
             return ANYTHING
         x = x.on_axis(last=not element.dims)
         return affine_range(element, x) if x.low.numel() in (1, element.in_channels) else ANYTHING
@@ -278,6 +280,12 @@ def _has_parameters(element: object) -> bool:
     blocks = element.blocks if isinstance(element, Blockwise) else ()
     parts = (element, *(b.activation for b in blocks))
     return any(isinstance(a, Activation) and list(a.module.parameters()) for a in parts)
+
+
+def _beyond(x: Range) -> Range:
+    """A range that holds another one in its inside."""
+    end = torch.tensor(INF, dtype=torch.float64)
+    return Range(torch.nextafter(x.low, -end), torch.nextafter(x.high, end), x.last)
 
 
 def _hull(x: Range) -> Range:

@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import fx
 
-from ._errors import Refusal
+from ._errors import Refusal, WeightValueError
 from ._graph import Net
 
 M = TypeVar("M")
@@ -41,7 +41,7 @@ def apply_rule(net: Net, rule: Rule[M]) -> tuple[int, dict[fx.Node, Refusal]]:
         for node in list(net.graph.nodes):
             if node._erased:
                 continue
-            match = rule.match(net, node)
+            match = _match(rule, net, node)
             if isinstance(match, Refusal):
                 refusals[node] = match.at(node.name)
             elif match is not None:
@@ -50,3 +50,11 @@ def apply_rule(net: Net, rule: Rule[M]) -> tuple[int, dict[fx.Node, Refusal]]:
         total += done
         if not done:
             return total, refusals
+
+
+def _match(rule: Rule[M], net: Net, node: fx.Node) -> M | Refusal | None:
+    """What a rule finds, or that it would have to know the value of a weight that may change."""
+    try:
+        return rule.match(net, node)
+    except WeightValueError as error:
+        return Refusal(str(error))

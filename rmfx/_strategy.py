@@ -91,9 +91,13 @@ def settle(
         fits = [one for one in options if one.names <= {*allowed}]
         if not fits:
             needed = max(options[0].names - {*allowed}, key=STRATEGIES.index)
-            return Refusal(
-                f"it needs the strategy {needed!r}, which the option activation excludes"
-            )
+            reason = f"it needs the strategy {needed!r}, which the option activation excludes"
+            if ranges.weights_vary and "odd-pair" in allowed:
+                reason += (
+                    "; for gradients (differentiable=True) an odd pair is none, as where the carry "
+                    "is 0 a slope that jumps there has another gradient than the carry"
+                )
+            return Refusal(reason)
         best = min(fits, key=lambda one: STRATEGIES.index(one.name))
         for i, column in best.columns.items():
             columns[i] = column
@@ -176,7 +180,8 @@ def _options(
     for code in codes:
         if code is not None:
             yield from _coded(columns, stretch, acts, code)
-    if "odd-pair" in allowed:
+    has_kink = any(isinstance(c.main, Activation) and c.main.has_kink for c in acts.values())
+    if "odd-pair" in allowed and not (ranges.weights_vary and has_kink):
         yield from _as_pair(columns, stretch, acts, low, high)
 
 

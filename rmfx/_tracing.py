@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._activation import OWN_ACTIVATIONS
 from ._errors import TraceError
 from ._kept import keeps_state, unchanged
 
 OWN_GRADIENT = "own_gradient"  # where a gradient is not that of what is computed
+BAKED = "baked"  # an operator that ran on the model's tensors while it was traced
 
 
 class _InPlaceProxy(Proxy):
@@ -70,6 +74,33 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
 
+class _Reads(TorchDispatchMode):
+    """Notes an operator that runs on a model's own tensors: the graph has its result only.
+
+    A view is another name of the tensor, so the graph follows it all the same.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        own = [*model.parameters(), *model.buffers()]
+        self._own = {_memory(t) for t in own if not is_lazy(t)}
+        self.found: str | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        own = [t for t in tensors if t.requires_grad or _memory(t) in self._own]
+        self._own.update(map(_memory, own))  # a parameter in a list is none of the model's
+        if own and not func.is_view:
+            self.found = self.found or str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
 def _user_line() -> str | None:
     """The place ("file.py:12") of the innermost frame that is neither PyTorch nor this file."""
     frame: FrameType | None = sys._getframe(1)
@@ -97,11 +128,12 @@ def trace_symbolically(model: nn.Module, *, twice: bool = True) -> fx.GraphModul
         KeepsStateError: it does not.
         TraceError: the model's code cannot run on proxies.
     """
-    tracer = _Tracer()
+    tracer, reads = _Tracer(), _Reads(model)
     buffers = dict(model.named_buffers())
     try:
         with unchanged(model) as state, _no_autocast(), torch.enable_grad():
-            graph = tracer.trace(model)
+            with reads:
+                graph = tracer.trace(model)
             changed = state.changed()
             if twice and changed is not None:
                 _put_back_written(model, buffers)
@@ -111,7 +143,10 @@ def trace_symbolically(model: nn.Module, *, twice: bool = True) -> fx.GraphModul
             for tensor, name in tracer.tensor_attrs.items():
                 if "." not in name and isinstance(tensor, Tensor):
                     setattr(model, name, tensor)
-            return fx.GraphModule(model, graph, type(model).__name__)
+            gm = fx.GraphModule(model, graph, type(model).__name__)
+        if reads.found is not None:
+            gm.meta[BAKED] = reads.found
+        return gm
     except TraceError:
         raise
     # Tracing runs the model's own code, which may raise anything.

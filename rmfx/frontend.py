@@ -110,14 +110,19 @@ def _note_switches(gm: fx.GraphModule) -> None:
             gm.meta.setdefault(OWN_GRADIENT, node.name)
 
 
-def with_constants(gm: fx.GraphModule) -> fx.GraphModule:
-    """A traced graph, with what depends on the model's tensors alone computed now."""
+def with_constants(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
+    """A traced graph in which what depends on the model's tensors alone is a buffer, its value now.
+
+    Returns:
+        The graph, to be brought into the dialect again, and the nodes of the given graph that make
+        the buffers' values, by the names of the buffers.
+    """
     folded = _private_copy(gm)
-    fold_constants(folded)
-    canonicalise(folded)
+    nodes = dict(zip(folded.graph.nodes, gm.graph.nodes, strict=True))
+    made_by = {name: nodes[node] for name, node in fold_constants(folded).items()}
     folded.recompile()
     set_guard(folded, guard_of(gm))
-    return folded
+    return folded, made_by
 
 
 def _note_sources(graph: fx.Graph) -> None:

@@ -206,3 +206,217 @@ def test_what_is_made_of_parameters_elsewhere_follows_them(name: str) -> None:
         assert_equivalent(model, linked, x)
         assert_same_gradients(model, linked, (x,))
         perturb(model)
+
+
+# What the model's own code makes of its weights keeps the gradients that it has there.
+
+
+class WithWeight(nn.Module):
+    """x + conv2(act(conv1(x))), conv2's weight made by a function of it."""
+
+    def __init__(self, make: Any, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.make, self.act = make, act or nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.make(self.conv2.weight)
+        return x + F.conv2d(self.act(self.conv1(x)), made, padding=1)
+
+
+WEIGHTS: dict[str, Any] = {
+    "straight-through rounding": lambda w: w + (torch.round(w * 8) / 8 - w).detach(),
+    "a sign with a scale": lambda w: w + (w.sign() * w.abs().mean() - w).detach(),
+    "fixed by detach": lambda w: w.detach(),
+    "fixed by data": lambda w: w.data,
+    "half of it fixed": lambda w: torch.cat([w[:2], w[2:].detach()]),
+    "what is positive": lambda w: torch.where(w > 0, w, 0.0 * w),
+    "standardised": lambda w: (w - w.mean((1, 2, 3), keepdim=True)) / w.std(),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("front_end", ["verb", "torch.compile"])
+def test_gradients_of_a_weight_that_the_model_computes(name: str, front_end: str) -> None:
+    model, x = ready(WithWeight(WEIGHTS[name])), image()
+    linked = rmfx.remove_residuals(model, x, differentiable=True)
+    assert rmfx.report(linked).removed == 1
+    if front_end == "torch.compile":
+        torch._dynamo.reset()
+        options = {"backend": "eager", "differentiable": True, "strict": True}
+        linked = torch.compile(model, backend="rmfx", options=options)
+    for _ in range(2):
+        torch.testing.assert_close(linked(x), model(x), rtol=1e-10, atol=1e-10)
+        assert_same_gradients(model, linked, (x,))
+        perturb(model)
+
+
+# No number leaves a weight.
+
+
+class Scaled(nn.Module):
+    """x + slope-dependent branches, by which functions of Python numbers could be tried."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.act = conv(), conv(), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.act(self.conv1(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("way", ["relu", ("odd-pair", "masked"), "auto"])
+def test_a_slope_is_no_factor_of_an_odd_pair(way: Any) -> None:
+    model, x = ready(Scaled(nn.PReLU())), image()
+    assert rmfx.report(rmfx.remove_residuals(model, x, activation=way)).removed == 1
+    linked = rmfx.remove_residuals(model, x, activation=way, differentiable=True)
+    (row,) = rmfx.report(linked).rows
+    assert (row.strategy == "per-channel") if way == "auto" else ("odd pair" in str(row.reason))
+    for slope in (0.25, -1.0, 3.0):
+        with torch.no_grad():
+            model.act.weight.fill_(slope)
+        assert_equivalent(model, linked, x)
+        assert_same_gradients(model, linked, (x,))
+
+
+def test_an_odd_pair_of_a_smooth_activation_stays() -> None:
+    model, x = ready(Scaled(nn.GELU())), image()
+    linked = rmfx.remove_residuals(model, x, activation="odd-pair", differentiable=True)
+    assert rmfx.report(linked).rows[0].strategy == "odd-pair"
+    perturb(model)
+    assert_equivalent(model, linked, x)
+    assert_same_gradients(model, linked, (x,))
+
+
+def input_gradient(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    weights = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x)
+    return torch.autograd.grad((model(x) * weights).sum(), x)[0]
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(), nn.LeakyReLU(0.1)])
+@pytest.mark.parametrize("way", ["auto", "relu"])
+def test_gradients_where_an_activation_has_a_kink(act: nn.Module, way: str) -> None:
+    """At 0 and 1, the ends of the range, a slope jumps; the shortcut's gradient does not."""
+    model = ready(Scaled(act))
+    x = image().round().clamp(0, 1)
+    linked = rmfx.remove_residuals(
+        model, x, activation=way, input_range=(0.0, 1.0), differentiable=True
+    )
+    assert way != "auto" or rmfx.report(linked).removed == 1
+    for _ in range(2):
+        torch.testing.assert_close(input_gradient(linked, x), input_gradient(model, x))
+        nn.init.zeros_(model.conv1.bias)
+        nn.init.zeros_(model.conv1.weight)  # now the branch stands at a kink everywhere
+        assert_same_gradients(model, linked, (x,))
+
+
+def test_decisions_that_a_module_calls_for_are_refused_with_the_reason() -> None:
+    model = ready(
+        Apply(
+            lambda m, x: x + m.a(torch.relu(m.b(x)))[:, m.order],
+            a=conv(),
+            b=conv(),
+        )
+    )
+    model.register_buffer("order", torch.tensor([2, 0, 3, 1]))
+    x = image()
+    assert rmfx.report(rmfx.remove_residuals(model, x)).removed == 1
+    linked = rmfx.remove_residuals(model, x, differentiable=True)
+    assert "may change" in str(rmfx.report(linked).rows[0].reason)
+    model.order.copy_(torch.tensor([0, 1, 2, 3]))
+    assert_equivalent(model, linked, x)
+
+
+@pytest.mark.parametrize("take", [lambda w: w.detach().exp(), lambda w: w.item()])
+def test_a_parameter_in_a_list_is_not_baked(take: Any) -> None:
+    model = ready(
+        Apply(lambda m, x: x + take(m.held[0]) * m.a(torch.relu(m.b(x))), a=conv(), b=conv())
+    )
+    model.held = [nn.Parameter(torch.tensor(0.3, dtype=torch.float64))]
+    with pytest.raises(rmfx.OptionError, match="a list or a dict"):
+        rmfx.remove_residuals(model, image(), differentiable=True)
+
+
+# The result is a module like others.
+
+
+def test_a_batch_norm_called_twice() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.bn = conv(), conv(), conv(), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x + self.bn(self.b(torch.relu(self.bn(self.a(x)))))
+            return y + self.c(torch.relu(y))  # type: ignore[no-any-return]
+
+    model, x = ready(Shared()), image()
+    torch._dynamo.reset()
+    options = {"backend": "eager", "differentiable": True}
+    for linked in (
+        rmfx.remove_residuals(model, x, differentiable=True),
+        torch.compile(model, backend="rmfx", options=options),
+    ):
+        torch.testing.assert_close(linked(x), model(x))
+        assert_same_gradients(model, linked, (x,))
+        perturb(model)
+        torch.testing.assert_close(linked(x), model(x))
+
+
+@pytest.mark.parametrize("made", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("cast", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_result_of_another_type(made: torch.dtype, cast: torch.dtype) -> None:
+    model, x = network().to(made), image(3, 4, 7, 7, dtype=cast)
+    linked = rmfx.remove_residuals(model, image(dtype=made), differentiable=True)
+    other = copy.deepcopy(linked).to(cast)
+    expected = copy.deepcopy(model).to(cast).double()(x.double())
+    y = other(x)
+    assert y.dtype is cast
+    error = (y.double() - expected).abs().max() / expected.abs().max()
+    assert error <= 50 * torch.finfo(cast).eps
+
+
+def test_statistics_that_a_training_mode_forward_moves() -> None:
+    model, x = network(), image()
+    linked = rmfx.remove_residuals(model, x, differentiable=True)
+    before = linked(x)
+    model.train()
+    model(image())
+    model.eval()
+    assert not torch.allclose(linked(x), before)
+    assert_equivalent(model, linked, x)
+    assert_same_gradients(model, linked, (x,))
+
+
+def test_weights_that_are_all_zero_or_of_another_sign() -> None:
+    model, x = network(), image()
+    linked = rmfx.remove_residuals(model, x, differentiable=True)
+    for factor in (-1.0, 0.0):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(factor).add_(0.0)
+        torch.testing.assert_close(linked(x), model(x), rtol=1e-10, atol=1e-12)
+        for a, b in zip(
+            gradients(linked, (x,), list(model.parameters())),
+            gradients(model, (x,), list(model.parameters())),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+def test_second_derivatives_and_other_parameters() -> None:
+    model, x = network(), image()
+    linked = rmfx.remove_residuals(model, x, differentiable=True)
+    norms = []
+    for net in (model, linked):
+        weights = list(model.parameters())
+        first = torch.autograd.grad(net(x).square().sum(), weights, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), weights)
+        norms.append(torch.stack([g.norm() for g in second]))
+    torch.testing.assert_close(norms[1], norms[0])
+    own = {id(p): name for name, p in model.named_parameters()}
+    given = {n: (own[id(p)], 0.9 * p) for n, p in linked.named_parameters() if id(p) in own}
+    y = torch.func.functional_call(linked, {n: p for n, (_, p) in given.items()}, (x,))
+    z = torch.func.functional_call(model, dict(given.values()), (x,))
+    torch.testing.assert_close(y, z)
