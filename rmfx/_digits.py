@@ -33,6 +33,11 @@ SMALLEST_SCALE = 2.0**-40  # in any type
 AFFORDED = 0.25  # of a type's bits
 
 
+def exactness_of_taps(dtype: torch.dtype) -> str:
+    """Of a value that passes a Dirac tap: processors' products of bfloat16 take tiny ones for 0."""
+    return "normal numbers" if dtype == torch.bfloat16 else "bit-exact"
+
+
 def smallest_scale(dtype: torch.dtype, end: float) -> float:
     """The smallest factor that takes a carry into an interval of that end without loss."""
     info = torch.finfo(dtype)

@@ -41,6 +41,7 @@ from ._digits import (
     SMALL_GAIN,
     SMALLEST_SCALE,
     affords,
+    exactness_of_taps,
     factor_up_or_down,
     lost_rows,
     smallest_scale,
@@ -146,7 +147,7 @@ def _settle(
     settled = Settled(
         plan,
         max((one.name for one in used), key=_ORDER, default="linear"),
-        max((one.exactness for one in used), key=EXACTNESS.index, default=EXACTNESS[0]),
+        max([exactness_of_taps(dtype), *(one.exactness for one in used)], key=EXACTNESS.index),
         max((one.gain for one in used), default=1.0),
         max((one.bits for one in used), default=0.0),
     )

@@ -37,9 +37,9 @@ class SiteReport:
             there is none.
         exactness: "bit-exact" where the carried values arrive bit for bit; "normal numbers" where
             they do if they are 0 or at least `gain` times the smallest normal number of the type
-            (smaller ones err by less than the last digit of that); "rounding"; or "calibrated
-            range" where they do so only within the range of the calibration data, widened by its
-            own width on both sides.
+            (of smaller ones some digits or all are lost); "rounding"; or "calibrated range" where
+            they do so only within the range of the calibration data, widened by its own width on
+            both sides.
         gain: the largest factor, up or down, by which a carry is multiplied on the way, or its
             offset over its own size; None where nothing was rewritten.
         bits: how many of the type's bits its sums cost a carry, beside one rounding or a few.
