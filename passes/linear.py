@@ -159,6 +159,7 @@ def _row(net: Net, nodes: Sequence[fx.Node], segments: Sequence[Segment]) -> Sit
         status="removed",
         strategy="linear",
         exactness="rounding",
+        gain=1.0,
         layout=f"{len(nodes)} layers as {len(segments)}",
         shape=last.meta.get("shape"),
         macs_before=before.macs,

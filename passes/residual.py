@@ -36,6 +36,7 @@ from rmfx._alignment import may_reorder
 from rmfx._batches import check_batches
 from rmfx._columns import Column, Layer, Linear, Normalised, Plan, Pointwise, Shared, Sided, build
 from rmfx._dialect import canonicalise
+from rmfx._digits import EXACTNESS
 from rmfx._dynamo import find_lifted
 from rmfx._errors import OptionError, Refusal, RefusedError, RmfxError
 from rmfx._graph import Net, Shape, Virtual, put_in_order
@@ -51,7 +52,14 @@ from rmfx._rows import expense_of, row_of_match, row_of_refusal, with_expense
 from rmfx._sides import call_again, combine, tap
 from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed
-from rmfx._strategy import AUTO, EXACTNESS, SAME_ACTIVATION, STRATEGIES, Settled, settle
+from rmfx._strategy import (
+    AUTO,
+    SAME_ACTIVATION,
+    STRATEGIES,
+    Settled,
+    is_large,
+    settle,
+)
 from rmfx._tracing import BAKED, OWN_GRADIENT
 from rmfx._verification import checked
 from rmfx.frontend import trace
@@ -113,10 +121,14 @@ class ResidualRule:
         options = [option for option in found if not isinstance(option, Refusal)]
         if not options:
             return next(option for option in found if isinstance(option, Refusal))
-        (site, settled), *others = sorted(options, key=lambda option: option[1].plan.work)
+        (site, settled), *others = sorted(options, key=self._dearness)
         row = row_of_match(net, site, settled, _old(site, settled))
         row = replace(row, layout=_compared(settled, [other for _, other in others]))
         return reason_to_keep(self._policy, net, site, row) or Match(site, settled, row)
+
+    def _dearness(self, option: Option) -> tuple[bool, float]:
+        settled = option[1]
+        return is_large(settled, self._allowed), settled.plan.work
 
     def _options(self, site: Site) -> Iterator[Option | Refusal]:
         """Every way to rewrite a site."""
@@ -343,10 +355,12 @@ def remove_residuals(
             further (the form of RMNet, arXiv 2111.00687); the branch's last one is always folded.
         activation: how a carry may pass an activation: the strategies allowed, of which the first
             that works is used, in the order "identity", "scale", "per-channel", "odd-pair",
-            "shift", "masked". "auto" is all but "odd-pair", which costs channels, and "shift",
-            which costs rounding and needs `calibration`. "relu" is those that keep the network's
-            own activation: no PReLU, no clamp with bounds per channel and no mask is added
-            ("identity", "scale", "odd-pair", "shift").
+            "shift", "double-relu", "masked". "auto" is all but "odd-pair", which costs channels,
+            "shift", which costs rounding and needs `calibration`, and "double-relu", which costs
+            layers. "relu" is those that need the network's own activations and ReLU only: no PReLU,
+            no clamp with bounds per channel and no mask is added ("identity", "scale", "odd-pair",
+            "shift", "double-relu"). As whoever asks for that quantises, a way with a gain of at
+            most 16 comes first there. No way is used that the type has no digits for.
         input_range: (low, high) of every input value, if known: it can prove that a carry passes
             an activation unchanged. Values outside it may give wrong results.
         calibration: batches (a tensor or a tuple of arguments each), on which the statistics of the

@@ -273,6 +273,12 @@ class Activation:
         begin, _ = self.identity
         return bool(self.odd) and begin == 0 and self.image[0] >= 0
 
+    def terms(self, size: float) -> float:
+        """How much larger than κ·x the terms of its odd pair are, for |x| of about `size`."""
+        slope = self.odd - 1 if self.row.slope is not None else 0.0
+        middle = 2 * abs(float(self.apply(torch.zeros(1, dtype=torch.float64))))
+        return (1 + abs(slope) + middle / size) / abs(1 + slope)
+
     @property
     def has_kink(self) -> bool:
         """Whether its slope jumps at an end of `identity`, where it has no gradient of its own."""

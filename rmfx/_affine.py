@@ -34,6 +34,7 @@ CONVS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 MULTIPLYING = (*CONVS, *TRANSPOSED)  # whose weights are multiplied at every position
 ZERO_PADS: tuple[type[nn.Module], ...] = (nn.Identity, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
+SMALLEST_OF_USE = 1e-30  # no network depends on what is smaller
 CONV_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
@@ -347,7 +348,8 @@ class AffineConv:
         """Ordinary modules that apply this layer: one, or a padding and one.
 
         Raises:
-            WeightError: a weight is not finite in `dtype`.
+            WeightError: a weight is not finite in `dtype`, or all weights of an output are so small
+                that float16 has no digits for them.
         """
         groups = 1 if not self.dims else self.groups
         own = self.regroup(groups)
@@ -356,6 +358,11 @@ class AffineConv:
             wider = [t for t in (torch.float32, torch.float64) if t.itemsize > dtype.itemsize]
             way_out = f"convert the model in {wider[0]}" if wider else "scale its weights down"
             raise WeightError(f"a merged weight is too large for {dtype}; {way_out}")
+        if _vanishes(own, weight):
+            raise WeightError(
+                f"the merged weights of an output are too small for {dtype}; "
+                "convert the model in torch.float32"
+            )
         symmetric = all(left == right >= 0 for left, right in self.padding)
         layer = self._empty(own, symmetric, device, dtype)
         layer.weight = nn.Parameter(weight)
@@ -407,6 +414,22 @@ def is_finite(x: Tensor) -> bool:
     """Whether no element is NaN or infinite."""
     # One number tells it for nearly every tensor: NaN and Inf survive a sum.
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def _vanishes(layer: AffineConv, weight: Tensor) -> bool:
+    """Whether an output of a layer loses its digits in a type whose normal numbers end early.
+
+    Args:
+        weight: that of the layer, in the type.
+    """
+    info = torch.finfo(weight.dtype)
+    if info.tiny < SMALLEST_OF_USE:
+        return False
+    exact = layer.weight.to(weight.device, torch.float64).flatten(1)
+    lost = (exact - weight.to(torch.float64).flatten(1)).abs().sum(1)
+    beside = torch.maximum(exact.abs().sum(1), layer.bias.to(exact).abs())
+    small = exact.abs().amax(1) < info.tiny
+    return bool((small & (lost > info.eps * beside)).any())
 
 
 def _float64(x: Tensor) -> Tensor:

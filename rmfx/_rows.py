@@ -117,6 +117,8 @@ def row_of_match(net: Net, site: Site, settled: Settled, nodes: Sequence[fx.Node
         status="removed",
         strategy=settled.strategy,
         exactness=settled.exactness,
+        gain=settled.gain,
+        bits=settled.bits,
         layout=settled.plan.layout,
         shape=site.join.meta.get("shape"),
         carry=max(carries, default=0),

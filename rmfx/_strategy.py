@@ -1,10 +1,13 @@
 """How a carry passes the activations of a branch.
 
     identity     its proven range lies where the activation is the identity
-    scale        multiplied by a power of two, its proven range lies there: bit for bit
+    scale        multiplied by a power of two, its proven range lies there: bit for bit unless it is
+                 tiny, so that a scaled value is no normal number
     per-channel  PReLU with slope 1 on the carry, or a clamp with infinite bounds there: bit for bit
     odd-pair     x travels as [x; −x], because act(x) − act(−x) = κ·x: twice the channels
     shift        scaled and shifted, its range lies there: costs the rounding of a sum
+    double-relu  a clamp between a and b is written as a + relu((b − a) − relu(b − x)), which the
+                 carry passes by the ways above: costs the rounding of that sum, in the main block
     masked       `where(carry, x, act(x))`: bit for bit
 
 A *code* is what the carry is written as between two linear layers: the layer before encodes it, the
@@ -15,6 +18,9 @@ A proven range can be far wider than the values, and a sum with such a shift wou
 rounding. So a shift is used only where data show how large the values are: with the proven range if
 that costs little, else with the range of the data and as much again on both sides, outside of which
 the result is wrong.
+
+No way is chosen that the type has no digits for: `_digits.py`. Who asks for "relu" quantises, so
+there a way of a small gain comes before a simpler one of a large gain.
 """
 
 from __future__ import annotations
@@ -30,19 +36,26 @@ from ._activation import Activation, way_of
 from ._affine import AffineConv
 from ._algebra import chain, compose, direct_sum, join, stack
 from ._columns import Column, Linear, Normalised, Plan, Pointwise, work_of
+from ._digits import (
+    EXACTNESS,
+    SMALL_GAIN,
+    SMALLEST_SCALE,
+    affords,
+    exactness_of_taps,
+    factor_up_or_down,
+    lost_rows,
+    smallest_scale,
+)
+from ._double_relu import without_clamps
 from ._errors import Refusal
 from ._range import Range, Ranges
 
 # The simplest first; of those allowed, the first that works is used.
-STRATEGIES = ("identity", "scale", "per-channel", "odd-pair", "shift", "masked")
+STRATEGIES = ("identity", "scale", "per-channel", "odd-pair", "shift", "double-relu", "masked")
 # Those that pass every carry bit for bit at its own width.
 AUTO = ("identity", "scale", "per-channel", "masked")
-# Those that leave the activation as it is.
-SAME_ACTIVATION = ("identity", "scale", "odd-pair", "shift")
-# Of a carry that arrives, the best first.
-EXACTNESS = ("bit-exact", "rounding", "calibrated range")
-SMALLEST_SCALE = 2.0**-40
-LARGEST_ROUNDING = 1e-5  # of a proven shift, relative to the largest value on the data
+# Those that need no activation but the network's own, and ReLU.
+SAME_ACTIVATION = ("identity", "scale", "odd-pair", "shift", "double-relu")
 BITS_OF_SHIFT = 6  # a shift with few bits is exact itself
 
 
@@ -55,12 +68,16 @@ class Code:
         decode: back again, behind the activations.
         name: the strategy it serves.
         exactness: of a value that comes back: one of `EXACTNESS`.
+        gain: the largest factor, up or down.
+        bits: how many of the type's bits the sums on the way cost.
     """
 
     encode: AffineConv
     decode: AffineConv
     name: str
     exactness: str
+    gain: float
+    bits: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +87,15 @@ class Settled:
     Attributes:
         strategy: the least simple one in use, "linear" where there is no activation.
         exactness: of the carry that arrives: the worst of `EXACTNESS`.
+        gain: the largest factor, up or down, that the carry meets on the way.
+        bits: how many of the type's bits the worst stretch costs it.
     """
 
     plan: Plan
     strategy: str
     exactness: str
+    gain: float = 1.0
+    bits: float = 0.0
 
 
 def settle(
@@ -83,34 +104,72 @@ def settle(
     """Choose how the carry passes each activation, by the simplest strategy that is allowed.
 
     Args:
+        allowed: names of `STRATEGIES`; with "relu" among them a small gain comes first.
         dtype: of the values.
     """
-    columns, used, exactness = list(plan.columns), [], ["bit-exact"]
+    own = _settle(plan, ranges, allowed, dtype)
+    large = isinstance(own, Refusal) or is_large(own, allowed)
+    if not large or "double-relu" not in allowed:
+        return own
+    other = without_clamps(plan)
+    if other is None:
+        return own
+    found = _settle(other, ranges, {"identity", *allowed}, dtype)
+    if isinstance(found, Refusal) or (isinstance(own, Settled) and is_large(found, allowed)):
+        return own
+    return replace(
+        found,
+        strategy=max("double-relu", found.strategy, key=_ORDER),
+        exactness=max("rounding", found.exactness, key=EXACTNESS.index),
+    )
+
+
+def is_large(settled: Settled, allowed: Collection[str]) -> bool:
+    """Whether a gain is more than whoever quantises can do with."""
+    return "relu" in allowed and settled.gain > SMALL_GAIN
+
+
+_ORDER = ("linear", *STRATEGIES).index
+
+
+def _settle(
+    plan: Plan, ranges: Ranges, allowed: Collection[str], dtype: torch.dtype
+) -> Settled | Refusal:
+    """The same with the activations as they are."""
+    columns, used = list(plan.columns), list[_Option]()
     for stretch in _stretches(columns):
-        options = list(_options(columns, stretch, ranges, allowed, torch.finfo(dtype).eps))
-        fits = [one for one in options if one.names <= {*allowed}]
-        if not fits:
-            needed = max(options[0].names - {*allowed}, key=STRATEGIES.index)
-            reason = f"it needs the strategy {needed!r}, which the option activation excludes"
-            if ranges.weights_vary and "odd-pair" in allowed:
-                reason += (
-                    "; for gradients (differentiable=True) an odd pair is none, as where the carry "
-                    "is 0 a slope that jumps there has another gradient than the carry"
-                )
-            return Refusal(reason)
-        best = min(fits, key=lambda one: STRATEGIES.index(one.name))
+        best = _best(list(_options(columns, stretch, ranges, allowed, dtype)), allowed)
+        if isinstance(best, Refusal):
+            return best
         for i, column in best.columns.items():
             columns[i] = column
-        used.append(best.name)
-        exactness.append(best.exactness)
-    worst = max(exactness, key=EXACTNESS.index)
-    strategy = max(used, key=STRATEGIES.index, default="linear")
+        used.append(best)
+    settled = Settled(
+        plan,
+        max((one.name for one in used), key=_ORDER, default="linear"),
+        max([exactness_of_taps(dtype), *(one.exactness for one in used)], key=EXACTNESS.index),
+        max((one.gain for one in used), default=1.0),
+        max((one.bits for one in used), default=0.0),
+    )
     if tuple(columns) == plan.columns:
-        return Settled(plan, strategy, worst)
+        return settled
     work = work_of(columns)
     if isinstance(work, Refusal):
         return work
-    return Settled(replace(plan, columns=tuple(columns), work=work), strategy, worst)
+    return replace(settled, plan=replace(plan, columns=tuple(columns), work=work))
+
+
+def _best(options: Sequence[_Option | Refusal], allowed: Collection[str]) -> _Option | Refusal:
+    """The simplest of those allowed, where it counts with a small gain."""
+    found = [one for one in options if isinstance(one, _Option)]
+    fits = [one for one in found if one.names <= {*allowed}]
+    if fits:
+        small = [one for one in fits if one.gain <= SMALL_GAIN] if "relu" in allowed else []
+        return min(small or fits, key=lambda one: _ORDER(one.name))
+    needed = max(found[0].names - {*allowed}, key=_ORDER)
+    reason = f"it needs the strategy {needed!r}, which the option activation excludes"
+    lacking = [one.reason for one in options if isinstance(one, Refusal)]
+    return Refusal("; ".join([reason, *lacking]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +179,12 @@ class _Option:
     columns: dict[int, Column]
     names: frozenset[str]
     exactness: str
+    gain: float = 1.0
+    bits: float = 0.0
 
     @property
     def name(self) -> str:
-        return max(self.names, key=STRATEGIES.index)
+        return max(self.names, key=_ORDER)
 
 
 # A stretch: indices of the linear column that starts it, of its activations, of the linear column
@@ -156,9 +217,12 @@ def _options(
     stretch: Stretch,
     ranges: Ranges,
     allowed: Collection[str],
-    eps: float,
-) -> Iterator[_Option]:
-    """Ways to pass all activations of a stretch, the one without a code first."""
+    dtype: torch.dtype,
+) -> Iterator[_Option | Refusal]:
+    """Ways to pass all activations of a stretch, the one without a code first.
+
+    A refusal stands for a way that the type has no digits for.
+    """
     start, inside, end = stretch
     acts = {i: c for i in inside if isinstance(c := columns[i], Pointwise)}
     yield _uncoded(acts, ranges)
@@ -173,16 +237,23 @@ def _options(
     low, high = _bounds(ranges.of(carried).on_axis(last=not like.dims), like.out_channels)
     fixing = [act for c in acts.values() if (act := _may_fix(c))]
     seen = ranges.measured(carried, last=not like.dims) if "shift" in allowed else None
-    codes = [_scale_code(fixing, low, high, like) if "scale" in allowed else None]
-    if seen is not None:
-        data = _bounds(seen, like.out_channels)
-        codes.append(_shift_code(fixing, (low, high), data, like, eps))
+    data = None if seen is None else _bounds(seen, like.out_channels)
+    codes = [_scale_code(fixing, (low, high), like, dtype) if "scale" in allowed else None]
+    if data is not None:
+        codes.append(_shift_code(fixing, (low, high), data, like, dtype))
     for code in codes:
-        if code is not None:
-            yield from _coded(columns, stretch, acts, code)
+        if isinstance(code, Refusal):
+            yield code
+        elif code is not None:
+            yield from _coded(columns, stretch, acts, code, dtype)
     has_kink = any(isinstance(c.main, Activation) and c.main.has_kink for c in acts.values())
-    if "odd-pair" in allowed and not (ranges.weights_vary and has_kink):
-        yield from _as_pair(columns, stretch, acts, low, high)
+    if "odd-pair" in allowed and ranges.weights_vary and has_kink:
+        yield Refusal(
+            "for gradients (differentiable=True) an odd pair is none: where the carry is 0 a slope "
+            "that jumps there has another gradient than the carry"
+        )
+    elif "odd-pair" in allowed:
+        yield from _as_pair(columns, stretch, acts, _Values(low, high, data, dtype))
 
 
 def _linear(column: Column) -> Linear:
@@ -241,43 +312,73 @@ def _common_identity(acts: Sequence[Activation]) -> tuple[float, float]:
 
 
 def _scale_code(
-    acts: Sequence[Activation], low: Tensor, high: Tensor, like: AffineConv
-) -> Code | None:
+    acts: Sequence[Activation], proven: Bounds, like: AffineConv, dtype: torch.dtype
+) -> Code | Refusal | None:
     """x ↦ s·x into the interval that all activations leave alone."""
     begin, end = _common_identity(acts)
-    scale = _scale_into(low, high, begin, end) if begin < end else None
+    scale = _scale_into(*proven, begin, end) if begin < end else None
     if scale is None:
         return None
-    exactness = "rounding" if any(a.row.rounds for a in acts) else "bit-exact"
-    return _affine_code(scale, torch.zeros_like(scale), "scale", exactness, like)
+    least = float(scale.min())
+    nearest = min((abs(e) for e in (begin, end) if e and math.isfinite(e)), default=math.inf)
+    if least < smallest_scale(dtype, nearest):
+        return _no_digits("scale", dtype, f"multiplies by {least:.1g} and back")
+    exactness = _exactness_of(scale, *proven, dtype)
+    if any(a.row.rounds for a in acts):
+        exactness = "rounding"
+    return Code(*_both_ways(scale, torch.zeros_like(scale), like), "scale", exactness, 1 / least)
+
+
+def _exactness_of(scale: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> str:
+    """Of x ↦ s·x and back: values of a range that holds 0 may be as small as the type allows."""
+    smallest = torch.maximum(low, -high).clamp(min=0)
+    # A factor of 2, because a computed value may lie a little beyond its proven range.
+    normal = (scale == 1) | (scale * smallest >= 2 * torch.finfo(dtype).tiny)
+    return "bit-exact" if bool(normal.all()) else "normal numbers"
+
+
+def _no_digits(name: str, dtype: torch.dtype, how: str) -> Refusal:
+    return Refusal(f"{dtype} has no digits for {name!r}, which {how}: convert in a wider type")
 
 
 def _shift_code(
-    acts: Sequence[Activation], proven: Bounds, data: Bounds, like: AffineConv, eps: float
-) -> Code | None:
+    acts: Sequence[Activation], proven: Bounds, data: Bounds, like: AffineConv, dtype: torch.dtype
+) -> Code | Refusal | None:
     """x ↦ s·x + t into that interval: by proven bounds, if they are not far wider than the data."""
     begin, end = _common_identity(acts)
     if not begin < end:
         return None
+    info = torch.finfo(dtype)
     largest = float(torch.maximum(-data[0], data[1]).max())
-    found = _shift_into(*proven, begin, end)
-    if found is not None:
+    room = (data[1] - data[0]).clamp(min=largest * info.eps)
+    wider = (data[0] - room, data[1] + room)
+    bits: float | None = None
+    for bounds, exactness in ((proven, "rounding"), (wider, "calibrated range")):
+        found = _shift_into(*bounds, begin, end)
+        if found is None:
+            continue
         scale, shift = found
-        width = torch.maximum((scale * proven[0] + shift).abs(), (scale * proven[1] + shift).abs())
-        if float((eps * width / scale).max()) <= LARGEST_ROUNDING * largest:
-            return _affine_code(scale, shift, "shift", "rounding", like)
-    room = (data[1] - data[0]).clamp(min=largest * eps)
-    found = _shift_into(data[0] - room, data[1] + room, begin, end)
-    if found is None:
+        offset = _width_of(scale, shift, bounds) / (largest or 1.0)
+        bits = math.log2(max(offset, 1.0))
+        gain = max(1 / float(scale.min()), offset)
+        if affords(dtype, bits) and gain <= 1 / info.tiny:
+            return Code(*_both_ways(*found, like), "shift", exactness, gain, bits)
+    if bits is None:
         return None
-    return _affine_code(*found, "shift", "calibrated range", like)
+    return _no_digits("shift", dtype, f"costs {bits:.1f} bits")
 
 
-def _affine_code(scale: Tensor, shift: Tensor, name: str, exactness: str, like: AffineConv) -> Code:
+def _width_of(scale: Tensor, shift: Tensor, bounds: Bounds) -> float:
+    """The largest value of a shifted carry, in the units of the carry."""
+    ends = [(scale * bound + shift).abs() for bound in bounds]
+    return float((torch.maximum(*ends) / scale).max())
+
+
+def _both_ways(scale: Tensor, shift: Tensor, like: AffineConv) -> tuple[AffineConv, AffineConv]:
+    """x ↦ s·x + t for a carry like that of a layer, and back."""
     scale, shift = scale.to(like.weight.device), shift.to(like.weight.device)
     encode = AffineConv.scale(scale, shift, dims=like.dims)
-    decode = AffineConv.scale(1 / scale, -shift / scale, dims=like.dims)
-    return Code(encode, decode, name, exactness)
+    return encode, AffineConv.scale(1 / scale, -shift / scale, dims=like.dims)
 
 
 def _power_of_two(x: Tensor) -> Tensor:
@@ -322,13 +423,20 @@ def _up_to_few_bits(x: Tensor) -> Tensor:
 
 
 def _coded(
-    columns: Sequence[Column], stretch: Stretch, acts: dict[int, Pointwise], code: Code
-) -> Iterator[_Option]:
+    columns: Sequence[Column],
+    stretch: Stretch,
+    acts: dict[int, Pointwise],
+    code: Code,
+    dtype: torch.dtype,
+) -> Iterator[_Option | Refusal]:
     """The stretch with its carry in one code all along, where the layers can take it."""
     start, _, end = stretch
     first, last = _linear(columns[start]), _linear(columns[end])
     encoding, decoding = compose(code.encode, first.carry), compose(last.carry, code.decode)
     if isinstance(encoding, Refusal) or isinstance(decoding, Refusal):
+        return
+    if _loses_weights([(first.carry, encoding), (last.carry, decoding)], dtype):
+        yield _no_digits(code.name, dtype, f"multiplies weights by {code.gain:.1g}, up or down")
         return
     chosen: dict[int, Column] = {
         start: replace(first, carry=encoding),
@@ -342,19 +450,50 @@ def _coded(
             names.add(way_of(column.blocks))
         else:
             chosen[i] = replace(column, carry=act)
-    yield _Option(chosen, frozenset(names), code.exactness)
+    yield _Option(chosen, frozenset(names), code.exactness, code.gain, code.bits)
+
+
+def _loses_weights(layers: Sequence[tuple[AffineConv, AffineConv]], dtype: torch.dtype) -> bool:
+    """Whether one layer of a pair (before, after) has outputs that the type cannot hold."""
+    return any(lost_rows(after, dtype) > lost_rows(before, dtype) for before, after in layers)
 
 
 # ---- odd pairs ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Values:
+    """What is known of a carry's values.
+
+    Attributes:
+        low, high: proven.
+        data: the extremes on data, None if there are none.
+    """
+
+    low: Tensor
+    high: Tensor
+    data: Bounds | None
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> Tensor:
+        return torch.maximum(-self.low, self.high)
+
+    @property
+    def usual(self) -> float:
+        """How large they are: of order one in a trained network, where nothing tells more."""
+        known = (
+            1.0 if self.data is None else float(torch.maximum(-self.data[0], self.data[1]).max())
+        )
+        return min(known, float(self.size.max())) or 1.0
 
 
 def _as_pair(
     columns: Sequence[Column],
     stretch: Stretch,
     acts: dict[int, Pointwise],
-    low: Tensor,
-    high: Tensor,
-) -> Iterator[_Option]:
+    values: _Values,
+) -> Iterator[_Option | Refusal]:
     """The stretch with its carry as [s·x; −s·x], decoded and written anew between activations.
 
     Behind ReLU the pair is [x⁺; x⁻], which the next ReLU leaves alone: there it goes on as it is.
@@ -363,11 +502,13 @@ def _as_pair(
     odd = {i: c.main for i, c in acts.items() if isinstance(c.main, Activation) and c.main.odd}
     if len(odd) < len(acts) or any(c.carry is not None for c in acts.values()):
         return
-    reach = min(a.reach for a in odd.values())
-    size = torch.maximum(-low, high)
-    scale = _scale_into(-size, size, -reach, reach)
-    if scale is None:
+    coded = _scale_of_pair([*odd.values()], values)
+    if coded is None or isinstance(coded, Refusal):
+        if coded is not None:
+            yield coded
         return
+    scale, fact = coded
+    reach = min(a.reach for a in odd.values())
     chosen: dict[int, Column] = {}
     before: Activation | None = None  # whose odd part the pair holds
     linear = [i for i in range(start, end + 1) if isinstance(columns[i], Linear)]
@@ -381,11 +522,38 @@ def _as_pair(
             before = gap.pop(0) if gap else None
         if isinstance(carry, Refusal) or not all(_passes_pair(before, a, reach) for a in gap):
             return
+        if _loses_weights([(column.carry, carry)], values.dtype):
+            yield _no_digits("odd-pair", values.dtype, f"multiplies weights by {fact.gain:.1g}")
+            return
         chosen[i] = replace(column, carry=carry)
     for i, act in acts.items():
         chosen[i] = replace(act, carry=act.main, widths=(act.widths[0], 2 * act.widths[1]))
-    exact = all(a.splits for a in odd.values())
-    yield _Option(chosen, frozenset({"odd-pair"}), "bit-exact" if exact else "rounding")
+    yield replace(fact, columns=chosen)
+
+
+def _scale_of_pair(
+    acts: Sequence[Activation], values: _Values
+) -> tuple[Tensor, _Option] | Refusal | None:
+    """The scale s of a pair [s·x; −s·x], and what is known of a carry that travels so."""
+    reach, size, dtype = min(a.reach for a in acts), values.size, values.dtype
+    scale = _scale_into(-size, size, -reach, reach)
+    if scale is None:
+        return None
+    # A slope of more than 1 would take the largest values beyond the type.
+    steepest = max(abs(a.odd - 1) for a in acts)
+    scale = scale.clamp(max=float(_power_of_two(torch.tensor(1 / max(steepest, 1.0)))))
+    ends = float(scale.min()), float(scale.max())
+    gain = factor_up_or_down(*ends, *(a.odd * s for a in acts for s in ends))
+    bits = max(math.log2(a.terms(values.usual)) for a in acts)
+    if not affords(dtype, bits):
+        return _no_digits(
+            "odd-pair", dtype, f"costs {bits:.1f} bits, here by a factor of {gain:.1g}"
+        )
+    if ends[0] < smallest_scale(dtype, reach):
+        return _no_digits("odd-pair", dtype, f"multiplies by {ends[0]:.1g} and back")
+    splits = all(a.splits for a in acts)
+    exactness = _exactness_of(scale, values.low, values.high, dtype) if splits else "rounding"
+    return scale, _Option({}, frozenset({"odd-pair"}), exactness, gain, bits)
 
 
 def _passes_pair(before: Activation | None, after: Activation, reach: float) -> bool:

@@ -51,7 +51,6 @@ ROUNDINGS = 10  # of the inputs, whose effect is allowed for
 ON_GRADIENTS = 100  # times the tolerance: they add up over all positions
 SMALL_GRADIENT = 1e-3  # of the largest one: others are compared with that
 CALLED = 1 << 11  # positions up to which a network with a graph is called as well
-ON_SHIFTS = 100  # times the tolerance: a shift costs digits
 
 Shape = tuple[int, ...]
 M = TypeVar("M", bound=nn.Module)
@@ -322,7 +321,7 @@ class _Pair:
         limit = self._tolerance
         if limit is None:
             limit = default_tolerance(self._before, (inputs, before.output))
-            limit *= ON_SHIFTS if any(row.strategy == "shift" for row in self._rows) else 1
+            limit *= 2 ** max((row.bits for row in self._rows), default=0.0)
         places = list(self._places(inputs, before, after))
         wrong = [place for place in places if not place.error() <= limit * place.scale]
         if wrong:

@@ -24,7 +24,7 @@ from .conversion import Conversion
 from .cost import Cost, NodeCost, nodes
 from .frontend import trace
 from .latency import LatencyReport, write_figure
-from .report import SiteReport, short
+from .report import SiteReport, exactness_of, gain_of, short
 
 INSTALL_COMMAND = "pip install 'rmfx[html]'"
 PACKAGES = ("igraph", "jinja2", "matplotlib")
@@ -32,7 +32,7 @@ WIDTH, HEIGHT = 128, 20  # of a box
 ACROSS, DOWN = 144, 36  # from box to box
 MARGIN = 12
 COLUMNS = (
-    *("site", "done", "strategy", "exactness", "layout", "shape", "carry"),
+    *("site", "done", "strategy", "exactness", "layout", "shape", "gain", "carry"),
     *("multiply-adds before", "after", "parameters before", "after", "reason"),
 )
 COST_NAMES = {
@@ -201,13 +201,14 @@ def _cells(row: SiteReport) -> list[dict[str, Any]]:
     texts = [
         (row.place or row.join, ""),
         (row.status, row.status),
-        *((text, "") for text in (row.strategy, row.exactness, row.layout, size)),
+        *((text, "") for text in (row.strategy, exactness_of(row), row.layout, size)),
+        (gain_of(row), "number"),
         (str(row.carry or ""), "number"),
         *(("" if n is None else short(n), "number") for n in costs),
         (row.reason, ""),
     ]
     values = [text for text, _ in texts]
-    values[7:11] = ["" if n is None else str(n) for n in costs]
+    values[8:12] = ["" if n is None else str(n) for n in costs]
     return [
         {"text": text, "kind": kind, "value": value}
         for (text, kind), value in zip(texts, values, strict=True)

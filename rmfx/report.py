@@ -18,7 +18,7 @@ from ._errors import RmfxError
 META_KEY = "rmfx_report"
 HEADERS = (
     *("site", "done", "strategy", "exactness", "shape"),
-    *("carry", "multiply-adds", "parameters", "reason"),
+    *("gain", "carry", "multiply-adds", "parameters", "reason"),
 )
 
 
@@ -34,10 +34,16 @@ class SiteReport:
         status: "removed", "refused", or "kept" where only the policy was against it.
         reason: why it stays, "" if it was removed.
         strategy: how the carry passes the activations: the least simple of "identity", "scale",
-            "per-channel", "odd-pair", "shift" and "masked" in use; "linear" where there is none.
-        exactness: "bit-exact" where the carried values arrive bit for bit, "rounding", or
-            "calibrated range" where they do so only within the range of the calibration data,
-            widened by its own width on both sides.
+            "per-channel", "odd-pair", "shift", "double-relu" and "masked" in use; "linear" where
+            there is none.
+        exactness: "bit-exact" where the carried values arrive bit for bit; "normal numbers" where
+            they do if they are 0 or at least `gain` times the smallest normal number of the type
+            (of smaller ones some digits or all are lost); "rounding"; or "calibrated range" where
+            they do so only within the range of the calibration data, widened by its own width on
+            both sides.
+        gain: the largest factor, up or down, by which a carry is multiplied on the way, or its
+            offset over its own size; None where nothing was rewritten.
+        bits: how many of the type's bits its sums cost a carry, beside one rounding or a few.
         layout: which of several exact arrangements it is, and what the next best one would cost.
         shape: of the join's value, where known.
         carry: carried channels.
@@ -54,6 +60,8 @@ class SiteReport:
     reason: str = ""
     strategy: str = ""
     exactness: str = ""
+    gain: float | None = None
+    bits: float = 0.0
     layout: str = ""
     shape: tuple[int | None, ...] | None = None
     carry: int = 0
@@ -211,8 +219,9 @@ class Report:
                 row.place or row.join,
                 row.status,
                 row.strategy,
-                row.exactness,
+                exactness_of(row),
                 "x".join("?" if n is None else str(n) for n in row.shape or ()),
+                gain_of(row),
                 row.carry or "",
                 _change(row.macs_before, row.macs_after),
                 _change(row.params_before, row.params_after),
@@ -223,6 +232,16 @@ class Report:
         total = f"{self.removed} of {len(self.rows)} residual connections removed"
         total += f", {self.kept} kept by choice" if self.kept else ""
         return f"{tabulate(table, HEADERS, disable_numparse=True, maxcolwidths=60)}\n{total}"
+
+
+def exactness_of(row: SiteReport) -> str:
+    """How exactly a carry arrives, with the bits that it costs."""
+    return f"{row.exactness} (-{row.bits:.1f} bits)" if row.bits else row.exactness
+
+
+def gain_of(row: SiteReport) -> str:
+    """The gain for people; empty where nothing was rewritten."""
+    return "" if row.gain is None else f"{row.gain:.3g}"
 
 
 def _change(before: int | None, after: int | None) -> str:

@@ -79,6 +79,20 @@ def test_table_has_a_line_for_every_site_and_a_sum() -> None:
     assert max(len(line) for line in lines) < 220
 
 
+def test_the_table_tells_gain_and_bits() -> None:
+    slope = nn.LeakyReLU(-0.75)
+    model = ready(chain(Residual(conv_branch(slope)), Residual(nn.MaxPool2d(3, 1, 1))))
+    report = rmfx.report(rmfx.remove_residuals(model, image(), activation="odd-pair"))
+    removed, refused = report.rows
+    assert (removed.gain, refused.gain) == (4, None)
+    assert removed.bits == pytest.approx(2.807, abs=1e-3)  # log2 of (1 + 0.75) / (1 - 0.75)
+    header, _, first, *_ = str(report).splitlines()
+    assert header.split().index("gain") == header.split().index("carry") - 1
+    assert "rounding (-2.8 bits)" in first
+    assert first[header.index("gain")] == "4"
+    assert rmfx.report(converted()).rows[0].bits == 0
+
+
 def test_dict_survives_json() -> None:
     report = rmfx.report(converted())
     data = json.loads(json.dumps(report.to_dict()))

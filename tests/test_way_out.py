@@ -412,3 +412,23 @@ def test_int8_of_a_trained_network_answers_the_same() -> None:
     found = [quantised(model, batches)(x) for model in models]
     right = [int((logits.argmax(1) == labels).sum()) for logits in found]
     assert right[1] >= right[0] - 2
+
+
+def test_without_other_activations_a_trained_network_answers_the_same_in_few_bits() -> None:
+    digits, labels = load_digits()
+    model = load_model()
+    gm = rmfx.remove_residuals(model, digits[:1], activation="relu", input_range=(0, 1))
+    report = rmfx.report(gm)
+    assert (report.removed, report.adds_left) == (5, 0)
+    assert all(row.gain is not None and row.gain <= 16 for row in report.rows), str(report)
+    assert {*types(gm)} <= {"Conv2d", "ReLU", "ReLU6", "AdaptiveAvgPool2d", "Flatten", "Linear"}
+    plain, folded = rmfx.to_sequential(gm), rmfx.fold_batch_norm(model, digits[:1])
+
+    def right(module: nn.Module, dtype: torch.dtype = torch.float32) -> int:
+        return int((module(digits[200:400].to(dtype)).argmax(1) == labels[200:400]).sum())
+
+    for dtype in (torch.float16, torch.bfloat16):
+        before, after = (right(copy.deepcopy(m).to(dtype), dtype) for m in (folded, plain))
+        assert after >= before - 2
+    batches = [digits[start : start + 200] for start in (0, 200)]
+    assert right(quantised(plain, batches)) >= right(quantised(folded, batches)) - 2

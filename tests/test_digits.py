@@ -1,0 +1,419 @@
+"""What a type has digits for: the laws, and every way past an activation bit for bit or by its law.
+
+The block's own branch gives zero, so that what comes out is the carry and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from builders import Residual, assert_removed, chain, conv, image, ready, types
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import rmfx
+from rmfx._activation import TABLE, Activation
+from rmfx._affine import AffineConv
+from rmfx._digits import (
+    EXACTNESS,
+    affords,
+    bits_of,
+    factor_up_or_down,
+    lost_rows,
+    smallest_scale,
+)
+from rmfx._errors import WeightError
+from rmfx.testing import assert_equivalent
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FEW_ROUNDINGS = 6  # of weights, products, sums and the result
+
+
+def spread(dtype: torch.dtype, largest: float, *, signed: bool, seed: int) -> Tensor:
+    """Values of every size that a type has, the smallest included: (2, 4, 6, 5)."""
+    generator = torch.Generator().manual_seed(seed)
+    info = torch.finfo(dtype)
+    down = max(math.log2(largest) - math.log2(info.tiny) - math.log2(info.eps), 1.0)
+    size = torch.exp2(-down * torch.rand(240, generator=generator, dtype=torch.float64))
+    sign = 1.0 - 2.0 * signed * torch.randint(0, 2, (240,), generator=generator).double()
+    x = (largest * size * sign).clamp(-largest, largest).to(dtype)
+    return torch.cat([x[:-2], torch.tensor([0.0, largest]).to(dtype)]).reshape(2, 4, 6, 5)
+
+
+def silent(act: nn.Module, dtype: torch.dtype) -> Any:
+    """x + 0, by a branch with an activation in its middle."""
+    model = Residual(chain(conv(), act, conv())).to(dtype).eval()
+    for layer in (model.branch[0], model.branch[2]):
+        for parameter in layer.parameters():
+            parameter.data.zero_()
+    return model.requires_grad_(False)
+
+
+def assert_keeps_its_promise(
+    row: rmfx.SiteReport, x: Tensor, y: Tensor, least: float = 0.0
+) -> None:
+    """Compare a carry with what the report says of it.
+
+    Args:
+        least: the size from which on rounding is relative to the value.
+    """
+    info = torch.finfo(x.dtype)
+    error, size = (y.double() - x.double()).abs(), x.double().abs()
+    assert row.exactness in EXACTNESS
+    assert row.gain is not None
+    if row.exactness == "bit-exact":
+        assert torch.equal(x, y)
+    elif row.exactness == "normal numbers":
+        floor = row.gain * info.tiny
+        assert not bool(error[size >= floor].any())
+        flushed = x.dtype == torch.bfloat16
+        assert float(error.max()) <= floor * (1 if flushed else info.eps / 2)
+    else:
+        beside = size.clamp(min=least if row.strategy == "odd-pair" else float(size.max()))
+        units = FEW_ROUNDINGS * 2**row.bits * info.eps / 2
+        # An activation may halve a value near the smallest normal number.
+        assert bool((error <= units * beside + 4 * row.gain * info.tiny).all())
+
+
+# ---- the laws -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(k=st.integers(0, 20), mantissa=st.integers(-(2**24), 2**24), exponent=st.integers(-1100, 15))
+def test_a_value_scaled_and_back_loses_digits_below_normal_numbers_only(
+    dtype: torch.dtype, k: int, mantissa: int, exponent: int
+) -> None:
+    info = torch.finfo(dtype)
+    x = torch.tensor(mantissa * 2.0**-24 * 2.0 ** max(exponent, -1000), dtype=torch.float64).to(
+        dtype
+    )
+    assume(bool(torch.isfinite(x)))
+    back = (x * torch.tensor(2.0**-k, dtype=dtype)) * 2.0**k
+    error = abs(float(back) - float(x))
+    if abs(float(x)) >= 2.0**k * info.tiny:
+        assert error == 0
+    assert error <= 2.0**k * info.tiny * info.eps / 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(end=st.floats(1e-3, 1e4))
+def test_what_the_smallest_scale_loses_lies_below_the_last_digit_of_the_end(
+    dtype: torch.dtype, end: float
+) -> None:
+    info, scale = torch.finfo(dtype), smallest_scale(dtype, end)
+    assert info.tiny / scale <= info.eps * end * (1 + 1e-9)
+    assert scale >= info.tiny
+    assert 1 / scale <= info.max
+
+
+def test_a_type_affords_a_quarter_of_its_bits() -> None:
+    assert [bits_of(dtype) for dtype in DTYPES] == [11, 8, 24, 53]
+    assert [affords(dtype, 2.5) for dtype in DTYPES] == [True, False, True, True]
+    assert [affords(dtype, 6.5) for dtype in DTYPES] == [False, False, False, True]
+
+
+def test_a_factor_counts_up_and_down() -> None:
+    assert factor_up_or_down(0.5, 3.0) == 3
+    assert factor_up_or_down(-0.125, 3.0) == 8
+    assert factor_up_or_down(0.0) == float("inf")
+
+
+SLOPES = st.floats(-3, 3).filter(lambda a: abs(1 + a) > 1e-3)
+
+
+@given(slope=SLOPES, x=st.floats(1e-3, 1e3))
+def test_the_terms_of_a_pair_are_as_much_larger_as_said(slope: float, x: float) -> None:
+    others = [nn.GELU(), nn.SiLU(), nn.Hardswish(), nn.LogSigmoid(), nn.ReLU()]
+    for act in (Activation(m) for m in (nn.LeakyReLU(slope), nn.RReLU(slope, slope), *others)):
+        ends = act.apply(torch.tensor([x, -x], dtype=torch.float64))
+        terms = float(ends.abs().sum()) / abs(act.odd * x)
+        assert terms <= act.terms(x) * (1 + 1e-9)
+
+
+def test_every_odd_row_has_its_terms() -> None:
+    for kind, row in TABLE.items():
+        if row.odd is not None:
+            assert Activation(kind()).terms(1.0) >= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_beyond_a_type_are_lost_and_rows_of_zeros_are_not(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    rows = [[0.0, 0.0], [1.0, 0.0], [info.tiny, 0.0], [info.tiny / 2, info.tiny / 4]]
+    layer = AffineConv.pointwise(torch.tensor(rows, dtype=torch.float64), dims=2)
+    assert lost_rows(layer, dtype) == 1 / 4
+    if dtype != torch.float64:
+        rows.append([2 * info.max, 1.0])
+        layer = AffineConv.pointwise(torch.tensor(rows, dtype=torch.float64), dims=2)
+        assert lost_rows(layer, dtype) == 2 / 5
+
+
+# ---- every way, in every type, for values of every size -----------------------------------------
+
+ACTS = st.one_of(
+    st.sampled_from([nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.ELU, nn.LogSigmoid]).map(
+        lambda kind: kind()
+    ),
+    SLOPES.map(nn.LeakyReLU),
+    SLOPES.map(lambda a: nn.RReLU(min(a, 0.5), max(a, 0.5))),
+    SLOPES.map(lambda a: nn.PReLU(init=a)),
+    st.floats(1e-4, 1e3).map(lambda end: nn.Hardtanh(0, end)),
+    st.floats(1e-4, 1e3).map(lambda end: nn.Hardtanh(-end, 2 * end)),
+    st.floats(-0.99, -0.9).map(nn.LeakyReLU),
+)
+WAYS: tuple[Any, ...] = ("auto", "relu", "odd-pair", "scale", ("identity", "scale"))
+
+
+@settings(max_examples=100)
+@given(
+    act=ACTS,
+    dtype=st.sampled_from(DTYPES),
+    ways=st.sampled_from(WAYS),
+    largest=st.floats(2.0**-8, 2.0**13).map(lambda v: float(torch.tensor(v).bfloat16())),
+    signed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_carry_arrives_as_exactly_as_the_report_says(
+    act: nn.Module, dtype: torch.dtype, ways: Any, largest: float, signed: bool, seed: int
+) -> None:
+    x = spread(dtype, largest, signed=signed, seed=seed)
+    bounds = (-largest * signed, largest)
+    gm = rmfx.remove_residuals(silent(act, dtype), x, activation=ways, input_range=bounds)
+    (row,) = rmfx.report(gm).rows
+    assert row.status == "removed" or ways != "auto"
+    if row.status == "refused":
+        return
+    with torch.no_grad():
+        # The terms of its pair are of order 1 however small x is.
+        least = min(largest, 1.0) if isinstance(act, nn.LogSigmoid) else 0.0
+        assert_keeps_its_promise(row, x, gm(x), least)
+
+
+@pytest.mark.parametrize("largest", [1.0, 7.0, 1000.0, 8000.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_shifted_carry_arrives_as_exactly_as_the_report_says(
+    dtype: torch.dtype, largest: float
+) -> None:
+    x = spread(dtype, largest, signed=True, seed=1)
+    for act in (nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0.5, 2)):
+        options: dict[str, Any] = {"activation": "shift", "calibration": [x]}
+        gm = rmfx.remove_residuals(
+            silent(act, dtype), x, **options, input_range=(-largest, largest)
+        )
+        (row,) = rmfx.report(gm).rows
+        if dtype in (torch.float32, torch.float64):
+            assert (row.strategy, row.exactness) == ("shift", "rounding")
+        if row.status == "removed":
+            assert row.bits > 0
+            assert_keeps_its_promise(row, x, gm(x))
+        else:
+            assert f"{dtype} has no digits for 'shift'" in row.reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_scaled_carry_is_exact_in_normal_numbers(dtype: torch.dtype) -> None:
+    x = spread(dtype, 16.0, signed=False, seed=0)
+    gm = rmfx.remove_residuals(silent(nn.ReLU6(), dtype), x, input_range=(0, 16))
+    (row,) = rmfx.report(gm).rows
+    assert (row.strategy, row.exactness, row.gain) == ("scale", "normal numbers", 4)
+    assert_keeps_its_promise(row, x, gm(x))
+    assert dtype == torch.float64 or not torch.equal(gm(x), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_scaled_carry_that_is_never_small_is_bit_exact(dtype: torch.dtype) -> None:
+    x = (4 + 12 * torch.rand(2, 4, 6, 5)).to(dtype)
+    gm = rmfx.remove_residuals(silent(nn.ReLU6(), dtype), x, input_range=(4, 16))
+    (row,) = rmfx.report(gm).rows
+    exactness = "normal numbers" if dtype == torch.bfloat16 else "bit-exact"
+    assert (row.strategy, row.exactness, row.gain) == ("scale", exactness, 4)
+    assert torch.equal(gm(x), x)
+
+
+# ---- what is not chosen -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [6.0, 1e-3])
+def test_float16_is_not_scaled_into_subnormal_numbers(end: float) -> None:
+    model, x = silent(nn.Hardtanh(0, end), torch.float16), image(dtype=torch.float16).abs()
+    for dtype, way in ((torch.float16, "per-channel"), (torch.bfloat16, "scale")):
+        gm = rmfx.remove_residuals(model.to(dtype), x.to(dtype), input_range=(0, 1000 * end))
+        assert rmfx.report(gm).rows[0].strategy == way
+        gm = rmfx.remove_residuals(
+            model.to(dtype), x.to(dtype), input_range=(0, 1000 * end), activation="scale"
+        )
+        refused = "torch.float16 has no digits for 'scale'" in rmfx.report(gm).rows[0].reason
+        assert refused == (dtype == torch.float16)
+
+
+@pytest.mark.parametrize("make", [nn.LeakyReLU, lambda a: nn.PReLU(init=a)], ids=["leaky", "prelu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_pair_whose_factor_is_near_0_is_not_chosen(dtype: torch.dtype, make: Any) -> None:
+    for slope, types_that_hold in ((-0.5, 4), (-0.9, 2), (-0.96, 2), (-0.999, 1), (-0.99999, 0)):
+        model, x = silent(make(slope), dtype), spread(dtype, 4.0, signed=True, seed=0)
+        gm = rmfx.remove_residuals(model, x, activation="odd-pair")
+        (row,) = rmfx.report(gm).rows
+        holds = (
+            dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)[:types_that_hold]
+        )
+        assert (row.status == "removed") == holds, (slope, row)
+        if holds:
+            assert row.gain == pytest.approx(1 / (1 + slope), rel=0.02)
+            assert row.bits == pytest.approx(math.log2((1 - slope) / (1 + slope)), rel=0.05)
+            assert_keeps_its_promise(row, x, gm(x))
+        else:
+            if float(torch.tensor(slope).to(dtype)) != -1:  # where there is no factor at all
+                assert f"{dtype} has no digits for 'odd-pair'" in row.reason
+            assert "'per-channel'" in row.reason
+        auto = rmfx.remove_residuals(model, x)
+        assert rmfx.report(auto).rows[0].strategy == "per-channel"
+        assert_keeps_its_promise(rmfx.report(auto).rows[0], x, auto(x))
+
+
+def test_a_steep_slope_takes_no_value_beyond_the_type() -> None:
+    x = torch.full((2, 4, 6, 5), 60000.0, dtype=torch.float16)
+    x[:, ::2] *= -1
+    gm = rmfx.remove_residuals(silent(nn.LeakyReLU(100.0), torch.float16), x, activation="odd-pair")
+    (row,) = rmfx.report(gm).rows
+    assert row.status == "removed"
+    assert row.gain == 128
+    assert_keeps_its_promise(row, x, gm(x))
+
+
+@pytest.mark.parametrize("factor", [1e-6, 3e4])
+def test_a_shortcut_is_not_scaled_beyond_its_type(factor: float) -> None:
+    shortcut = conv(4, 4, 1)
+    model = ready(Residual(chain(conv(), nn.ReLU6(), conv()), shortcut), torch.float16)
+    shortcut.weight.data = (torch.eye(4) * factor).reshape(4, 4, 1, 1).half()
+    shortcut.bias.data.zero_()
+    x = image(dtype=torch.float16).abs().clamp(max=1)
+    x = x if factor > 1 else x * 1000
+    gm = rmfx.remove_residuals(model, x, activation="scale", input_range=(0, float(x.max())))
+    (row,) = rmfx.report(gm).rows
+    weights = [p for p in gm.parameters() if p.numel()]
+    assert all(bool(torch.isfinite(p).all()) for p in weights)
+    assert row.status == "refused" or row.gain <= 64
+    assert_equivalent(model, gm, x, tolerance=0.02)
+
+
+def test_products_too_small_for_float16_are_an_error() -> None:
+    weight = torch.full((2, 3, 1, 1), 1e-8, dtype=torch.float64)
+    small = AffineConv(weight, weight.new_zeros(2), (1, 1), ((0, 0),) * 2, (1, 1))
+    with pytest.raises(WeightError, match=r"too small for torch.float16.*torch.float32"):
+        small.to_modules(torch.float16, torch.device("cpu"))
+    for dtype in (torch.bfloat16, torch.float32):
+        (module,) = small.to_modules(dtype, torch.device("cpu"))
+        assert bool(module.weight.all())
+    beside = AffineConv(weight, weight.new_ones(2), (1, 1), ((0, 0),) * 2, (1, 1))
+    beside.to_modules(torch.float16, torch.device("cpu"))  # below the last digit of its bias
+
+
+def test_a_batch_norm_that_vanishes_in_float16_is_an_error() -> None:
+    model = ready(chain(conv(bias=False), nn.BatchNorm2d(4), conv()), torch.float16)
+    model[0].weight.data *= 1e-3
+    model[1].weight.data.fill_(1e-4)
+    for statistic in (model[1].running_mean, model[1].bias.data):
+        statistic.zero_()
+    with pytest.raises(WeightError, match=r"too small for torch\.float16"):
+        rmfx.fold_batch_norm(model, image(dtype=torch.float16))
+    rmfx.fold_batch_norm(model.float(), image(dtype=torch.float32))
+
+
+# ---- whoever asks for "relu" quantises ----------------------------------------------------------
+
+
+def wide(act: nn.Module, *, signed: bool = False) -> Any:
+    """A block on a value whose range is proven to be thousands of times that of its clamp."""
+    stem = chain(conv(), nn.Hardtanh(-9000 * signed, 9000))
+    body = chain(conv(4, 8, 1), act, conv(8, 8, groups=8), act, conv(8, 4, 1))
+    return ready(chain(stem, Residual(body)))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_relu_takes_two_relu_rather_than_a_large_gain(signed: bool) -> None:
+    model = wide(nn.ReLU6(), signed=signed)
+    gm = assert_removed(model, image(), activation="relu", strategy="double-relu")
+    (row,) = rmfx.report(gm).rows
+    assert (row.exactness, row.gain, row.bits) == ("rounding", 1, 0)
+    assert types(gm).count("ReLU") == 4
+    assert {*types(gm)} == {"Conv2d", "Hardtanh", "ReLU"}
+    assert row.carry == (8 if signed else 4)
+    gm = rmfx.remove_residuals(model, image(), activation=("scale", "odd-pair"))
+    (row,) = rmfx.report(gm).rows
+    assert row.strategy == ("odd-pair" if signed else "scale")
+    assert row.gain == 2**11
+
+
+def test_relu_takes_a_simpler_way_of_a_small_gain() -> None:
+    stem, body = chain(conv(), nn.Hardtanh(0, 90)), chain(conv(4, 8, 1), nn.ReLU6(), conv(8, 4, 1))
+    model = ready(chain(stem, Residual(body)))
+    gm = assert_removed(model, image(), activation="relu", strategy="scale")
+    assert rmfx.report(gm).rows[0].gain == 16
+
+
+def test_without_digits_the_reason_says_so_and_what_would_do() -> None:
+    model = silent(nn.LeakyReLU(-0.99), torch.bfloat16)
+    gm = rmfx.remove_residuals(model, image(dtype=torch.bfloat16), activation="relu")
+    reason = rmfx.report(gm).rows[0].reason
+    assert "'per-channel'" in reason
+    assert "torch.bfloat16 has no digits for 'odd-pair'" in reason
+    assert "wider type" in reason
+
+
+# ---- a clamp as two ReLU ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("low", [0.0, -1.0, 0.5])
+def test_a_clamp_is_two_relu_at_any_size(low: float, dims: int) -> None:
+    body = chain(conv(4, 6, 3, dims=dims), nn.Hardtanh(low, 2.0), conv(6, 4, 1, dims=dims))
+    model = ready(Residual(body))
+    x = image(2, 4, *(9, 7, 5)[:dims])
+    gm = assert_removed(model, x, activation=("odd-pair", "double-relu"), strategy="double-relu")
+    assert {*types(gm)} == {f"Conv{dims}d", "ReLU"}
+    for size in ((1, 4, *(6, 11, 3)[:dims]), (3, 4, *(1, 1, 1)[:dims])):
+        assert_equivalent(model, gm, 3 * image(*size), tolerance=1e-10)
+
+
+def test_a_raised_clamp_before_a_padding_is_left() -> None:
+    def removed(low: float) -> bool:
+        model = ready(Residual(chain(conv(), nn.Hardtanh(low, 2.0), conv())))
+        gm = rmfx.remove_residuals(model, image(), activation=("odd-pair", "double-relu"))
+        assert_equivalent(model, gm, image())
+        return rmfx.report(gm).removed == 1
+
+    assert removed(0.0)
+    assert not removed(-0.5)  # for a pair its ends differ, and padding would read 0.5
+
+
+def test_a_clamp_is_left_where_others_read_what_comes_before_it() -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = conv(), conv(), conv()
+            self.act = nn.ReLU6()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return (x + self.b(self.act(y))) * 2 + self.c(y)
+
+    model = ready(Read())
+    ways = ("identity", "odd-pair", "double-relu")
+    gm = rmfx.remove_residuals(model, image(), activation=ways)
+    assert_equivalent(model, gm, image(), tolerance=1e-10)
+    gm = rmfx.remove_residuals(model, image(), activation=(*ways, "per-channel"))
+    assert_equivalent(model, gm, image(), tolerance=1e-10)
+
+
+def test_what_lies_far_beyond_a_clamp_costs_two_relu_nothing() -> None:
+    model = wide(nn.ReLU6()).float()
+    with torch.no_grad():
+        for layer in (model[1].branch[0], model[1].branch[2]):
+            layer.weight.mul_(1e4)
+    x = image(dtype=torch.float32)
+    gm = assert_removed(model, x, activation="relu", strategy="double-relu")
+    assert_equivalent(model, gm, 100 * x, tolerance=1e-5)
