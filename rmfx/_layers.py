@@ -154,12 +154,13 @@ def _read_selection(net: Net, node: fx.Node, otherwise: Refusal) -> Deferred | R
 
     source = input_of(node)
     rank = net.rank(source) if source is not None else None
-    channels = net.channels(source, rank - 2) if source is not None and rank is not None else None
-    if rank is not None and channels is not None:
-        found = build(channels, rank - 2)
-        if isinstance(found, Refusal):
-            return found
-    return Deferred(build)
+    if source is None or rank is None:
+        return Deferred(build)
+    # Channels stand in dimension 1, features in the last one.
+    known = {dims: net.channels(source, dims) for dims in (max(rank - 2, 0), 0)}
+    found = [build(channels, dims) for dims, channels in known.items() if channels is not None]
+    refused = bool(found) and all(isinstance(one, Refusal) for one in found)
+    return otherwise if refused else Deferred(build)
 
 
 def read_affine(net: Net, node: fx.Node) -> AffineConv | Refusal:
