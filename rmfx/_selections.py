@@ -175,12 +175,10 @@ def _is_whole(part: Any) -> bool:
 
 def _is_noted(node: fx.Node, source: fx.Node, axis: int, count: int) -> bool:
     """Whether the shapes that were noted are those of such a choice of channels."""
-    shapes = [n.meta.get("shape") for n in (source, node)]
-    if None in shapes:
+    before, behind = source.meta.get("shape"), node.meta.get("shape")
+    if before is None or behind is None:
         return True
-    before, behind = (list(shape) for shape in shapes)
-    before[axis] = count
-    return before == behind
+    return bool((*before[:axis], count, *before[axis + 1 :]) == tuple(behind))
 
 
 def _run(net: Net, node: fx.Node, x: Tensor) -> Tensor | None:
