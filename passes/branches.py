@@ -132,7 +132,7 @@ def _stacked(
     """The branches as one layer, if they are concatenated along the channels."""
     rank, channels = net.rank(node.all_input_nodes[0]), net.channels(fork, dims)
     if rank is None or channels is None:
-        return Refusal("the number of channels is unknown; pass example_inputs", (fork.name,))
+        return net.without_channels(fork)
     if node.args[1] not in ((1, 1 - rank) if dims else (rank - 1, -1)):
         return Refusal("a concatenation along another dimension than the channels")
     layers = []

@@ -35,6 +35,7 @@ from ._input_guard import (
     with_ranks,
 )
 from ._meta import forget
+from ._probes import OpenSizes
 from ._sizes import Sizes, conditions_of
 
 Shape = tuple[int | None, ...]
@@ -131,8 +132,10 @@ class Net:
         self._inference = Inference(self)
         self.rank = self._inference.rank
         self.channels = self._inference.channels
+        self.without_channels = self._inference.without_channels
         self.dtype = self._inference.dtype
         self.sizes = Sizes(self)
+        self._open = OpenSizes(gm)
         self._conditions: list[SizeCondition] = []
 
     def _count(self, node: fx.Node) -> None:
@@ -157,6 +160,15 @@ class Net:
     def replacement(self, node: fx.Node) -> Virtual | nn.Module | None:
         """What a rule has put under the node's target, if anything."""
         return self.virtual.get(str(node.target)) if node.op == "call_module" else None
+
+    def is_open(self, node: fx.Node, dim: int) -> bool:
+        """Whether a size that was noted of a value is another one at other sizes of the inputs.
+
+        Args:
+            dim: of the size, counted from the front.
+        """
+        name = self.values.get(node)
+        return name is not None and self._open(name, dim)
 
     def attribute(self, node: fx.Node) -> object:
         """The value behind a get_attr node."""

@@ -176,7 +176,7 @@ def read_affine(net: Net, node: fx.Node) -> AffineConv | Refusal:
         return Refusal("the number of dimensions is unknown; pass example_inputs", (node.name,))
     channels = net.channels(source, rank - 2)
     if channels is None:
-        return Refusal("the number of channels is unknown; pass example_inputs", (node.name,))
+        return net.without_channels(source)
     built = element.build(channels, rank - 2)
     return built.at(node.name) if isinstance(built, Refusal) else built
 
