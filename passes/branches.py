@@ -101,6 +101,7 @@ class ConcatenationRule:
         first = next((n for n in match.nodes if n.op == "call_module"), node)
         target, name = str(first.target) if first is not node else node.name, first.name
         net.bake(match.nodes)
+        net.fix_channels(match.fork, match.layer.layer.dims)
         net.release(match.nodes)
         with net.graph.inserting_before(node):
             made = net.put(match.layer, match.fork, target, node)

@@ -7,6 +7,7 @@ of sizes that are pairwise coprime and larger than every number that the calls a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +28,9 @@ LARGEST = 1 << 16  # number in an argument that a probe exceeds; those beyond st
 ARITHMETIC = (*ADDS, *SUBS, *SCALES, torch.maximum, torch.minimum)
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
+Sizes = set[tuple[str, int]]  # of which node's value, and of which dimension
+Places = set[tuple[int, int]]  # inputs of how many dimensions, and which of them
+Kind = tuple[torch.dtype, torch.device]
 Resize = Callable[[int, int], int]  # a size and its dimension -> another size
 # What a network's operations raise at sizes that they do not take.
 FAILURES = (
@@ -74,7 +78,6 @@ class OpenSizes:
         self._nodes = {node.name: node for node in gm.graph.nodes}
         self._modules = dict(gm.named_modules(remove_duplicate=False))
         self._of_layers: dict[fx.Node, frozenset[int]] = {}
-        self._found: dict[str, set[int]] | None = None
         self._inputs = list(gm.graph.find_nodes(op="placeholder"))
         # Of inputs whose sizes are checked, those that were noted are those of every call.
         self._are_given = any(GUARDED in node.meta for node in self._inputs)
@@ -82,14 +85,20 @@ class OpenSizes:
 
     def __call__(self, name: str, dim: int) -> bool:
         """Whether a size of a node's value, of which the shape was noted, may be another one."""
+        return self._may_change(name, dim) and (name, dim) in self._changes[0]
+
+    def channels_of_inputs(self, name: str, dim: int) -> dict[str, int]:
+        """The channels of inputs, by name, on which a size depends that is not open."""
+        if not self._may_change(name, dim) or (name, dim) not in self._changes[1]:
+            return {}
+        given = (n for n in self._inputs if self._may_change(n.name, 1))
+        return {n.name: n.meta["shape"][1] for n in given if (n.name, 1) in self._changes[1]}
+
+    def _may_change(self, name: str, dim: int) -> bool:
         node = self._nodes.get(name)
         if node is None or "shape" not in node.meta or self._are_given:
             return False
-        if dim in on_demand(node, self._of_layers, self._fixed):
-            return False
-        if self._found is None:
-            self._found = self._tried()
-        return dim in self._found[name]
+        return dim not in on_demand(node, self._of_layers, self._fixed)
 
     # ---- what layers fix --------------------------------------------------------------------
 
@@ -115,43 +124,49 @@ class OpenSizes:
         module = self._modules.get(str(node.target)) if node.op == "call_module" else None
         if module is None:
             return node.op == "call_function" and node.target in ARITHMETIC
-        return is_activation(module) or isinstance(module, CHANNELWISE)
+        return is_activation(module) or type(module) in CHANNELWISE
 
     def _channels_of(self, node: fx.Node, rank: int) -> int | None:
         """The dimension that holds the channels which a node's layer reads and gives."""
-        module = self._modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, nn.Linear):
+        module: Any = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        if type(module) is nn.Linear:
             return rank - 1
-        return 1 if isinstance(module, (*MULTIPLYING, *BATCH_NORMS)) else None
+        if type(module) in MULTIPLYING:  # the others take inputs without a batch dimension, too
+            return 1 if module.weight.dim() == rank else None
+        return 1 if type(module) in BATCH_NORMS else None
 
     # ---- what other sizes tell --------------------------------------------------------------
 
-    def _tried(self) -> dict[str, set[int]]:
-        """By node the dimensions whose sizes differ at other sizes of the inputs."""
+    @functools.cached_property
+    def _changes(self) -> tuple[Sizes, Sizes]:
+        """Sizes that differ for other samples and space, and those for other channels of inputs."""
         noted = {k: tuple(n.meta["shape"]) for k, n in self._nodes.items() if "shape" in n.meta}
-        here = self._shapes(lambda size, dim: size) or {}
-        found = {k: set(range(len(s))) if here.get(k) != s else set() for k, s in noted.items()}
-        rank = max((len(noted.get(n.name, ())) for n in self._inputs), default=0)
-        waiting: list[tuple[int, ...]] = [(1,), (0, *range(2, rank))] if here else []
-        while waiting:
-            dims = waiting.pop()
-            runs = self._runs(dims)
-            for name in found:
-                for size in (shapes[name] for shapes in runs if name in shapes):
-                    pairs = zip(size, noted[name], strict=False)
-                    found[name] |= {dim for dim, (a, b) in enumerate(pairs) if a != b}
-            if not runs and len(dims) > 1:  # samples alone, and space alone, then side by side
-                waiting += [dims[:1], dims[1:]] if dims[0] == 0 else [(dim,) for dim in dims]
-        return found
+        ranks: set[int] = set()
+        for node in self._inputs:
+            _input(node, lambda shape, _: ranks.add(len(shape)))
+        places = {(rank, dim) for rank in ranks for dim in range(rank)}
+        here = self._shapes(places, lambda size, dim: size)
+        if here is None:  # it cannot be asked
+            return {
+                (name, dim) for name, shape in noted.items() for dim in range(len(shape))
+            }, set()
+        channels = {place for place in places if place[1] == 1}
+        runs = [here, *self._runs(places - channels)]
+        return _differences(noted, runs), _differences(noted, self._runs(channels))
 
-    def _runs(self, dims: tuple[int, ...]) -> list[Shapes]:
-        """Shapes at two other sizes of some dimensions of the inputs, of those at which it runs."""
+    def _runs(self, places: Places) -> list[Shapes]:
+        """Shapes at other sizes of some dimensions of the inputs, at two where the graph runs.
 
-        def alone(way: Resize) -> Resize:
-            return lambda size, dim: way(size, dim) if dim in dims else size
-
-        tried = (self._shapes(alone(way)) for way in self._ways())
-        return list(itertools.islice((shapes for shapes in tried if shapes is not None), 2))
+        Where it does at none, some of these dimensions and the others are tried apart.
+        """
+        if not places:
+            return []
+        tried = (self._shapes(places, way) for way in self._ways())
+        found = list(itertools.islice((shapes for shapes in tried if shapes is not None), 2))
+        apart = {place for place in places if place[1] == min(dim for _, dim in places)}
+        if apart == places:
+            apart = {min(places)}
+        return found if found or apart == places else self._runs(apart) + self._runs(places - apart)
 
     def _ways(self) -> list[Resize]:
         """Larger and smaller, each side another; then squares as squares; then multiples."""
@@ -168,30 +183,43 @@ class OpenSizes:
             lambda size, dim: 3 * size,
         ]
 
-    def _shapes(self, resize: Resize) -> Shapes | None:
+    def _shapes(self, places: Places, resize: Resize) -> Shapes | None:
         """The shapes of all values at other sizes of the inputs, None where the graph fails."""
+
+        def made(shape: torch.Size, kind: Kind) -> Tensor:
+            sizes = (
+                resize(size, dim) if (len(shape), dim) in places else size
+                for dim, size in enumerate(shape)
+            )
+            return torch.empty(tuple(sizes), dtype=kind[0], device=kind[1])
+
         recorder = _Recorder(self._gm, self._mode)
         try:
             with self._mode, torch.no_grad():
-                recorder.run(
-                    *(self._input(node, resize) for node in self._inputs),
-                    enable_io_processing=False,
-                )
+                inputs = [_input(node, made) for node in self._inputs]
+                recorder.run(*inputs, enable_io_processing=False)
         except FAILURES:
             return None
         return recorder.shapes
 
-    def _input(self, node: fx.Node, resize: Resize) -> Any:
-        def resized(shape: Shape, kind: tuple[torch.dtype, torch.device]) -> Tensor:
-            sizes = [resize(size, dim) for dim, size in enumerate(shape)]
-            return torch.empty(sizes, dtype=kind[0], device=kind[1])
 
-        if "shape" in node.meta:
-            return resized(node.meta["shape"], node.meta["dtype"])
-        given = node.meta.get("given", node.args[0] if node.args else None)
-        return pytree.tree_map_only(
-            Tensor, lambda x: resized(tuple(x.shape), (x.dtype, x.device)), given
-        )
+def _input(node: fx.Node, make: Callable[[torch.Size, Kind], Any]) -> Any:
+    """An input of the network with something else in the place of each tensor."""
+    if "shape" in node.meta:
+        return make(torch.Size(node.meta["shape"]), node.meta["dtype"])
+    given = node.meta.get("given", node.args[0] if node.args else None)
+    return pytree.tree_map_only(Tensor, lambda x: make(x.shape, (x.dtype, x.device)), given)
+
+
+def _differences(noted: Shapes, runs: Iterable[Shapes]) -> Sizes:
+    """The sizes that are others in some run than those that were noted."""
+    return {
+        (name, dim)
+        for shapes in runs
+        for name in shapes.keys() & noted.keys()
+        for dim, (size, other) in enumerate(zip(noted[name], shapes[name], strict=False))
+        if size != other
+    }
 
 
 class _Table:
