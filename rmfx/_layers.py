@@ -158,8 +158,10 @@ def _read_selection(net: Net, node: fx.Node, otherwise: Refusal) -> Deferred | R
         return Deferred(build)
     # Channels stand in dimension 1, features in the last one.
     known = {dims: net.channels(source, dims) for dims in (max(rank - 2, 0), 0)}
-    found = [build(channels, dims) for dims, channels in known.items() if channels is not None]
-    refused = bool(found) and all(isinstance(one, Refusal) for one in found)
+    refused = all(
+        channels is not None and isinstance(build(channels, dims), Refusal)
+        for dims, channels in known.items()
+    )
     return otherwise if refused else Deferred(build)
 
 
