@@ -102,6 +102,7 @@ class ConcatenationRule:
         first = next((n for n in match.nodes if n.op == "call_module"), node)
         target, name = str(first.target) if first is not node else node.name, first.name
         net.bake(match.nodes)
+        net.fix_channels(match.fork, match.layer.layer.dims)
         net.release(match.nodes)
         with net.graph.inserting_before(node):
             made = net.put(match.layer, match.fork, target, node)
@@ -133,7 +134,7 @@ def _stacked(
     """The branches as one layer, if they are concatenated along the channels."""
     rank, channels = net.rank(node.all_input_nodes[0]), net.channels(fork, dims)
     if rank is None or channels is None:
-        return Refusal("the number of channels is unknown; pass example_inputs", (fork.name,))
+        return net.without_channels(fork)
     if node.args[1] not in ((1, 1 - rank) if dims else (rank - 1, -1)):
         return Refusal("a concatenation along another dimension than the channels")
     layers = []

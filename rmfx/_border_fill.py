@@ -7,12 +7,17 @@ writes b over the border, in place:
     y = F.pad(bn(conv(x)), [p] * 4);  y[:, :, :p, :] = b;  y[:, :, -p:, :] = b;  …
 
 which is bn(conv(F.pad(x, [p] * 4))). Only exporting can trace such code; here is its pattern.
-Both ways to compute b differ by rounding; nothing is done where they differ by more.
+
+A border is what the layers give for zeros if it is that bit for bit. Code that computes it in
+another way rounds in another way; then both ways, with the model's own numbers, must agree in
+float64 to the last places, whatever the model's type: a few units in the last place of a half type
+are a border of its own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +25,16 @@ import torch
 from torch import Tensor, fx
 
 from ._dialect import attribute
+from ._infer import on_demand
 from ._meta import forget, without_notes
 
 aten = torch.ops.aten
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+EXPANDS = (aten.expand.default,)
 FAR = 2**31  # an end beyond every size
-ROUNDING = 1000  # in units of the last place
+NORM = ("input", "weight", "bias", "mean", "variance", "training", "momentum", "eps")
+ROUNDING = 16  # of both ways together, in units in the last place of all that they add up
 
 Side = tuple[int, str, int]  # dimension, "before" or "behind", how many
 
@@ -37,7 +45,7 @@ class _Write:
 
     nodes: tuple[fx.Node, ...]
     side: Side
-    value: Tensor
+    value: fx.Node
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +59,59 @@ class _Filled:
 
 def pad_before(gm: fx.GraphModule) -> None:
     """Let every such padding stand before the layers whose value it writes."""
+    tensors = _Constants(gm), _Constants(gm, torch.float64)
     for pad in [node for node in gm.graph.nodes if node.target in PADS]:
-        found = _read(gm, pad)
+        found = _read(tensors, pad)
         if found is not None:
             _rewrite(gm, found)
 
 
-def _read(gm: fx.GraphModule, pad: fx.Node) -> _Filled | None:
+class _Constants:
+    """Values of nodes that depend on the model's tensors alone, not spread out yet.
+
+    Args:
+        dtype: in which the model's tensors are taken, None for their own.
+    """
+
+    def __init__(self, gm: fx.GraphModule, dtype: torch.dtype | None = None) -> None:
+        self._gm, self._dtype = gm, dtype
+        self._known: dict[fx.Node, Tensor | None] = {}
+
+    def __call__(self, node: Any) -> Tensor | None:
+        """The value of a node, None if it is no such node."""
+        if not isinstance(node, fx.Node):
+            return None
+        return on_demand(node, self._known, self._compute, _read_by)
+
+    def _compute(self, node: fx.Node) -> Tensor | None:
+        if node.op == "get_attr":
+            value = attribute(self._gm, node)
+            return value.detach().to(self._dtype) if isinstance(value, Tensor) else None
+        inputs = {n: self._known[n] for n in _read_by(node)}
+        if not inputs or any(value is None for value in inputs.values()):
+            return None
+        return inputs.popitem()[1] if node.target in EXPANDS else _run(node, inputs)
+
+
+def _read_by(node: fx.Node) -> list[fx.Node]:
+    """What a value is made of by a function; nothing for writes and for what draws at random."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or node.kwargs or schema is None or schema.is_mutable:
+        return []
+    if torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
+        return []
+    return node.all_input_nodes[:1] if node.target in EXPANDS else node.all_input_nodes
+
+
+def _run(node: fx.Node, known: Mapping[fx.Node, Tensor | None]) -> Tensor | None:
+    with torch.no_grad():
+        made = node.target(*fx.map_arg(node.args, known.__getitem__))  # type: ignore[operator]
+    return made if isinstance(made, Tensor) else None
+
+
+def _read(tensors: tuple[_Constants, _Constants], pad: fx.Node) -> _Filled | None:
     sides = _sides(pad)
-    writes = [(user, _write(gm, user)) for user in pad.users]
+    writes = [(user, _write(tensors[0], user)) for user in pad.users]
     filled = [write for _, write in writes if write is not None]
     readers = [user for user, write in writes if write is None]
     if not sides or not filled or not readers or {w.side for w in filled} != sides:
@@ -67,10 +119,8 @@ def _read(gm: fx.GraphModule, pad: fx.Node) -> _Filled | None:
     if max(w.nodes[-1] for w in filled) > min(readers):
         return None
     layers = _layers_before(pad)
-    if not layers or not all(torch.equal(w.value, filled[0].value) for w in filled):
-        return None
-    given = _at_zero(gm, layers)
-    if given is None or not _agree(given, filled[0].value):
+    values = {w.value for w in filled}
+    if not layers or not all(_is_what_zeros_give(tensors, layers, value) for value in values):
         return None
     return _Filled(pad, tuple(filled), layers)
 
@@ -92,7 +142,7 @@ def _sides(pad: fx.Node) -> set[Side]:
     return found
 
 
-def _write(gm: fx.GraphModule, node: fx.Node) -> _Write | None:
+def _write(constants: _Constants, node: fx.Node) -> _Write | None:
     """A chain of slices that ends in a copy of a constant over one side of the border."""
     nodes: list[fx.Node] = []
     sides: list[Side] = []
@@ -106,14 +156,14 @@ def _write(gm: fx.GraphModule, node: fx.Node) -> _Write | None:
         node = next(iter(node.users))
     if node.target is not aten.copy_.default or node.users or len(sides) != 1:
         return None
-    value = _constant(gm, node.args[1]) if node.args[0] is nodes[-1] else None
+    value = constants(node.args[1]) if node.args[0] is nodes[-1] else None
     whole = nodes[0].meta.get("shape")
     if value is None or whole is None:
         return None
     spread = (1,) * (len(whole) - value.dim()) + tuple(value.shape)
     if spread != (1, whole[1], *(1 for _ in whole[2:])):  # one number for each channel
         return None
-    return _Write((*nodes, node), sides[0], value.reshape(-1))
+    return _Write((*nodes, node), sides[0], node.args[1])  # type: ignore[arg-type]
 
 
 def _bounds(node: fx.Node) -> tuple[int, int, int] | None:
@@ -127,25 +177,6 @@ def _bounds(node: fx.Node) -> tuple[int, int, int] | None:
 def _side(dim: int, start: int, end: int) -> Side:
     """The side of a border that a slice takes."""
     return (dim, "before", end) if start == 0 else (dim, "behind", -start if end == FAR else 0)
-
-
-def _constant(gm: fx.GraphModule, node: Any) -> Tensor | None:
-    """The value of a node that depends on the model's tensors alone, not spread out yet."""
-    if not isinstance(node, fx.Node):
-        return None
-    if node.op == "get_attr":
-        value = attribute(gm, node)
-        return value.detach() if isinstance(value, Tensor) else None
-    if node.op != "call_function" or node.kwargs or not node.all_input_nodes:
-        return None
-    if node.target is aten.expand.default:
-        return _constant(gm, node.args[0])
-    inputs = {n: _constant(gm, n) for n in node.all_input_nodes}
-    if any(value is None for value in inputs.values()):
-        return None
-    with torch.no_grad():
-        made = node.target(*fx.map_arg(node.args, lambda n: inputs[n]))  # type: ignore[operator]
-    return made if isinstance(made, Tensor) else None
 
 
 def _layers_before(pad: fx.Node) -> tuple[fx.Node, ...]:
@@ -171,31 +202,67 @@ def _is_pointwise(conv: fx.Node) -> bool:
     return bool(plain and not conv.kwargs and shape and math.prod(shape[2:]) == 1)
 
 
-def _at_zero(gm: fx.GraphModule, layers: tuple[fx.Node, ...]) -> Tensor | None:
-    """What some layers give for zeros, per channel."""
+def _is_what_zeros_give(
+    tensors: tuple[_Constants, _Constants], layers: tuple[fx.Node, ...], border: fx.Node
+) -> bool:
+    """Whether the numbers of a border are those that some layers give for zeros."""
+    own, exact = tensors
+    written, given = own(border), _at_zero(own, layers)
+    if written is None or given is None:
+        return False
+    written = written.reshape(-1)
+    if torch.equal(written, given):
+        return bool(torch.isfinite(given).all())
+    value, law = exact(border), _law_at_zero(exact, layers)
+    if value is None or law is None or value.dtype != torch.float64:
+        return False
+    value, (number, size) = value.reshape(-1), law
+    if value.shape != number.shape:
+        return False
+    last = ROUNDING * size * torch.finfo(torch.float64).eps
+    last_of_type = ROUNDING * size * torch.finfo(written.dtype).eps
+    same = (value - number).abs() <= last
+    return bool((same & ((written - value).abs() <= last_of_type)).all())
+
+
+def _at_zero(constants: _Constants, layers: tuple[fx.Node, ...]) -> Tensor | None:
+    """What some layers give for zeros, per channel, in their own type."""
     source: Any = layers[0].args[0]
     shape, kind = source.meta.get("shape"), source.meta.get("dtype")
     if shape is None or shape[1] is None or kind is None:
         return None
+    x: Tensor | None
     x = torch.zeros((1, shape[1], *[1] * (len(shape) - 2)), dtype=kind[0], device=kind[1])
-    known: dict[fx.Node, Tensor | None] = {source: x}
     for node in layers:
-        for other in node.all_input_nodes:
-            known.setdefault(other, _constant(gm, other))
-        if any(known[n] is None for n in node.all_input_nodes):
+        known = {n: constants(n) for n in node.all_input_nodes}
+        known[node.args[0]] = x  # type: ignore[index]
+        if any(value is None for value in known.values()):
             return None
-        with torch.no_grad():
-            x = node.target(*fx.map_arg(node.args, lambda n: known[n]))  # type: ignore[operator]
-        known[node] = x
-    return x.reshape(-1)
+        x = _run(node, known)
+    return None if x is None else x.reshape(-1)
 
 
-def _agree(given: Tensor, written: Tensor) -> bool:
-    """Whether two ways to compute the same differ by rounding only."""
-    if given.shape != written.shape or not bool(torch.isfinite(given).all()):
-        return False
-    limit = ROUNDING * torch.finfo(given.dtype).eps * float(given.abs().max())
-    return bool(((given - written).abs() <= limit).all())
+def _law_at_zero(
+    constants: _Constants, layers: tuple[fx.Node, ...]
+) -> tuple[Tensor, Tensor] | None:
+    """The same by their formula, and the sum of the sizes of all that it adds up."""
+    conv, *norms = layers
+    weight: Any = constants(conv.args[1])
+    bias = constants(conv.args[2]) if len(conv.args) > 2 else None
+    number = weight.new_zeros(len(weight)) if bias is None else bias
+    size = number.abs()
+    for norm in norms:
+        given: dict[str, Any] = dict(zip(NORM, norm.args, strict=False))
+        mean, variance = constants(given["mean"]), constants(given["variance"])
+        if norm.kwargs or given["training"] or mean is None or variance is None:
+            return None
+        weight, bias = constants(given["weight"]), constants(given["bias"])
+        scale = torch.rsqrt(variance + given["eps"])
+        scale = scale if weight is None else scale * weight
+        shift = torch.zeros_like(mean) if bias is None else bias
+        number = (number - mean) * scale + shift
+        size = (size + mean.abs()) * scale.abs() + shift.abs()
+    return number, size
 
 
 def _rewrite(gm: fx.GraphModule, found: _Filled) -> None:

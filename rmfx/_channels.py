@@ -254,7 +254,11 @@ class Channels:
         if value is None:
             return None
         if type(module) is nn.Flatten:
-            return _flattened(value, module, _shape(source))
+            shape = tuple(
+                None if net.is_open(source, dim) else size
+                for dim, size in enumerate(_shape(source))
+            )
+            return _flattened(value, module, shape)
         if type(module) in PER_CHANNEL:
             return self._per_channel(node, module, value, len(_shape(source)))
         if type(module) in SPATIAL:
@@ -513,14 +517,14 @@ def _carries(module: Any) -> Tensor:
     return ~mixed
 
 
-def _flattened(value: Labels, module: nn.Flatten, shape: Sequence[int]) -> Labels | None:
+def _flattened(value: Labels, module: nn.Flatten, shape: Sequence[int | None]) -> Labels | None:
     start, end = module.start_dim % len(shape), module.end_dim % len(shape)
     if value.axis < start:
         return value
     if value.axis > end:
         return Labels(value.ids, value.axis - (end - start))
-    inner = shape[start + 1 : end + 1]
-    if value.axis != start or None in inner:
+    inner = [size for size in shape[start + 1 : end + 1] if size is not None]
+    if value.axis != start or len(inner) < end - start:
         return None
     return Labels(value.ids.repeat_interleave(math.prod(inner)), start)
 

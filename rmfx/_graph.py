@@ -12,7 +12,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -35,6 +35,7 @@ from ._input_guard import (
     with_ranks,
 )
 from ._meta import forget
+from ._probes import OpenSizes
 from ._sizes import Sizes, conditions_of
 
 Shape = tuple[int | None, ...]
@@ -131,8 +132,11 @@ class Net:
         self._inference = Inference(self)
         self.rank = self._inference.rank
         self.channels = self._inference.channels
+        self.without_channels = self._inference.without_channels
         self.dtype = self._inference.dtype
         self.sizes = Sizes(self)
+        self._open = OpenSizes(gm)
+        self._channels_of_inputs: dict[str, int] = {}
         self._conditions: list[SizeCondition] = []
 
     def _count(self, node: fx.Node) -> None:
@@ -157,6 +161,15 @@ class Net:
     def replacement(self, node: fx.Node) -> Virtual | nn.Module | None:
         """What a rule has put under the node's target, if anything."""
         return self.virtual.get(str(node.target)) if node.op == "call_module" else None
+
+    def is_open(self, node: fx.Node, dim: int) -> bool:
+        """Whether a size that was noted of a value is another one at other sizes of the inputs.
+
+        Args:
+            dim: of the size, counted from the front.
+        """
+        name = self.values.get(node)
+        return name is not None and self._open(name, dim)
 
     def attribute(self, node: fx.Node) -> object:
         """The value behind a get_attr node."""
@@ -209,6 +222,16 @@ class Net:
             if not isinstance(found, Refusal):
                 self._conditions += found
 
+    def fix_channels(self, node: fx.Node, dims: int) -> None:
+        """Take note that weights are about to be made for a value's number of channels.
+
+        Where no layer fixes it, the result then demands the channels of its inputs.
+        """
+        name, rank = self.values.get(node), self.rank(node)
+        if name is not None and rank is not None:
+            axis = 1 if dims else rank - 1
+            self._channels_of_inputs |= self._open.channels_of_inputs(name, axis)
+
     # ---- writing ----------------------------------------------------------------------------
 
     def put(self, layer: Virtual | nn.Module, source: fx.Node, name: str, like: fx.Node) -> fx.Node:
@@ -255,6 +278,7 @@ class Net:
         The conv's name is kept where a batch norm or a scale is merged with a conv.
         """
         self.bake([first, second])
+        self.fix_channels(data_input(first), layer.layer.dims)
         named = first if self._weights(first) >= self._weights(second) else second
         modules = [n for n in (named, first, second) if n.op == "call_module"]
         target = str(modules[0].target) if modules else first.name
@@ -327,6 +351,7 @@ class Net:
             gm.requires_grad_(False)
         ranks = {n.name: self.rank(n) for n in gm.graph.nodes if n.op == "placeholder"}
         guard = with_ranks(guard_of(self.source), gm, ranks)
+        guard = _with_channels(guard, self._channels_of_inputs)
         set_guard(gm, with_multiples(guard, self._conditions))
         return gm.eval()
 
@@ -350,6 +375,17 @@ class Net:
             with self.graph.inserting_before(node):
                 before = self.graph.create_node("call_module", name, (data_input(node),))
             node.args = (before,)
+
+
+def _with_channels(guard: InputGuard, channels: Mapping[str, int]) -> InputGuard:
+    """A guard that also demands numbers of channels, by placeholder."""
+    expected = tuple(
+        e
+        if e.name not in channels or e.sizes is None
+        else replace(e, sizes=(e.sizes[0], channels[e.name], *e.sizes[2:]))
+        for e in guard.expected
+    )
+    return replace(guard, expected=expected)
 
 
 def _tree(parts: Mapping[str, object]) -> nn.Module:

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from ._activation import Blockwise, is_activation
 from ._affine import CONVS, AffineConv
 from ._calls import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS
+from ._errors import Refusal
 
 if TYPE_CHECKING:
     from ._graph import Net
@@ -102,14 +103,30 @@ class Inference:
         return len(shape) if shape is not None else self._facts(node).rank
 
     def channels(self, node: fx.Node, dims: int) -> int | None:
-        """Channels of a value that layers of `dims` spatial dimensions read, None if unknown."""
+        """Channels of a value that layers of `dims` spatial dimensions read, None if unknown.
+
+        What changes with the size of the network's inputs is no number of channels.
+        """
         shape = node.meta.get("shape")
         if shape is not None and len(shape) > 1:
-            found: int | None = shape[1] if dims else shape[-1]
-            return found
+            axis = 1 if dims else len(shape) - 1
+            found: int | None = shape[axis]
+            return None if found is None or self._net.is_open(node, axis) else found
         facts = self._facts(node)
         same_axis = facts.last == (dims == 0) or facts.rank == 2
         return facts.channels if same_axis else None
+
+    def without_channels(self, node: fx.Node) -> Refusal:
+        """Why the channels of a value are not known."""
+        if "shape" not in node.meta:
+            cause = "the number of channels is unknown; pass example_inputs"
+        else:
+            cause = (
+                f"no layer fixes its channels: in the shape {node.meta['shape']} their number "
+                "changes with the size of the inputs; pass torch.export.export(model, "
+                "example_inputs), which fixes it"
+            )
+        return Refusal(cause, (node.name,))
 
     def _facts(self, node: fx.Node) -> Facts:
         return on_demand(node, self._known, self._deduce)

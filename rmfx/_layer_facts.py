@@ -12,6 +12,7 @@ from ._activation import is_activation
 from ._affine import MULTIPLYING
 from ._calls import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS
 from ._meta import shape_of
+from ._probes import OpenSizes
 
 KEEPING = (*ADDS, *SUBS, *SCALES)  # operations that keep the type of real numbers
 # What keeps the order of dimensions, too.
@@ -52,8 +53,12 @@ def is_layers_size(gm: fx.GraphModule, value: fx.Node, dim: int) -> bool:
         shape = value.meta.get("shape", ())
         if isinstance(layer, (nn.Linear, nn.LayerNorm)):
             return dim == len(shape) - 1
-        if isinstance(layer, (*MULTIPLYING, *BATCH_NORMS)) or here.op == "placeholder":
+        if isinstance(layer, (*MULTIPLYING, *BATCH_NORMS)):
             return dim == 1
+        if (
+            here.op == "placeholder"
+        ):  # whose channels are fixed where the network runs with no others
+            return dim == 1 and not OpenSizes(gm).channels_of_inputs(here.name, 1)
         known = layer is not None and (is_activation(layer) or isinstance(layer, LAYERS_IN_ORDER))
         here = _source(here) if known or here.target in IN_ORDER else None
     return False

@@ -154,12 +154,15 @@ def _read_selection(net: Net, node: fx.Node, otherwise: Refusal) -> Deferred | R
 
     source = input_of(node)
     rank = net.rank(source) if source is not None else None
-    channels = net.channels(source, rank - 2) if source is not None and rank is not None else None
-    if rank is not None and channels is not None:
-        found = build(channels, rank - 2)
-        if isinstance(found, Refusal):
-            return found
-    return Deferred(build)
+    if source is None or rank is None:
+        return Deferred(build)
+    # Channels stand in dimension 1, features in the last one.
+    known = {dims: net.channels(source, dims) for dims in (max(rank - 2, 0), 0)}
+    refused = all(
+        channels is not None and isinstance(build(channels, dims), Refusal)
+        for dims, channels in known.items()
+    )
+    return otherwise if refused else Deferred(build)
 
 
 def read_affine(net: Net, node: fx.Node) -> AffineConv | Refusal:
@@ -175,7 +178,7 @@ def read_affine(net: Net, node: fx.Node) -> AffineConv | Refusal:
         return Refusal("the number of dimensions is unknown; pass example_inputs", (node.name,))
     channels = net.channels(source, rank - 2)
     if channels is None:
-        return Refusal("the number of channels is unknown; pass example_inputs", (node.name,))
+        return net.without_channels(source)
     built = element.build(channels, rank - 2)
     return built.at(node.name) if isinstance(built, Refusal) else built
 

@@ -102,7 +102,8 @@ def features_behind(net: Net, flatten: fx.Node) -> int | None:
     """Features of a flattened value: from its shape, else from the Linear layer that reads it."""
     shape = flatten.meta.get("shape")
     if shape is not None:
-        return shape[-1] if isinstance(shape[-1], int) else None
+        fixed = isinstance(shape[-1], int) and not net.is_open(flatten, len(shape) - 1)
+        return shape[-1] if fixed else None
     here = flatten
     while len(here.users) == 1:
         here = next(iter(here.users))

@@ -2,13 +2,17 @@
 
     x.view(n, g, c // g, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
 
-is how ShuffleNets, and what is built on them, write it. What such a chain does is found out by
-running it on numbers that tell where they come from, at two sizes of all that may change.
+is how ShuffleNets, and what is built on them, write it. What such a chain does to the order of
+values follows from the sizes between: a first part of them makes up the samples, a second one the
+channels, the rest the space, and only the second one may change its order. That is read off runs
+without values, at two sizes of all that may change.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from torch import Tensor, fx, nn
 from ._calls import run_node
 from ._infer import on_demand
 from ._meta import noted, sizes_of_every_call
+from ._probes import FAILURES, LARGEST, OpenSizes, coprime_sizes, largest_number
 from ._zero_channels import Fixed, Given
 
 aten = torch.ops.aten
@@ -35,30 +40,34 @@ RESHAPES = _every_form("view", "reshape", "flatten", "unflatten", "_unsafe_view"
 RESHAPING = (nn.Flatten, nn.Unflatten)
 SWAPS = _every_form("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis")
 COPIES = _every_form("contiguous", "clone")
-LARGEST = 1 << 24  # numbers in a probe
 
 
 def find_shuffles(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, nn.Module]]:
     """The last node of each such chain, what it begins with, and the module that does the same."""
-    fixed = Fixed(gm)
+    fixed, sizes = Fixed(gm), OpenSizes(gm)
     found: list[tuple[fx.Node, fx.Node, nn.Module]] = []
     for node in gm.graph.nodes:
-        source = _source(gm, node)
-        groups = _groups(gm, node, source, fixed) if source is not None else None
-        if source is not None and groups is not None:
+        chain = _chain(gm, node)
+        source = _input(chain[0]) if chain else None
+        if source is None or sizes(source.name, 1) or sizes.channels_of_inputs(source.name, 1):
+            continue
+        groups = _groups(gm, chain, source, fixed)
+        if groups is not None:
             found.append((node, source, nn.ChannelShuffle(groups)))
     return found
 
 
-def _source(gm: fx.GraphModule, last: fx.Node) -> fx.Node | None:
-    """What a reshaping, swaps of dimensions and a second reshaping begin with."""
+def _chain(gm: fx.GraphModule, last: fx.Node) -> list[fx.Node]:
+    """A reshaping, swaps of dimensions and a second reshaping, in order; empty if it is none."""
     if not _reshapes(gm, last):
-        return None
-    here, swapped = _input(last), False
+        return []
+    found, here = [last], _input(last)
     while here is not None and (here.target in SWAPS or here.target in COPIES):
-        swapped = swapped or here.target in SWAPS
+        found.append(here)
         here = _input(here)
-    return _input(here) if here is not None and swapped and _reshapes(gm, here) else None
+    if here is None or not _reshapes(gm, here) or not any(n.target in SWAPS for n in found):
+        return []
+    return [here, *reversed(found)]
 
 
 def _reshapes(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -74,32 +83,53 @@ def _input(node: fx.Node) -> fx.Node | None:
     return None if apart else x  # type: ignore[return-value]
 
 
-def _groups(gm: fx.GraphModule, last: fx.Node, source: fx.Node, fixed: Fixed) -> int | None:
-    """Of the shuffle that leads from one node to another, None if something else does."""
+def _groups(gm: fx.GraphModule, chain: list[fx.Node], source: fx.Node, fixed: Fixed) -> int | None:
+    """Of the shuffle that a chain amounts to, None if it does something else."""
+    first, *swaps, last = chain
     found = set()
-    for sizes in _sizes(source, fixed):
-        x = torch.arange(math.prod(sizes)).view(sizes)
+    for sizes in _sizes(chain, source, fixed):
+        x = torch.empty(sizes, device="meta")
         try:
-            y = _run(gm, last, source, x)
-        # It does not run at such a size, or reads what is not known.
-        except (RuntimeError, TypeError, ValueError, IndexError, LookupError):
+            grouped, y = _run(gm, first, source, x), _run(gm, last, source, x)
+            order = _order(gm, swaps, grouped.dim())
+        except FAILURES:  # it does not run at such a size, or reads what is not known
             return None
-        found.add(_groups_of(x, y))
+        found.add(_groups_of(sizes, grouped.shape, order) if y.shape == x.shape else None)
     return found.pop() if len(found) == 1 else None
 
 
-def _groups_of(x: Tensor, y: Any) -> int | None:
-    """Of the shuffle that makes y of x."""
-    if not isinstance(y, Tensor) or y.shape != x.shape or x.shape[1] < 2:
-        return None
-    step = int(y[0, 1].flatten()[0]) // (x.numel() // (x.shape[0] * x.shape[1]))
-    groups = x.shape[1] // step if 0 < step <= x.shape[1] else 1
-    if groups < 2 or x.shape[1] % groups:
-        return None
-    return groups if torch.equal(F.channel_shuffle(x, groups), y) else None
+def _order(gm: fx.GraphModule, swaps: list[fx.Node], rank: int) -> list[int]:
+    """Which dimension stands where behind some swaps."""
+    sizes = list(itertools.islice(coprime_sizes(1), rank))
+    value = torch.empty(sizes, device="meta")
+    for node in swaps:
+        value = run_node(node, {node.all_input_nodes[0]: value}, gm.get_submodule)
+    return [sizes.index(n) for n in value.shape]
 
 
-def _sizes(source: fx.Node, fixed: Fixed) -> set[tuple[int, ...]]:
+def _groups_of(sizes: Sequence[int], grouped: Sequence[int], order: Sequence[int]) -> int | None:
+    """Of the shuffle that a reshaping of `sizes`, another order and a reshaping back amount to."""
+    # Dimensions of one value may stand anywhere.
+    kept = [dim for dim, size in enumerate(grouped) if size > 1]
+    order = [kept.index(dim) for dim in order if dim in kept]
+    inner = [grouped[dim] for dim in kept]
+    ends = list(itertools.accumulate(inner, operator.mul, initial=1))
+    batch, channels = sizes[:2]
+    if batch not in ends or batch * channels not in ends:
+        return None
+    start, stop = ends.index(batch), ends.index(batch * channels)
+    outside = [*range(start), *range(stop, len(inner))]
+    if [*order[:start], *order[stop:]] != outside:
+        return None
+    rows = torch.arange(channels).view(inner[start:stop])
+    rows = rows.permute([dim - start for dim in order[start:stop]]).flatten()
+    groups = channels // int(rows[1]) if channels > 1 and channels >= rows[1] > 0 else 1
+    is_one = groups > 1 and channels % groups == 0
+    shuffled = F.channel_shuffle(torch.arange(channels).view(1, -1, 1), groups) if is_one else None
+    return groups if shuffled is not None and torch.equal(shuffled.flatten(), rows) else None
+
+
+def _sizes(chain: list[fx.Node], source: fx.Node, fixed: Fixed) -> set[tuple[int, ...]]:
     """Two sizes of a value, which differ in all that the graph leaves open."""
     shape = source.meta.get("shape")
     if shape is None and isinstance(given := fixed(source), Given):
@@ -107,11 +137,21 @@ def _sizes(source: fx.Node, fixed: Fixed) -> set[tuple[int, ...]]:
     if shape is None or len(shape) < 3 or shape[1] is None:
         return set()
     known = sizes_of_every_call(source) or (None, shape[1], *[None] * len(shape[2:]))
-    probes = {
-        tuple(n if isinstance(n, int) else first + i for i, n in enumerate(known))
-        for first in (3, 5)
-    }
-    return {sizes for sizes in probes if math.prod(sizes) <= LARGEST}
+    above = max(largest_number(_behind(source, chain)), *(n for n in known if type(n) is int))
+    if above > LARGEST:
+        return set()
+    others = coprime_sizes(above)
+    return {tuple(n if type(n) is int else next(others) for n in known) for _ in range(2)}
+
+
+def _behind(source: fx.Node, chain: list[fx.Node]) -> set[fx.Node]:
+    """The nodes of a chain, and those behind its source that they read numbers of."""
+    found, waiting = set(chain), [*chain]
+    while waiting:
+        read = [n for n in waiting.pop().all_input_nodes if source < n and n not in found]
+        found.update(read)
+        waiting += read
+    return found
 
 
 def _run(gm: fx.GraphModule, last: fx.Node, source: fx.Node, x: Tensor) -> Any:

@@ -171,7 +171,7 @@ def _frame(
         if channels is None and isinstance(first, AffineConv):
             channels = first.in_channels
     if channels is None:
-        return Refusal("the number of channels is unknown; pass example_inputs", (fork.name,))
+        return net.without_channels(fork)
     if len(kinds) > 1:
         return Refusal(f"the weights are of mixed types: {', '.join(sorted(map(str, kinds)))}")
     given = net.dtype(fork)
@@ -250,6 +250,8 @@ def _unfit_lateral(net: Net, layer: Lateral, channels: int, dims: int) -> Refusa
     """Why the channels of the other tensors are not known to meet those of the carry."""
     for other in layer.others:
         rank, own = net.rank(other), net.channels(other, dims)
+        if rank is not None and own is None and "shape" in other.meta:
+            return net.without_channels(other)
         if rank is None or own is None:
             return Refusal(
                 "it reads a second tensor whose shape is unknown; pass example_inputs",

@@ -380,6 +380,8 @@ class _ShapeRecorder(fx.Interpreter):
             note_shape(n, value)
         elif isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
             n.meta["container"] = True
+        if n.op == "placeholder" and not isinstance(value, Tensor):
+            n.meta["given"] = value
         return value
 
 

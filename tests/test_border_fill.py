@@ -101,6 +101,91 @@ def test_other_borders_stay_as_they_are(value: Any, sides: str) -> None:
     assert len(shapes(gm)) > 1
 
 
+class Stored(Filled):
+    """The border stands in a buffer."""
+
+    def __init__(self, last: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(last, lambda bn: bn.border)
+        nn.init.uniform_(self.bn.weight, 0.5, 1.5)
+        nn.init.normal_(self.bn.bias)
+        nn.init.normal_(self.bn.running_mean)
+        nn.init.uniform_(self.bn.running_var, 0.5, 2)
+        self.to(dtype).eval()
+        with torch.no_grad():
+            zeros = torch.zeros(1, 4, 1, 1, dtype=dtype)
+            self.bn.register_buffer("border", self.bn(self.point(zeros)).flatten())
+
+
+TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_border_that_is_that_of_zeros_bit_for_bit(dtype: torch.dtype) -> None:
+    model = Stored(conv(6, 4, padding=0).to(dtype), dtype).eval()
+    gm = rmfx.remove_noops(model, image(dtype=dtype))
+    assert "copy_" not in gm.code
+    assert_equivalent(model, gm, image(dtype=dtype), tolerance=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(("dtype", "steps"), [(TYPES[0], 300), *((t, 1) for t in TYPES[1:])])
+def test_a_stored_border_that_differs_in_its_last_place_stays(
+    dtype: torch.dtype, steps: int
+) -> None:
+    model = Stored(conv(6, 4, padding=0).to(dtype), dtype).eval()
+    border: Any = model.bn.border
+    for _ in range(steps):
+        border[2] = torch.nextafter(border[2], torch.tensor(100.0, dtype=dtype))
+    x = image(dtype=dtype)
+    gm = rmfx.remove_noops(model, x)
+    assert "copy_" in gm.code
+    assert torch.equal(gm(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda bn: torch.zeros_like(bn.bias),
+        lambda bn: -of_zero(bn),
+        lambda bn: of_zero(bn) * 1.001,
+        lambda bn: of_zero(bn) + 1e-3,
+        lambda bn: of_zero(bn).roll(1),
+        lambda bn: bn.bias.detach() - bn.running_mean * bn.weight.detach() / (bn.running_var + 1),
+        lambda bn: of_zero(bn) * float("nan"),
+    ],
+)
+def test_another_border_is_accepted_in_no_type(dtype: torch.dtype, value: Any) -> None:
+    model, x = ready(Filled(conv(6, 4, padding=0), value), dtype), image(dtype=dtype)
+    gm = rmfx.remove_noops(model, x)
+    assert "copy_" in gm.code
+    assert torch.equal(gm(x), model(x)) or not bool(torch.isfinite(model(x)).all())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_border_computed_in_another_way_is_that_of_zeros(dtype: torch.dtype) -> None:
+    model = ready(Filled(conv(6, 4, padding=0), of_zero), dtype)
+    gm = rmfx.remove_noops(model, image(dtype=dtype))
+    assert "copy_" not in gm.code
+    limit = 64 * torch.finfo(dtype).eps
+    assert_equivalent(model, gm, image(dtype=dtype), tolerance=limit)
+
+
+def test_a_border_that_is_drawn_is_drawn() -> None:
+    model = ready(Filled(conv(6, 4, padding=0), lambda bn: torch.bernoulli(bn.running_var / 9)))
+    assert "copy_" in rmfx.remove_noops(model, image()).code
+
+
+def test_what_a_border_is_computed_of_may_be_long() -> None:
+    def value(bn: Any) -> Tensor:
+        x = of_zero(bn)
+        for _ in range(60):  # each step reads the one before it twice
+            x = (x + x) / 2
+        return x
+
+    model = ready(Filled(conv(6, 4, padding=0), value))
+    assert "copy_" not in rmfx.remove_noops(model, image()).code
+
+
 class AlongTheRow(Filled):
     """As many numbers as channels, but one for each column."""
 

@@ -1,0 +1,261 @@
+"""Sizes at which a guess about calls is put to the test, and sizes that follow from the input's.
+
+One run at one size proves little: 64 tokens of an 8 by 8 image look like 64 channels, a small view
+cannot tell a group from a row. Where arguments do not prove a fact, at least two probes must agree,
+of sizes that are pairwise coprime and larger than every number that the calls are given.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from ._activation import is_activation
+from ._affine import MULTIPLYING
+from ._calls import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS
+from ._infer import on_demand
+from ._meta import GUARDED
+
+LARGEST = 1 << 16  # number in an argument that a probe exceeds; those beyond stand for "to the end"
+ARITHMETIC = (*ADDS, *SUBS, *SCALES, torch.maximum, torch.minimum)
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+Sizes = set[tuple[str, int]]  # of which node's value, and of which dimension
+Places = set[tuple[int, int]]  # inputs of how many dimensions, and which of them
+Kind = tuple[torch.dtype, torch.device]
+Resize = Callable[[int, int], int]  # a size and its dimension -> another size
+# What a network's operations raise at sizes that they do not take.
+FAILURES = (
+    *(RuntimeError, TypeError, ValueError, AssertionError),
+    *(AttributeError, LookupError, ArithmeticError),
+)
+
+
+def coprime_sizes(above: int) -> Iterator[int]:
+    """Prime numbers above a number, in order."""
+    number = above
+    while True:
+        number += 1
+        if number > 1 and all(number % d for d in range(2, math.isqrt(number) + 1)):
+            yield number
+
+
+def largest_number(nodes: Iterable[fx.Node]) -> int:
+    """The largest number among the arguments of some nodes, by amount."""
+    leaves = pytree.tree_leaves([_plain((n.args, n.kwargs)) for n in nodes])
+    return max((abs(n) for n in leaves if type(n) is int), default=0)
+
+
+def _plain(value: Any) -> Any:
+    """Arguments without slices and the containers of torch.fx, into which pytree does not look."""
+    if isinstance(value, slice):
+        return [value.start, value.stop, value.step]
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return [_plain(one) for one in value.values()] if isinstance(value, Mapping) else value
+
+
+class OpenSizes:
+    """Which sizes of a graph's values differ where those of its inputs do.
+
+    Layers fix the number of channels that they read and give. Of all others the graph is asked, on
+    fake values and only when somebody wants to know: it runs at other sizes of the inputs, some
+    smaller, some larger than every number in it. A size is that of every call if the graph runs at
+    two of them at least and both give what was noted. Sizes at which it does not run do not count:
+    the network fails there as it did before.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+        self._nodes = {node.name: node for node in gm.graph.nodes}
+        self._modules = dict(gm.named_modules(remove_duplicate=False))
+        self._of_layers: dict[fx.Node, frozenset[int]] = {}
+        self._inputs = list(gm.graph.find_nodes(op="placeholder"))
+        # Of inputs whose sizes are checked, those that were noted are those of every call.
+        self._are_given = any(GUARDED in node.meta for node in self._inputs)
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __call__(self, name: str, dim: int) -> bool:
+        """Whether a size of a node's value, of which the shape was noted, may be another one."""
+        return self._may_change(name, dim) and (name, dim) in self._changes[0]
+
+    def channels_of_inputs(self, name: str, dim: int) -> dict[str, int]:
+        """The channels of inputs, by name, on which a size depends that is not open."""
+        if not self._may_change(name, dim) or (name, dim) not in self._changes[1]:
+            return {}
+        given = (n for n in self._inputs if self._may_change(n.name, 1))
+        return {n.name: n.meta["shape"][1] for n in given if (n.name, 1) in self._changes[1]}
+
+    def _may_change(self, name: str, dim: int) -> bool:
+        node = self._nodes.get(name)
+        if node is None or "shape" not in node.meta or self._are_given:
+            return False
+        return dim not in on_demand(node, self._of_layers, self._fixed)
+
+    # ---- what layers fix --------------------------------------------------------------------
+
+    def _fixed(self, node: fx.Node) -> frozenset[int]:
+        """The dimensions of a value whose sizes layers fix: the layer itself, or a reader."""
+        shape = node.meta.get("shape")
+        if shape is None:
+            return frozenset()
+        found = {self._channels_of(user, len(shape)) for user in node.users}
+        found |= {self._channels_of(node, len(shape))}
+        inputs = [n for n in node.all_input_nodes if "shape" in n.meta]
+        if inputs and self._works_in_place(node):
+            found |= {dim for dim in range(len(shape)) if self._is_kept(inputs, shape, dim)}
+        return frozenset(dim for dim in found if dim is not None)
+
+    def _is_kept(self, inputs: list[fx.Node], shape: Shape, dim: int) -> bool:
+        """Whether values combined place by place fix a size: one other than 1 cannot be spread."""
+        whole = [n for n in inputs if len(n.meta["shape"]) == len(shape)]
+        fixing = [n for n in whole if dim in self._of_layers[n]]
+        return len(fixing) == len(inputs) or any(n.meta["shape"][dim] != 1 for n in fixing)
+
+    def _works_in_place(self, node: fx.Node) -> bool:
+        module = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        if module is None:
+            return node.op == "call_function" and node.target in ARITHMETIC
+        return is_activation(module) or type(module) in CHANNELWISE
+
+    def _channels_of(self, node: fx.Node, rank: int) -> int | None:
+        """The dimension that holds the channels which a node's layer reads and gives."""
+        module: Any = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        if type(module) is nn.Linear:
+            return rank - 1
+        if type(module) in MULTIPLYING:  # the others take inputs without a batch dimension, too
+            return 1 if module.weight.dim() == rank else None
+        return 1 if type(module) in BATCH_NORMS else None
+
+    # ---- what other sizes tell --------------------------------------------------------------
+
+    @functools.cached_property
+    def _changes(self) -> tuple[Sizes, Sizes]:
+        """Sizes that differ for other samples and space, and those for other channels of inputs."""
+        noted = {k: tuple(n.meta["shape"]) for k, n in self._nodes.items() if "shape" in n.meta}
+        ranks: set[int] = set()
+        for node in self._inputs:
+            _input(node, lambda shape, _: ranks.add(len(shape)))
+        places = {(rank, dim) for rank in ranks for dim in range(rank)}
+        here = self._shapes(places, lambda size, dim: size)
+        if here is None:  # it cannot be asked
+            return {
+                (name, dim) for name, shape in noted.items() for dim in range(len(shape))
+            }, set()
+        channels = {place for place in places if place[1] == 1}
+        runs = [here, *self._runs(places - channels)]
+        return _differences(noted, runs), _differences(noted, self._runs(channels))
+
+    def _runs(self, places: Places) -> list[Shapes]:
+        """Shapes at other sizes of some dimensions of the inputs, at two where the graph runs.
+
+        Where it does at none, some of these dimensions and the others are tried apart.
+        """
+        if not places:
+            return []
+        tried = (self._shapes(places, way) for way in self._ways())
+        found = list(itertools.islice((shapes for shapes in tried if shapes is not None), 2))
+        apart = {place for place in places if place[1] == min(dim for _, dim in places)}
+        if apart == places:
+            apart = {min(places)}
+        return found if found or apart == places else self._runs(apart) + self._runs(places - apart)
+
+    def _ways(self) -> list[Resize]:
+        """Larger and smaller, each side another; then squares as squares; then multiples."""
+        sizes = [n for node in self._inputs for n in node.meta.get("shape", ())]
+        numbers = min(largest_number(self._nodes.values()), LARGEST)
+        beyond = max(8 * max(sizes, default=1), numbers, 512)
+        large, square = coprime_sizes(beyond), coprime_sizes(beyond)
+        return [
+            _Table(lambda size, dim: (size, dim), lambda size: large),
+            _Table(lambda size, dim: (size, dim), lambda size: coprime_sizes(size // 2)),
+            _Table(lambda size, dim: size, lambda size: square),
+            _Table(lambda size, dim: size, lambda size: coprime_sizes(size // 2)),
+            lambda size, dim: 2 * size,
+            lambda size, dim: 3 * size,
+        ]
+
+    def _shapes(self, places: Places, resize: Resize) -> Shapes | None:
+        """The shapes of all values at other sizes of the inputs, None where the graph fails."""
+
+        def made(shape: torch.Size, kind: Kind) -> Tensor:
+            sizes = (
+                resize(size, dim) if (len(shape), dim) in places else size
+                for dim, size in enumerate(shape)
+            )
+            return torch.empty(tuple(sizes), dtype=kind[0], device=kind[1])
+
+        recorder = _Recorder(self._gm, self._mode)
+        try:
+            with self._mode, torch.no_grad():
+                inputs = [_input(node, made) for node in self._inputs]
+                recorder.run(*inputs, enable_io_processing=False)
+        except FAILURES:
+            return None
+        return recorder.shapes
+
+
+def _input(node: fx.Node, make: Callable[[torch.Size, Kind], Any]) -> Any:
+    """An input of the network with something else in the place of each tensor."""
+    if "shape" in node.meta:
+        return make(torch.Size(node.meta["shape"]), node.meta["dtype"])
+    given = node.meta.get("given", node.args[0] if node.args else None)
+    return pytree.tree_map_only(Tensor, lambda x: make(x.shape, (x.dtype, x.device)), given)
+
+
+def _differences(noted: Shapes, runs: Iterable[Shapes]) -> Sizes:
+    """The sizes that are others in some run than those that were noted."""
+    return {
+        (name, dim)
+        for shapes in runs
+        for name in shapes.keys() & noted.keys()
+        for dim, (size, other) in enumerate(zip(noted[name], shapes[name], strict=False))
+        if size != other
+    }
+
+
+class _Table:
+    """Sizes in the place of others, equal ones for what has one key."""
+
+    def __init__(
+        self,
+        key: Callable[[int, int], object],
+        sizes: Callable[[int], Iterator[int]],
+    ) -> None:
+        self._key, self._sizes = key, sizes
+        self._left: dict[int, Iterator[int]] = {}
+        self._known: dict[object, int] = {}
+
+    def __call__(self, size: int, dim: int) -> int:
+        key = self._key(size, dim)
+        if key not in self._known:
+            self._known[key] = next(self._left.setdefault(size, self._sizes(size)))
+        return self._known[key]
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph on fake values and keeps their shapes."""
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self._mode = mode
+        self.shapes: Shapes = {}
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # A graph may write to a parameter: let it write to a fake.
+        value = super().get_attr(target, args, kwargs)
+        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n.name] = tuple(value.shape)
+        return value
