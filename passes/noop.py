@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from rmfx._errors import Refusal
 from rmfx._graph import Net
+from rmfx._kinds import is_a
 from rmfx._layers import input_of
 from rmfx._rewrite import apply_rule
 from rmfx._state import undisturbed
@@ -60,7 +61,7 @@ def does_nothing(net: Net, node: fx.Node) -> bool:
     if source is None:
         return False
     if node.op == "call_module":
-        return isinstance(net.module(node), NOOP_MODULES)
+        return is_a(net.module(node), NOOP_MODULES)
     if node.op == "call_method":
         return node.target in NOOP_METHODS and not node.kwargs
     if node.op != "call_function":
