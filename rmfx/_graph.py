@@ -313,7 +313,7 @@ class Net:
                 continue
             target = str(node.target)
             if node.op == "get_attr":
-                root[target] = _copied(self.attribute(node), memo)
+                root[target] = _copied(self.attribute(node), memo, written="frozen" in node.meta)
             elif target in self.virtual:
                 self._materialise(node, root)
             else:
@@ -387,9 +387,13 @@ def _computed_tensors(module: nn.Module) -> dict[int, object]:
     }
 
 
-def _copied(value: Any, memo: dict[int, object]) -> Any:
-    """A copy of what a graph reads; of tensors one that a recorder of operators can follow."""
-    if type(value) is not Tensor:
+def _copied(value: Any, memo: dict[int, object], *, written: bool) -> Any:
+    """A copy of what a graph reads; of tensors one that a recorder of operators can follow.
+
+    Args:
+        written: whether the graph may write to it: then copies share memory as their originals do.
+    """
+    if type(value) is not Tensor or (written and value.is_leaf):
         return copy.deepcopy(value, memo)
     return memo.setdefault(id(value), value.detach().clone().requires_grad_(value.requires_grad))
 

@@ -27,10 +27,10 @@ OF_KEEPING = frozenset(("__new__", "__deepcopy__", "__reduce__", "__reduce_ex__"
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
     """The known class whose forward a module runs, None if it runs code of its own."""
-    kind = type(module)
+    kind: type[Any] = type(module)
     if kind.__module__ == parametrize.__name__:  # a class that torch makes for one module
         kind = kind.__mro__[1]
-    found = _known_base(kind)
+    found = _known_base(kind)  # type: ignore[arg-type]
     if found is None or any(callable(getattr(found, name, None)) for name in vars(module)):
         return None
     return found
