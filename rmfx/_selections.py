@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from ._affine import AffineConv
 from ._calls import run_node
 from ._graph import Net
+from ._kinds import is_a
 
 aten = torch.ops.aten
 NAMES = ("repeat", "tile", "repeat_interleave", "flip", "roll", "index_select", "channel_shuffle")
@@ -35,7 +36,7 @@ FUNCTIONS = (
 def may_select(net: Net, node: fx.Node) -> bool:
     """Whether a node is one of those that can put the channels of its input in another order."""
     if node.op == "call_module":
-        return isinstance(net.module(node), nn.ChannelShuffle)
+        return is_a(net.module(node), nn.ChannelShuffle)
     if node.op == "call_method":
         return node.target in NAMES
     if node.target is operator.getitem:  # slices are crops
