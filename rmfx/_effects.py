@@ -31,7 +31,7 @@ from ._activation import TABLE
 from ._affine import MULTIPLYING
 from ._calls import AVERAGE_POOLS, BATCH_NORMS
 from ._dialect import attribute
-from ._kinds import is_a, is_plain, kind_of
+from ._kinds import is_a, is_ordinary, kind_of
 
 Nodes = tuple[fx.Node, ...]
 aten = torch.ops.aten
@@ -217,7 +217,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, kept: Iterable[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         tensors = (t for t in pytree.tree_leaves(list(kept)) if isinstance(t, Tensor))
-        self._kept = set(map(_storage, tensors))
+        self._kept = set(map(storage_of, tensors))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -229,7 +229,7 @@ class Watch(TorchDispatchMode):
         for argument in schema.arguments if schema.is_mutable else ():
             if argument.alias_info is not None and argument.alias_info.is_write:
                 tensors = pytree.tree_leaves(given.get(argument.name))
-                if any(isinstance(t, Tensor) and _storage(t) in self._kept for t in tensors):
+                if any(isinstance(t, Tensor) and storage_of(t) in self._kept for t in tensors):
                     raise RuntimeError(f"{func} writes to a constant")
         return func(*args, **(kwargs or {}))
 
@@ -436,7 +436,7 @@ def memories(tensors: Iterable[Tensor]) -> dict[int, int]:
     for tensor in {id(t): t for t in tensors}.values():
         span = _span(tensor)
         if span is None:
-            found[id(tensor)] = _storage(tensor)
+            found[id(tensor)] = storage_of(tensor)
         else:
             spans.append((*span, id(tensor)))
     group, end, last = 0, 0, ""
@@ -450,14 +450,15 @@ def memories(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 def _span(tensor: Tensor) -> tuple[str, int, int] | None:
     """Where the storage of a tensor begins and ends, None of one without an address."""
-    if not is_plain(tensor) or tensor.layout is not torch.strided or tensor.is_meta:
+    if not is_ordinary(tensor) or tensor.layout is not torch.strided or tensor.is_meta:
         return None
     storage = tensor.untyped_storage()
     start, size = storage.data_ptr(), storage.nbytes()
     return (str(tensor.device), start, start + size) if start and size else None
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """A number for the storage of a tensor, its own if it has none."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse, or wrapped around other tensors

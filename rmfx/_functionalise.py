@@ -20,8 +20,9 @@ from torch import Tensor, fx
 
 from ._calls import CASTS
 from ._dialect import has_functional_form
-from ._effects import Effects, effects_of, memories, tensors_behind
-from ._kinds import is_plain
+from ._effects import Effects, effects_of, memories, storage_of, tensors_behind
+from ._errors import WeightError
+from ._kinds import is_ordinary
 from ._meta import noted
 
 NUMBER_METHODS = ("size", "dim", "numel", "ndimension", "stride", "item", "is_floating_point")
@@ -242,12 +243,28 @@ class _Aliases:
             reason = self._reasons.get(id(members))
             if reason:
                 node.meta["frozen"] = reason
+        self._check_copies()
+
+    def _check_copies(self) -> None:
+        """Raise WeightError for memory written to that a copy of the network would take apart."""
+        storages: dict[int, set[int]] = {}
+        for node, behind in self._behind.items():
+            for tensor in behind:
+                key = self._memory[id(tensor)]
+                found = storages.setdefault(key, set())
+                found.add(storage_of(tensor))
+                if key in self._frozen and len(found) > 1:
+                    raise WeightError(
+                        f"{node.target}: the network writes to the memory in which it lies, where "
+                        "another tensor has a storage of its own, as those made of numpy's arrays; "
+                        "a copy would part them: make both views of one tensor of torch"
+                    )
 
     def _freeze_strangers(self) -> None:
         """Tensors that compute in a way of their own are not what a rule takes them for."""
         for behind in self._behind.values():
             for tensor in behind:
-                if not is_plain(tensor):
+                if not is_ordinary(tensor):
                     kind = type(tensor).__name__
                     self.freeze_memory(
                         (tensor,), f"a weight is a {kind}, which computes its own way"

@@ -52,13 +52,13 @@ def _known_base(kind: type[Any]) -> type[nn.Module] | None:
     return None
 
 
-def is_plain(tensor: Tensor) -> bool:
+def is_ordinary(tensor: Tensor) -> bool:
     """Whether a tensor computes as `torch.Tensor` does, whatever its class adds to that."""
-    return _is_plain(type(tensor))
+    return _is_ordinary(type(tensor))
 
 
 @lru_cache(maxsize=1024)
-def _is_plain(kind: type[Tensor]) -> bool:
+def _is_ordinary(kind: type[Tensor]) -> bool:
     own = (base for base in kind.__mro__ if issubclass(base, Tensor))
     return all(
         base in (Tensor, nn.Parameter)
