@@ -303,18 +303,17 @@ def _of_python(node: fx.Node, target: Any, name: str) -> Effects:
     """Of a function of torch in Python: as the operator of its name, if it is not to write."""
     inputs = tuple(node.all_input_nodes)
     given = _bound(target, node)
-    writes = _hidden_writes(given)
     in_place = given.get("inplace", False)
+    written: Nodes = ()
     if isinstance(in_place, fx.Node) or in_place or _writes_by_name(name):
-        first = next(iter(given.values()), None)
-        writes = (*writes, *(_nodes(first) if _nodes(first) else inputs))
+        written = tuple(_nodes(next(iter(given.values()), None))) or inputs
     overloads = _packet(name)
     if overloads:
         found = [_of_overload(node, op, _given(node, op._schema)) for op in overloads]
-        aliases = _unique((*writes, *(n for one in found for n in one.aliases)))
+        aliases = _unique((*written, *(n for one in found for n in one.aliases)))
     else:
         aliases = inputs
-    return _with_out(node, Effects(_unique(writes), aliases))
+    return _with_out(node, Effects(_unique((*written, *_hidden_writes(given))), aliases))
 
 
 def _bound(target: Any, node: fx.Node) -> dict[str, Any]:

@@ -262,8 +262,8 @@ class _Aliases:
 
     def _freeze_strangers(self) -> None:
         """Tensors that compute in a way of their own are not what a rule takes them for."""
-        for behind in self._behind.values():
-            for tensor in behind:
+        for node, behind in self._behind.items():
+            for tensor in behind if node.op != "placeholder" else ():
                 if not is_ordinary(tensor):
                     kind = type(tensor).__name__
                     self.freeze_memory(

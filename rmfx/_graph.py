@@ -34,6 +34,7 @@ from ._input_guard import (
     with_multiples,
     with_ranks,
 )
+from ._kinds import is_ordinary
 from ._meta import forget
 from ._sizes import Sizes, conditions_of
 
@@ -455,6 +456,8 @@ def check_weight(name: str, value: Tensor) -> None:
         raise WeightError(
             f"{name}: the weight is on the meta device and has no values; load the weights first"
         )
+    if not is_ordinary(value):
+        return  # it stays as it is, in a layer that stays as it is
     if value.is_complex():
         raise WeightError(f"{name}: complex weights ({value.dtype}) are not supported")
     if value.is_quantized:

@@ -31,9 +31,8 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
     if kind.__module__ == parametrize.__name__:  # a class that torch makes for one module
         kind = kind.__mro__[1]
     found = _known_base(kind)  # type: ignore[arg-type]
-    if found is None or any(callable(getattr(found, name, None)) for name in vars(module)):
-        return None
-    return found
+    own = vars(module).keys() - HARMLESS
+    return None if any(callable(getattr(found, name, None)) for name in own) else found
 
 
 def is_a(module: object, kinds: type[Any] | tuple[type[Any], ...]) -> bool:

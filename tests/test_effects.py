@@ -61,6 +61,7 @@ def _(x: Tensor) -> Tensor:
 
 
 ops = torch.ops.rmfx_tests
+aten = torch.ops.aten
 
 
 @fx.wrap
@@ -133,8 +134,8 @@ WRITES: dict[str, Write] = {
     "list, packet": lambda m, x, h: ops.into_list(h, [x]),
     "keyword": lambda m, x, h: ops.into_keyword.default(h, out=x),
     "keyword, packet": lambda m, x, h: ops.into_keyword(h, out=x),
-    "aten packet": lambda m, x, h: torch.ops.aten.mul_(x, 2),
-    "aten packet with out": lambda m, x, h: torch.ops.aten.add(h, h, out=x),
+    "aten packet": lambda m, x, h: aten.mul_(x, 2),
+    "aten packet with out": lambda m, x, h: aten.add(h, h, out=x),
     "init.constant_": lambda m, x, h: nn.init.constant_(x, 0.3),
     "init.zeros_": lambda m, x, h: nn.init.zeros_(tensor=x),
     "foreach": lambda m, x, h: torch._foreach_mul_([x], 2.0),
@@ -142,12 +143,13 @@ WRITES: dict[str, Write] = {
     "foreach, view": lambda m, x, h: torch._foreach_mul_([x[:, :2], x[:, 2:]], 2.0),
     "out": lambda m, x, h: torch.sigmoid(h, out=x),
     "outs": lambda m, x, h: torch.frexp(h, out=(x, torch.empty_like(h, dtype=torch.int32))),
+    "set_": lambda m, x, h: x.set_(h).mul_(2),
     "copy_": lambda m, x, h: x.copy_(h),
     "unbound method": lambda m, x, h: torch.Tensor.mul_(x, 2),
     "data": lambda m, x, h: x.data.mul_(2),
     "detach": lambda m, x, h: x.detach().mul_(2),
     "view": lambda m, x, h: x.view(-1).mul_(2),
-    "lifted view": lambda m, x, h: torch.ops.aten.unsqueeze(x, 0).mul_(2),
+    "lifted view": lambda m, x, h: aten.unsqueeze(x, 0).mul_(2),
     "part": lambda m, x, h: x.unbind(1)[1].mul_(2),
     "index_fill_": lambda m, x, h: x.index_fill_(1, m.places, 0.5),
     "swapped": lambda m, x, h: x.transpose_(0, 0).mul_(2),
@@ -234,6 +236,59 @@ def test_an_operator_that_only_reads_is_no_barrier() -> None:
         torch.testing.assert_close(gm(image()), model(image()))
 
 
+@pytest.mark.parametrize("name", ["second argument", "packet", "list", "foreach", "detach"])
+def test_the_backend_sees_every_write(name: str) -> None:
+    torch._dynamo.reset()
+    model, x = writing(WRITES[name]), image()
+    compiled = torch.compile(model, backend="rmfx", options={"backend": "eager"})
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+def test_the_backend_takes_views_of_a_written_buffer_for_one_memory() -> None:
+    torch._dynamo.reset()
+    model = reading_a_view(*flat_and_view(), "itself")
+    own = _apart(model)
+    compiled = torch.compile(model, backend="rmfx", options={"backend": "eager"})
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(compiled(image()), own(image()), rtol=1e-11, atol=1e-11)
+
+
+CALLS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...], bool]] = {
+    # a function of x, y and z; what it writes to, in what its value may lie, whether it draws
+    "add": (lambda g, x, y, z: g(torch.add, (x, y)), (), (), False),
+    "view of one": (lambda g, x, y, z: g(aten.expand_as.default, (x, y)), (), "x", False),
+    "of one list": (lambda g, x, y, z: g(torch._foreach_add_, ([x, y], [z, z])), "xy", (), False),
+    "third": (lambda g, x, y, z: g(torch.addcmul, (x, y, z), {"out": z}), "z", "z", False),
+    "set_": (lambda g, x, y, z: g(aten.set_.source_Tensor, (x, y)), "x", "xy", False),
+    "random": (lambda g, x, y, z: g(aten.bernoulli, (x,)), (), (), True),
+    "random on demand": (lambda g, x, y, z: g(torch.dropout, (x, 0.5, True)), (), "x", True),
+    "not random": (lambda g, x, y, z: g(torch.dropout, (x, 0.5, False)), (), "x", False),
+    "left as found": (lambda g, x, y, z: g(torch.empty_like, (x,)), (), (), True),
+    "statistics": (
+        lambda g, x, y, z: g(aten.batch_norm.default, (x, None, None, y, z, True, 0, 0, False)),
+        "yz",
+        (),
+        False,
+    ),
+    "embedding": (lambda g, x, y, z: g(F.embedding, (x, y), {"max_norm": 2.0}), "y", (), False),
+    "embeddings": (lambda g, x, y, z: g(F.embedding, (x, y)), (), (), False),
+    "nobody's": (lambda g, x, y, z: g(written_by_a_python_function, (x, y)), "xy", "xy", True),
+    "builtin": (lambda g, x, y, z: g(setattr, (x, "data", y)), "xy", "xy", True),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_effects_of_calls(name: str) -> None:
+    call, writes, aliases, draws = CALLS[name]
+    graph = fx.Graph()
+    call(graph.call_function, *map(graph.placeholder, "xyz"))
+    found = effects_of(fx.GraphModule(nn.Module(), graph), next(reversed(graph.nodes)))
+    assert {n.name for n in found.writes} == set(writes)
+    assert {n.name for n in found.aliases} == set(aliases)
+    assert found.draws is draws
+
+
 FRESH: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": torch.exp,
     "method": lambda y: y.abs(),
@@ -241,7 +296,7 @@ FRESH: dict[str, Callable[[Tensor], Tensor]] = {
     "cumsum": lambda y: y.cumsum(1),
     "softmax": lambda y: F.softmax(y, 1),
     "pool": lambda y: F.max_pool2d(y, 3, 1, 1),
-    "packet": torch.ops.aten.tanh,
+    "packet": aten.tanh,
     "custom": reads,
     "clone": torch.clone,
     "where": lambda y: torch.where(y > 0, y, 0.5 * y),
@@ -264,7 +319,7 @@ def test_a_value_in_memory_of_its_own_may_be_read_after_a_write(name: str) -> No
         torch.testing.assert_close(gm(image()), model(image()), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("pick", [torch.conj_physical, torch.ops.aten.conj_physical])
+@pytest.mark.parametrize("pick", [torch.conj_physical, aten.conj_physical])
 def test_operators_that_may_give_their_input_back(pick: Callable[[Tensor], Tensor]) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -436,7 +491,7 @@ def test_storages_that_overlap_are_one_memory() -> None:
 
 DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "rand_like": torch.rand_like,
-    "packet": torch.ops.aten.rand_like,
+    "packet": aten.rand_like,
     "bernoulli": lambda w: torch.bernoulli(w.sigmoid()),
     "dropout": lambda w: F.dropout(w, 0.5, True),
     "alpha dropout": lambda w: F.alpha_dropout(w, 0.5, training=True),
