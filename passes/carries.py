@@ -43,6 +43,7 @@ from rmfx._channels import Channels
 from rmfx._errors import Refusal, ShapeError
 from rmfx._graph import Net, Virtual
 from rmfx._infer import on_demand
+from rmfx._kinds import is_a
 from rmfx._layers import input_of, read
 from rmfx._pinned import PinnedRanges
 from rmfx._range import check_range
@@ -127,7 +128,7 @@ class _Origins:
         module: Any = self._net.replacement(node) or self._net.module(node)
         if self._net.guard(node) is not None:
             return nothing
-        if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
+        if is_a(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
             return ~nothing
         x = self._ranges.of(source).on_axis(last=not dims)
         if x.low.numel() not in (1, count) or not self._is_on_axis(module, source, carry):
@@ -316,8 +317,8 @@ def _is_identity(layer: AffineConv) -> bool:
 
 def _uniform(module: nn.Module) -> nn.Module | None:
     """The activation that one per channel amounts to where it is the same for all channels."""
-    if isinstance(module, (nn.PReLU, ChannelPReLU)):
-        weight: Tensor = module.weight
+    if is_a(module, (nn.PReLU, ChannelPReLU)):
+        weight: Any = module.weight
         slopes = set(weight.detach().flatten().tolist())
         return {0.0: nn.ReLU(), 1.0: nn.Identity()}.get(*slopes) if len(slopes) == 1 else None
     if isinstance(module, ChannelClamp):
@@ -443,7 +444,7 @@ def _tidied(net: Net) -> fx.GraphModule:
     """Without what was there for the carries only: identities, activations per channel, zeros."""
     for node in list(net.graph.nodes):
         module = net.module(node)
-        if module is None or net.guard(node) is not None:
+        if module is None or net.guard(node) is not None or node.meta.get("frozen"):
             continue
         plain = _uniform(module)
         if plain is not None:

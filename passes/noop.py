@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from rmfx._errors import Refusal
 from rmfx._graph import Net
+from rmfx._kinds import is_a
 from rmfx._layers import input_of
 from rmfx._rewrite import apply_rule
 from rmfx._state import undisturbed
@@ -26,6 +27,7 @@ NOOP_FUNCTIONS = (
     *(torch.clone, torch.detach),
     *(torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default),
 )
+STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth"
 NEUTRAL: dict[Any, int] = {torch.add: 0, torch.sub: 0, torch.mul: 1}
 
 
@@ -61,7 +63,7 @@ def does_nothing(net: Net, node: fx.Node) -> bool:
     if source is None:
         return False
     if node.op == "call_module":
-        return isinstance(net.module(node), NOOP_MODULES)
+        return is_a(net.module(node), NOOP_MODULES)
     if node.op == "call_method":
         return node.target in NOOP_METHODS and not node.kwargs
     if node.op != "call_function":
@@ -70,9 +72,8 @@ def does_nothing(net: Net, node: fx.Node) -> bool:
         return not node.kwargs  # memory_format=… puts values where a view expects them
     if node.target in NEUTRAL:
         return _is_neutral(node, source)
-    name = getattr(node.target, "__name__", "")
     training = node.kwargs.get("training", node.args[3] if len(node.args) > 3 else True)
-    return name == "stochastic_depth" and training is False
+    return getattr(node.target, "__module__", None) == STOCHASTIC_DEPTH and training is False
 
 
 def _is_neutral(node: fx.Node, source: fx.Node) -> bool:

@@ -424,7 +424,6 @@ CASTS = ("to", "type", "float", "double", "half", "bfloat16", "int", "long", "bo
 CAST_OPERATORS = _overloads(
     "to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy", "type_as"
 )
-IN_PLACE_METHODS = ("__iadd__", "__isub__", "__imul__", "__itruediv__")
 
 
 def run_node(

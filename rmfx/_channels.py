@@ -32,6 +32,7 @@ from ._activation import OWN_ACTIVATIONS, is_activation
 from ._affine import MULTIPLYING, TRANSPOSED
 from ._calls import AVERAGE_POOLS, BATCH_NORMS, BORDERS, PADS
 from ._graph import Net
+from ._kinds import is_a
 from ._layers import MEANS
 from ._reasons import reason_for
 from ._sizes import MAX_POOLS
@@ -58,7 +59,7 @@ class Elementwise(nn.Module):
 def adds_itself(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node calls a module that adds values."""
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return isinstance(module, Elementwise) and len(node.all_input_nodes) > 1
+    return is_a(module, Elementwise) and len(node.all_input_nodes) > 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +245,7 @@ class Channels:
         module: Any = net.module(node)
         if module is None or net.guard(node) or net.is_touched(module):
             return None
-        if isinstance(module, Elementwise):
+        if is_a(module, Elementwise):
             return self._elementwise(node)
         if source is None:
             return None
@@ -264,9 +265,9 @@ class Channels:
         if type(module) in SPATIAL:
             dims = int(type(module).__name__[-2])
             return value if (value.axis, len(_shape(source))) == (1, dims + 2) else None
-        if isinstance(module, nn.Upsample):
+        if is_a(module, nn.Upsample):
             return value if value.axis == 1 else None
-        same = isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
+        same = is_a(module, (nn.Identity, nn.modules.dropout._DropoutNd))
         return value if same or is_activation(module) else None
 
     def _per_channel(

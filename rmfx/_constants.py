@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import _side_effectful_functions
 
 from ._activation import is_activation
 from ._calls import run_node
 from ._dialect import attribute
+from ._effects import Watch, effects_of
 from ._errors import WeightValueError
-from ._functionalise import written_by
 
 TRANSPOSITIONS = (torch.ops.aten.t.default, torch.ops.aten.permute.default)
-RANDOM = ("rand", "dropout", "bernoulli", "normal_", "multinomial", "empty")
 # A constant that is spread out needs memory that the model did not.
 LARGEST_GROWTH = 4
 SMALL = 1 << 16
@@ -41,9 +41,10 @@ def fold_constants(gm: fx.GraphModule) -> dict[str, fx.Node]:
                 known[node] = value
         elif _is_constant(gm, node, known):
             try:
-                with torch.no_grad():
+                with torch.no_grad(), Watch(known[n] for n in node.all_input_nodes):
                     known[node] = run_node(node, known, gm.get_submodule)
-            # An operation that fails now fails when the model runs, and not before.
+            # An operation that fails now fails when the model runs, and not before; one that draws
+            # at random draws when the model runs.
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
                 continue
             except WeightValueError:  # what a number decides stays in the graph
@@ -68,14 +69,13 @@ def _is_constant(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -
     inputs = node.all_input_nodes
     if not inputs or any(n not in known for n in inputs) or node.op == "output":
         return False
-    if written_by(gm, node) is not None:  # another constant may have been read before the write
-        return False
+    effects = effects_of(gm, node)
+    if effects.draws or effects.writes or effects.owned:
+        return False  # another constant may have been read before the write
     if node.op == "call_module":
         return is_activation(gm.get_submodule(str(node.target)))
-    if node.target in TRANSPOSITIONS:  # how exporting hands the weight of a Linear layer over
-        return False
-    name = str(getattr(node.target, "__name__", node.target))
-    return not (node.is_impure() or any(word in name for word in RANDOM))
+    # The first is how exporting hands the weight of a Linear layer over.
+    return node.target not in TRANSPOSITIONS and node.target not in _side_effectful_functions
 
 
 def _is_to_be_kept(node: fx.Node, known: dict[fx.Node, Any]) -> bool:

@@ -39,6 +39,7 @@ from ._calls import (
     gives_several,
     linear,
 )
+from ._kinds import is_a
 from ._layer_facts import is_layers_size, is_real, rank_of
 from ._meta import shape_of, sizes_of_every_call, without_notes
 from ._names import free_name, free_path, name_nodes
@@ -55,7 +56,7 @@ def has_functional_form(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether `canonicalise` can express an in-place call without writing."""
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        return is_activation(module) or isinstance(module, nn.modules.dropout._DropoutNd)
+        return is_activation(module) or is_a(module, nn.modules.dropout._DropoutNd)
     if node.target in ARITHMETIC:
         return "rounding_mode" not in node.kwargs and "out" not in node.kwargs
     return node.target in CALLS and _module_for(gm, node) is not None

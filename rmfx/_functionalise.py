@@ -5,8 +5,8 @@ nothing else can see the write. Something else can if `b` shares memory with an 
 or another value that is read later. Such a write stays, and the values of its alias class are
 marked `frozen` with the reason; rules treat them as barriers.
 
-Aliases are tracked conservatively: an operation not known to make fresh memory may return any of
-its inputs.
+`_effects.py` says what a call does. Values share memory where calls may hand it on, and the model's
+tensors where their storages overlap; a call of which nothing is known freezes all that it reads.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from __future__ import annotations
 import builtins
 import math
 import operator
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx
 
-from ._activation import TABLE
-from ._affine import CONVS
-from ._calls import BATCH_NORMS, CASTS, IN_PLACE_METHODS
-from ._dialect import attribute, has_functional_form
+from ._calls import CASTS
+from ._dialect import has_functional_form
+from ._effects import Effects, effects_of, memories, storage_of, tensors_behind
+from ._errors import WeightError
+from ._kinds import is_ordinary
 from ._meta import noted
 
 NUMBER_METHODS = ("size", "dim", "numel", "ndimension", "stride", "item", "is_floating_point")
@@ -32,50 +31,9 @@ CONTAINER_METHODS = (
     *("vsplit", "dsplit", "topk", "sort", "unsafe_split"),
 )
 JOINS_OF_CONTAINERS = (operator.add, operator.iadd, operator.mul, operator.imul)
-# Operators that may give one of their inputs, or a view of it, which their schemas do not tell.
-PASSING_THROUGH = (
-    *("dropout", "contiguous", "to.", "einsum", "unsafe_", "meshgrid", "atleast_"),
-    *("broadcast_tensors", "sum_to_size", "type_as", "align_"),
-)
 NUMBER_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda")
 NUMBER_MODULES = ("_operator", "operator", "math", "builtins")
-IN_PLACE_OPERATORS = tuple(
-    getattr(operator, f"i{name}")
-    for name in (
-        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
-        *("and", "or", "xor", "lshift", "rshift", "matmul"),
-    )
-)
-FRESH_MODULES = (
-    *CONVS,
-    *BATCH_NORMS,
-    *TABLE,
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.Softmax),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding),
-)
-FRESH_FUNCTIONS = {
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.matmul),
-    *(torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.matmul, torch.cat, torch.stack),
-    *(F.conv1d, F.conv2d, F.conv3d, F.linear, F.batch_norm, F.layer_norm, F.group_norm),
-    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
-    *(F.relu, F.relu6, F.gelu, F.silu, F.elu, F.leaky_relu, F.hardtanh, F.hardswish, F.softmax),
-    *(torch.relu, torch.sigmoid, torch.tanh, torch.mean, torch.sum, torch.exp),
-}
-FRESH_METHODS = {
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "neg",
-    "relu",
-    "sigmoid",
-    "tanh",
-    "mean",
-    "sum",
-    "clone",
-}
+UNSAFE = "an in-place operation without a functional form"
 
 
 def mark_numbers(graph: fx.Graph) -> None:
@@ -127,55 +85,63 @@ def functionalise(gm: fx.GraphModule) -> None:
     A safe write gets `meta["functional"]`: its node may be given its functional form.
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    aliases, types = _Aliases(), _Types(gm)
+    aliases, types = _Aliases(gm), _Types(gm)
     for node in gm.graph.nodes:
-        written = written_by(gm, node)
-        if written is None or written.meta.get("number"):
-            aliases.visit(gm, node)
-            continue
-        reason = aliases.why_seen(written, node, order) or types.why_changed(written, node)
-        if reason is None and not has_functional_form(gm, node):
-            reason = "an in-place operation without a functional form"
-        if reason is None:
-            written.replace_all_uses_with(
-                node,
-                delete_user_cb=lambda user, at=order[node]: order[user] > at,  # type: ignore[misc]
-            )
-            node.meta["functional"] = True
-            aliases.start(node)
-        else:
-            aliases.join(node, written)
+        effects = effects_of(gm, node)
+        written = [n for n in effects.writes if not n.meta.get("number")]
+        aliases.start(node)
+        reason = effects.unknown
+        if written and reason is None:
+            reason = _why_stays(gm, node, written, aliases, types, order)
+            if reason is None:
+                _redirect(node, written[0], order)
+                continue
+        aliases.visit(node, effects)
+        if effects.owned:
+            aliases.freeze_memory(effects.owned, reason or "a layer writes to its own weights")
+        if reason is not None:
+            aliases.join(node, *written)
             aliases.freeze(node, f"{reason} ({node.name})")
     aliases.mark()
-    _freeze_owners(gm)
+
+
+def _why_stays(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    written: list[fx.Node],
+    aliases: _Aliases,
+    types: _Types,
+    order: dict[fx.Node, int],
+) -> str | None:
+    """Why a write cannot become functional, None if it can."""
+    seen = (aliases.why_seen(one, node, order) for one in written)
+    reason = next((why for why in seen if why is not None), None)
+    reason = reason or types.why_changed(written[0], node)
+    is_safe = written == [_first(node)] and has_functional_form(gm, node)
+    return reason or (None if is_safe else UNSAFE)
+
+
+def _first(node: fx.Node) -> object:
+    """The value that an in-place operation with a functional form writes to."""
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+
+
+def _redirect(node: fx.Node, written: fx.Node, order: dict[fx.Node, int]) -> None:
+    """Let what reads a value after a write to it read the write's result."""
+    written.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
+    node.meta["functional"] = True
 
 
 def written_inputs(gm: fx.GraphModule) -> set[fx.Node]:
     """Placeholders whose memory a graph may write to."""
-    aliases, found = _Aliases(), set()
+    aliases, found = _Aliases(gm), set()
     for node in gm.graph.nodes:
-        written = written_by(gm, node)
-        aliases.visit(gm, node)
-        if written is not None:
-            aliases.join(node, written)
+        effects = effects_of(gm, node)
+        aliases.visit(node, effects)
+        aliases.join(node, *effects.writes)
+        for written in effects.writes:
             found |= {member for member in aliases.of(written) if member.op == "placeholder"}
     return found
-
-
-def _freeze_owners(gm: fx.GraphModule) -> None:
-    """Mark the calls of modules whose own tensors are written to."""
-    written = {
-        id(attribute(gm, n)): n.meta["frozen"]
-        for n in gm.graph.nodes
-        if n.op == "get_attr" and n.meta.get("frozen")
-    }
-    for node in gm.graph.nodes:
-        if node.op != "call_module" or not written:
-            continue
-        module = gm.get_submodule(str(node.target))
-        for tensor in (*module.parameters(), *module.buffers()):
-            if id(tensor) in written:
-                node.meta["frozen"] = written[id(tensor)]
 
 
 class _Types:
@@ -200,37 +166,49 @@ class _Types:
 class _Aliases:
     """Classes of values that may share memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, gm: fx.GraphModule) -> None:
         self._class: dict[fx.Node, list[fx.Node]] = {}
-        self._attributes: dict[str, fx.Node] = {}
         self._reasons: dict[int, str] = {}
+        self._behind = {node: tensors_behind(gm, node) for node in gm.graph.nodes}
+        self._memory = memories(t for behind in self._behind.values() for t in behind)
+        self._first: dict[int, fx.Node] = {}  # the value that stands for a memory of the model
+        self._frozen: dict[int, str] = {}
 
-    def visit(self, gm: fx.GraphModule, node: fx.Node) -> None:
-        self.start(node)
-        if node.op == "get_attr":
-            self.join(node, self._attributes.setdefault(str(node.target), node))
-        if not node.meta.get("number") and not _is_fresh(gm, node):
-            for source in node.all_input_nodes:
-                self.join(node, source)
+    def visit(self, node: fx.Node, effects: Effects) -> None:
+        """Take note of whose memory a value may lie in."""
+        self._class.setdefault(node, [node])
+        if node.op in ("get_attr", "placeholder"):
+            for tensor in self._behind[node]:
+                self.join(node, self._first.setdefault(self._memory[id(tensor)], node))
+        if not node.meta.get("number"):
+            self.join(node, *effects.aliases)
 
     def start(self, node: fx.Node) -> None:
         self._class[node] = [node]
 
-    def join(self, node: fx.Node, other: fx.Node) -> None:
-        mine, theirs = self._class.setdefault(node, [node]), self._class[other]
-        if mine is theirs or other.meta.get("number"):
-            return
-        theirs.extend(mine)
-        for member in mine:
-            self._class[member] = theirs
-        if id(mine) in self._reasons:
-            self._reasons.setdefault(id(theirs), self._reasons[id(mine)])
+    def join(self, node: fx.Node, *others: fx.Node) -> None:
+        for other in others:
+            mine, theirs = self._class[node], self._class[other]
+            if mine is theirs or other.meta.get("number"):
+                continue
+            if len(mine) > len(theirs):  # so that no value moves often
+                mine, theirs = theirs, mine
+            theirs.extend(mine)
+            for member in mine:
+                self._class[member] = theirs
+            if id(mine) in self._reasons:
+                self._reasons.setdefault(id(theirs), self._reasons[id(mine)])
 
     def of(self, node: fx.Node) -> list[fx.Node]:
         return self._class[node]
 
     def freeze(self, node: fx.Node, reason: str) -> None:
         self._reasons.setdefault(id(self._class[node]), reason)
+
+    def freeze_memory(self, tensors: tuple[Tensor, ...], reason: str) -> None:
+        """Take note that a call writes to tensors that its module holds."""
+        for tensor in tensors:
+            self._frozen.setdefault(self._memory[id(tensor)], reason)
 
     def why_seen(self, written: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> str | None:
         """Who else would see a write to `written`, if anyone."""
@@ -248,63 +226,46 @@ class _Aliases:
         return None
 
     def mark(self) -> None:
+        """Mark the values of frozen classes, and all that holds memory which is written to."""
+        self._freeze_strangers()
+        for node, members in self._class.items():
+            if node.op != "call_module" and id(members) in self._reasons:
+                for tensor in self._behind[node]:
+                    self._frozen.setdefault(self._memory[id(tensor)], self._reasons[id(members)])
+        for node, behind in self._behind.items():
+            found = (self._frozen.get(self._memory[id(tensor)]) for tensor in behind)
+            reason = next((why for why in found if why is not None), None)
+            if reason is not None and node.op == "call_module":
+                node.meta["frozen"] = reason
+            elif reason is not None:
+                self.freeze(node, reason)
         for node, members in self._class.items():
             reason = self._reasons.get(id(members))
             if reason:
                 node.meta["frozen"] = reason
+        self._check_copies()
 
+    def _check_copies(self) -> None:
+        """Raise WeightError for memory written to that a copy of the network would take apart."""
+        storages: dict[int, set[int]] = {}
+        for node, behind in self._behind.items():
+            for tensor in behind:
+                key = self._memory[id(tensor)]
+                found = storages.setdefault(key, set())
+                found.add(storage_of(tensor))
+                if key in self._frozen and len(found) > 1:
+                    raise WeightError(
+                        f"{node.target}: the network writes to the memory in which it lies, where "
+                        "another tensor has a storage of its own, as those made of numpy's arrays; "
+                        "a copy would part them: make both views of one tensor of torch"
+                    )
 
-def written_by(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The tensor that a node writes to, None if it writes to none."""
-    writes = False
-    if node.op == "call_module":
-        writes = bool(getattr(gm.get_submodule(str(node.target)), "inplace", False))
-    elif node.op == "call_method":
-        name = str(node.target)
-        writes = name in IN_PLACE_METHODS or (name.endswith("_") and not name.endswith("__"))
-    elif node.op == "call_function":
-        out = node.kwargs.get("out")
-        if isinstance(out, fx.Node):
-            return out
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None:
-            writes = bool(schema.is_mutable)
-        else:
-            name = getattr(node.target, "__name__", "")
-            by_name = name.endswith("_") and not name.endswith("__")
-            writes = by_name or node.target in (*IN_PLACE_OPERATORS, operator.setitem)
-            writes = writes or _inplace_argument(node)
-    if not writes:
-        return None
-    target: Any = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
-    return target if isinstance(target, fx.Node) else None
-
-
-def _inplace_argument(node: fx.Node) -> bool:
-    """Whether a `torch.nn.functional` call is asked to work in place."""
-    if node.kwargs.get("inplace"):
-        return True
-    code = getattr(node.target, "__code__", None)
-    if code is None:
-        return False
-    names = code.co_varnames[: code.co_argcount]
-    return "inplace" in names and any(
-        value is True for name, value in zip(names, node.args, strict=False) if name == "inplace"
-    )
-
-
-def _is_fresh(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node's value is certain to lie in memory of its own."""
-    if node.op == "call_module":
-        return type(gm.get_submodule(str(node.target))) in FRESH_MODULES
-    if node.op == "call_method":
-        return node.target in FRESH_METHODS
-    if node.op != "call_function":
-        return True
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        passes_through = any(word in str(node.target) for word in PASSING_THROUGH)
-        return not passes_through and all(r.alias_info is None for r in schema.returns)
-    if any(n.meta.get("container") for n in node.all_input_nodes):
-        return node.target not in JOINS_OF_CONTAINERS and node.target in FRESH_FUNCTIONS
-    return node.target in FRESH_FUNCTIONS
+    def _freeze_strangers(self) -> None:
+        """Tensors that compute in a way of their own are not what a rule takes them for."""
+        for node, behind in self._behind.items():
+            for tensor in behind if node.op != "placeholder" else ():
+                if not is_ordinary(tensor):
+                    kind = type(tensor).__name__
+                    self.freeze_memory(
+                        (tensor,), f"a weight is a {kind}, which computes its own way"
+                    )

@@ -34,6 +34,7 @@ from ._input_guard import (
     with_multiples,
     with_ranks,
 )
+from ._kinds import is_ordinary
 from ._meta import forget
 from ._probes import OpenSizes
 from ._sizes import Sizes, conditions_of
@@ -337,7 +338,7 @@ class Net:
                 continue
             target = str(node.target)
             if node.op == "get_attr":
-                root[target] = _copied(self.attribute(node), memo)
+                root[target] = _copied(self.attribute(node), memo, written="frozen" in node.meta)
             elif target in self.virtual:
                 self._materialise(node, root)
             else:
@@ -423,9 +424,13 @@ def _computed_tensors(module: nn.Module) -> dict[int, object]:
     }
 
 
-def _copied(value: Any, memo: dict[int, object]) -> Any:
-    """A copy of what a graph reads; of tensors one that a recorder of operators can follow."""
-    if type(value) is not Tensor:
+def _copied(value: Any, memo: dict[int, object], *, written: bool) -> Any:
+    """A copy of what a graph reads; of tensors one that a recorder of operators can follow.
+
+    Args:
+        written: whether the graph may write to it: then copies share memory as their originals do.
+    """
+    if type(value) is not Tensor or (written and value.is_leaf):
         return copy.deepcopy(value, memo)
     return memo.setdefault(id(value), value.detach().clone().requires_grad_(value.requires_grad))
 
@@ -487,6 +492,8 @@ def check_weight(name: str, value: Tensor) -> None:
         raise WeightError(
             f"{name}: the weight is on the meta device and has no values; load the weights first"
         )
+    if not is_ordinary(value):
+        return  # it stays as it is, in a layer that stays as it is
     if value.is_complex():
         raise WeightError(f"{name}: complex weights ({value.dtype}) are not supported")
     if value.is_quantized:

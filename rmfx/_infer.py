@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from ._activation import Blockwise, is_activation
 from ._affine import CONVS, AffineConv
 from ._calls import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS
 from ._errors import Refusal
+from ._kinds import is_a
 
 if TYPE_CHECKING:
     from ._graph import Net
@@ -135,13 +136,13 @@ class Inference:
         inputs = [self._known[n] for n in node.all_input_nodes if n.op != "get_attr"]
         if node.op == "call_function" and node.target in (*ADDS, *SUBS):
             return _sum(inputs)
-        layer = self._layer(node)
+        layer: Any = self._layer(node)
         if len(inputs) == 1 and node.op == "call_function":
             return self._arithmetic(node, inputs[0])
-        if isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
+        if is_a(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
             return Facts(rank=2)
         before = inputs[0] if len(inputs) == 1 else Facts()
-        if self._keeps(layer) or isinstance(layer, nn.Linear):
+        if self._keeps(layer) or is_a(layer, nn.Linear):
             rank, channels, last = before.rank, before.channels, before.last
         else:
             rank, channels, last = None, None, False
@@ -173,9 +174,7 @@ class Inference:
         """Whether a layer keeps the dimensions and channels of its input."""
         if isinstance(layer, Blockwise):
             return True
-        return isinstance(layer, nn.Module) and (
-            is_activation(layer) or isinstance(layer, CHANNELWISE)
-        )
+        return isinstance(layer, nn.Module) and (is_activation(layer) or is_a(layer, CHANNELWISE))
 
     def dtype(self, node: fx.Node) -> tuple[torch.dtype, torch.device] | None:
         """Type and device of a node's value, None if unknown."""

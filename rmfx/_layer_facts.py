@@ -11,6 +11,7 @@ from torch import fx, nn
 from ._activation import is_activation
 from ._affine import MULTIPLYING
 from ._calls import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS
+from ._kinds import is_a
 from ._meta import shape_of
 from ._probes import OpenSizes
 
@@ -36,7 +37,7 @@ def is_real(gm: fx.GraphModule, node: fx.Node) -> bool:
         if _has_weights(gm, here) or any(_has_weights(gm, user) for user in here.users):
             return True
         layer = gm.get_submodule(str(here.target)) if here.op == "call_module" else None
-        is_layer = layer is not None and (is_activation(layer) or isinstance(layer, CHANNELWISE))
+        is_layer = layer is not None and (is_activation(layer) or is_a(layer, CHANNELWISE))
         here = _source(here) if is_layer or here.target in KEEPING else None
     return False
 
@@ -51,22 +52,21 @@ def is_layers_size(gm: fx.GraphModule, value: fx.Node, dim: int) -> bool:
     while here is not None:
         layer = gm.get_submodule(str(here.target)) if here.op == "call_module" else None
         shape = value.meta.get("shape", ())
-        if isinstance(layer, (nn.Linear, nn.LayerNorm)):
+        if is_a(layer, (nn.Linear, nn.LayerNorm)):
             return dim == len(shape) - 1
-        if isinstance(layer, (*MULTIPLYING, *BATCH_NORMS)):
+        if is_a(layer, (*MULTIPLYING, *BATCH_NORMS)):
             return dim == 1
-        if (
-            here.op == "placeholder"
-        ):  # whose channels are fixed where the network runs with no others
+        if here.op == "placeholder":
+            # Channels of an input are fixed where the network runs with no others.
             return dim == 1 and not OpenSizes(gm).channels_of_inputs(here.name, 1)
-        known = layer is not None and (is_activation(layer) or isinstance(layer, LAYERS_IN_ORDER))
+        known = layer is not None and (is_activation(layer) or is_a(layer, LAYERS_IN_ORDER))
         here = _source(here) if known or here.target in IN_ORDER else None
     return False
 
 
 def _has_weights(gm: fx.GraphModule, node: fx.Node) -> bool:
     kinds = (*MULTIPLYING, *BATCH_NORMS)
-    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), kinds)
+    return node.op == "call_module" and is_a(gm.get_submodule(str(node.target)), kinds)
 
 
 def _source(node: fx.Node) -> fx.Node | None:
@@ -84,11 +84,11 @@ def rank_of(gm: fx.GraphModule, node: fx.Node | None) -> int | None:
             module = gm.get_submodule(str(node.target))
             for dims in (1, 2, 3):
                 kinds = tuple(getattr(nn, f"{k}{dims}d") for k in ("Conv", "MaxPool", "AvgPool"))
-                if isinstance(module, kinds):
+                if is_a(module, kinds):
                     return dims + 2
-            if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
-                return 4 if isinstance(module, nn.BatchNorm2d) else 5
-            if not is_activation(module) and not isinstance(module, (*CHANNELWISE, nn.Linear)):
+            if is_a(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+                return 4 if is_a(module, nn.BatchNorm2d) else 5
+            if not is_activation(module) and not is_a(module, (*CHANNELWISE, nn.Linear)):
                 return None
         elif node.target not in (torch.add, torch.sub, torch.mul, torch.div, torch.neg):
             return None

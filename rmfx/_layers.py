@@ -42,6 +42,7 @@ from ._calls import (
 )
 from ._errors import Refusal
 from ._graph import Net, Virtual
+from ._kinds import is_a
 from ._reasons import reason_for
 from ._selections import may_select, selection
 from ._sizes import MAX_POOLS, conditions_of
@@ -580,7 +581,7 @@ def laterals(net: Net, node: fx.Node) -> list[Lateral]:
     def is_gate(one: Lateral) -> bool:
         shapes = [n.meta.get("shape") for n in (one.value, node)]
         resized = None not in shapes and shapes[0] != shapes[1] and not one.is_concatenation
-        return resized or isinstance(net.module(one.value), (nn.Sigmoid, nn.Hardsigmoid))
+        return resized or is_a(net.module(one.value), (nn.Sigmoid, nn.Hardsigmoid))
 
     return sorted(found, key=is_gate)
 

@@ -25,6 +25,7 @@ from ._affine import AffineConv
 from ._calls import AVERAGE_POOLS
 from ._graph import Net
 from ._infer import on_demand
+from ._kinds import is_a
 from ._layers import MEANS, input_of, keeps_dims, read, read_affine
 from ._range import ANYTHING, Range, Ranges, activation_range
 
@@ -80,7 +81,7 @@ class PinnedRanges:
     def _refined(self, node: fx.Node, x: Range, found: Range) -> Range | None:
         net = self._net
         module: Any = net.replacement(node) or net.module(node)
-        if isinstance(module, (ChannelClamp, ChannelPReLU, MaskedActivation)):
+        if is_a(module, (ChannelClamp, ChannelPReLU, MaskedActivation)):
             return _own_range(module, x) if net.guard(node) is None else None
         if type(module) in AVERAGE_POOLS and module.ceil_mode and net.guard(node) is None:
             return _rounded_up(module, x)
@@ -110,7 +111,7 @@ def features_behind(net: Net, flatten: fx.Node) -> int | None:
         element = read(net, here)
         if isinstance(element, AffineConv):
             return element.in_channels if not element.dims else None
-        if not isinstance(element, Activation) and not isinstance(net.module(here), nn.Dropout):
+        if not isinstance(element, Activation) and not is_a(net.module(here), nn.Dropout):
             return None
     return None
 

@@ -23,6 +23,7 @@ from ._activation import OWN_ACTIVATIONS, Activation
 from ._affine import AffineConv
 from ._calls import BATCH_NORMS
 from ._graph import Net, Virtual
+from ._kinds import is_a
 from ._layers import Border, Deferred, input_of, keeps_dims, read
 from ._pinned import features_behind
 from ._site import weight_types
@@ -196,14 +197,14 @@ def _module(net: Net, node: fx.Node, place: tuple[int, int, int]) -> Inner | Non
     module: Any = net.replacement(node) or net.module(node)
     if not isinstance(module, nn.Module) or net.guard(node) or len(node.args) != 1:
         return None
-    if isinstance(module, OWN_ACTIVATIONS):
+    if is_a(module, OWN_ACTIVATIONS):
         tensor = next(iter((*module.parameters(), *module.buffers())))
         fits = _parameters_fit(module, place) and tensor.dim() == dims + 1
         return Inner(node, block, dims, module) if fits else None
     if type(module) in POOL_DIMS:
         pools = POOL_DIMS[type(module)] == dims and not getattr(module, "return_indices", False)
         return Inner(node, block, dims) if pools else None
-    if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
+    if is_a(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
         return Inner(node, block, dims)
     if type(module) is not nn.Flatten or (module.start_dim, module.end_dim) != (1, -1):
         return None

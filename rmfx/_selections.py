@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from ._affine import AffineConv
 from ._calls import run_node
 from ._graph import Net
+from ._kinds import is_a
 
 aten = torch.ops.aten
 Dims = Sequence[Any] | None  # along which values move; None where the arguments do not tell
@@ -113,7 +114,7 @@ SIZES_BY_PLACE = ("repeat", "tile", "flip")  # methods that take numbers as well
 def may_select(net: Net, node: fx.Node) -> bool:
     """Whether a node is one of those that can put the channels of its input in another order."""
     if node.op == "call_module":
-        return isinstance(net.module(node), nn.ChannelShuffle)
+        return is_a(net.module(node), nn.ChannelShuffle)
     if node.op == "call_method":
         return node.target in MOVES
     if node.target is operator.getitem:  # slices are crops

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from ._calls import run_node
 from ._infer import on_demand
+from ._kinds import is_a
 from ._meta import noted, sizes_of_every_call
 from ._probes import FAILURES, LARGEST, OpenSizes, coprime_sizes, largest_number
 from ._zero_channels import Fixed, Given
@@ -72,7 +73,7 @@ def _chain(gm: fx.GraphModule, last: fx.Node) -> list[fx.Node]:
 
 def _reshapes(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return isinstance(gm.get_submodule(str(node.target)), RESHAPING)
+        return is_a(gm.get_submodule(str(node.target)), RESHAPING)
     return node.op in ("call_function", "call_method") and node.target in RESHAPES
 
 

@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from ._affine import AffineConv
 from ._graph import ORIGIN, Net, Shape, Virtual, data_input, with_channels
+from ._kinds import is_a
 from ._layers import Border, Lateral, MaxPool, keeps_dims, read
 from ._meta import without_notes
 
@@ -149,7 +150,7 @@ def _is_spatial_pool(net: Net, node: fx.Node, dims: int) -> bool:
     """Whether a node pools over all of space, channel by channel."""
     if node.meta.get("frozen") or not dims:
         return False
-    if isinstance(net.module(node), POOLS):
+    if is_a(net.module(node), POOLS):
         return net.guard(node) is None
     return keeps_dims(node, dims) is True
 

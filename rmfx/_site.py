@@ -217,7 +217,7 @@ def _resolve(path: Path, channels: int, dims: int, keep_norms: bool, net: Net) -
             return refusal.at(node.name)
         channels = _channels_behind(net, layer, channels, dims)
         module = net.module(node)
-        is_norm = keep_norms and isinstance(module, BATCH_NORMS)
+        is_norm = keep_norms and type(module) in BATCH_NORMS
         whole: Layer = layer
         if is_norm and module is not None and isinstance(layer, AffineConv):
             whole = Norm(module, layer)

@@ -93,8 +93,8 @@ class Sizes:
     def _behind(self, node: fx.Node, before: SizeLaw) -> SizeLaw | None:
         from ._layers import Border, Deferred, read
 
-        module = self._net.module(node)
-        if isinstance(module, MAX_POOLS):
+        module: Any = self._net.module(node)
+        if type(module) in MAX_POOLS:
             dims = MAX_POOLS.index(type(module)) + 1
             fits = dims == len(before.stride) and not module.ceil_mode
             return _behind_pool(module, before) if fits else None

@@ -28,6 +28,7 @@ from ._activation import is_activation
 from ._calls import ADDS, CHANNELWISE, SCALES, SUBS
 from ._errors import is_number
 from ._infer import on_demand
+from ._kinds import is_a
 from ._meta import without_notes
 
 aten = torch.ops.aten
@@ -102,9 +103,9 @@ class Fixed:
             return self._read_by(node)
         if node.op == "call_module":
             module = self._modules[str(node.target)]
-            if isinstance(module, nn.modules.conv._ConvNd):
+            if is_a(module, nn.modules.conv._ConvNd):
                 return Given(module.out_channels, len(module.kernel_size))
-            return same if is_activation(module) or isinstance(module, CHANNELWISE) else None
+            return same if is_activation(module) or is_a(module, CHANNELWISE) else None
         if node.target in (*ADDS, *SUBS, *SCALES, *LIKE, *COPIES):
             return same
         if node.target in (*OF_SIZE, *BY_METHOD):
@@ -116,8 +117,8 @@ class Fixed:
     def _read_by(self, node: fx.Node) -> Given | None:
         """What a convolution demands of an input of the network."""
         for user in node.users:
-            module = self._modules[str(user.target)] if user.op == "call_module" else None
-            if isinstance(module, nn.modules.conv._ConvNd):
+            module: Any = self._modules[str(user.target)] if user.op == "call_module" else None
+            if is_a(module, nn.modules.conv._ConvNd):
                 return Given(module.in_channels, len(module.kernel_size))
         return None
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import Apply, assert_same, chain, conv, image, ready, snapshot, types
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import rmfx
 from rmfx.testing import assert_equivalent
@@ -52,6 +52,21 @@ def test_stochastic_depth_of_torchvision_disappears() -> None:
     result = rmfx.remove_noops(model, image())
     assert [n.op for n in result.graph.nodes].count("call_function") == 0
     assert_equivalent(model, result, image())
+
+
+@fx.wrap
+def stochastic_depth(x: Tensor, p: float, mode: str, training: bool = True) -> Tensor:
+    """What others name as torchvision names it."""
+    return x * 3
+
+
+def test_a_function_goes_by_what_it_is_not_by_its_name() -> None:
+    model = ready(
+        Apply(lambda m, x: m.a(stochastic_depth(x, 0.5, "row", training=False)), a=conv())
+    )
+    result = rmfx.remove_noops(model)
+    assert [n.op for n in result.graph.nodes].count("call_function") == 1
+    torch.testing.assert_close(result(image()), model(image()))
 
 
 def test_network_of_noops_returns_its_input() -> None:
