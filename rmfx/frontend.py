@@ -29,7 +29,7 @@ from ._batches import as_tuple
 from ._border_fill import pad_before
 from ._constants import fold_constants
 from ._crops import crop_by_numbers
-from ._dialect import canonicalise, has_hooks
+from ._dialect import canonicalise, has_hooks, replaced_method
 from ._dynamo import check_in_graph, find_lifted, with_weights
 from ._errors import ModeError, Refusal, ShapeError, TraceError, WeightError
 from ._exporting import GUARD_KEY, export_model, is_exported, unlifted, without_checks
@@ -214,6 +214,11 @@ def _graph_of(model: Any, inputs: Inputs | None) -> fx.GraphModule:
     _check_names(model)
     if not isinstance(model, fx.GraphModule):
         return _graph_of_module(model, inputs)
+    if (replaced := replaced_method(model)) is not None:
+        raise TraceError(
+            f"the {replaced} of this {type(model).__name__} was put in the place of its own, which "
+            "the graph would lose; let a module of your own call the graph and do the rest"
+        )
     if is_exported(model):
         return without_checks(model)
     lifted = find_lifted(model)
@@ -256,6 +261,8 @@ def _graph_of_module(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
         )
     try:
         return export_model(model, inputs)
+    except KeepsStateError as error:
+        raise TraceError(f"{name} cannot be traced: {error}") from error
     except TraceError as error:
         raise TraceError(
             f"{name} can be traced neither by torch.fx ({found}) nor by torch.export ({error}); "
@@ -280,6 +287,7 @@ def _symbolic(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule | str:
         return str(error)
     if inputs is None or _is_faithful(model, gm, inputs):
         return gm
+    check_state(model, inputs)
     return "its code does other things with proxies than with tensors"
 
 
