@@ -212,11 +212,14 @@ def own_gradients(found: list[str]) -> Iterator[None]:
     """
     apply = torch.autograd.Function.__dict__["apply"]
 
+    def call(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return apply.__get__(None, cls)(*args, **kwargs)
+
     def note(cls: type, *args: Any, **kwargs: Any) -> Any:
         found.append(cls.__name__)
-        return apply.__func__(cls, *args, **kwargs)
+        return call(cls, *args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(for_this_thread(note, apply.__func__))
+    torch.autograd.Function.apply = classmethod(for_this_thread(note, call))
     try:
         yield
     finally:
