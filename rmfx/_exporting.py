@@ -16,7 +16,7 @@ from ._errors import TraceError
 from ._graph import copy_graph
 from ._input_guard import Expected, InputGuard, Size, parameters_of
 from ._kept import unchanged
-from ._threads import alone, without_warnings
+from ._threads import alone_exporting, without_warnings
 from ._tracing import OWN_GRADIENT, first_line, own_gradients
 
 GUARD_KEY = "rmfx_input_guard"
@@ -34,7 +34,11 @@ def export_model(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
         TraceError: the model cannot be exported.
     """
     functions: list[str] = []
-    with alone(), own_gradients(functions), no_draws(lambda: _export(model, inputs, None)):
+    with (
+        alone_exporting(),
+        own_gradients(functions),
+        no_draws(lambda: _export(model, inputs, None)),
+    ):
         gm = _unlifted_of(model, inputs)
     if functions:
         gm.meta[OWN_GRADIENT] = functions[0]
@@ -58,7 +62,7 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedP
         # Else a batch of one would be taken for a constant.
         with (
             symbolic_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-            unchanged(model),
+            unchanged(model, values=True),
             without_warnings(),  # about what `unchanged` takes care of
         ):
             return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)

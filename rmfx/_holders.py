@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+ATOMS = frozenset(
+    (*(int, float, complex, bool, str, bytes, type(None)), torch.dtype, torch.device, torch.Size)
+)
 
 
 class Holder:
@@ -141,6 +143,22 @@ class Name(Cell):
             setattr(self.held, self.name, self.then[0])
         else:
             self.held[self.name] = self.then[0]
+
+
+class Values(Holder):
+    """A tensor that is neither a parameter nor a buffer."""
+
+    def read(self) -> Any:
+        self._version = self.held._version
+        return self.held.detach().clone()
+
+    def restore(self) -> None:
+        if self.changed():
+            with torch.no_grad():
+                self.held.copy_(self.then)
+
+    def changed(self) -> str | None:
+        return None if self.held._version == self._version else self.path
 
 
 class Generator(Holder):

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._errors import TraceError
-from ._holders import ATOMS, Attributes, Cell, Holder, Name, holder_of
+from ._holders import ATOMS, Attributes, Cell, Holder, Items, Name, Values, holder_of
 
 Item = tuple[str, Any]
 TABLES = ("_buffers", "_parameters", "_modules")
@@ -31,10 +31,14 @@ class KeepsStateError(TraceError):
 
 
 class State:
-    """What a model holds, directly or by way of what it holds."""
+    """What a model holds, directly or by way of what it holds.
 
-    def __init__(self, model: nn.Module) -> None:
+    With `values`, also what is in its tensors that are neither parameters nor buffers.
+    """
+
+    def __init__(self, model: nn.Module, *, values: bool = False) -> None:
         self._holders: list[Holder] = []
+        self.hidden: str | None = None  # the path of a value that may hold what nobody can see
         seen: set[int] = set()
         pending: list[Item] = list(model.named_modules())[::-1]
         while pending:
@@ -42,11 +46,17 @@ class State:
             if type(value) in ATOMS or id(value) in seen:
                 continue
             seen.add(id(value))
-            for found in _opened(path, value):
+            if values and isinstance(value, Tensor) and not value.is_inference():
+                self._holders.append(Values(path, value))
+            opened = _opened(path, value)
+            if opened is None:
+                self.hidden = self.hidden or path
+                continue
+            for found in opened:
                 if isinstance(found, Holder):
                     self._holders.append(found)
                     seen.add(id(found.held))
-                elif not issubclass(type(found[1]), (types.ModuleType, Tensor)):
+                else:
                     pending.append(found)
         self._tables = {id(h.held): h for h in self._holders if isinstance(h.held, dict)}
 
@@ -71,38 +81,56 @@ def _first_changed(holders: Iterable[Holder]) -> str | None:
     return next((found for holder in holders if (found := holder.changed()) is not None), None)
 
 
-def _opened(path: str, value: Any) -> Iterator[Holder | Item]:
-    """Whatever holds what belongs to a value, and the values inside of it."""
+def _opened(path: str, value: Any) -> Iterable[Holder | Item] | None:
+    """Whatever holds what belongs to a value, and the values inside of it; None if unknown."""
     kind = type(value)
-    if issubclass(kind, nn.Module) or _has_attributes(value):
-        yield from _attributes(path, value)
-    elif (holder := holder_of(path, value)) is not None:
-        yield holder
-        if isinstance(holder.then, (dict, list)):
-            named = holder.then.items() if isinstance(value, dict) else enumerate(holder.then)
-            yield from ((f"{path}.{name}".lstrip("."), item) for name, item in named)
-    elif kind is tuple:
-        yield from ((f"{path}.{i}", item) for i, item in enumerate(value))
-    elif kind is types.MethodType:
-        yield from ((path, value.__self__), (path, value.__func__))
-    elif kind is functools.partial:
-        yield from ((path, value.func), (path, value.args), (path, value.keywords))
-    elif kind is types.FunctionType and _is_own(value):
-        yield from _variables(path, value)
-    elif isinstance(value, type) and _is_own(value):
-        yield from _attributes_of_class(value)
+    if issubclass(kind, nn.Module):
+        return _attributes(path, value)
+    if (holder := holder_of(path, value)) is not None:
+        return _contents(holder)
+    if issubclass(kind, (tuple, frozenset)):
+        return [(f"{path}.{i}", item) for i, item in enumerate(value)]
+    if kind is types.MethodType:
+        return [(path, value.__self__), (path, value.__func__)]
+    if kind is types.BuiltinFunctionType:
+        return [(path, value.__self__)]
+    if kind is functools.partial:
+        return [(path, value.func), (path, value.args), (path, value.keywords)]
+    if kind is types.FunctionType:
+        return _variables(path, value) if _is_own(value) else ()
+    if isinstance(value, type):
+        return _attributes_of_class(value) if _is_own(value) else ()
+    if issubclass(kind, (types.ModuleType, Tensor, slice, range)) or kind.__module__ == "torch":
+        return ()
+    return _attributes(path, value) if _has_attributes(value) else None
+
+
+def _contents(holder: Holder) -> Iterator[Holder | Item]:
+    """What is inside of a dict, a list, a set or a deque; a generator holds numbers."""
+    yield holder
+    if isinstance(holder.held, dict):
+        for name, value in holder.then.items():
+            if type(value) not in ATOMS:
+                yield f"{holder.path}.{name}", value
+    elif isinstance(holder, Items):
+        for i, value in enumerate(holder.then):
+            if type(value) not in ATOMS:
+                yield f"{holder.path}.{i}", value
+
+
+@functools.cache
+def _is_own_package(package: str) -> bool:
+    return package not in ("torch", "numpy") and package not in sys.stdlib_module_names
 
 
 def _is_own(thing: Any) -> bool:
     """Whether a class or a function is neither torch's nor Python's."""
-    package = str(getattr(thing, "__module__", None)).partition(".")[0]
-    return package not in ("torch", "numpy") and package not in sys.stdlib_module_names
+    return _is_own_package(str(getattr(thing, "__module__", None)).partition(".")[0])
 
 
 def _has_attributes(value: Any) -> bool:
-    kind = type(value)
-    own = kind is types.SimpleNamespace or (not issubclass(kind, (type, Tensor)) and _is_own(kind))
-    return own and holder_of("", value) is None and isinstance(getattr(value, "__dict__", 0), dict)
+    own = type(value) is types.SimpleNamespace or _is_own(type(value))
+    return own and isinstance(getattr(value, "__dict__", None), dict)
 
 
 def _attributes(path: str, value: Any) -> Iterator[Holder | Item]:
@@ -111,10 +139,11 @@ def _attributes(path: str, value: Any) -> Iterator[Holder | Item]:
     for name in TABLES if isinstance(value, nn.Module) else ():
         yield Attributes(path, attributes[name])
     for name, held in attributes.items():
-        if not isinstance(held, type):
+        if type(held) not in ATOMS:
             yield f"{path}.{name}".lstrip("."), held
     for base in type(value).__mro__:
-        yield path, base
+        if _is_own(base):
+            yield path, base
 
 
 def _attributes_of_class(kind: type) -> Iterator[Holder | Item]:
@@ -132,7 +161,7 @@ def _variables(path: str, function: types.FunctionType) -> Iterator[Holder | Ite
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         holder = Cell(f"{path}.{name}".lstrip("."), cell)
         yield holder
-        yield from ((holder.path, value) for value in holder.then if not isinstance(value, type))
+        yield from ((holder.path, value) for value in holder.then)
     yield from ((path, value) for value in function.__defaults__ or ())
     named = function.__globals__
     for name in _names(function.__code__):
@@ -149,27 +178,33 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def unchanged(model: nn.Module) -> Iterator[State]:
+def unchanged(model: nn.Module, *, values: bool = False) -> Iterator[State]:
     """Undo what a model's code assigns to its modules: a trace would leave proxies there.
 
-    What it puts elsewhere, as far as it can be found there, is undone as well.
+    What it puts elsewhere, as far as it can be found there, is undone as well; with `values` also
+    what it writes to tensors that are neither parameters nor buffers.
     """
-    state = State(model)
+    state = State(model, values=values)
     try:
         yield state
     finally:
         state.restore()
 
 
-def keeps_state(changed: str | None) -> KeepsStateError:
-    """The error about a model that changes something and computes with it."""
-    if changed is None:
+def keeps_state(changed: str | None, hidden: str | None = None) -> KeepsStateError:
+    """The error about a model that changes something and computes with it.
+
+    Args:
+        changed: the path of what it changes, where that can be seen.
+        hidden: the path of a value that may hold what nobody can see.
+    """
+    if changed is not None:
         return KeepsStateError(
-            "its code does something else when it is called again, with what it keeps in a place "
-            "that can be neither seen nor put back (an iterator, say), which no graph can; give it "
-            "as an input"
+            f"its code changes {changed} and computes with it at the next call, which no graph "
+            "can; give it as an input or, where it is a buffer, write to it in place"
         )
+    place = "a place that cannot be seen" if hidden is None else f"{hidden} or another such place"
     return KeepsStateError(
-        f"its code changes {changed} and computes with it at the next call, which no graph can; "
-        "give it as an input or, where it is a buffer, write to it in place"
+        "its code does something else when it is called again, which no graph can: it keeps "
+        f"something in {place}, which can be put back by its owner only; give it as an input"
     )

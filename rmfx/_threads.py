@@ -1,7 +1,7 @@
 """Tracing patches torch for the whole process; threads that do not trace must not notice.
 
-While `torch.fx` traces (and `torch.export` by way of it), `nn.Module.__call__` and `__getattr__` are
-its own, for everybody, and two traces at once put each other's patches back. So here one thread
+While `torch.fx` traces (and `torch.export` by way of it), `nn.Module.__call__` and `__getattr__`
+are its own, for everybody, and two traces at once put each other's patches back. So here one thread
 traces at a time, and what is patched is so for that thread alone: the calls of others go straight
 on. A trace that other code begins meanwhile in another thread, by `torch.compile` or `torch.fx`
 itself, waits for its turn; one that has begun is waited for.
@@ -9,8 +9,10 @@ itself, waits for its turn; one that has begun is waited for.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
+import math
 import sys
 import threading
 import time
@@ -19,10 +21,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._export.non_strict_utils import _override_builtin_ops
+from torch.export import _trace as exporting
 from torch.fx import _symbolic_trace as symbolic
 
 from ._errors import TraceError
 
+REPLACED = ((builtins, "max"), (builtins, "min"), (math, "pow"))  # by torch.export
 PATIENCE = 60.0  # seconds that a trace of other code may take before a conversion gives up
 STUCK = 5.0  # seconds after which a thread that traces and waits is taken to wait for its waiters
 
@@ -67,6 +72,22 @@ def alone() -> Iterator[None]:
     """
     with _turn, _replaced(symbolic, "_new_patcher", _patcher_of_this_thread):
         _wait_for_other_code()
+        yield
+
+
+@contextlib.contextmanager
+def alone_exporting() -> Iterator[None]:
+    """The same for `torch.export`, which replaces functions of Python, too."""
+    with alone(), _replaced(exporting, "_override_builtin_ops", _builtins_of_this_thread):
+        yield
+
+
+@contextlib.contextmanager
+def _builtins_of_this_thread() -> Iterator[None]:
+    functions = [(owner, name, getattr(owner, name)) for owner, name in REPLACED]
+    with _override_builtin_ops():
+        for owner, name, others in functions:
+            setattr(owner, name, for_this_thread(getattr(owner, name), others))
         yield
 
 

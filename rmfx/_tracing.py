@@ -183,10 +183,10 @@ def _trace(model: nn.Module, twice: bool) -> fx.GraphModule:
         tracer = _Tracer(state)
         graph = tracer.run(model)
         changed = state.changed()
-        if twice and changed is not None:
+        if twice and (changed is not None or state.hidden is not None):
             _put_back_written(model, buffers)
             if _listed(graph) != _listed(_Tracer(state).run(model)):
-                raise keeps_state(changed)
+                raise keeps_state(changed, state.hidden)
     with unchanged(model):  # constants, which the tracer has hung on to the model
         for tensor, name in tracer.tensor_attrs.items():
             if "." not in name and isinstance(tensor, Tensor):

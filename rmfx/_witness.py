@@ -57,6 +57,7 @@ class _Recording(TorchDispatchMode):
         self._own = own
         self.calls: list[Call] = []
         self._numbers: dict[int, int] = {}
+        self._made: dict[int, int] = {}  # constants that came about in this run
         # What tensors without values hold, which tensor of the model they are, and how they follow
         # from those of the model, by their ids.
         self._held: dict[int, Tensor] = before._held if before else {}
@@ -127,6 +128,7 @@ class _Recording(TorchDispatchMode):
             if not isinstance(made, FakeTensor):
                 made = self._mode.from_tensor(leaf, static_shapes=True)
                 self._held[id(made)] = leaf
+                self._made[id(made)] = len(self._made)
                 self._alive.append(made)
             return made
 
@@ -157,6 +159,8 @@ class _Recording(TorchDispatchMode):
         if not writes and self._is_constant(leaf):
             digest = _digest(self._held.get(id(leaf), leaf))
             return ("constant", leaf.dtype, tuple(leaf.shape), digest)
+        if id(leaf) in self._made:
+            return ("made", self._made[id(leaf)])
         # Of the model, the same in both runs.
         return ("weight", self._written.get(id(leaf), id(leaf)))
 
@@ -228,9 +232,9 @@ def _calls(
             try:
                 again = record(recording)[1]
             except Exception as error:  # the model's own code may raise anything
-                raise keeps_state(changed) from error
+                raise keeps_state(changed, state.hidden) from error
             if again != calls:
-                raise keeps_state(changed)
+                raise keeps_state(changed, state.hidden)
     return calls
 
 
