@@ -58,9 +58,10 @@ def _draws(generator: Generator, run: Callable[[], object]) -> bool:
 
 def _calls_python(run: Callable[[], object]) -> bool:
     calls: list[Any] = []
+    drawing: Any = random.random
 
     def note(_: FrameType, event: str, function: Any) -> None:
-        if event == "c_call" and getattr(function, "__self__", None) is random.random.__self__:
+        if event == "c_call" and getattr(function, "__self__", None) is drawing.__self__:
             calls.append(function)
 
     before = sys.getprofile()

@@ -3,8 +3,8 @@
 While `torch.fx` traces (and `torch.export` by way of it), `nn.Module.__call__` and `__getattr__`
 are its own, for everybody, and two traces at once put each other's patches back. So here one thread
 traces at a time, and what is patched is so for that thread alone: the calls of others go straight
-on. A trace that other code begins meanwhile in another thread, by `torch.compile` or `torch.fx`
-itself, waits for its turn; one that has begun is waited for.
+on. What other code begins meanwhile in another thread, by `torch.compile` or `torch.fx` itself,
+waits for its turn; what has begun is waited for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch._export.non_strict_utils import _override_builtin_ops
 from torch.export import _trace as exporting
 from torch.fx import _symbolic_trace as symbolic
@@ -33,15 +32,37 @@ STUCK = 5.0  # seconds after which a thread that traces and waits is taken to wa
 
 
 class _Turn:
-    """A re-entrant lock that ends in an error where the thread that has it waits for this one."""
+    """A re-entrant lock that ends in an error where the thread that has it waits for this one.
+
+    Who has it has Dynamo's, too, in this order: no network is compiled meanwhile.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._taken: list[list[Any]] = []  # all locks, once for each time
         self._owner: int | None = None
 
     def __enter__(self) -> None:
+        dynamo = sys.modules.get("torch._dynamo.convert_frame")
+        locks = [self._lock] if dynamo is None else [dynamo.compile_lock, self._lock]
+        with contextlib.ExitStack() as taken:
+            for lock in locks:
+                self._take(lock)
+                taken.callback(lock.release)
+            taken.pop_all()
+        self._taken.append(locks)
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        locks = self._taken.pop()
+        if not self._taken:
+            self._owner = None
+        for lock in reversed(locks):
+            lock.release()
+
+    def _take(self, lock: Any) -> None:
         since = time.monotonic()
-        while not self._lock.acquire(timeout=STUCK / 5):
+        while not lock.acquire(timeout=STUCK / 5):
             if not self._owner_waits():
                 since = time.monotonic()
             if time.monotonic() - since > STUCK:
@@ -49,10 +70,6 @@ class _Turn:
                     "the thread that traces a model waits for a thread that wants to trace one, "
                     "too; convert a model outside of another one's forward()"
                 )
-        self._owner = threading.get_ident()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
 
     def _owner_waits(self) -> bool:
         """Whether its owner is inside `Thread.join`, `Future.result` or the like."""
@@ -112,24 +129,10 @@ def _other_code_traces() -> bool:
 class _OfThisThread(symbolic._Patcher):
     """What `torch.fx` patches with, for the methods of classes in one thread only."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = threading.get_ident()
-
     def patch_method(
         self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True
     ) -> None:
         super().patch_method(cls, name, for_this_thread(new_fn, getattr(cls, name)), deduplicate)
-
-    # Dynamo, in whatever thread, takes the patches off while it compiles.
-    def revert_all_patches(self) -> list[Any]:
-        return super().revert_all_patches() if self._is_own() else self.patches_made
-
-    def reapply_all_patches(self) -> list[Any]:
-        return super().reapply_all_patches() if self._is_own() else self.patches_made
-
-    def _is_own(self) -> bool:
-        return threading.get_ident() == self._thread
 
 
 @contextlib.contextmanager
@@ -146,10 +149,7 @@ def for_this_thread(own: Callable[..., Any], others: Callable[..., Any]) -> Call
 
     @functools.wraps(others)
     def chosen(*args: Any, **kwargs: Any) -> Any:
-        # Dynamo knows the answer to the first question, and does not read on to the second.
-        if torch.compiler.is_dynamo_compiling() or threading.get_ident() != thread:
-            return others(*args, **kwargs)
-        return own(*args, **kwargs)
+        return (own if threading.get_ident() == thread else others)(*args, **kwargs)
 
     return chosen
 

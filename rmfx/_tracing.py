@@ -23,6 +23,7 @@ from ._errors import TraceError
 from ._kept import State, keeps_state, unchanged
 from ._threads import alone, for_this_thread
 
+LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)  # by torch.tensor
 OWN_GRADIENT = "own_gradient"  # where a gradient is not that of what is computed
 
 
@@ -126,33 +127,40 @@ class _Outside(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         named = (*model.named_parameters(), *model.named_buffers())
         self._own = {id(tensor): name for name, tensor in named}
-        self._made: dict[int, Tensor] = {}
+        self._made: dict[int, Tensor] = {}  # by their memory, which is theirs while they live
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise TraceError(f"it draws random numbers ({func}), of which a trace makes a constant")
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        has_values = not given or not all(tensor.is_meta for tensor in given)
+        if has_values and torch.Tag.nondeterministic_seeded in func.tags:
+            raise TraceError(f"it draws random numbers ({func}), of which a trace makes a constant")
         for tensor in given:
             if id(tensor) in self._own:
                 name = self._own[id(tensor)]
                 raise TraceError(f"it computes with {name} itself ({func}), not with a proxy of it")
-        if not all(id(tensor) in self._made for tensor in self._written(func, args, kwargs)):
+        if not all(_memory(tensor) in self._made for tensor in _written(func, args, kwargs)):
             raise TraceError(f"it writes to a tensor that it keeps ({func}), which leaves no trace")
         result = func(*args, **(kwargs or {}))
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        self._made.update((id(tensor), tensor) for tensor in made)
+        kept = set() if func in LIFTS else {_memory(tensor) for tensor in given}
+        self._made.update((_memory(t), t) for t in made if _memory(t) not in kept)
         return result
 
-    def _written(self, func: Any, args: Sequence[Any], kwargs: Any) -> list[Tensor]:
-        """The tensors among an operator's arguments that its schema says it writes to."""
-        declared = func._schema.arguments
-        named = dict(zip((argument.name for argument in declared), args, strict=False))
-        named.update(kwargs or {})
-        writes = (a.name for a in declared if a.alias_info is not None and a.alias_info.is_write)
-        leaves = pytree.tree_leaves([named.get(name) for name in writes])
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Any) -> list[Tensor]:
+    """The tensors among an operator's arguments that its schema says it writes to."""
+    declared = func._schema.arguments
+    named = dict(zip((argument.name for argument in declared), args, strict=False))
+    named.update(kwargs or {})
+    writes = (a.name for a in declared if a.alias_info is not None and a.alias_info.is_write)
+    leaves = pytree.tree_leaves([named.get(name) for name in writes])
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def trace_symbolically(model: nn.Module, *, twice: bool = True) -> fx.GraphModule:

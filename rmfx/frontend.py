@@ -39,6 +39,7 @@ from ._input_guard import guard_of, set_guard, with_ranks
 from ._kept import KeepsStateError
 from ._meta import GUARDED, noted
 from ._rings import FromRing
+from ._threads import alone
 from ._tracing import OWN_GRADIENT, first_line, is_user_file, trace_symbolically
 from ._witness import as_fakes, check_state, records_the_same
 
@@ -72,7 +73,11 @@ def trace(model: Any, example_inputs: Any = None, *, fold: bool = True) -> fx.Gr
         WeightError: a weight is NaN, Inf, on the meta device or not real floating point.
         ShapeError: the model does not run on the example inputs.
     """
-    inputs = as_inputs(example_inputs)
+    with alone():
+        return _traced(model, as_inputs(example_inputs), fold)
+
+
+def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     source = _graph_of(model, inputs)
     gm = _private_copy(source)
     check_weights(gm)
