@@ -387,6 +387,15 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def replaced_method(module: nn.Module) -> str | None:
+    """The name of a method that computes and that an instance has of its own; None if none."""
+    for name, value in vars(module).items():
+        methods = callable(value) and callable(getattr(type(module), name, None))
+        if methods and (name in ("forward", "_call_impl") or not hasattr(nn.Module, name)):
+            return name
+    return None
+
+
 def attribute(gm: fx.GraphModule, node: fx.Node) -> object:
     """The value behind a get_attr node."""
     value: object = gm
@@ -479,7 +488,7 @@ def _pad_apart(gm: fx.GraphModule, node: fx.Node) -> None:
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     if type(conv) not in kinds or conv.padding_mode == "zeros" or len(node.args) != 1:
         return
-    touched = has_hooks(conv) or "forward" in vars(conv)
+    touched = has_hooks(conv) or replaced_method(conv) is not None
     if touched or not any(conv._reversed_padding_repeated_twice):
         return
     flat, x = list(conv._reversed_padding_repeated_twice), node.args[0]
@@ -504,7 +513,7 @@ def _batch_norm_for(gm: fx.GraphModule, node: fx.Node) -> None:
     norm: Any = gm.get_submodule(str(node.target))
     dims = INSTANCE_NORMS.index(type(norm)) + 1 if type(norm) in INSTANCE_NORMS else None
     is_linear = dims is not None and norm.track_running_stats and norm.running_mean is not None
-    if dims is None or not is_linear or has_hooks(norm) or "forward" in vars(norm):
+    if dims is None or not is_linear or has_hooks(norm) or replaced_method(norm):
         return
     rank = rank_of(gm, _input(node))
     if len(node.args) != 1 or rank != dims + 2:  # others take inputs without a batch dimension

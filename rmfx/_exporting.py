@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +11,12 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_config
 
+from ._draws import no_draws
 from ._errors import TraceError
 from ._graph import copy_graph
 from ._input_guard import Expected, InputGuard, Size, parameters_of
 from ._kept import unchanged
+from ._threads import alone_exporting, without_warnings
 from ._tracing import OWN_GRADIENT, first_line, own_gradients
 
 GUARD_KEY = "rmfx_input_guard"
@@ -29,10 +30,15 @@ def export_model(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     depends on the image, against 4 s).
 
     Raises:
+        KeepsStateError: the model draws random numbers that are not torch's.
         TraceError: the model cannot be exported.
     """
     functions: list[str] = []
-    with own_gradients(functions):
+    with (
+        alone_exporting(),
+        own_gradients(functions),
+        no_draws(lambda: _export(model, inputs, None)),
+    ):
         gm = _unlifted_of(model, inputs)
     if functions:
         gm.meta[OWN_GRADIENT] = functions[0]
@@ -56,10 +62,9 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedP
         # Else a batch of one would be taken for a constant.
         with (
             symbolic_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-            unchanged(model),
-            warnings.catch_warnings(),
+            unchanged(model, values=True),
+            without_warnings(),  # about what `unchanged` takes care of
         ):
-            warnings.simplefilter("ignore")  # about what `unchanged` takes care of
             return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
     # Exporting runs the model's own code, which may raise anything.
     except Exception as error:
@@ -68,8 +73,7 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedP
 
 def unlifted(program: ExportedProgram) -> fx.GraphModule:
     """The program as a graph that owns its weights; `meta[GUARD_KEY]` holds its `InputGuard`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tensors that are neither parameters nor buffers are fine
+    with without_warnings():  # tensors that are neither parameters nor buffers are fine
         gm: fx.GraphModule = program.module(check_guards=False)
     gm._forward_pre_hooks.clear()  # torch's own check, which the guard replaces
     gm._forward_pre_hooks_with_kwargs.clear()

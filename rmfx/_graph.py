@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from ._activation import Blockwise
 from ._affine import AffineConv, is_finite
 from ._code import share_lookups
-from ._dialect import attribute, has_hooks, must_stay
+from ._dialect import attribute, has_hooks, must_stay, replaced_method
 from ._errors import Refusal, RmfxError, WeightError
 from ._infer import Inference, succeed
 from ._input_guard import (
@@ -187,8 +187,8 @@ class Net:
         name = str(node.target)
         if has_hooks(module):
             return Refusal(f"module {name} has hooks; remove them first", (node.name,))
-        if "forward" in vars(module):
-            return Refusal(f"module {name} has a forward method of its own", (node.name,))
+        if (method := replaced_method(module)) is not None:
+            return Refusal(f"module {name} has a {method} method of its own", (node.name,))
         if parametrize.is_parametrized(module):
             return Refusal(
                 f"module {name} is parametrized; call "
@@ -211,7 +211,9 @@ class Net:
 
     def is_touched(self, module: nn.Module) -> bool:
         """Whether hooks or parametrizations change what a module does."""
-        return has_hooks(module) or parametrize.is_parametrized(module) or "forward" in vars(module)
+        if has_hooks(module) or parametrize.is_parametrized(module):
+            return True
+        return replaced_method(module) is not None
 
     def bake(self, nodes: Iterable[fx.Node]) -> None:
         """Take note that nodes are about to become parts of other layers.

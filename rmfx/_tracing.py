@@ -6,7 +6,7 @@ import contextlib
 import operator
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -18,9 +18,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._activation import OWN_ACTIVATIONS
+from ._dialect import replaced_method
+from ._draws import no_draws
 from ._errors import TraceError
-from ._kept import keeps_state, unchanged
+from ._kept import State, keeps_state, unchanged
+from ._threads import alone, for_this_thread
 
+LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)  # by torch.tensor
 OWN_GRADIENT = "own_gradient"  # where a gradient is not that of what is computed
 BAKED = "baked"  # an operator that ran on the model's tensors while it was traced
 
@@ -47,18 +51,42 @@ for _name in (
 
 
 class _Tracer(fx.Tracer):
-    """The symbolic tracer, with in-place operators and source lines."""
+    """The symbolic tracer, with in-place operators, source lines, and what leaves no trace."""
 
     # A buffer that forward() changes must show in the graph instead of being changed by tracing.
     proxy_buffer_attributes = True
 
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self._state = state
+        self._autocast = _autocast_state()
+        self.baked: str | None = None  # an operator on the model's tensors that leaves no trace
+
+    def run(self, model: nn.Module) -> fx.Graph:
+        """Trace it; raise TraceError for computations that the graph would not hold."""
+        with _Outside(model) as outside, torch.enable_grad():
+            graph = self.trace(model)
+        self.baked = outside.baked
+        return graph
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if replaced_method(m) is not None:
+            return False
         return type(m) in OWN_ACTIVATIONS or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path) and (changed := self._state.changed_in(m)) is not None:
+            raise TraceError(f"it changes {changed} before it calls {path}, which leaves no trace")
+        return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> Proxy:
         return _InPlaceProxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _autocast_state() != self._autocast:
+            on = any(_autocast_state()[1:])
+            raise TraceError(f"its code switches autocast {'on' if on else 'off'} for a part of it")
         node = super().create_node(*args, **kwargs)
         node.meta["source"] = _user_line()
         if not torch.is_grad_enabled():
@@ -72,33 +100,6 @@ class _Tracer(fx.Tracer):
         if isinstance(a, dict) and type(a) is not dict:
             raise TraceError(f"it makes a {type(a).__name__}, of which a trace makes a dict")
         return super().create_arg(a)
-
-
-class _Reads(TorchDispatchMode):
-    """Notes an operator that runs on a model's own tensors: the graph has its result only.
-
-    A view is another name of the tensor, so the graph follows it all the same.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        own = [*model.parameters(), *model.buffers()]
-        self._own = {_memory(t) for t in own if not is_lazy(t)}
-        self.found: str | None = None
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        own = [t for t in tensors if t.requires_grad or _memory(t) in self._own]
-        self._own.update(map(_memory, own))  # a parameter in a list is none of the model's
-        if own and not func.is_view:
-            self.found = self.found or str(func)
-        return func(*args, **(kwargs or {}))
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _user_line() -> str | None:
@@ -117,6 +118,63 @@ def is_user_file(path: str) -> bool:
     return "/torch/" not in path.replace("\\", "/") and path != __file__
 
 
+def _autocast_state() -> tuple[int, bool, bool]:
+    """How many switches this thread is inside of, and whether autocast is on for the devices."""
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return depth, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
+class _Outside(TorchDispatchMode):
+    """Sees what is computed with tensors while proxies are traced, which becomes a constant."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        named = (*model.named_parameters(), *model.named_buffers())
+        self._own = {id(tensor): name for name, tensor in named}
+        self._parameters = {_memory(tensor) for _, tensor in named if not is_lazy(tensor)}
+        self.baked: str | None = None
+        self._made: dict[int, Tensor] = {}  # by their memory, which is theirs while they live
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        has_values = not given or not all(tensor.is_meta for tensor in given)
+        if has_values and torch.Tag.nondeterministic_seeded in func.tags:
+            raise TraceError(f"it draws random numbers ({func}), of which a trace makes a constant")
+        for tensor in given:
+            if id(tensor) in self._own:
+                name = self._own[id(tensor)]
+                raise TraceError(f"it computes with {name} itself ({func}), not with a proxy of it")
+        if not all(_memory(tensor) in self._made for tensor in _written(func, args, kwargs)):
+            raise TraceError(f"it writes to a tensor that it keeps ({func}), which leaves no trace")
+        # A parameter in a list is none of the model's; a view is but another name.
+        own = [t for t in given if t.requires_grad or _memory(t) in self._parameters]
+        self._parameters.update(map(_memory, own))
+        if own and not func.is_view:
+            self.baked = self.baked or str(func)
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        kept = set() if func in LIFTS else {_memory(tensor) for tensor in given}
+        self._made.update((_memory(t), t) for t in made if _memory(t) not in kept)
+        return result
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Any) -> list[Tensor]:
+    """The tensors among an operator's arguments that its schema says it writes to."""
+    declared = func._schema.arguments
+    named = dict(zip((argument.name for argument in declared), args, strict=False))
+    named.update(kwargs or {})
+    writes = (a.name for a in declared if a.alias_info is not None and a.alias_info.is_write)
+    leaves = pytree.tree_leaves([named.get(name) for name in writes])
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
 def trace_symbolically(model: nn.Module, *, twice: bool = True) -> fx.GraphModule:
     """The model's graph, with every size left open.
 
@@ -125,28 +183,13 @@ def trace_symbolically(model: nn.Module, *, twice: bool = True) -> fx.GraphModul
         twice: whether a model that changes itself must do the same when it is called again.
 
     Raises:
-        KeepsStateError: it does not.
-        TraceError: the model's code cannot run on proxies.
+        KeepsStateError: it does not, or it draws random numbers that are not torch's.
+        TraceError: the model's code cannot run on proxies, or does what leaves no trace.
     """
-    tracer, reads = _Tracer(), _Reads(model)
-    buffers = dict(model.named_buffers())
+    _check_calls(model)
     try:
-        with unchanged(model) as state, _no_autocast(), torch.enable_grad():
-            with reads:
-                graph = tracer.trace(model)
-            changed = state.changed()
-            if twice and changed is not None:
-                _put_back_written(model, buffers)
-                if _listed(graph) != _listed(_Tracer().trace(model)):
-                    raise keeps_state(changed)
-        with unchanged(model):  # constants, which the tracer has hung on to the model
-            for tensor, name in tracer.tensor_attrs.items():
-                if "." not in name and isinstance(tensor, Tensor):
-                    setattr(model, name, tensor)
-            gm = fx.GraphModule(model, graph, type(model).__name__)
-        if reads.found is not None:
-            gm.meta[BAKED] = reads.found
-        return gm
+        with alone():
+            return _trace(model, twice)
     except TraceError:
         raise
     # Tracing runs the model's own code, which may raise anything.
@@ -154,32 +197,52 @@ def trace_symbolically(model: nn.Module, *, twice: bool = True) -> fx.GraphModul
         raise TraceError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
-@contextlib.contextmanager
-def _no_autocast() -> Iterator[None]:
-    """Raise TraceError where the code switches autocast, which leaves no trace."""
-    enter = torch.autocast.__enter__
+def _trace(model: nn.Module, twice: bool) -> fx.GraphModule:
+    buffers = dict(model.named_buffers())
+    with unchanged(model) as state, no_draws(lambda: _Tracer(state).run(model)):
+        tracer = _Tracer(state)
+        graph = tracer.run(model)
+        changed = state.changed()
+        if twice and (changed is not None or state.hidden is not None):
+            _put_back_written(model, buffers)
+            if _listed(graph) != _listed(_Tracer(state).run(model)):
+                raise keeps_state(changed, state.hidden)
+    with unchanged(model):  # constants, which the tracer has hung on to the model
+        for tensor, name in tracer.tensor_attrs.items():
+            if "." not in name and isinstance(tensor, Tensor):
+                setattr(model, name, tensor)
+        gm = fx.GraphModule(model, graph, type(model).__name__)
+    if tracer.baked is not None:
+        gm.meta[BAKED] = tracer.baked
+    return gm
 
-    def refuse(self: torch.autocast) -> None:
-        state = "on" if self._enabled else "off"
-        raise TraceError(f"its code switches autocast {state} for a part of it")
 
-    torch.autocast.__enter__ = refuse  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+def _check_calls(model: nn.Module) -> None:
+    """Raise TraceError where a call of a model is more than its class's forward()."""
+    kinds = type(model).__mro__
+    for kind in kinds[: kinds.index(nn.Module)]:
+        if "__call__" in vars(kind):
+            raise TraceError(f"{kind.__name__} has a __call__ of its own, which leaves no trace")
+    if (name := replaced_method(model)) is not None:
+        raise TraceError(f"its {name} is that of one instance, which leaves no trace")
 
 
 @contextlib.contextmanager
 def own_gradients(found: list[str]) -> Iterator[None]:
-    """Note the functions with gradients of their own that are called; no graph has them."""
+    """Note the functions with gradients of their own that this thread calls; no graph has them.
+
+    Another thread's must not be there: it is for `alone` to see to that.
+    """
     apply = torch.autograd.Function.__dict__["apply"]
+
+    def call(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return apply.__get__(None, cls)(*args, **kwargs)
 
     def note(cls: type, *args: Any, **kwargs: Any) -> Any:
         found.append(cls.__name__)
-        return apply.__func__(cls, *args, **kwargs)
+        return call(cls, *args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(note)
+    torch.autograd.Function.apply = classmethod(for_this_thread(note, call))
     try:
         yield
     finally:

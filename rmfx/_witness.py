@@ -3,14 +3,13 @@
 `torch.fx` runs a model's Python code with proxies instead of tensors. Where the code looks at them
 (`isinstance(x, Tensor)`, `str(x.device)`) it may take another way than with tensors, without an
 error. So where example inputs are known both the model and its trace run on fake tensors, and every
-operator they call, with the values it reads, must be the same. A model that changes itself runs
-twice, and must do the same again.
+operator they call, with the values it reads, must be the same. A model that changes itself, or of
+which there is no such trace, runs twice, and must do the same again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
@@ -25,7 +24,9 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ._draws import no_draws
 from ._kept import KeepsStateError, keeps_state, unchanged
+from ._threads import alone, without_warnings
 
 Call = tuple[object, ...]
 aten = torch.ops.aten
@@ -56,6 +57,7 @@ class _Recording(TorchDispatchMode):
         self._own = own
         self.calls: list[Call] = []
         self._numbers: dict[int, int] = {}
+        self._made: dict[int, int] = {}  # constants that came about in this run
         # What tensors without values hold, which tensor of the model they are, and how they follow
         # from those of the model, by their ids.
         self._held: dict[int, Tensor] = before._held if before else {}
@@ -126,6 +128,7 @@ class _Recording(TorchDispatchMode):
             if not isinstance(made, FakeTensor):
                 made = self._mode.from_tensor(leaf, static_shapes=True)
                 self._held[id(made)] = leaf
+                self._made[id(made)] = len(self._made)
                 self._alive.append(made)
             return made
 
@@ -156,6 +159,8 @@ class _Recording(TorchDispatchMode):
         if not writes and self._is_constant(leaf):
             digest = _digest(self._held.get(id(leaf), leaf))
             return ("constant", leaf.dtype, tuple(leaf.shape), digest)
+        if id(leaf) in self._made:
+            return ("made", self._made[id(leaf)])
         # Of the model, the same in both runs.
         return ("weight", self._written.get(id(leaf), id(leaf)))
 
@@ -195,14 +200,17 @@ def check_state(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Raise KeepsStateError for a model that does something else when it is called again."""
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     try:
-        _calls(model, inputs, own)
+        with no_draws(lambda: _calls(model, inputs, own)):
+            _calls(model, inputs, own, twice=True)
     except KeepsStateError:
         raise
     except Exception:  # noqa: BLE001  (whoever traces it says better why it does not run)
         return
 
 
-def _calls(model: nn.Module, inputs: tuple[Any, ...], own: Collection[int]) -> list[Call]:
+def _calls(
+    model: nn.Module, inputs: tuple[Any, ...], own: Collection[int], *, twice: bool = False
+) -> list[Call]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # A trace that fails is no news to anybody; torch would print it.
     run = model.forward if isinstance(model, fx.GraphModule) else model
@@ -216,13 +224,17 @@ def _calls(model: nn.Module, inputs: tuple[Any, ...], own: Collection[int]) -> l
         names = tuple(map(recording._name, pytree.tree_leaves(result)))
         return recording, [*recording.calls, names]
 
-    with unchanged(model) as state, mode, torch.no_grad(), warnings.catch_warnings():
-        # The model's own, which nobody called; and torch's, of tensors that it keeps in a cache.
-        warnings.simplefilter("ignore")
+    # Warnings are the model's own, which nobody called; and torch's, of tensors that it keeps.
+    with alone(), unchanged(model) as state, mode, torch.no_grad(), without_warnings():
         recording, calls = record()
         changed = state.changed()
-        if changed is not None and record(recording)[1] != calls:
-            raise keeps_state(changed)
+        if twice or changed is not None:
+            try:
+                again = record(recording)[1]
+            except Exception as error:  # the model's own code may raise anything
+                raise keeps_state(changed, state.hidden) from error
+            if again != calls:
+                raise keeps_state(changed, state.hidden)
     return calls
 
 

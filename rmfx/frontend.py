@@ -29,7 +29,7 @@ from ._batches import as_tuple
 from ._border_fill import pad_before
 from ._constants import fold_constants
 from ._crops import crop_by_numbers
-from ._dialect import canonicalise, has_hooks
+from ._dialect import canonicalise, has_hooks, replaced_method
 from ._dynamo import check_in_graph, find_lifted, with_weights
 from ._errors import ModeError, Refusal, ShapeError, TraceError, WeightError
 from ._exporting import GUARD_KEY, export_model, is_exported, unlifted, without_checks
@@ -39,6 +39,7 @@ from ._input_guard import guard_of, set_guard, with_ranks
 from ._kept import KeepsStateError
 from ._meta import GUARDED, noted
 from ._rings import FromRing
+from ._threads import alone
 from ._tracing import OWN_GRADIENT, first_line, is_user_file, trace_symbolically
 from ._witness import as_fakes, check_state, records_the_same
 
@@ -72,7 +73,11 @@ def trace(model: Any, example_inputs: Any = None, *, fold: bool = True) -> fx.Gr
         WeightError: a weight is NaN, Inf, on the meta device or not real floating point.
         ShapeError: the model does not run on the example inputs.
     """
-    inputs = as_inputs(example_inputs)
+    with alone():
+        return _traced(model, as_inputs(example_inputs), fold)
+
+
+def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     source = _graph_of(model, inputs)
     gm = _private_copy(source)
     check_weights(gm)
@@ -219,6 +224,11 @@ def _graph_of(model: Any, inputs: Inputs | None) -> fx.GraphModule:
     _check_names(model)
     if not isinstance(model, fx.GraphModule):
         return _graph_of_module(model, inputs)
+    if (replaced := replaced_method(model)) is not None:
+        raise TraceError(
+            f"the {replaced} of this {type(model).__name__} was put in the place of its own, which "
+            "the graph would lose; let a module of your own call the graph and do the rest"
+        )
     if is_exported(model):
         return without_checks(model)
     lifted = find_lifted(model)
@@ -261,6 +271,8 @@ def _graph_of_module(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
         )
     try:
         return export_model(model, inputs)
+    except KeepsStateError as error:
+        raise TraceError(f"{name} cannot be traced: {error}") from error
     except TraceError as error:
         raise TraceError(
             f"{name} can be traced neither by torch.fx ({found}) nor by torch.export ({error}); "
@@ -285,6 +297,7 @@ def _symbolic(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule | str:
         return str(error)
     if inputs is None or _is_faithful(model, gm, inputs):
         return gm
+    check_state(model, inputs)
     return "its code does other things with proxies than with tensors"
 
 
