@@ -1,28 +1,34 @@
-"""Passes compute weights; what the caller has switched on for networks must not reach them."""
+"""What holds for every verb: what is switched on outside stays outside, nothing raw leaves it."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+
+from ._errors import reported
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def undisturbed(verb: Callable[P, T]) -> Callable[P, T]:
-    """Run a verb outside inference mode and autocast.
+    """Run a verb outside inference mode and autocast, and let no errors out but those of rmfx.
 
     Weights made in inference mode could never be trained or loaded again, and autocast would round
     the algebra.
     """
+    signature = inspect.signature(verb)
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        signature.bind(*args, **kwargs)  # a call that does not fit is Python's own TypeError
         with contextlib.ExitStack() as stack:
+            stack.enter_context(reported(verb.__name__))
             stack.enter_context(torch.inference_mode(False))
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
