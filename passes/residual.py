@@ -151,11 +151,11 @@ class ResidualRule:
         net.fix_channels(site.fork, site.dims)
         again = {c.layer.node for c in columns if isinstance(c, Shared)}
         net.release(n for n in old if n not in again)
-        behind = site.join.next
         new = self._put_columns(net, match, layers, labels, set(old))
         self._take_place(net, site, old, new, labels)
         if may_reorder([step for column in columns for step in column.steps]):
-            put_in_order(site.fork, behind)
+            # The last node stands where the join stood; what followed it may be replaced by now.
+            put_in_order(site.fork, new[-1].next)
         self.rows[row.join] = with_expense(row, expense_of(net, new, site.dims))
 
     def _put_columns(
@@ -188,7 +188,7 @@ class ResidualRule:
             widths = _widths_behind(net, column, widths, site.dims)
             _note_shape(site, column, source, made, sum(widths) if not is_last else widths[0])
             for value, block in column.taps:
-                slices[value] = self._tap(net, site, made, value, (block, widths), old)
+                slices |= self._tap(net, site, made, value, (block, widths), old)
             new.append(made)
         return new
 
@@ -200,16 +200,16 @@ class ResidualRule:
         value: fx.Node,
         place: tuple[int, tuple[int, int]],
         old: set[fx.Node],
-    ) -> fx.Node:
-        """Let others read an old value's block of a wide one; returns the slice that holds it."""
+    ) -> dict[fx.Node, fx.Node]:
+        """Let others read an old value's block of a wide one; returns where they read it now."""
         block, widths = place
         channels = (0, widths[0]) if block == 0 else (widths[0], sum(widths))
         readers = [user for user in value.users if user not in old]
-        part, *merged = tap(net, wide, value, channels, sum(widths), readers, site.dims)
-        self.made.update((part, *merged))
+        slices = tap(net, wide, value, channels, sum(widths), readers, site.dims)
+        self.made.update(slices.values())
         if value in net.values:
-            net.values[part] = net.values[value]
-        return part
+            net.values[slices[value]] = net.values[value]
+        return slices
 
     def _make(self, net: Net, site: Site, layer: AffineConv | Column) -> Virtual | nn.Module:
         """What is to stand at a column's node."""

@@ -23,10 +23,15 @@ MODEL is one of
   package.module:factory   a function without arguments that returns a torch.nn.Module
   FILE.pt2                 a program saved by torch.export.save
 
-Importing a module runs its code: name only code you trust.
+What is safe to open: a .pt2 file, a .safetensors file and a checkpoint of tensors run nothing that
+stands in them; a file that would is refused. A factory is code that runs, as is whatever stands in
+its module and in the current folder: name only code you trust.
 """
 
-
+_SAFETY = (
+    "Files of weights and .pt2 files run no code of their own; package.module:factory is code that"
+    " runs."
+)
 _PASS_HELP = "one of %s, or package.module:function, called as f(model, inputs)"
 _FUZZ_HELP = "Exit codes: 0 if the pass held, 1 if a network broke it, 2 for wrong usage."
 Run = Callable[[argparse.Namespace], None]
@@ -39,7 +44,9 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         runs: what each subcommand does; its options get it as `run`.
     """
     parser = argparse.ArgumentParser(
-        prog="rmfx", description="Removes residual connections from trained networks, exactly."
+        prog="rmfx",
+        description="Removes residual connections from trained networks, exactly.",
+        epilog=_SAFETY,
     )
     version = importlib.metadata.version("rmfx")
     parser.add_argument("--version", action="version", version=f"rmfx {version}")

@@ -31,6 +31,41 @@ def fold_constants(gm: fx.GraphModule) -> dict[str, fx.Node]:
     Returns:
         The nodes that gave the values, by the names of the buffers.
     """
+    known = _known(gm)
+    made = 0
+    made_by: dict[str, fx.Node] = {}
+    for node in [node for node in known if _is_to_be_kept(node, known)]:
+        name, made = _free_name(gm, made)
+        gm.register_buffer(name, known[node])
+        made_by[name] = node
+        with gm.graph.inserting_before(node):
+            constant = gm.graph.get_attr(name)
+        constant.meta = {k: v for k, v in node.meta.items() if k in ("shape", "dtype")}
+        node.replace_all_uses_with(constant)
+    for node, value in known.items():
+        if isinstance(value, (int, float)):
+            _write_down(node, value)
+    for node in reversed(list(known)):
+        if not node.users:
+            gm.graph.erase_node(node)
+    return made_by
+
+
+def numbers_of(gm: fx.GraphModule) -> dict[fx.Node, int | float]:
+    """The numbers that a graph reads out of the model's own tensors, if it writes to none of them.
+
+    Nobody knows them of fake tensors, on which shapes are found.
+    """
+    if not any("item" in str(node.target) for node in gm.graph.nodes):
+        return {}
+    known = _known(gm)
+    if any(one in known for node in gm.graph.nodes for one in effects_of(gm, node).writes):
+        return {}
+    return {node: value for node, value in known.items() if isinstance(value, (int, float))}
+
+
+def _known(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+    """The values that depend on parameters and buffers only, and these."""
     known: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
         if node.meta.get("frozen"):
@@ -49,20 +84,14 @@ def fold_constants(gm: fx.GraphModule) -> dict[str, fx.Node]:
                 continue
             except WeightValueError:  # what a number decides stays in the graph
                 continue
-    made = 0
-    made_by: dict[str, fx.Node] = {}
-    for node in [node for node in known if _is_to_be_kept(node, known)]:
-        name, made = _free_name(gm, made)
-        gm.register_buffer(name, known[node])
-        made_by[name] = node
-        with gm.graph.inserting_before(node):
-            constant = gm.graph.get_attr(name)
-        constant.meta = {k: v for k, v in node.meta.items() if k in ("shape", "dtype")}
-        node.replace_all_uses_with(constant)
-    for node in reversed(list(known)):
-        if not node.users:
-            gm.graph.erase_node(node)
-    return made_by
+    return known
+
+
+def _write_down(node: fx.Node, value: float) -> None:
+    """Let the readers of a number have it as an argument."""
+    for user in list(node.users):
+        user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
+        user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)
 
 
 def _is_constant(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> bool:

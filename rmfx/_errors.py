@@ -6,6 +6,10 @@ this one site or pair cannot be rewritten exactly, everything else goes on.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import SupportsIndex
 
@@ -48,6 +52,40 @@ class RefusedError(RmfxError):
 
 class OptionError(RmfxError):
     """An option has a name or a value that is not known."""
+
+
+class InternalError(RmfxError):
+    """rmfx itself has failed; its text says where, and how to report it."""
+
+
+@contextlib.contextmanager
+def reported(place: str) -> Iterator[None]:
+    """Let nothing but errors of rmfx out of a block.
+
+    Args:
+        place: what the block does, for the message: a rule and its node, or a verb.
+
+    Raises:
+        InternalError: the block raised something unexpected, which is its cause.
+    """
+    try:
+        yield
+    except (RmfxError, MemoryError, BrokenPipeError):
+        raise
+    # The last net: what comes here was not foreseen, whatever it is.
+    except Exception as error:
+        raise fault(place, f"{type(error).__name__}: {error}") from error
+
+
+def fault(place: str, event: str) -> InternalError:
+    """The error for what must not happen, with what a report of it needs."""
+    line = " ".join(event.split())[:300]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("rmfx", "torch"))
+    return InternalError(
+        f"{place}: {line}. Unless code of your own raised it, this is a fault of rmfx: please"
+        f" report it with the traceback (the command shows it with --traceback), the call and the"
+        f" network ({versions}, Python {platform.python_version()})"
+    )
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,17 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedP
             return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
     # Exporting runs the model's own code, which may raise anything.
     except Exception as error:
+        if "fake tensor in the exported program constant" in str(error):
+            raise TraceError(
+                "it reads `.data`, whose values a program cannot follow; write `.detach()` there"
+            ) from error
         raise TraceError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def unlifted(program: ExportedProgram) -> fx.GraphModule:
     """The program as a graph that owns its weights; `meta[GUARD_KEY]` holds its `InputGuard`."""
+    if any(sets_level(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})  # which computes with whole batches instead
     with without_warnings():  # tensors that are neither parameters nor buffers are fine
         gm: fx.GraphModule = program.module(check_guards=False)
     gm._forward_pre_hooks.clear()  # torch's own check, which the guard replaces
@@ -80,6 +86,12 @@ def unlifted(program: ExportedProgram) -> fx.GraphModule:
     conditions = tuple(getattr(program, "_guards_code", None) or ())
     gm.meta[GUARD_KEY] = _guard(gm, program.range_constraints, conditions=conditions)
     return gm
+
+
+def sets_level(node: fx.Node) -> bool:
+    """Whether a node switches a level of `torch.func` (vmap, jvp) for those behind it."""
+    place = str(getattr(node.target, "__module__", ""))
+    return place.startswith(("torch._functorch.", "torch._C._functorch"))
 
 
 def is_exported(gm: nn.Module) -> bool:

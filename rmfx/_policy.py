@@ -34,7 +34,7 @@ def reason_to_keep(policy: Policy, net: Net, site: Site, row: SiteReport) -> Ref
     if isinstance(policy, MeasuredPolicy):
         return policy.reason_to_keep(net, site)
     if callable(policy):
-        return None if policy(row) else Refusal("kept by the policy", by_choice=True)
+        return None if _asked(policy, row) else Refusal("kept by the policy", by_choice=True)
     before = time_of(row.macs_before, row.moved_before)
     after = time_of(row.macs_after, row.moved_after)
     if before is None or after is None:
@@ -46,6 +46,14 @@ def reason_to_keep(policy: Policy, net: Net, site: Site, row: SiteReport) -> Ref
         f"{_shown(row.macs_after, row.moved_after)} then",
         by_choice=True,
     )
+
+
+def _asked(policy: Callable[[SiteReport], bool], row: SiteReport) -> bool:
+    try:
+        return policy(row)
+    # The function is the caller's.
+    except Exception as error:
+        raise OptionError(f"policy raised {type(error).__name__} on {row.join}: {error}") from error
 
 
 def time_of(macs: int | None, moved: int | None) -> float | None:

@@ -95,7 +95,7 @@ def tap(
     width: int,
     readers: Sequence[fx.Node],
     dims: int,
-) -> list[fx.Node]:
+) -> dict[fx.Node, fx.Node]:
     """Let the readers of an old value read its channels of a wide one.
 
     Args:
@@ -103,21 +103,22 @@ def tap(
         width: channels of the wide value.
 
     Returns:
-        The slice that holds the value (a dead one if nobody reads it), and those behind pools.
+        The slices, by the old nodes whose values they hold: the value's own (a dead one if nobody
+        reads it), and those behind pools, which are new nodes in the place of the old ones.
     """
     pooled = [r for r in readers if _is_spatial_pool(net, r, dims)]
     with net.graph.inserting_after(wide):
-        slices = [take(net, wide, *channels, dims)]
+        slices = {value: take(net, wide, *channels, dims)}
     for reader in readers:
         if reader not in pooled:
-            reader.replace_input_with(value, slices[0])
+            reader.replace_input_with(value, slices[value])
     for pool in pooled:
         whole = _remade(net, pool, {value: wide}, width, dims)
         with net.graph.inserting_after(whole):
             part = take(net, whole, *channels, dims)
         for reader in set(whole.users) - {part}:
             reader.replace_input_with(whole, part)
-        slices.append(part)
+        slices[pool] = part
     return slices
 
 

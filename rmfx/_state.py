@@ -1,14 +1,16 @@
-"""Passes compute weights; what the caller has switched on for networks must not reach them."""
+"""What holds for every verb: what is switched on outside stays outside, nothing raw leaves it."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
 
+from ._errors import reported
 from ._threads import alone
 
 P = ParamSpec("P")
@@ -16,15 +18,20 @@ T = TypeVar("T")
 
 
 def undisturbed(verb: Callable[P, T]) -> Callable[P, T]:
-    """Run a verb outside inference mode and autocast, and while nobody else traces.
+    """Run a verb outside inference mode and autocast, while nobody else traces.
+
+    No errors come out but those of rmfx, and Python's own of a call that does not fit.
 
     Weights made in inference mode could never be trained or loaded again, and autocast would round
     the algebra. Code that traces in another thread patches what this one would run.
     """
+    signature = inspect.signature(verb)
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        signature.bind(*args, **kwargs)  # a call that does not fit is Python's own TypeError
         with contextlib.ExitStack() as stack:
+            stack.enter_context(reported(verb.__name__))
             stack.enter_context(alone())
             stack.enter_context(torch.inference_mode(False))
             for device in ("cpu", "cuda"):

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ._arguments import make_parser
-from ._errors import OptionError, RmfxError
+from ._errors import OptionError, RmfxError, reported
 from ._importance import BY_DATA
 from .conversion import Conversion, convert
 from .fuzz import fuzz
@@ -49,7 +49,7 @@ class FoundError(RmfxError):
     """A random network broke the pass."""
 
 
-class _UsageError(Exception):
+class _UsageError(RmfxError):
     """Arguments that do not go together."""
 
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser(runs)
     options = parser.parse_args(arguments)
     try:
-        with _terminable():
+        with _terminable(), reported("the command"):
             options.run(options)
     except _UsageError as error:
         parser.error(str(error))

@@ -21,18 +21,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ._activation import is_activation
 from ._affine import CONVS, AffineConv
 from ._batches import as_tuple
 from ._border_fill import pad_before
-from ._constants import fold_constants
+from ._constants import fold_constants, numbers_of
 from ._crops import crop_by_numbers
 from ._dialect import canonicalise, has_hooks, replaced_method
 from ._dynamo import check_in_graph, find_lifted, with_weights
 from ._errors import ModeError, Refusal, ShapeError, TraceError, WeightError
-from ._exporting import GUARD_KEY, export_model, is_exported, unlifted, without_checks
+from ._exporting import (
+    GUARD_KEY,
+    export_model,
+    is_exported,
+    sets_level,
+    unlifted,
+    without_checks,
+)
 from ._functionalise import functionalise, mark_numbers
 from ._graph import check_weight, copy_graph
 from ._input_guard import guard_of, set_guard, with_ranks
@@ -82,6 +90,7 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     gm = _private_copy(source)
     check_weights(gm)
     _check_functional_mode(gm)
+    _check_levels(gm)
     _note_switches(gm)
     mark_numbers(gm.graph)
     _note_sources(gm.graph)
@@ -100,6 +109,17 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     ranks = {n.name: len(n.meta["shape"]) for n in gm.graph.nodes if "shape" in n.meta}
     set_guard(gm, with_ranks(guard, gm, ranks))
     return gm
+
+
+def _check_levels(gm: fx.GraphModule) -> None:
+    """Raise TraceError for vmap and its like, whose levels hold for the nodes between two calls."""
+    for node in gm.graph.nodes:
+        if sets_level(node):
+            raise TraceError(
+                f"{node.name}: a part of the network runs under torch.vmap or torch.func.jvp, and a"
+                " rewrite would take layers out of it; pass the ExportedProgram or the model, or"
+                " write that part for whole batches"
+            )
 
 
 def _note_switches(gm: fx.GraphModule) -> None:
@@ -159,6 +179,11 @@ def check_weights(gm: fx.GraphModule) -> None:
     for name, value in gm.named_parameters():
         check_weight(name, value)
     for name, buffer in gm.named_buffers():
+        if is_fake(buffer):
+            raise WeightError(
+                f"{name}: torch.export kept the shape of this constant, and lost its value, which "
+                "is so where the code reads `.data`; write `.detach()` there and export it again"
+            )
         if buffer.requires_grad and not buffer.is_leaf:
             raise WeightError(
                 f"{name}: this buffer was computed with gradients on and cannot be copied; replace "
@@ -368,6 +393,7 @@ class _ShapeRecorder(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(gm)
         self._mode = mode
+        self._numbers = numbers_of(gm)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         # A graph may write to a parameter: let it write to a fake.
@@ -388,7 +414,7 @@ class _ShapeRecorder(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        value = self._numbers[n] if n in self._numbers else super().run_node(n)
         if isinstance(value, Tensor):
             note_shape(n, value)
         elif isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
@@ -438,7 +464,8 @@ def _find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
         raise ShapeError(
             f"the model does not run on the example inputs: it takes {expected}, not {len(inputs)}"
         )
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Numbers that depend on the inputs' values are unknown, and so are sizes that depend on those.
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     try:
         with mode, torch.no_grad():
             _ShapeRecorder(gm, mode).run(*as_fakes(mode, inputs))

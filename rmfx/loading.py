@@ -7,8 +7,9 @@
 | `package.module:factory` | what `factory()` returns, or a module object of that name |
 | `FILE.pt2` | a program saved by `torch.export.save` |
 
-Weights come from a safetensors file or from one that `torch.load` reads with `weights_only=True`;
-no code that stands in a weights file is ever run. A factory, like any import, is code that runs.
+Weights come from a safetensors file or from one that `torch.load` reads with `weights_only=True`.
+No code that stands in a file, of weights or of a program, is ever run (see `_files.py`). A factory,
+like any import, is code that runs.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ._errors import RmfxError
+from ._files import UnsafeFileError, check_program
 
 _IMAGE = (1, 3, 224, 224)
 _VIDEO = (1, 3, 16, 112, 112)
+_DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
 class LoadError(RmfxError):
@@ -78,8 +81,9 @@ def load_model(
         dtype: what to convert the model to.
 
     Raises:
-        LoadError: there is no such model, its package is not installed, the file is damaged or does
-            not fit; `weights` or `dtype` is given for a `.pt2` file, whose weights are fixed.
+        LoadError: there is no such model, its package is not installed, the file is damaged, does
+            not fit, or holds what would run code when it is opened; `weights` or `dtype` is given
+            for a `.pt2` file, whose weights are fixed.
 
     Example:
         >>> load_model("rmfx.models:DigitsNet").model.training
@@ -174,12 +178,7 @@ def _strip_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[
 def _load_program(path: Path) -> LoadedModel:
     if not path.is_file():
         raise LoadError(f"there is no file {path}")
-    try:
-        program = torch.export.load(path)
-    except (OSError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise LoadError(
-            f"{path} is damaged or no exported program: {_first_line(error)}"
-        ) from error
+    program = _read_program(path)
     inputs = None
     if program.example_inputs is not None:
         positional, by_name = program.example_inputs
@@ -187,6 +186,23 @@ def _load_program(path: Path) -> LoadedModel:
             raise LoadError(f"{path} takes other inputs than positional tensors; export it so")
         inputs = tuple(positional)
     return LoadedModel(program, inputs, random=False)
+
+
+def _read_program(path: Path) -> ExportedProgram:
+    try:
+        # One open file: what is read is what was checked, whatever comes to lie at the path.
+        with path.open("rb") as file:
+            check_program(file)
+            return torch.export.load(file)
+    except UnsafeFileError as error:
+        raise LoadError(
+            f"{path} is not opened: {error}; a file may hold tensors and a graph, no code"
+        ) from error
+    # A text that is no program fails in torch wherever it is read first.
+    except (*_DAMAGED, zipfile.BadZipFile, OSError) as error:
+        raise LoadError(
+            f"{path} is damaged or no exported program: {_first_line(error)}"
+        ) from error
 
 
 def _load_torchvision(name: str) -> tuple[nn.Module, tuple[int, ...]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -209,8 +210,8 @@ def default_tolerance(inputs: Sequence[Tensor]) -> float:
 def whole_file(place: Path) -> Iterator[Path]:
     """A temporary path on the same disk, which becomes `place` if the block ends without error.
 
-    It has the final name, since torch writes the name into the file. If the block writes no file,
-    `place` stays as it is. The folder around it vanishes in any case.
+    It has the final name, since writers look at the suffix. If the block writes no file, `place`
+    stays as it is. The folder around it vanishes in any case.
     """
     target = Path(os.path.realpath(place))
     try:
@@ -275,7 +276,10 @@ def _write(program: ExportedProgram, path: Path) -> None:
         if path.suffix == ".onnx":
             torch.onnx.export(program, (), path, external_data=False, verbose=False)
         else:
-            torch.export.save(program, path)
+            # To memory first: where a disk is full, torch's own writer ends the whole process.
+            written = io.BytesIO()
+            torch.export.save(program, written)
+            path.write_bytes(written.getbuffer())
     except _EXPORT_ERRORS as error:
         raise SaveError(f"the network cannot be written as {path.suffix}: {error}") from error
 

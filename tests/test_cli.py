@@ -448,6 +448,33 @@ def test_help_names_every_kind_of_model(capsys: pytest.CaptureFixture[str]) -> N
     assert all(word in text for word in ("torchvision:", "timm:", "module:factory", ".pt2"))
 
 
+def test_help_says_what_is_safe_to_open(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["report", "--help"], ["convert", "--help"]):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        text = capsys.readouterr().out
+        assert ".pt2" in text
+        assert "code that runs" in " ".join(text.split())
+
+
+FULL_DISK = """
+import resource, sys
+from rmfx.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, 2 * (int(sys.argv[1]),))
+sys.exit(main(["convert", "rmfx.models:DigitsNet", "--input-shape=1,1,28,28", "-o", "o.pt2"]))
+"""
+
+
+@pytest.mark.parametrize("size", [1000, 300_000])
+def test_a_full_disk_is_one_line(size: int, tmp_path: Path) -> None:
+    """In a process of its own: torch's writer would end it."""
+    command = [sys.executable, "-c", FULL_DISK, str(size)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "rmfx: o.pt2 cannot be written: File too large\n"
+    assert os.listdir(tmp_path) == []
+
+
 SLOW_WRITER = """
 import sys, time, torch
 from pathlib import Path
