@@ -28,7 +28,6 @@ from ._dialect import attribute
 from ._dynamo import Lifted
 from ._errors import RmfxError
 from ._graph import ConvertedModule
-from ._input_guard import guard_of, set_guard
 
 aten = torch.ops.aten
 PRELUS = (nn.PReLU, ChannelPReLU)
@@ -219,7 +218,6 @@ def _tensors(gm: nn.Module) -> dict[str, Tensor]:
 
 def _with_random_weights(source: fx.GraphModule) -> fx.GraphModule:
     generic = copy.deepcopy(source)
-    set_guard(generic, guard_of(source))  # fx copies no hooks
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in _tensors(generic).items():
@@ -272,7 +270,6 @@ class _Linker:
         made = ConvertedModule(self._root, self._graph, type(self._source).__name__)
         made.meta = dict(gm.meta)
         made.graph.lint()
-        set_guard(made, guard_of(gm))
         return made.eval()
 
     def _copy_recorded(self, node: fx.Node) -> None:
