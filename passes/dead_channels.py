@@ -35,7 +35,6 @@ from torch import Tensor, fx, nn
 from rmfx._activation import Interval
 from rmfx._affine import AffineConv
 from rmfx._graph import Net, copy_graph
-from rmfx._input_guard import guard_of, set_guard
 from rmfx._pinned import PinnedRanges
 from rmfx._range import check_range
 from rmfx._regions import (
@@ -336,7 +335,6 @@ def _named(model: Any) -> Any:
     named = fx.GraphModule(model, copy_graph(model), type(model).__name__)
     named.meta = dict(model.meta)
     named.train(model.training)
-    set_guard(named, guard_of(model))
     for node in named.graph.nodes:
         node.meta[NAME_KEY] = node.name
     return named

@@ -35,7 +35,6 @@ from rmfx._affine import AffineConv
 from rmfx._alignment import may_reorder
 from rmfx._batches import check_batches
 from rmfx._columns import Column, Layer, Linear, Normalised, Plan, Pointwise, Shared, Sided, build
-from rmfx._dialect import canonicalise
 from rmfx._digits import EXACTNESS
 from rmfx._dynamo import find_lifted
 from rmfx._errors import OptionError, Refusal, RefusedError, RmfxError
@@ -62,7 +61,7 @@ from rmfx._strategy import (
 )
 from rmfx._tracing import BAKED, OWN_GRADIENT
 from rmfx._verification import checked
-from rmfx.frontend import trace
+from rmfx.frontend import canonicalise_again, trace
 from rmfx.report import META_KEY, Report, SiteReport
 
 from .batch_norm import fold
@@ -429,7 +428,7 @@ def remove_residuals(
         )
 
         def convert(generic: fx.GraphModule) -> fx.GraphModule:
-            canonicalise(generic)  # functions of constants may be layers now
+            canonicalise_again(generic)
             return rewrite(generic)
 
         lifted = find_lifted(model) if isinstance(model, fx.GraphModule) else ()

@@ -59,8 +59,8 @@ def placements(
 def fitted(layers: Sequence[AffineConv], shortcut: AffineConv, size: Ints) -> AffineConv:
     """The shortcut with the branch's output size, if the two sizes agree for inputs of `size`.
 
-    Where they differ for other sizes the sum itself is an error there (unless one of them is 1 and
-    broadcasts).
+    Sizes at which they differ are refused by a condition: the sum is an error there, or spreads
+    out the one that is 1.
     """
     stride, growth = _chain_law(layers, shortcut.dims)
     if stride != shortcut.stride:

@@ -12,8 +12,8 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,21 +23,15 @@ from torch.nn.utils import parametrize
 from ._activation import Blockwise
 from ._affine import AffineConv, is_finite
 from ._code import share_lookups
+from ._conditions import AGAIN, demand_sizes, put_conditions, take_conditions
 from ._dialect import attribute, has_hooks, must_stay, replaced_method
 from ._errors import Refusal, RmfxError, WeightError
 from ._infer import Inference, succeed
-from ._input_guard import (
-    InputGuard,
-    SizeCondition,
-    guard_of,
-    set_guard,
-    with_multiples,
-    with_ranks,
-)
 from ._kinds import is_ordinary
 from ._meta import forget
 from ._probes import OpenSizes
-from ._sizes import Sizes, conditions_of
+from ._ranks import BY_RANK, demand_ranks, ignores_rank
+from ._sizes import Condition, Sizes, conditions_of
 
 Shape = tuple[int | None, ...]
 CodeTransformer = Callable[[list[str]], list[str]]
@@ -54,9 +48,9 @@ class Virtual:
 
 
 class ConvertedModule(fx.GraphModule):
-    """What passes make: a GraphModule whose copies keep its metadata and the check of its inputs.
+    """What passes make: a GraphModule whose copies keep its metadata.
 
-    torch's own keeps the metadata when it is copied, but not when it is pickled, and loses hooks.
+    torch's own keeps the metadata when it is copied, but not when it is pickled.
     Its code looks up modules less often, which shows in networks of many small layers.
     """
 
@@ -65,15 +59,10 @@ class ConvertedModule(fx.GraphModule):
         with self.graph.on_generate_code(_then_share_lookups):
             return super().recompile()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ConvertedModule:
-        new = super().__deepcopy__(memo)
-        set_guard(new, guard_of(self))
-        return cast("ConvertedModule", new)
-
     def __reduce__(self) -> tuple[Any, ...]:
         make, arguments = super().__reduce__()
         meta = {key: value for key, value in self.meta.items() if key.startswith("rmfx_")}
-        return _restore, (make, arguments, meta, guard_of(self))
+        return _restore, (make, arguments, meta)
 
 
 def _then_share_lookups(transformed: CodeTransformer | None) -> CodeTransformer:
@@ -84,13 +73,11 @@ def _restore(
     make: Callable[..., fx.GraphModule],
     arguments: tuple[Any, ...],
     meta: dict[str, Any],
-    guard: InputGuard | None,
 ) -> ConvertedModule:
     plain = make(*arguments)
     gm = ConvertedModule(plain, plain.graph, type(plain).__name__)
     gm.training = plain.training
     gm.meta.update(meta)
-    set_guard(gm, guard)
     return gm
 
 
@@ -116,11 +103,15 @@ class Net:
         graph: a private copy of the source's graph.
         virtual: target -> layer or module that is to stand there.
         values: node -> name of the source's node whose value it holds, where it holds one.
+        resized: whether a value has other channels than it had.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.source = gm
         self.graph = copy_graph(gm)
+        before = dict(zip(self.graph.nodes, gm.graph.nodes, strict=True))
+        self._given = take_conditions(self.graph)
+        self._before = {node.name: before[node] for node in self.graph.nodes}
         self.virtual: dict[str, Virtual | nn.Module] = {}
         self.values: dict[fx.Node, str] = {n: n.name for n in self.graph.nodes}
         self._modules = dict(gm.named_modules(remove_duplicate=False))
@@ -138,7 +129,8 @@ class Net:
         self.sizes = Sizes(self)
         self._open = OpenSizes(gm)
         self._channels_of_inputs: dict[str, int] = {}
-        self._conditions: list[SizeCondition] = []
+        self._conditions: dict[Condition, None] = {}
+        self.resized = False
 
     def _count(self, node: fx.Node) -> None:
         if node.op == "call_module":
@@ -218,12 +210,12 @@ class Net:
     def bake(self, nodes: Iterable[fx.Node]) -> None:
         """Take note that nodes are about to become parts of other layers.
 
-        The result then demands the input sizes for which they are linear.
+        The result then demands the input sizes for which they are linear, and operands alike.
         """
         for node in nodes:
             found = conditions_of(self, node)
             if not isinstance(found, Refusal):
-                self._conditions += found
+                self._conditions.update(dict.fromkeys(found))
 
     def fix_channels(self, node: fx.Node, dims: int) -> None:
         """Take note that weights are about to be made for a value's number of channels.
@@ -300,6 +292,7 @@ class Net:
 
     def resize(self, node: fx.Node, axis: int, channels: int) -> None:
         """Take note that a node's value has other channels now: what tracing noted is no more."""
+        self.resized = True
         forget(node)
         if "shape" in node.meta:
             shape = list(node.meta["shape"])
@@ -333,6 +326,7 @@ class Net:
             WeightError: a computed weight is not finite in its dtype.
         """
         self.sweep()
+        rewritten = list(self._rewritten())
         memo: dict[int, object] = {}
         root: dict[str, object] = {}
         for node in list(self.graph.nodes):
@@ -347,16 +341,54 @@ class Net:
                 module = self._modules[target]
                 memo.update(_computed_tensors(module))
                 root[target] = copy.deepcopy(module, memo)
+        by_rank = not all(self._ignores_rank(node, root) for node in rewritten)
+        put_conditions(self._all_conditions(by_rank), self.graph)
         gm = ConvertedModule(_tree(root), self.graph, type(self.source).__name__)
         gm.graph.lint()
         gm.meta = {**copy.copy(self.source.meta), **(meta or {})}
         if not any(p.requires_grad for p in self.source.parameters()):
             gm.requires_grad_(False)
-        ranks = {n.name: self.rank(n) for n in gm.graph.nodes if n.op == "placeholder"}
-        guard = with_ranks(guard_of(self.source), gm, ranks)
-        guard = _with_channels(guard, self._channels_of_inputs)
-        set_guard(gm, with_multiples(guard, self._conditions))
         return gm.eval()
+
+    def _rewritten(self) -> Iterator[fx.Node]:
+        """Nodes that are new or another call than before, and those of the source they replace.
+
+        Where channels have gone, it is all of them: what is read of a value has changed, too.
+        """
+        held = set()
+        for node in self.graph.nodes:
+            old = self._before.get(self.values.get(node, ""))
+            same = old is not None and (old.op, old.target) == (node.op, node.target)
+            if self.resized or not same or node.target in self.virtual:
+                yield node
+            elif old is not None:
+                held.add(old)
+        yield from (old for old in self._before.values() if old not in held)
+
+    def _ignores_rank(self, node: fx.Node, root: Mapping[str, object]) -> bool:
+        of_source = node.graph is self.source.graph
+        module: Any = None
+        if node.op == "call_module":
+            target = str(node.target)
+            module = self.source.get_submodule(target) if of_source else root[target]
+        constants = {n: self.attribute(n) for n in node.all_input_nodes if n.op == "get_attr"}
+        return ignores_rank(node, module, constants)
+
+    def _all_conditions(self, by_rank: bool) -> fx.Graph:
+        """The conditions of the source, and those that the rewrites have added."""
+        inputs = self.graph.find_nodes(op="placeholder")
+        places = dict(zip(inputs, self._given.find_nodes(op="placeholder"), strict=True))
+        for x, place in places.items():
+            channels, rank = self._channels_of_inputs.get(x.name), self.rank(x)
+            if channels is not None and rank is not None:
+                message = f"the network was converted for {channels} channels; {AGAIN}"
+                sizes = [None, channels, *[None] * (rank - 2)]
+                demand_sizes(self._given, place, sizes, message)
+        if by_rank or self.source.meta.get(BY_RANK):
+            demand_ranks(self._given, {node.name: self.rank(node) for node in inputs})
+        for condition in self._conditions:
+            condition.write(self._given, places[condition.source])
+        return self._given
 
     def _materialise(self, node: fx.Node, root: dict[str, object]) -> None:
         target = str(node.target)
@@ -378,17 +410,6 @@ class Net:
             with self.graph.inserting_before(node):
                 before = self.graph.create_node("call_module", name, (data_input(node),))
             node.args = (before,)
-
-
-def _with_channels(guard: InputGuard, channels: Mapping[str, int]) -> InputGuard:
-    """A guard that also demands numbers of channels, by placeholder."""
-    expected = tuple(
-        e
-        if e.name not in channels or e.sizes is None
-        else replace(e, sizes=(e.sizes[0], channels[e.name], *e.sizes[2:]))
-        for e in guard.expected
-    )
-    return replace(guard, expected=expected)
 
 
 def _tree(parts: Mapping[str, object]) -> nn.Module:

@@ -41,7 +41,6 @@ from ._dialect import attribute
 from ._dynamo import Lifted
 from ._errors import RmfxError
 from ._graph import ConvertedModule
-from ._input_guard import guard_of, set_guard
 from ._recording import Kind, Recorder, place
 from .frontend import with_constants
 
@@ -115,7 +114,6 @@ def _with_random_weights(source: fx.GraphModule, names: Collection[str]) -> fx.G
     Parameters have any sign; buffers, of which some are variances, keep the one they have.
     """
     generic = copy.deepcopy(source)
-    set_guard(generic, guard_of(source))  # fx copies no hooks
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in _tensors(generic).items():
@@ -185,7 +183,6 @@ class _Linker:
         made = ConvertedModule(self._root, self._graph, type(self._source).__name__)
         made.meta = dict(gm.meta)
         made.graph.lint()
-        set_guard(made, guard_of(gm))
         return made.eval()
 
     # ---- the weights ------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def _as_one(site: Site, branch: Chain) -> AffineConv | Refusal:
 def _fitted(site: Site, linear: Sequence[AffineConv], shortcut: AffineConv) -> AffineConv:
     """The shortcut with the branch's output size, where the two agree for the example."""
     shape = site.fork.meta.get("shape")
-    if shape is None or None in shape:
+    if shape is None or None in shape or not site.sized:
         return shortcut
     return fitted(linear, shortcut, shape[2:] if site.dims else ())
 

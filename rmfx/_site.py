@@ -25,6 +25,7 @@ from ._layers import (
 )
 from ._paths import Path, walks
 from ._selections import may_select
+from ._sizes import agreements
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,7 @@ class Site:
         channels: channels of the fork.
         dims: spatial dimensions of its layers.
         dtype, device: of its weights.
+        sized: whether the result can demand input sizes at which both branches end in equal ones.
     """
 
     join: fx.Node
@@ -90,6 +92,7 @@ class Site:
     dims: int
     dtype: torch.dtype
     device: torch.device
+    sized: bool = True
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -144,7 +147,8 @@ def _site(
         return Refusal(
             f"the operands have {outs[0]} and {outs[1]} channels: the add broadcasts", (join.name,)
         )
-    return Site(join, fork, (chains[0], chains[1]), channels, dims, dtype, device)
+    sized = not isinstance(agreements(net, join), Refusal)
+    return Site(join, fork, (chains[0], chains[1]), channels, dims, dtype, device, sized)
 
 
 def _frame(

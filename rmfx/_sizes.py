@@ -2,7 +2,11 @@
 
 Layers map a size H to ⌊(H + a)/s⌋, and nested floors combine, so a map far inside a network has the
 size ⌊(H + a)/s⌋ of some input, too. That turns a condition on an inner size into one that can be
-checked at the door.
+checked at the door. Two of them are needed: that an inner size is a multiple of a number, and that
+two operands have equal sizes. Where they have not, and one of them is 1, a sum spreads it out,
+which no convolution does.
+
+Behind a layer that changes sizes in another way, sizes follow from those of its result.
 
 Pooling with `ceil_mode` rounds the size up, with a last window that hangs over the border. Where
 (H + 2p − k) is a multiple of the stride no window does, and the pool is a convolution.
@@ -10,6 +14,8 @@ Pooling with `ceil_mode` rounds the size up, with a last window that hangs over 
 
 from __future__ import annotations
 
+import itertools
+import operator
 from dataclasses import dataclass, field, replace
 from operator import getitem
 from typing import TYPE_CHECKING, Any
@@ -19,15 +25,82 @@ from torch import fx, nn
 
 from ._affine import AffineConv, Ints
 from ._calls import AVERAGE_POOLS, each
+from ._conditions import demand_that, inner_size
 from ._errors import Refusal
 from ._infer import on_demand, succeed
-from ._input_guard import SizeCondition
+from ._meta import sizes_of_every_call
 
 if TYPE_CHECKING:
     from ._graph import Net
 
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-KEEP_SIZE = (torch.add, torch.sub, torch.mul, torch.div, torch.cat)
+SPREADING = (torch.add, torch.sub, torch.mul, torch.div, torch.maximum, torch.minimum)
+KEEP_SIZE = (*SPREADING, torch.cat)
+WAY_OUT = "use another size, or convert the network again with example inputs of this one"
+
+
+@dataclass(frozen=True)
+class SizeCondition:
+    """What must hold of one size of an input.
+
+    Attributes:
+        source: the input.
+        dim: which of its sizes, counted from the end: a batch dimension may be missing.
+        cause: what demands it.
+    """
+
+    source: fx.Node
+    dim: int
+    cause: str
+
+
+@dataclass(frozen=True)
+class Multiple(SizeCondition):
+    """⌊(size + growth)/stride⌋ must be a multiple of a number."""
+
+    stride: int
+    growth: int
+    multiple: int
+
+    def write(self, graph: fx.Graph, x: fx.Node) -> None:
+        """Let a graph demand it of an input."""
+        size = graph.call_function(inner_size, (x, self.dim, self.growth, self.stride))
+        rest = graph.call_function(operator.mod, (size, self.multiple))
+        message = (
+            f"{self.cause} averages fewer values at the border, which a convolution cannot do, "
+            f"unless {_floor(self.dim, self.growth, self.stride)} is a multiple of "
+            f"{self.multiple}; {WAY_OUT}"
+        )
+        demand_that(graph, graph.call_function(operator.eq, (rest, 0)), x, message)
+
+
+@dataclass(frozen=True)
+class Agreement(SizeCondition):
+    """Two sizes ⌊(size + growth)/stride⌋ must be equal."""
+
+    strides: tuple[int, int]
+    growths: tuple[int, int]
+
+    def write(self, graph: fx.Graph, x: fx.Node) -> None:
+        """Let a graph demand it of an input."""
+        laws = list(zip(self.growths, self.strides, strict=True))
+        sizes = [graph.call_function(inner_size, (x, self.dim, a, s)) for a, s in laws]
+        message = (
+            f"{self.cause} combines equal sizes only where "
+            f"{' = '.join(_floor(self.dim, a, s) for a, s in laws)}; {WAY_OUT}"
+        )
+        demand_that(graph, graph.call_function(operator.eq, tuple(sizes)), x, message)
+
+
+def _floor(dim: int, growth: int, stride: int) -> str:
+    """⌊(shape[-1] + 2)/2⌋, in words."""
+    return f"(shape[{dim}] {'-' if growth < 0 else '+'} {abs(growth)}) // {stride}"
+
+
+Condition = Multiple | Agreement
+UNKNOWN_SIZES = (
+    "the sizes of branch and shortcut agree for some input sizes only, and for which is not known"
+)
 
 
 @dataclass(frozen=True)
@@ -68,16 +141,21 @@ class Sizes:
         from ._layers import is_tensor_node
 
         if node.op == "placeholder":
-            rank = self._net.rank(node)
-            dims = rank - 2 if rank else 0
-            return SizeLaw(node, (1,) * dims, (0,) * dims) if dims > 0 else None
+            return self._of_its_own(node)
         inputs = [n for n in node.all_input_nodes if is_tensor_node(self._net, n)]
-        if not inputs or node.meta.get("frozen"):
-            return None
-        if len(inputs) > 1:
-            return self._of_largest(node, inputs) if node.target in KEEP_SIZE else None
-        before = self._known[inputs[0]]
-        return before and self._behind(node, before)
+        found = None
+        if len(inputs) > 1 and node.target in KEEP_SIZE:
+            found = self._of_largest(node, inputs)
+        elif len(inputs) == 1 and not node.meta.get("frozen"):
+            before = self._known[inputs[0]]
+            found = before and self._behind(node, before)
+        return found or (self._of_its_own(node) if inputs else None)
+
+    def _of_its_own(self, node: fx.Node) -> SizeLaw | None:
+        """The sizes of a value that follow from no others: by them we know those behind it."""
+        rank = self._net.rank(node)
+        dims = rank - 2 if rank else 0
+        return SizeLaw(node, (1,) * dims, (0,) * dims) if dims > 0 else None
 
     def _of_largest(self, node: fx.Node, inputs: list[fx.Node]) -> SizeLaw | None:
         """Of a combination, which has the sizes of the operand that is not spread out."""
@@ -127,8 +205,10 @@ def _behind_pool(pool: nn.Module, before: SizeLaw) -> SizeLaw:
     return before.through(stride, growth)
 
 
-def conditions_of(net: Net, node: fx.Node) -> tuple[SizeCondition, ...] | Refusal:
-    """The input sizes for which a node is the linear layer that it is read as."""
+def conditions_of(net: Net, node: fx.Node) -> tuple[Condition, ...] | Refusal:
+    """The input sizes for which a node is the linear layer, or the combination, it is read as."""
+    if node.target in SPREADING:
+        return agreements(net, node)
     pool: Any = net.module(node)
     if type(pool) not in AVERAGE_POOLS or not pool.ceil_mode:
         return ()
@@ -137,12 +217,11 @@ def conditions_of(net: Net, node: fx.Node) -> tuple[SizeCondition, ...] | Refusa
     kernel, stride, padding = (each(getattr(pool, name), dims) for name in names)
     law = net.sizes.law(node.all_input_nodes[0])
     shape = node.all_input_nodes[0].meta.get("shape")
-    if law is None or shape is None or len(law.stride) != dims:
+    if law is None or law.source.op != "placeholder" or not shape or len(law.stride) != dims:
         return Refusal(
             "average pooling with ceil_mode=True averages fewer values at the border of maps of "
             "some sizes; pass example_inputs of a size at which it does not"
         )
-    position = net.graph.find_nodes(op="placeholder").index(law.source)
     found = []
     for i, (k, s, p) in enumerate(zip(kernel, stride, padding, strict=True)):
         if s == 1:
@@ -155,5 +234,37 @@ def conditions_of(net: Net, node: fx.Node) -> tuple[SizeCondition, ...] | Refusa
                 f"of {known}"
             )
         growth = law.growth[i] + law.stride[i] * (2 * p - k)
-        found.append(SizeCondition(position, i + 2, law.stride[i], growth, s, node.name))
+        found.append(Multiple(law.source, i - dims, node.name, law.stride[i], growth, s))
     return tuple(found)
+
+
+def agreements(net: Net, node: fx.Node) -> tuple[Condition, ...] | Refusal:
+    """The input sizes at which the tensors that a node combines have equal sizes.
+
+    Nothing is demanded where they are equal at all sizes, nor where they follow from sizes of their
+    own, as those of a gate do.
+    """
+    from ._layers import is_tensor_node
+
+    laws = [net.sizes.law(x) for x in node.all_input_nodes if is_tensor_node(net, x)]
+    known = [law for law in laws if law is not None]
+    if len(known) < 2 or len(known) < len(laws):
+        return ()
+    found = []
+    for first, second in itertools.pairwise(known):
+        if first.source is not second.source or len(first.stride) != len(second.stride):
+            continue
+        different = [i for i in range(len(first.stride)) if _at(first, i) != _at(second, i)]
+        if different and first.source.op != "placeholder":
+            if sizes_of_every_call(first.source) is None:
+                return Refusal(UNKNOWN_SIZES)
+            continue
+        for i in different:
+            pairs = tuple(zip(_at(first, i), _at(second, i), strict=True))
+            dim = i - len(first.stride)
+            found.append(Agreement(first.source, dim, node.name, pairs[0], pairs[1]))
+    return tuple(found)
+
+
+def _at(law: SizeLaw, dim: int) -> tuple[int, int]:
+    return law.stride[dim], law.growth[dim]

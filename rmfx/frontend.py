@@ -28,13 +28,14 @@ from ._activation import is_activation
 from ._affine import CONVS, AffineConv
 from ._batches import as_tuple
 from ._border_fill import pad_before
+from ._conditions import put_conditions, take_conditions
 from ._constants import fold_constants, numbers_of
 from ._crops import crop_by_numbers
 from ._dialect import canonicalise, has_hooks, replaced_method
 from ._dynamo import check_in_graph, find_lifted, with_weights
 from ._errors import ModeError, Refusal, ShapeError, TraceError, WeightError
 from ._exporting import (
-    GUARD_KEY,
+    EXPORTED,
     export_model,
     is_exported,
     sets_level,
@@ -43,9 +44,9 @@ from ._exporting import (
 )
 from ._functionalise import functionalise, mark_numbers
 from ._graph import check_weight, copy_graph
-from ._input_guard import guard_of, set_guard, with_ranks
 from ._kept import KeepsStateError
 from ._meta import GUARDED, noted
+from ._ranks import BY_RANK, Snapshot, demand_ranks
 from ._rings import FromRing
 from ._threads import alone
 from ._tracing import OWN_GRADIENT, first_line, is_user_file, trace_symbolically
@@ -86,8 +87,8 @@ def trace(model: Any, example_inputs: Any = None, *, fold: bool = True) -> fx.Gr
 
 
 def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
-    source = _graph_of(model, inputs)
-    gm = _private_copy(source)
+    gm = _private_copy(_graph_of(model, inputs))
+    conditions = take_conditions(gm.graph)
     check_weights(gm)
     _check_functional_mode(gm)
     _check_levels(gm)
@@ -96,6 +97,7 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     _note_sources(gm.graph)
     _find_shapes(gm, inputs)
     _mark_guarded(gm)
+    before = Snapshot(gm)
     if fold:
         pad_before(gm)  # before what writes in place is set apart
     functionalise(gm)
@@ -103,11 +105,13 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
         fold_constants(gm)
     canonicalise(gm)
     crop_by_numbers(gm)
+    if before.was_read_by_rank(gm):
+        gm.meta[BY_RANK] = True
+        shapes = {n.name: n.meta["shape"] for n in gm.graph.nodes if "shape" in n.meta}
+        demand_ranks(conditions, {name: len(shape) for name, shape in shapes.items()})
+    put_conditions(conditions, gm.graph)
     gm.graph.lint()
     gm.recompile()
-    guard = gm.meta.pop(GUARD_KEY, None) or guard_of(source)
-    ranks = {n.name: len(n.meta["shape"]) for n in gm.graph.nodes if "shape" in n.meta}
-    set_guard(gm, with_ranks(guard, gm, ranks))
     return gm
 
 
@@ -146,8 +150,14 @@ def with_constants(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, fx.Nod
     nodes = dict(zip(folded.graph.nodes, gm.graph.nodes, strict=True))
     made_by = {name: nodes[node] for name, node in fold_constants(folded).items()}
     folded.recompile()
-    set_guard(folded, guard_of(gm))
     return folded, made_by
+
+
+def canonicalise_again(gm: fx.GraphModule) -> None:
+    """Bring a graph into the dialect in which functions of constants may be layers now."""
+    conditions = take_conditions(gm.graph)
+    canonicalise(gm)
+    put_conditions(conditions, gm.graph)
 
 
 def _note_sources(graph: fx.Graph) -> None:
@@ -240,7 +250,7 @@ def _graph_of(model: Any, inputs: Inputs | None) -> fx.GraphModule:
     model = _unwrapped(model)
     check_mode(model)
     _check_rings(model)
-    if has_hooks(model) and not _has_only_a_guard(model):
+    if has_hooks(model) and not is_exported(model):
         raise TraceError(
             f"{type(model).__name__} has hooks of its own, which a trace would lose; remove "
             "them, wrap the model in a module without hooks, or, if torch.export made it, pass "
@@ -272,12 +282,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         inner: nn.Module | None = getattr(model, "_orig_mod", None)
         model = model.get_submodule("module") if inner is None else inner
     return model
-
-
-def _has_only_a_guard(model: nn.Module) -> bool:
-    return is_exported(model) or (
-        guard_of(model) is not None and len(model._forward_pre_hooks) == 1
-    )
 
 
 def _graph_of_module(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
@@ -476,7 +480,7 @@ def _find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
 
 def _mark_guarded(gm: fx.GraphModule) -> None:
     """Mark what exporting and Dynamo noted, which check their inputs."""
-    key = "val" if GUARD_KEY in gm.meta else "example_value"
+    key = "val" if gm.meta.pop(EXPORTED, False) else "example_value"
     for node in gm.graph.nodes:
         if key in node.meta:
             node.meta[GUARDED] = True

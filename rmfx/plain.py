@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ._conditions import has_conditions, take_conditions
 from ._errors import NotPlainError
-from ._input_guard import guard_of, set_guard
+from ._graph import copy_graph
 from .frontend import trace
 
 
@@ -43,24 +44,36 @@ def is_plain(model: nn.Module | Any) -> bool:
     Raises:
         RmfxError: the model is no `GraphModule` and cannot be traced.
     """
-    return _why_not_plain(_graph_of(model)) is None
+    graph = copy_graph(_graph_of(model))
+    take_conditions(graph)
+    return _why_not_plain(graph) is None
 
 
 def to_sequential(model: nn.Module | Any) -> nn.Sequential:
     """A plain network as `nn.Sequential`; modules are copied.
+
+    Conditions on its input are a module of their own, the first.
 
     Raises:
         NotPlainError: its graph is not a chain; the message names the node.
         RmfxError: the model is no `GraphModule` and cannot be traced.
     """
     gm = _graph_of(model)
-    reason = _why_not_plain(gm)
+    graph = copy_graph(gm)
+    conditions = take_conditions(graph)
+    reason = _why_not_plain(graph)
     if reason is not None:
         raise NotPlainError(f"the graph is not plain: {reason}")
-    layers = (n for n in gm.graph.nodes if n.op not in ("placeholder", "output"))
-    network = nn.Sequential(*(_module(gm, node) for node in layers)).train(gm.training)
-    set_guard(network, guard_of(gm))
-    return network
+    layers = [_module(gm, n) for n in graph.nodes if n.op not in ("placeholder", "output")]
+    if has_conditions(conditions):
+        layers.insert(0, _checked(conditions))
+    return nn.Sequential(*layers).train(gm.training)
+
+
+def _checked(conditions: fx.Graph) -> fx.GraphModule:
+    """Conditions on one input, as a module that hands it on."""
+    conditions.output(next(iter(conditions.nodes)))
+    return fx.GraphModule(nn.Module(), conditions, "Conditions")
 
 
 def _graph_of(model: nn.Module | Any) -> fx.GraphModule:
@@ -75,13 +88,13 @@ def _module(gm: fx.GraphModule, node: fx.Node) -> nn.Module:
     return Apply(node.target, args, dict(node.kwargs))
 
 
-def _why_not_plain(gm: fx.GraphModule) -> str | None:
-    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+def _why_not_plain(graph: fx.Graph) -> str | None:
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
     if len(inputs) != 1:
         return f"it has {len(inputs)} inputs: {', '.join(n.name for n in inputs)}"
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         if node.op == "output":
-            if not isinstance(_given(gm, node), fx.Node):
+            if not isinstance(_given(graph, node), fx.Node):
                 return f"{node.name} gives several values or a container"
             continue
         if len(node.users) != 1:
@@ -93,9 +106,9 @@ def _why_not_plain(gm: fx.GraphModule) -> str | None:
     return None
 
 
-def _given(gm: fx.GraphModule, output: fx.Node) -> object:
+def _given(graph: fx.Graph, output: fx.Node) -> object:
     """What a graph gives; exported ones write a single value as a list of one."""
-    spec = getattr(getattr(gm.graph._codegen, "pytree_info", None), "out_spec", None)
+    spec = getattr(getattr(graph._codegen, "pytree_info", None), "out_spec", None)
     value = output.args[0]
     alone = spec is not None and spec.is_leaf() and isinstance(value, (list, tuple))
     return value[0] if alone else value  # type: ignore[index]

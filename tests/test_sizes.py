@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from typing import Any
 
 import pytest
@@ -91,6 +92,114 @@ def test_the_demand_reaches_through_a_stem(height: int) -> None:
             gm(x)
     else:
         assert_equivalent(model, gm, x)
+
+
+# ---- sizes at which a sum spreads out one of its operands ---------------------------------------
+
+
+def halved(**more: nn.Module) -> dict[str, nn.Module]:
+    """A branch of ⌊(H + 1)/2⌋ and a pool of ⌊H/2⌋ rows."""
+    branch = chain(conv(4, 4, 3, stride=2), nn.ReLU(), conv(4, 4, 1))
+    return {"b": branch, "pool": chain(nn.AvgPool2d(2), conv(4, 4, 1)), **more}
+
+
+def twice(m: Any, x: Tensor) -> Tensor:
+    y = m.b(x) + m.pool(x)
+    z: Tensor = m.b2(y) + m.pool2(y)
+    return z
+
+
+BROADCASTING: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "a sum": (lambda m, x: m.b(x) + m.pool(x), {}, 1),
+    "behind a stem": (
+        lambda m, x: (lambda y: m.b(y) + m.pool(y))(F.relu(m.stem(x))),
+        {"stem": conv(4, 4, 3, stride=2)},
+        1,
+    ),
+    "two of them": (twice, {"b2": halved()["b"], "pool2": halved()["pool"]}, 2),
+    "of three operands": (
+        lambda m, x: m.b(x) + m.pool(x) + m.s(x),
+        {"s": conv(4, 4, 1, stride=2)},
+        2,
+    ),
+    "a sum in a branch": (
+        lambda m, x: m.s(x) + m.d(F.relu(m.b(x) + m.pool(x))),
+        {"s": conv(4, 4, 1, stride=2), "d": conv(4, 4, 1)},
+        2,
+    ),
+    "a product in a branch": (
+        lambda m, x: m.s(x) + m.d(F.relu(m.b(x) * torch.sigmoid(m.pool(x)))),
+        {"s": conv(4, 4, 1, stride=2), "d": conv(4, 4, 1)},
+        1,
+    ),
+    "a maximum in a branch": (
+        lambda m, x: m.s(x) + m.d(torch.maximum(m.b(x), m.pool(x))),
+        {"s": conv(4, 4, 1, stride=2), "d": conv(4, 4, 1)},
+        1,
+    ),
+    "linear branches": (lambda m, x: m.s(x) + m.pool(x), {"s": conv(4, 4, 3, stride=2)}, 1),
+}
+
+
+@pytest.mark.parametrize("name", BROADCASTING)
+def test_other_sizes_are_right_or_refused(name: str) -> None:
+    forward, more, removed = BROADCASTING[name]
+    model = ready(Apply(forward, **halved(**more)))
+    verb = rmfx.merge_branches if name == "linear branches" else rmfx.remove_residuals
+    gm = verb(model, image(2, 4, 16, 16))
+    assert rmfx.report(gm).removed == removed
+    right, refusals = 0, []
+    for size in itertools.product(range(1, 10), (1, 2, 3, 8, 16)):
+        x = image(2, 4, *size)
+        try:
+            expected = model(x)
+        except RuntimeError:  # sizes that do not fit
+            continue
+        try:
+            found = gm(x)
+        except rmfx.ShapeError as error:
+            refusals.append(str(error))
+            continue
+        torch.testing.assert_close(found, expected)
+        right += 1
+    assert right
+    assert refusals
+    assert all("combines equal sizes only where" in text for text in refusals)
+
+
+def test_equal_sizes_of_all_inputs_ask_for_nothing() -> None:
+    branch = chain(conv(4, 4, 3, stride=2), nn.ReLU(), conv(4, 4, 1))
+    parts = {"b": branch, "s": conv(4, 4, 1, stride=2)}
+    gm = rmfx.remove_residuals(
+        ready(Apply(lambda m, x: m.b(x) + m.s(x), **parts)), image(2, 4, 8, 8)
+    )
+    assert rmfx.report(gm).removed == 1
+    assert not [n for n in gm.graph.nodes if "inner_size" in n.name]
+
+
+def test_sizes_that_do_not_follow_from_the_input_are_refused_where_they_may_differ() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.interpolate(x, scale_factor=1.5)
+        z: Tensor = m.b(y) + m.pool(y)
+        return z
+
+    model = ready(Apply(forward, **halved()))
+    assert_refused(model, image(2, 4, 8, 8), reason="agree for some input sizes only")
+
+
+def test_sizes_behind_a_resizing_are_compared() -> None:
+    branch = chain(conv(4, 4, 3), nn.ReLU(), conv(4, 4, 1))
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.interpolate(x, scale_factor=2.0)
+        z: Tensor = m.b(y) + y
+        return z
+
+    model = ready(Apply(forward, b=branch))
+    gm = rmfx.remove_residuals(model, image(2, 4, 8, 8))
+    assert rmfx.report(gm).removed == 1
+    for size in ((1, 1), (3, 5)):
+        assert_equivalent(model, gm, image(2, 4, *size))
 
 
 @given(

@@ -440,7 +440,7 @@ def test_arguments_that_were_not_given_stay_so() -> None:
             made = verb(model, given)
             torch.testing.assert_close(made(*given), model(*given))
             for others in wrong:
-                with pytest.raises(rmfx.ShapeError):
+                with pytest.raises((rmfx.ShapeError, TypeError)):
                     made(*others)
 
 
@@ -457,7 +457,7 @@ def test_any_number_of_arguments() -> None:
     for given in ((x,), (x, x + 1)):
         made = rmfx.remove_residuals(model, given)
         torch.testing.assert_close(made(*given), model(*given))
-        with pytest.raises(rmfx.ShapeError):
+        with pytest.raises((rmfx.ShapeError, TypeError)):
             made(x, x, x)
     assert rmfx.report(rmfx.remove_residuals(model, (x,))).removed
     with pytest.raises(rmfx.TraceError, match="any number of arguments"):

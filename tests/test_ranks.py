@@ -1,0 +1,87 @@
+"""A number of dimensions is demanded where something depends on it, and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import Apply, Residual, basic_branch, chain, conv, conv_branch, image, ready
+from torch import Tensor, nn
+
+import rmfx
+from rmfx._conditions import has_conditions
+
+FREE: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
+    "convolutions": (lambda: Residual(conv_branch(nn.SiLU())), (2, 4, 8, 6), (4, 5, 7)),
+    "batch norm, which takes batches only": (lambda: Residual(basic_branch()), (2, 4, 8, 6), ()),
+    "linear layers": (
+        lambda: Residual(chain(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))),
+        (2, 4),
+        (3, 5, 4),
+    ),
+    "nothing that can be rewritten": (
+        lambda: Apply(lambda m, x: x[:, :2] * F.softmax(x[:, 2:], 1)),
+        (2, 4, 8, 6),
+        (3, 4, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("shapes", [True, False])
+@pytest.mark.parametrize("name", FREE)
+def test_what_does_not_count_dimensions_demands_none(name: str, shapes: bool) -> None:
+    make, size, other = FREE[name]
+    model = ready(make())
+    options = {"activation": ["masked"]} if "conv" in name else {}
+    gm = rmfx.remove_residuals(model, image(*size) if shapes else None, **options)
+    if "batch norm" in name:  # a ReLU would become a PReLU with a slope per channel
+        gm = rmfx.fold_batch_norm(model, image(*size) if shapes else None)
+    assert not has_conditions(gm.graph)
+    if other:
+        torch.testing.assert_close(gm(image(*other)), model(image(*other)))
+
+
+COUNTING: dict[str, Any] = {
+    "a slope per channel": lambda: Residual(conv_branch(nn.LeakyReLU(0.1))),
+    "a slice": lambda: Apply(
+        lambda m, x: torch.cat((x[:, :2], x[:, 2:]), 1) + m.a(torch.relu(m.b(x))),
+        a=conv(),
+        b=conv(),
+    ),
+    "a mean over space": lambda: Apply(
+        lambda m, x: m.l(torch.mean(x + m.a(x), (-2, -1))), a=conv(), l=nn.Linear(4, 3)
+    ),
+    "a scale per channel": lambda: Apply(
+        lambda m, x: x + m.a(x) * m.scale, a=conv(), scale=nn.Parameter(torch.rand(1, 4, 1, 1))
+    ),
+    "a number of dimensions": lambda: Apply(lambda m, x: x + m.a(x) * x.dim(), a=conv()),
+}
+
+
+@pytest.mark.parametrize("shapes", [True, False])
+@pytest.mark.parametrize("name", COUNTING)
+def test_what_counts_dimensions_demands_them(name: str, shapes: bool) -> None:
+    model = ready(COUNTING[name]())
+    gm = rmfx.remove_residuals(model, image(2, 4, 8, 6) if shapes else None)
+    torch.testing.assert_close(gm(image(3, 4, 4, 5)), model(image(3, 4, 4, 5)))
+    demanding = shapes or name in ("a slope per channel", "a scale per channel")
+    if demanding and name != "a mean over space":  # counted from the end, as it was written
+        with pytest.raises(rmfx.ShapeError, match="converted for 4 dimensions"):
+            gm(image(4, 4, 4))
+    else:  # nothing was read by the number of dimensions
+        torch.testing.assert_close(gm(image(4, 4, 4)), model(image(4, 4, 4)))
+
+
+def test_batch_norm_of_sequences_takes_an_image_for_a_batch() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y: Tensor = m.norm(m.conv(x))
+        return y
+
+    parts = {"conv": conv(4, 4, 1, dims=1), "norm": nn.BatchNorm1d(4)}
+    model = ready(Apply(forward, **parts))
+    gm = rmfx.fold_batch_norm(model, image(2, 4, 4))
+    model(image(4, 4))  # of 4 images with 4 features
+    with pytest.raises(rmfx.ShapeError, match="converted for 3 dimensions"):
+        gm(image(4, 4))
