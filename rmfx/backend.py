@@ -1,10 +1,10 @@
 """The torch.compile backend: `torch.compile(model, backend="rmfx", options={...})`.
 
 Each of Dynamo's graphs has its residual connections removed and goes on to another backend. The
-weights that were baked are compared at every call with those that Dynamo hands over: after
-`load_state_dict`, an optimiser step or any other change the graph is converted again (`Options` says
-how they are compared). A graph whose gradients are asked for is passed on as it is, with a warning,
-unless `differentiable` is set.
+weights that were baked are compared at every call with those that Dynamo hands over, in a way that
+`Options` says: after `load_state_dict`, an optimiser step or any other change the graph is converted
+again. A graph whose gradients are asked for is passed on as it is, with a warning, unless
+`differentiable` is set.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -479,6 +478,8 @@ UNCOUNTED: dict[str, Callable[[nn.Module], None]] = {
 def test_writes_that_torch_does_not_count_are_seen(
     change: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if change.startswith("swapped") and way.startswith("own"):
+        pytest.skip("a backend of one's own keeps Dynamo's graph, which forbids swapping")
     monkeypatch.setitem(CHANGES, change, UNCOUNTED[change])
     if change == "another process":
         monkeypatch.setattr(nn.Module, "requires_grad_", _shared(nn.Module.requires_grad_))
@@ -499,7 +500,10 @@ def test_fused_optimisers_are_seen_through_inductor(
 
 
 def _one_value(model: nn.Module) -> None:
-    model.body.branch[0][0].weight.numpy()[2, 1, 1, 1] += 5
+    weight = model.body.branch[0][0].weight
+    sampled = set(_freshness._positions(weight.numel()).tolist())
+    index = next(i for i in range(weight.numel()) if i not in sampled)
+    weight.numpy().reshape(-1)[index] += 5
 
 
 @pytest.mark.parametrize(("mode", "stale"), [("sampled", True), ("checked", False)])
@@ -645,23 +649,22 @@ def test_threads_wait_for_a_renewal_and_never_get_the_old_answer() -> None:
     assert len(compilations) == 2
 
 
-@pytest.mark.parametrize("refused", [True, False])
-def test_inductor_freezes_no_weights_that_were_not_converted(refused: bool) -> None:
-    """Here Dynamo leaves the weights in the graph, as it did before it lifted them."""
-    model = net(torch.float32)
-    if refused:
-        model.stem.branch[0][0].weight[0, 0, 0, 0] = float("inf")
-        model.stem.branch[0][1].weight[0] = 0
-    x = image().float()
-    with torch.no_grad(), torch._dynamo.config.patch(inline_inbuilt_nn_modules=False):
-        with pytest.warns(UserWarning, match="Inf") if refused else nullcontext():
-            run = compiled(model, "inductor")
+def test_inductor_freezes_no_weights_of_a_graph_that_is_not_converted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(gm: fx.GraphModule, **options: Any) -> None:
+        raise rmfx.WeightError("no")
+
+    monkeypatch.setattr(backend, "remove_residuals", refuse)
+    model, x = net(torch.float32), image().float()
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):  # weights stay in the graph
+        run = compiled(model, "inductor")
+        with pytest.warns(UserWarning, match="keeps its residual connections: no"):
             before = run(x)
-        with nullcontext():
-            _load(model)
-            actual, expected = run(x), model(x)
-    assert torch.allclose(actual, expected, atol=1e-3, rtol=1e-3, equal_nan=True)
-    assert not torch.allclose(before, expected, atol=1e-3, rtol=1e-3, equal_nan=True)
+        _load(model)
+        expected = model(x)
+        assert not close(before, expected, 1e-3)
+        assert close(run(x), expected, 1e-5)
 
 
 @pytest.mark.parametrize("change", [c for c in CHANGES if c != "to another type"])
