@@ -3,13 +3,12 @@
 Dynamo lifts parameters and buffers to placeholders, mixed with the user's inputs and told apart by
 where they come from: a user may pass an `nn.Parameter` too. It hands the current tensors over at
 every call, so weights that were baked into other weights can be compared with them. It does not
-compile again when a parameter is replaced or written to; whoever bakes must look.
+compile again when a parameter is replaced or written to; whoever bakes must look (`_freshness.py`).
 """
 
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ._dialect import replace_by_number
+from ._freshness import Mode, Snapshot, remember
 from ._functionalise import written_inputs
 from ._graph import attach, copy_graph
 
@@ -42,11 +42,16 @@ class Lifted:
     is_number: bool = False
 
 
-def find_lifted(gm: fx.GraphModule) -> tuple[Lifted, ...]:
+def find_lifted(gm: fx.GraphModule, *, uncounted: bool = False) -> tuple[Lifted, ...]:
     """The placeholders of Dynamo's graph that hold tensors of the model.
 
-    Tensors without a version counter (made in inference mode) stay inputs, since a change of theirs
-    could not be seen; so do those that the graph itself writes to.
+    Tensors whose changes could not be seen stay inputs: subclasses, sparse and quantised ones. So
+    do those that the graph writes to.
+
+    Args:
+        gm: Dynamo's graph.
+        uncounted: whether to take tensors made in inference mode, too, whose writes torch does not
+            count.
     """
     nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
     if not any("grapharg" in node.meta for node in nodes):
@@ -62,10 +67,16 @@ def find_lifted(gm: fx.GraphModule) -> tuple[Lifted, ...]:
         value = argument.example
         is_number = bool(argument.pass_arg_as_tensor)
         value = torch.as_tensor(value) if is_number else value
-        if type(value) in (Tensor, nn.Parameter) and not value.is_inference():
+        if can_be_seen(value) and (uncounted or not value.is_inference()):
             name = _unique(_path(source), taken)
             found.append(Lifted(position, name, value, is_number))
     return tuple(found)
+
+
+def can_be_seen(value: Any) -> bool:
+    """Whether a value is a tensor of ordinary memory, which a snapshot can read."""
+    is_plain = type(value) in (Tensor, nn.Parameter)
+    return is_plain and value.layout == torch.strided and not value.is_quantized
 
 
 def _is_of_module(source: Any) -> bool:
@@ -137,62 +148,19 @@ def _tensors_of(gm: fx.GraphModule) -> Iterable[tuple[str, Tensor]]:
 
 # ---- freshness ----------------------------------------------------------------------------------
 
-
-class Snapshot:
-    """What a tensor was like when it was baked: the object, its version and its memory.
-
-    Args:
-        tensor: not made in inference mode, where tensors have no version.
-        is_number: whether it is made anew for every call, so that its value tells.
-    """
-
-    def __init__(self, tensor: Tensor, *, is_number: bool = False) -> None:
-        self._tensor = weakref.ref(tensor)
-        self._state = _state(tensor)
-        self._number = tensor.item() if is_number else None
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the one that was baked, with the values it had."""
-        same = self._number is not None or self._tensor() is tensor
-        return same and self.is_unwritten(tensor)
-
-    def is_unwritten(self, tensor: Tensor) -> bool:
-        """The same for another name of the tensor, which shares its memory and its version."""
-        if self._number is not None:
-            return bool(tensor.item() == self._number)
-        return _state(tensor) == self._state
-
-
-def snapshot(lifted: Lifted) -> Snapshot:
-    """What a lifted tensor is like now."""
-    return Snapshot(lifted.value, is_number=lifted.is_number)
-
-
-def _state(tensor: Tensor) -> tuple[int, int, torch.dtype]:
-    return (tensor._version, tensor.data_ptr(), tensor.dtype)
-
-
-_BAKED: dict[int, tuple[Snapshot, ...]] = {}
-_KEYS = count()
 _MESSAGE = (
     "rmfx: the model's weights have changed since its residual connections were removed; compile "
     "the model again (torch._dynamo.reset()), or compile it with backend='rmfx', which notices"
 )
 
 
-@torch.library.custom_op("rmfx::weights_are_fresh", mutates_args=())
-def weights_are_fresh(weights: Sequence[Tensor], key: int) -> Tensor:
-    """Whether the weights are those that were baked under a key; a boolean without dimensions."""
-    known = _BAKED.get(key, ())
-    fresh = len(known) == len(weights) and all(
-        snapshot.is_unwritten(w) for snapshot, w in zip(known, weights, strict=True)
-    )
-    return torch.tensor(fresh)
-
-
-@weights_are_fresh.register_fake
-def _(weights: Sequence[Tensor], key: int) -> Tensor:
-    return torch.empty((), dtype=torch.bool)
+def snapshot(
+    lifted: Sequence[Lifted], held: Sequence[Tensor] = (), mode: Mode = "sampled"
+) -> Snapshot:
+    """What lifted tensors, whose shapes Dynamo guards, and others of the graph are like now."""
+    tensors = [*(one.value for one in lifted), *held]
+    numbers = [i for i, one in enumerate(lifted) if one.is_number]
+    return Snapshot(tensors, numbers=numbers, unguarded=range(len(lifted), len(tensors)), mode=mode)
 
 
 def check_in_graph(graph: fx.Graph, lifted: Sequence[Lifted]) -> None:
@@ -200,8 +168,7 @@ def check_in_graph(graph: fx.Graph, lifted: Sequence[Lifted]) -> None:
 
     The check is two operators, so it outlives whatever compiles the graph further.
     """
-    key = next(_KEYS)
-    _BAKED[key] = tuple(map(snapshot, lifted))
+    key = remember(snapshot(lifted))
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     given = [nodes[one.position] for one in lifted]
     with graph.inserting_after(nodes[-1]):

@@ -1,13 +1,15 @@
 """The torch.compile backend: `torch.compile(model, backend="rmfx", options={...})`.
 
 Each of Dynamo's graphs has its residual connections removed and goes on to another backend. The
-weights that were baked are compared at every call with those that Dynamo hands over: after
-`load_state_dict`, an optimiser step or any other change the graph is converted again. A graph whose
-gradients are asked for is passed on as it is, with a warning, unless `differentiable` is set.
+weights that were baked are compared at every call with those that Dynamo hands over, in a way that
+`Options` says: after `load_state_dict`, an optimiser step or any other change the graph is converted
+again. A graph whose gradients are asked for is passed on as it is, with a warning, unless
+`differentiable` is set.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -17,8 +19,9 @@ import torch
 from torch import Tensor, fx
 
 from ._activation import Interval
-from ._dynamo import Lifted, Snapshot, find_lifted, snapshot, with_weights
+from ._dynamo import Lifted, can_be_seen, find_lifted, snapshot, with_weights
 from ._errors import OptionError, RmfxError, WeightError
+from ._freshness import MODES, Mode, Snapshot
 from ._policy import Policy, check_policy
 from .passes.residual import remove_residuals
 from .report import Report, report
@@ -38,6 +41,15 @@ class Options:
         activation, input_range, policy: as for `rmfx.remove_residuals`.
         differentiable: convert graphs whose gradients are asked for too; their weights are computed
             in the graph, at every call.
+        weights: how a graph notices that weights have changed since they were baked. Every mode but
+            "frozen" sees each write that torch counts (in-place operators, optimisers,
+            `load_state_dict`) and each tensor or memory that takes another's place. Of the writes
+            that torch does not count (fused optimisers, collectives, batch norm in training, other
+            processes, `.data`, numpy),
+            "sampled" sees those that change one of 64 values spread over each tensor; it can miss
+                one that changes a few single values, or less than 1/32 of a tensor in one piece;
+            "checked" sees all, but for one in 2^32, since it reads every byte at every call;
+            "frozen" sees none and does not look: it is for whoever promises not to touch them.
         on_report: called with the `rmfx.Report` of every graph.
     """
 
@@ -48,6 +60,7 @@ class Options:
     input_range: Interval | None = None
     policy: Policy = "all"
     differentiable: bool = False
+    weights: Mode = "sampled"
     on_report: Callable[[Report], object] | None = None
 
     @staticmethod
@@ -66,6 +79,8 @@ class Options:
         options = Options(**given)
         if options.backend == "rmfx":
             raise OptionError("backend='rmfx' cannot compile with itself; name another backend")
+        if options.weights not in MODES:
+            raise OptionError(f"weights={options.weights!r}: pass one of {', '.join(MODES)}")
         check_policy(options.policy)
         return options
 
@@ -92,11 +107,12 @@ def rmfx(
     chosen = Options.of(options or {})
     if mode is not None:
         chosen = replace(chosen, backend_options=_of_mode(mode) | dict(chosen.backend_options))
-    inner = _inner(chosen)
     if torch.is_grad_enabled() and any(_requires_grad(x) for x in example_inputs):
-        differentiable: Compiled = inner(_differentiable(gm, chosen), list(example_inputs))
+        differentiable: Compiled = _inner(chosen, baked=False)(
+            _differentiable(gm, chosen), list(example_inputs)
+        )
         return differentiable
-    return _Converted(gm, example_inputs, chosen, inner)
+    return _Converted(gm, example_inputs, chosen)
 
 
 def _differentiable(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
@@ -120,7 +136,8 @@ def _converted(
         RmfxError: the same with `strict`.
     """
     try:
-        _check_versions([*gm.parameters(), *gm.buffers()])
+        if not differentiable:  # else no weight is baked
+            _check_seen([*gm.parameters(), *gm.buffers()], options.weights)
         converted: fx.GraphModule = remove_residuals(
             gm,
             strict=options.strict,
@@ -151,98 +168,132 @@ def _warn(text: str) -> None:
     warnings.warn(f"rmfx: {text}", stacklevel=2)
 
 
-def _inner(options: Options) -> Compiled:
-    """The backend behind this one, as a function of graph and inputs."""
+def _inner(options: Options, *, baked: bool) -> Compiled:
+    """The backend behind this one, as a function of graph and inputs.
+
+    Args:
+        options: which backend, and its options.
+        baked: whether the graph's own tensors will not change.
+    """
     given = dict(options.backend_options)
     if options.backend == "inductor":
-        return lambda gm, inputs: _inductor(gm, inputs, given)
+        return lambda gm, inputs: _inductor(gm, inputs, given, baked=baked)
     found: Any = options.backend
     if isinstance(options.backend, str):
         found = torch._dynamo.lookup_backend(options.backend)
     return lambda gm, inputs: found(gm, inputs, **({"options": given} if given else {}))
 
 
-def _inductor(gm: fx.GraphModule, inputs: list[Any], config: dict[str, Any]) -> Compiled:
+def _inductor(
+    gm: fx.GraphModule, inputs: list[Any], config: dict[str, Any], *, baked: bool
+) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
-    # The weights are constants of the graph by now, which freezing folds into the code. Inductor
-    # cannot freeze float64: its CPU kernels with packed weights do not know the type.
-    freezing = all(p.dtype != torch.float64 for p in gm.parameters())
+    # Freezing folds constants into the code, of which those of a graph that was not converted may
+    # still change. Inductor cannot freeze float64: its CPU kernels with packed weights do not know
+    # the type.
+    freezing = baked and all(p.dtype != torch.float64 for p in gm.parameters())
     return cast("Compiled", compile_fx(gm, inputs, config_patches={"freezing": freezing, **config}))
 
 
-class _Converted:
-    """A compiled graph without residual connections, which knows the weights it was made of."""
+@dataclass(frozen=True)
+class _State:
+    """What answers, and what the weights were like of which it was made.
 
-    def __init__(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], options: Options, inner: Compiled
-    ) -> None:
+    Attributes:
+        run: takes the inputs without the weights, or all of them where nothing was converted.
+        weights: None where nothing was converted, so that nothing was baked.
+    """
+
+    run: Compiled
+    weights: Snapshot | None
+
+
+class _Converted:
+    """A compiled graph without residual connections, which knows the weights it was made of.
+
+    Its state is made aside and put in place at once: an exception on the way leaves the old one, of
+    which the next call finds again that it is too old.
+    """
+
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> None:
         self._gm = gm
-        self._lifted = find_lifted(gm)
+        lifted = find_lifted(gm, uncounted=options.weights != "sampled")
+        # Without the tensors, which may be replaced and then need not be kept.
+        self._lifted = [replace(one, value=torch.empty(0)) for one in lifted]
         self._options = options
-        self._inner = inner
         self._renewals = 0
+        self._renewing = threading.Lock()
         self._is_dynamic = _has_open_sizes(gm.graph)
-        baked = {one.position for one in self._lifted}
+        baked = {one.position for one in lifted}
         self._kept = [i for i in range(len(inputs)) if i not in baked]
         # With inductor's freezing switched on Dynamo leaves the weights in the graph.
         self._held = [*gm.parameters(), *gm.buffers()]
-        self._snapshots: dict[int, Snapshot] = {}
-        self._held_snapshots: list[Snapshot] = []
-        self._compiled = self._compile(inputs, self._lifted, inner)
+        self._state = self._compile(inputs, lifted)
 
     def _compile(
-        self, inputs: Sequence[Any], lifted: Sequence[Lifted], inner: Compiled
-    ) -> Compiled:
-        self._snapshots, self._held_snapshots = {}, []
+        self, inputs: Sequence[Any], lifted: Sequence[Lifted], *, eagerly: bool = False
+    ) -> _State:
+        # Before the weights are read: a write meanwhile is found at the next call.
+        held = [w for w in self._held if can_be_seen(w)]  # the others will be refused
+        weights = snapshot(lifted, held, self._options.weights)
         converted = _converted(with_weights(self._gm, lifted, keep_inputs=False), self._options)
-        self._is_converted = converted is not None
+        inner = _eager if eagerly else _inner(self._options, baked=converted is not None)
         if converted is None:
-            untouched: Compiled = inner(self._gm, list(inputs))
-            return untouched
+            return _State(inner(self._gm, list(inputs)), None)
         converted.requires_grad_(False)
         with torch.no_grad():
             compiled: Compiled = inner(converted, [inputs[i] for i in self._kept])
-        self._snapshots = {one.position: snapshot(one) for one in lifted}
-        self._held_snapshots = list(map(Snapshot, self._held))
-        return compiled
+        return _State(compiled, weights)
 
     def __call__(self, *args: Any) -> Any:
-        if not self._is_converted:
-            return self._compiled(*args)
-        if not self._is_fresh(args):
-            if self._renewals == MAX_RENEWALS:
+        state = self._state
+        if not self._is_fresh(state, args):
+            if self._renewals >= MAX_RENEWALS:
                 return self._gm(*args)
-            self._renew(args)
-        return self._compiled(*[args[i] for i in self._kept])
+            state = self._renewed(args)
+        if state.weights is None:
+            return state.run(*args)
+        return state.run(*[args[i] for i in self._kept])
 
-    def _is_fresh(self, args: Sequence[Any]) -> bool:
+    def _is_fresh(self, state: _State, args: Sequence[Any]) -> bool:
         """Whether the weights are those that were baked."""
-        return all(known.holds(args[i]) for i, known in self._snapshots.items()) and all(
-            known.holds(w) for known, w in zip(self._held_snapshots, self._held, strict=True)
-        )
+        if state.weights is None:
+            return True
+        return state.weights.holds([*(args[one.position] for one in self._lifted), *self._held])
 
-    def _renew(self, args: Sequence[Any]) -> None:
-        """Convert and compile again with the weights as they are now."""
-        self._renewals += 1
-        if self._renewals == MAX_RENEWALS:
+    def _renewed(self, args: Sequence[Any]) -> _State:
+        """The state of the weights as they are now; whoever comes meanwhile waits for it."""
+        with self._renewing:
+            if self._is_fresh(self._state, args):  # another thread was here before
+                return self._state
+            lifted = [replace(one, value=args[one.position]) for one in self._lifted]
+            state = self._compile(args, lifted, eagerly=self._is_dynamic)
+            self._state = state
+            self._renewals += 1
+            renewals = self._renewals
+        if self._is_dynamic:
+            # Dynamo's knowledge of the sizes is gone; a compiler would take those of this call.
+            _warn("the weights have changed: this graph, of open sizes, now runs uncompiled")
+        if renewals == MAX_RENEWALS:
             _warn(
                 f"the weights have changed {MAX_RENEWALS} times since this graph was compiled; "
                 "after the next change it runs as it was written, with its residual connections. "
                 "Compile the model again (torch._dynamo.reset()) when its weights stay"
             )
-        lifted = [replace(one, value=args[one.position]) for one in self._lifted]
-        if self._is_dynamic:
-            # Dynamo's knowledge of the sizes is gone; a compiler would take those of this call.
-            _warn("the weights have changed: this graph, of open sizes, now runs uncompiled")
-        self._compiled = self._compile(args, lifted, _eager if self._is_dynamic else self._inner)
+        return state
 
 
-def _check_versions(weights: Sequence[Tensor]) -> None:
-    if any(w.is_inference() for w in weights):
+def _check_seen(weights: Sequence[Tensor], mode: Mode) -> None:
+    if not all(map(can_be_seen, weights)):
         raise WeightError(
-            "the weights were made in inference mode, so their changes cannot be seen; make the "
-            "model outside torch.inference_mode()"
+            "a weight is a tensor subclass, sparse or quantised, so its changes cannot be seen; "
+            "convert the model with rmfx.remove_residuals before you compile it"
+        )
+    if mode == "sampled" and any(w.is_inference() for w in weights):
+        raise WeightError(
+            "the weights were made in inference mode, where their changes are not counted; make "
+            "the model outside torch.inference_mode(), or pass weights='checked' or 'frozen'"
         )
 
 
