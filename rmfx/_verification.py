@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from ._activation import Interval
 from ._batches import as_tuple
+from ._conditions import refuses
 from ._equivalence import (
     Recorder,
     cloned,
@@ -41,7 +42,7 @@ from ._equivalence import (
     structure_change,
     trace_with_joins,
 )
-from ._errors import ShapeError, VerificationError
+from ._errors import VerificationError
 from ._tracing import first_line
 from ._trial_inputs import SAME, Example, Inputs, candidates
 from .report import META_KEY, JoinError, SiteReport, Verification, shape_text
@@ -272,7 +273,7 @@ class _Pair:
             VerificationError: both run and give something else, or only the original runs.
         """
         after = self._run(1, inputs)
-        if isinstance(after.failure, ShapeError):
+        if after.failure is not None and refuses(after.failure):
             return False
         before = self._run(0, inputs)
         if before.failure is not None or not _is_finite(before.output):
