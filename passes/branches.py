@@ -213,4 +213,6 @@ def merge_branches(
     check_strict("merge_branches", refusals, strict=strict)
     apply_rule(net, LinearRule(concerns=made.__contains__))
     merged = finish(net, sums, refusals, joins)
-    return checked("merge_branches", model, net.source, merged, example_inputs, wanted=verify)
+    return checked(
+        "merge_branches", model, net.source, merged, example_inputs, wanted=verify, reports=True
+    )

@@ -453,6 +453,7 @@ def remove_residuals(
         input_range=input_range,
         batches=batches.first if batches is not None and _is_calibrated(converted) else (),
         gradients=differentiable,
+        reports=True,
     )
 
 

@@ -12,7 +12,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from ._meta import forget
 from ._probes import OpenSizes
 from ._ranks import BY_RANK, demand_ranks, ignores_rank
 from ._sizes import Condition, Sizes, conditions_of
+from .report import META_KEY, Report
 
 Shape = tuple[int | None, ...]
 CodeTransformer = Callable[[list[str]], list[str]]
@@ -345,10 +346,19 @@ class Net:
         put_conditions(self._all_conditions(by_rank), self.graph)
         gm = ConvertedModule(_tree(root), self.graph, type(self.source).__name__)
         gm.graph.lint()
-        gm.meta = {**copy.copy(self.source.meta), **(meta or {})}
+        gm.meta = {**self.source.meta, **self._carried_report(), **(meta or {})}
         if not any(p.requires_grad for p in self.source.parameters()):
             gm.requires_grad_(False)
         return gm.eval()
+
+    def _carried_report(self) -> dict[str, object]:
+        """The report of an earlier pass, whose joins may stand elsewhere now, or nowhere."""
+        before = self.source.meta.get(META_KEY)
+        if not isinstance(before, Report):
+            return {}
+        where = {name: node.name for node, name in self.values.items() if not node._erased}
+        rows = (replace(row, node=where.get(row.node or "")) for row in before.rows)
+        return {META_KEY: replace(before, rows=tuple(rows))}
 
     def _rewritten(self) -> Iterator[fx.Node]:
         """Nodes that are new or another call than before, and those of the source they replace.

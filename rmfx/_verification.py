@@ -43,6 +43,7 @@ from ._equivalence import (
     trace_with_joins,
 )
 from ._errors import VerificationError
+from ._names import module_path
 from ._tracing import first_line
 from ._trial_inputs import SAME, Example, Inputs, candidates
 from .report import META_KEY, JoinError, SiteReport, Verification, shape_text
@@ -52,6 +53,8 @@ ROUNDINGS = 10  # of the inputs, whose effect is allowed for
 ON_GRADIENTS = 100  # times the tolerance: they add up over all positions
 SMALL_GRADIENT = 1e-3  # of the largest one: others are compared with that
 CALLED = 1 << 11  # positions up to which a network with a graph is called as well
+
+SUMS = (torch.add, torch.sub)
 
 Shape = tuple[int, ...]
 M = TypeVar("M", bound=nn.Module)
@@ -97,7 +100,8 @@ def verify(
     original = before.module() if isinstance(before, ExportedProgram) else before
     names = {row.join for row in report_rows(after)}
     source = trace_with_joins(original, given, names)[0] if names else None
-    pair = _Pair("the pass", _apart(original), source, after, tolerance)
+    joins = _of_report(after)
+    pair = _Pair("the pass", _apart(original), source, after, joins, tolerance)
     return pair.run(Example(given, input_range=input_range))
 
 
@@ -112,6 +116,7 @@ def checked(
     input_range: Interval | None = None,
     batches: Sequence[Any] = (),
     gradients: bool = False,
+    reports: bool = False,
 ) -> fx.GraphModule:
     """The result of a verb, verified where that is wanted and can be; its report says so.
 
@@ -125,6 +130,8 @@ def checked(
         input_range: of the inputs for which the result holds.
         batches: inputs for which alone it holds, as far as anybody knows, if there are such.
         gradients: whether those of inputs and parameters, which both share, must be the same too.
+        reports: whether the verb has made a report on the joins; else those are compared that stand
+            in both graphs under one name.
 
     Raises:
         VerificationError: it does not compute what the model computes.
@@ -134,12 +141,12 @@ def checked(
     elif inputs is None:
         found = Verification(reason="there are no example inputs")
     else:
-        pair = _Pair(verb, _original(model, source), source, after, gradients=gradients)
+        joins = _of_report(after) if reports else _of_names(source, after)
+        pair = _Pair(verb, _original(model, source), source, after, joins, gradients=gradients)
         example = Example(as_tuple(inputs), input_range=input_range)
         found = pair.run(example, [as_tuple(batch) for batch in batches])
-    made = after.meta.get(META_KEY)
-    if made is not None:
-        after.meta[META_KEY] = replace(made, verification=found)
+    if reports:
+        after.meta[META_KEY] = replace(after.meta[META_KEY], verification=found)
     return after
 
 
@@ -157,6 +164,52 @@ def _original(model: Any, source: fx.GraphModule) -> nn.Module:
 def _apart(model: M) -> M:
     """A copy that may run without the caller's model noticing; it shares the parameters."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+# ---- joins --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Join:
+    """A join and its counterpart.
+
+    Attributes:
+        name, node: of the nodes before and after.
+        place: the path of the module that adds.
+        done: what was done there.
+        bits: that a carry loses there.
+        cut: whether it may have lost channels, so that nothing can be compared.
+    """
+
+    name: str
+    node: str
+    place: str
+    done: str = ""
+    bits: float = 0.0
+    cut: bool = False
+
+
+def _of_report(after: nn.Module) -> list[_Join]:
+    """The joins of a report that have a counterpart."""
+    return [
+        _Join(row.join, str(row.node), row.place, _done(row), row.bits)
+        for row in report_rows(after)
+    ]
+
+
+def _done(row: SiteReport) -> str:
+    ways = ", ".join(filter(None, [row.strategy, row.layout]))
+    return f" ({row.status}{f'; {ways}' if ways else ''})"
+
+
+def _of_names(source: fx.GraphModule, after: fx.GraphModule) -> list[_Join]:
+    """The sums of two tensors that both graphs have under the same name."""
+    names = {node.name for node in after.graph.nodes if node.target in SUMS}
+    return [
+        _Join(node.name, node.name, module_path(node), cut=True)
+        for node in source.graph.nodes
+        if node.name in names and node.target in SUMS and len(operands_of(node)) == 2
+    ]
 
 
 # ---- one pair of networks -----------------------------------------------------------------------
@@ -203,6 +256,7 @@ class _Pair:
         before: a copy of the original, which may be run.
         source: its graph, if joins are to be compared.
         after: the result.
+        joins: those to be compared.
         tolerance: the relative error that is allowed, None for that of the types in use.
         gradients: whether to compare gradients, too.
     """
@@ -213,26 +267,27 @@ class _Pair:
         before: nn.Module,
         source: fx.GraphModule | None,
         after: nn.Module,
+        joins: Sequence[_Join] = (),
         tolerance: float | None = None,
         *,
         gradients: bool = False,
     ) -> None:
         self._gradients = gradients
         self._verb, self._before, self._tolerance = verb, before, tolerance
-        self._rows: list[SiteReport] = report_rows(after) if source is not None else []
+        self._joins = joins
         writes = source is None or any("frozen" in node.meta for node in source.graph.nodes)
         self._after = _apart(after) if writes else after
         self._graphs: tuple[fx.GraphModule, ...] = ()
         self._operands: dict[str, list[tuple[fx.Node, float]]] = {}
         if source is not None and isinstance(after, fx.GraphModule):
-            joins = {row.join for row in self._rows}
-            nodes = [node for node in source.graph.nodes if node.name in joins]
+            names = {join.name for join in joins}
+            nodes = [node for node in source.graph.nodes if node.name in names]
             self._operands = {node.name: operands_of(node) for node in nodes}
             self._graphs = (_apart(source), _apart(after)) if writes else (source, after)
         self._reason = "the original gives no finite values to compare with"
         self._shapes: list[tuple[Shape, ...]] = []
         self._error, self._limit = 0.0, 0.0
-        self._joins: dict[str, JoinError] = {}
+        self._found: dict[str, JoinError] = {}
 
     def run(self, example: Example, batches: Sequence[Inputs] = ()) -> Verification:
         """Compare at every kind of size; on batches alone where there are any.
@@ -252,7 +307,7 @@ class _Pair:
             shapes=tuple(self._shapes),
             error=self._error,
             limit=self._limit,
-            joins=tuple(self._joins.values()),
+            joins=tuple(self._found.values()),
         )
 
     def _run_at(self, example: Example) -> bool:
@@ -309,7 +364,7 @@ class _Pair:
     def _names(self, side: int) -> set[str]:
         """The nodes whose values are compared."""
         if side:
-            return {str(row.node) for row in self._rows}
+            return {join.node for join in self._joins}
         operands = (node.name for found in self._operands.values() for node, _ in found)
         return {*self._operands, *operands}
 
@@ -322,7 +377,7 @@ class _Pair:
         limit = self._tolerance
         if limit is None:
             limit = default_tolerance(self._before, (inputs, before.output))
-            limit *= 2 ** max((row.bits for row in self._rows), default=0.0)
+            limit *= 2 ** max((join.bits for join in self._joins), default=0.0)
         places = list(self._places(inputs, before, after))
         wrong = [place for place in places if not place.error() <= limit * place.scale]
         if wrong:
@@ -342,16 +397,16 @@ class _Pair:
 
     def _places(self, inputs: Inputs, before: _Run, after: _Run) -> Iterator[_Place]:
         """What is compared, in the order of the graph."""
-        for row in self._rows:
-            text = f"the join {row.join} at {row.place or 'the top level'}"
-            if row.strategy:
-                text += f" (removed; {row.strategy}{f', {row.layout}' if row.layout else ''})"
-            if str(row.node) not in after.values:
+        for join in self._joins:
+            text = f"the join {join.name} at {join.place or 'the top level'}{join.done}"
+            if join.node not in after.values:
                 raise self._error_at(inputs, f"{text} has no counterpart, which the report names")
-            parts = [c * largest(before.values[n.name]) for n, c in self._operands[row.join]]
-            expected, actual = before.values[row.join], after.values[str(row.node)]
+            expected, actual = before.values[join.name], after.values[join.node]
+            if join.cut and expected.shape != actual.shape:
+                continue
+            parts = [c * largest(before.values[n.name]) for n, c in self._operands[join.name]]
             scale = max(map(abs, parts), default=0.0)
-            yield _Place(text, row.join, expected, actual, scale, row.place)
+            yield _Place(text, join.name, expected, actual, scale, join.place)
         change = structure_change(before.output, after.output)
         if change:
             raise self._error_at(inputs, change)
@@ -366,12 +421,12 @@ class _Pair:
             if place.scale:
                 self._error = max(self._error, place.error() / place.scale)
             if isinstance(place.key, str):
-                self._joins[place.key] = self._join(place, before)
+                self._found[place.key] = self._join(place, before)
 
     def _join(self, place: _Place, before: _Run) -> JoinError:
         """The largest error at a join so far, and the largest sensitivity."""
         name = str(place.key)
-        known = self._joins.get(name, JoinError(place.module, 0.0, 0.0))
+        known = self._found.get(name, JoinError(place.module, 0.0, 0.0))
         scale = place.scale or math.inf
         parts = [abs(c) * largest(before.values[n.name]) for n, c in self._operands[name]]
         error, sensitivity = place.error() / scale, min(parts, default=0.0) / scale
