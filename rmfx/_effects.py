@@ -468,11 +468,18 @@ def tensors_behind(gm: fx.GraphModule, node: fx.Node) -> tuple[Tensor, ...]:
     """The tensors of the model that a node stands for, or that the module it calls holds."""
     if node.op == "call_module":
         return tuple(_tensors_of(gm.get_submodule(str(node.target))))
-    if node.op == "placeholder":  # of Dynamo, which makes inputs of the model's tensors
-        value = getattr(node.meta.get("grapharg"), "example", None)
-    else:
-        value = attribute(gm, node) if node.op == "get_attr" else None
+    value = attribute(gm, node) if node.op == "get_attr" else None
+    if node.op == "placeholder":
+        value = _example(node)
     return (value,) if isinstance(value, Tensor) else ()
+
+
+def _example(node: fx.Node) -> object:
+    """What Dynamo was given for an input, which it makes of the model's tensors, too."""
+    try:
+        return getattr(node.meta.get("grapharg"), "example", None)
+    except AssertionError:  # it is no more
+        return None
 
 
 def _nodes(value: Any) -> list[fx.Node]:

@@ -200,6 +200,7 @@ def test_a_hooked_layer_is_not_read(module: nn.Module, name: str) -> None:
     assert isinstance(found, Refusal)
     assert "hooks" in found.reason
     handle.remove()
+    net, node = last_node(lambda m, x: m.layer(x), image(), layer=module)
     assert not isinstance(read(net, node), Refusal)
 
 
