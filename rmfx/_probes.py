@@ -112,6 +112,8 @@ class OpenSizes:
         inputs = [n for n in node.all_input_nodes if "shape" in n.meta]
         if inputs and self._works_in_place(node):
             found |= {dim for dim in range(len(shape)) if self._is_kept(inputs, shape, dim)}
+        elif inputs and node.target is torch.cat:  # a sum of sizes that are fixed
+            found |= frozenset.intersection(*(self._of_layers[n] for n in inputs))
         return frozenset(dim for dim in found if dim is not None)
 
     def _is_kept(self, inputs: list[fx.Node], shape: Shape, dim: int) -> bool:
@@ -145,14 +147,11 @@ class OpenSizes:
         for node in self._inputs:
             _input(node, lambda shape, _: ranks.add(len(shape)))
         places = {(rank, dim) for rank in ranks for dim in range(rank)}
-        here = self._shapes(places, lambda size, dim: size)
-        if here is None:  # it cannot be asked
-            return {
-                (name, dim) for name, shape in noted.items() for dim in range(len(shape))
-            }, set()
         channels = {place for place in places if place[1] == 1}
-        runs = [here, *self._runs(places - channels)]
-        return _differences(noted, runs), _differences(noted, self._runs(channels))
+        others, own = self._runs(places - channels), self._runs(channels)
+        if not others and self._shapes(places, lambda size, dim: size) is None:
+            return {(name, dim) for name in noted for dim in range(len(noted[name]))}, set()
+        return _differences(noted, others), _differences(noted, own)
 
     def _runs(self, places: Places) -> list[Shapes]:
         """Shapes at other sizes of some dimensions of the inputs, at two where the graph runs.
@@ -253,6 +252,16 @@ class _Recorder(fx.Interpreter):
         # A graph may write to a parameter: let it write to a fake.
         value = super().get_attr(target, args, kwargs)
         return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        from .frontend import shape_after
+
+        # The laws of the common layers are far quicker than fakes.
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            shape = shape_after(self.fetch_attr(target), args[0])
+            if shape is not None:
+                return args[0].new_empty(shape)
+        return super().call_module(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

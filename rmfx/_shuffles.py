@@ -138,7 +138,8 @@ def _sizes(chain: list[fx.Node], source: fx.Node, fixed: Fixed) -> set[tuple[int
     if shape is None or len(shape) < 3 or shape[1] is None:
         return set()
     known = sizes_of_every_call(source) or (None, shape[1], *[None] * len(shape[2:]))
-    above = max(largest_number(_behind(source, chain)), *(n for n in known if type(n) is int))
+    numbers = [n for n in known if type(n) is int]
+    above = max(largest_number(_behind(source, chain)), *numbers, shape[1])
     if above > LARGEST:
         return set()
     others = coprime_sizes(above)

@@ -407,7 +407,7 @@ class _ShapeRecorder(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            shape = _shape_after(module, args[0])
+            shape = shape_after(module, args[0])
             if shape is not None:
                 return args[0].new_empty(shape) if shape != args[0].shape else args[0]
         return super().call_module(target, args, kwargs)
@@ -428,7 +428,7 @@ class _ShapeRecorder(fx.Interpreter):
         return value
 
 
-def _shape_after(module: nn.Module, x: Tensor) -> tuple[int, ...] | None:
+def shape_after(module: nn.Module, x: Tensor) -> tuple[int, ...] | None:
     """Shape behind a common layer, None where only running it can tell (or would fail)."""
     shape = tuple(x.shape)
     if is_activation(module) and not isinstance(module, nn.PReLU):

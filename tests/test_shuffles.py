@@ -133,6 +133,33 @@ def test_what_is_written_to_is_not_touched() -> None:
     assert_equivalent(model, rmfx.remove_residuals(model, image()), image())
 
 
+def in_pairs(x: Tensor) -> Tensor:
+    b, c, h, w = x.size()
+    return x.view(b, c // 2, 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+
+
+def test_groups_that_follow_from_the_channels_of_an_input_are_not_those_of_the_example() -> None:
+    model = ready(Apply(lambda _, x: torch.relu(in_pairs(x))))
+    gm = rmfx.trace(model, image(2, 4, 8, 6))
+    for channels in (4, 8, 12):
+        assert torch.equal(gm(image(2, channels, 5, 5)), model(image(2, channels, 5, 5)))
+    fixed = rmfx.trace(ready(chain(conv(3, 8), Apply(lambda _, x: in_pairs(x)))), image(2, 3, 8, 6))
+    assert types(fixed)[-1] == "ChannelShuffle"
+
+
+@pytest.mark.parametrize("sizes", [(4, 12), (7, 5), (3, 4), (5, 6), (2, 2)])
+def test_a_shuffle_of_rows_is_none_of_channels(sizes: tuple[int, int]) -> None:
+    def rows(_: Any, x: Tensor) -> Tensor:
+        b, c, h, w = x.size()
+        return x.reshape(b, c * h, 2, w // 2).transpose(1, 2).reshape(b, c, h, w)
+
+    height, width = sizes[0], 2 * sizes[1]
+    model = ready(chain(conv(3, 8), Apply(rows)))
+    gm = rmfx.trace(model, image(2, 3, height, width))
+    assert "ChannelShuffle" not in types(gm)
+    assert torch.equal(gm(image(2, 3, height, width)), model(image(2, 3, height, width)))
+
+
 @given(
     groups=st.integers(1, 4), each=st.integers(1, 4), dims=st.integers(1, 3), export=st.booleans()
 )
