@@ -147,7 +147,7 @@ def _settle(
     settled = Settled(
         plan,
         max((one.name for one in used), key=_ORDER, default="linear"),
-        max([exactness_of_taps(dtype), *(one.exactness for one in used)], key=EXACTNESS.index),
+        max([_exactness_of_rest(plan, dtype), *(o.exactness for o in used)], key=EXACTNESS.index),
         max((one.gain for one in used), default=1.0),
         max((one.bits for one in used), default=0.0),
     )
@@ -157,6 +157,15 @@ def _settle(
     if isinstance(work, Refusal):
         return work
     return replace(settled, plan=replace(plan, columns=tuple(columns), work=work))
+
+
+def _exactness_of_rest(plan: Plan, dtype: torch.dtype) -> str:
+    """Of what the columns do to a carry beside its ways past activations."""
+    linear = sum(isinstance(column, Linear) for column in plan.columns)
+    # An identity batch norm takes a mean away and adds it; a single layer adds 1 to weights.
+    if linear == 1 or any(isinstance(column, Normalised) for column in plan.columns):
+        return "rounding"
+    return exactness_of_taps(dtype)
 
 
 def _best(options: Sequence[_Option | Refusal], allowed: Collection[str]) -> _Option | Refusal:

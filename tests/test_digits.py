@@ -323,6 +323,19 @@ def test_a_batch_norm_that_vanishes_in_float16_is_an_error() -> None:
     rmfx.fold_batch_norm(model.float(), image(dtype=torch.float32))
 
 
+def test_sums_of_weights_and_batch_norms_on_the_carry_round() -> None:
+    def exactness(branch: nn.Module, **options: Any) -> str:
+        gm = rmfx.remove_residuals(ready(Residual(branch)), image(), **options)
+        (row,) = rmfx.report(gm).rows
+        assert row.status == "removed"
+        return row.exactness
+
+    assert exactness(conv()) == "rounding"
+    normalised = chain(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv())
+    assert exactness(normalised) == "bit-exact"
+    assert exactness(normalised, fold_batch_norm=False) == "rounding"
+
+
 # ---- whoever asks for "relu" quantises ----------------------------------------------------------
 
 
