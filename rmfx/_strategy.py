@@ -498,10 +498,7 @@ class _Values:
 
 
 def _as_pair(
-    columns: Sequence[Column],
-    stretch: Stretch,
-    acts: dict[int, Pointwise],
-    values: _Values,
+    columns: Sequence[Column], stretch: Stretch, acts: dict[int, Pointwise], values: _Values
 ) -> Iterator[_Option | Refusal]:
     """The stretch with its carry as [s·x; −s·x], decoded and written anew between activations.
 
@@ -512,9 +509,9 @@ def _as_pair(
     if len(odd) < len(acts) or any(c.carry is not None for c in acts.values()):
         return
     coded = _scale_of_pair([*odd.values()], values)
+    if isinstance(coded, Refusal):
+        yield coded
     if coded is None or isinstance(coded, Refusal):
-        if coded is not None:
-            yield coded
         return
     scale, fact = coded
     reach = min(a.reach for a in odd.values())
