@@ -108,14 +108,13 @@ def settle(
         dtype: of the values.
     """
     own = _settle(plan, ranges, allowed, dtype)
-    large = isinstance(own, Refusal) or is_large(own, allowed)
-    if not large or "double-relu" not in allowed:
+    if "double-relu" not in allowed or _is_good(own, allowed):
         return own
     other = without_clamps(plan)
     if other is None:
         return own
     found = _settle(other, ranges, {"identity", *allowed}, dtype)
-    if isinstance(found, Refusal) or (isinstance(own, Settled) and is_large(found, allowed)):
+    if isinstance(found, Refusal) or not (isinstance(own, Refusal) or _is_good(found, allowed)):
         return own
     return replace(
         found,
@@ -127,6 +126,13 @@ def settle(
 def is_large(settled: Settled, allowed: Collection[str]) -> bool:
     """Whether a gain is more than whoever quantises can do with."""
     return "relu" in allowed and settled.gain > SMALL_GAIN
+
+
+def _is_good(found: Settled | Refusal, allowed: Collection[str]) -> bool:
+    """Whether there is a way that is right for all values, without a large gain."""
+    if isinstance(found, Refusal) or found.exactness == "calibrated range":
+        return False
+    return not is_large(found, allowed)
 
 
 _ORDER = ("linear", *STRATEGIES).index
@@ -147,7 +153,7 @@ def _settle(
     settled = Settled(
         plan,
         max((one.name for one in used), key=_ORDER, default="linear"),
-        max([exactness_of_taps(dtype), *(one.exactness for one in used)], key=EXACTNESS.index),
+        max([_exactness_of_rest(plan, dtype), *(o.exactness for o in used)], key=EXACTNESS.index),
         max((one.gain for one in used), default=1.0),
         max((one.bits for one in used), default=0.0),
     )
@@ -157,6 +163,15 @@ def _settle(
     if isinstance(work, Refusal):
         return work
     return replace(settled, plan=replace(plan, columns=tuple(columns), work=work))
+
+
+def _exactness_of_rest(plan: Plan, dtype: torch.dtype) -> str:
+    """Of what the columns do to a carry beside its ways past activations."""
+    linear = sum(isinstance(column, Linear) for column in plan.columns)
+    # An identity batch norm takes a mean away and adds it; a single layer adds 1 to weights.
+    if linear == 1 or any(isinstance(column, Normalised) for column in plan.columns):
+        return "rounding"
+    return exactness_of_taps(dtype)
 
 
 def _best(options: Sequence[_Option | Refusal], allowed: Collection[str]) -> _Option | Refusal:
@@ -240,7 +255,7 @@ def _options(
     data = None if seen is None else _bounds(seen, like.out_channels)
     codes = [_scale_code(fixing, (low, high), like, dtype) if "scale" in allowed else None]
     if data is not None:
-        codes.append(_shift_code(fixing, (low, high), data, like, dtype))
+        codes += _shift_codes(fixing, (low, high), data, like, dtype)
     for code in codes:
         if isinstance(code, Refusal):
             yield code
@@ -341,18 +356,18 @@ def _no_digits(name: str, dtype: torch.dtype, how: str) -> Refusal:
     return Refusal(f"{dtype} has no digits for {name!r}, which {how}: convert in a wider type")
 
 
-def _shift_code(
+def _shift_codes(
     acts: Sequence[Activation], proven: Bounds, data: Bounds, like: AffineConv, dtype: torch.dtype
-) -> Code | Refusal | None:
+) -> Sequence[Code | Refusal]:
     """x ↦ s·x + t into that interval: by proven bounds, if they are not far wider than the data."""
     begin, end = _common_identity(acts)
     if not begin < end:
-        return None
+        return []
     info = torch.finfo(dtype)
     largest = float(torch.maximum(-data[0], data[1]).max())
     room = (data[1] - data[0]).clamp(min=largest * info.eps)
     wider = (data[0] - room, data[1] + room)
-    bits: float | None = None
+    codes, lacking = list[Code](), list[Refusal]()
     for bounds, exactness in ((proven, "rounding"), (wider, "calibrated range")):
         found = _shift_into(*bounds, begin, end)
         if found is None:
@@ -362,10 +377,10 @@ def _shift_code(
         bits = math.log2(max(offset, 1.0))
         gain = max(1 / float(scale.min()), offset)
         if affords(dtype, bits) and gain <= 1 / info.tiny:
-            return Code(*_both_ways(*found, like), "shift", exactness, gain, bits)
-    if bits is None:
-        return None
-    return _no_digits("shift", dtype, f"costs {bits:.1f} bits")
+            codes.append(Code(*_both_ways(*found, like), "shift", exactness, gain, bits))
+        else:
+            lacking.append(_no_digits("shift", dtype, f"costs {bits:.1f} bits"))
+    return codes or lacking[-1:]
 
 
 def _width_of(scale: Tensor, shift: Tensor, bounds: Bounds) -> float:
@@ -489,10 +504,7 @@ class _Values:
 
 
 def _as_pair(
-    columns: Sequence[Column],
-    stretch: Stretch,
-    acts: dict[int, Pointwise],
-    values: _Values,
+    columns: Sequence[Column], stretch: Stretch, acts: dict[int, Pointwise], values: _Values
 ) -> Iterator[_Option | Refusal]:
     """The stretch with its carry as [s·x; −s·x], decoded and written anew between activations.
 
@@ -503,9 +515,9 @@ def _as_pair(
     if len(odd) < len(acts) or any(c.carry is not None for c in acts.values()):
         return
     coded = _scale_of_pair([*odd.values()], values)
+    if isinstance(coded, Refusal):
+        yield coded
     if coded is None or isinstance(coded, Refusal):
-        if coded is not None:
-            yield coded
         return
     scale, fact = coded
     reach = min(a.reach for a in odd.values())

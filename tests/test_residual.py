@@ -608,7 +608,7 @@ def test_excluding_the_mask_refuses_a_silu() -> None:
 
 @pytest.mark.parametrize("activation", ["auto mask", {"identity", "mask"}, set()])
 def test_unknown_strategy_names_the_known_ones(activation: Any) -> None:
-    with pytest.raises(rmfx.RmfxError, match="scale, per-channel, odd-pair, shift, masked"):
+    with pytest.raises(rmfx.RmfxError, match="per-channel, odd-pair, shift, double-relu, masked"):
         rmfx.remove_residuals(ready(Residual(conv_branch())), activation=activation)
 
 
