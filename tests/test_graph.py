@@ -56,12 +56,6 @@ def pre_hooked() -> nn.Module:
     return layer
 
 
-def patched() -> nn.Module:
-    layer = conv()
-    layer.forward = lambda x: -F.conv2d(x, layer.weight, padding=1)
-    return layer
-
-
 def halved() -> nn.Module:
     class Half(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +74,6 @@ def halved() -> nn.Module:
         (lambda: parametrizations.weight_norm(conv()), "parametriz"),
         (lambda: parametrizations.spectral_norm(conv()), "parametriz"),
         (halved, "parametriz"),
-        (patched, "forward"),
     ],
 )
 def test_touched_modules_are_guarded_and_keep_their_values(

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import collections
+import copy
+import itertools
+import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from builders import Apply, Residual, basic_branch, conv, conv_branch, image, ready
 from torch import Tensor, fx, nn
 
@@ -19,7 +26,6 @@ from rmfx.testing import assert_equivalent
 TRAPS: dict[str, Callable[[Any, Any], Any]] = {
     "isinstance": lambda m, x: m.a(x) if isinstance(x, Tensor) else m.b(x),
     "str of an attribute": lambda m, x: m.a(x) if str(x.device) == "cpu" else m.b(x),
-    "a random constant": lambda m, x: m.a(x) + torch.randn(4, 1, 1, dtype=torch.float64) * 0,
     "hasattr": lambda m, x: m.b(x.new_zeros(1) + x) if hasattr(x, "boxes") else m.a(x),
 }
 
@@ -394,3 +400,243 @@ def test_what_a_model_keeps_may_be_harmless(name: str) -> None:
             torch.testing.assert_close(converted(image()), model(image()), rtol=1e-12, atol=1e-12)
     if name in KEEPS:
         assert rmfx.report(rmfx.remove_residuals(ready(Keeps(made)))).rows
+
+
+# ---- what is kept elsewhere than in an attribute, and what is drawn -----------------------------
+
+TOTAL = 1.0
+TABLE = {"n": 1.0}
+
+
+class Counts(nn.Module):
+    """x·k() + f(x)."""
+
+    calls = 1.0
+
+    def __init__(self, k: Callable[[Any], float], kept: Any = None) -> None:
+        super().__init__()
+        self.a, self.branch = conv(), conv_branch()
+        self.k, self.kept = k, kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.k(self) + self.branch(x)  # type: ignore[no-any-return]
+
+
+def _in_an_object(m: Any) -> float:
+    m.kept.n += 1
+    return float(m.kept.n)
+
+
+def _in_a_deque(m: Any) -> float:
+    m.kept.append(m.kept[-1] + 1)
+    return float(m.kept[-1])
+
+
+def _in_a_global(m: Any) -> float:
+    global TOTAL
+    TOTAL += 1
+    return TOTAL
+
+
+def _in_a_table(m: Any) -> float:
+    TABLE["n"] += 1
+    return TABLE["n"]
+
+
+def _in_the_class(m: Any) -> float:
+    Counts.calls += 1
+    return Counts.calls
+
+
+def _in_a_default(m: Any, kept: list[float] = [1.0]) -> float:  # noqa: B006
+    kept[0] += 1
+    return kept[0]
+
+
+def _in_a_closure() -> Callable[[Any], float]:
+    n = 1.0
+
+    def count(_: Any) -> float:
+        nonlocal n
+        n += 1
+        return n
+
+    return count
+
+
+SEEN: dict[str, Callable[[], Counts]] = {
+    "kept.n": lambda: Counts(_in_an_object, SimpleNamespace(n=1.0)),
+    "kept": lambda: Counts(_in_a_deque, collections.deque([1.0])),
+    "TOTAL": lambda: Counts(_in_a_global),
+    "TABLE": lambda: Counts(_in_a_table),
+    "Counts.calls": lambda: Counts(_in_the_class),
+    "k": lambda: Counts(_in_a_default),
+    "k.n": lambda: Counts(_in_a_closure()),
+    "kept of random": lambda: Counts(lambda m: m.kept.random(), random.Random(0)),
+    "kept of numpy": lambda: Counts(lambda m: float(m.kept.random()), np.random.default_rng(0)),
+}
+HIDDEN: dict[str, Callable[[], Counts]] = {
+    "an iterator": lambda: Counts(lambda m: float(next(m.kept)), itertools.count(1)),
+    "an array": lambda: Counts(lambda m: float(m.kept.__iadd__(1)[0]), np.ones(1)),
+}
+DRAWN: dict[str, Callable[[Any], float]] = {
+    "Python's random": lambda m: random.random(),
+    "Python's random, seldom": lambda m: 2.0 if random.random() < 0.01 else 1.0,
+    "numpy.random": lambda m: 2.0 if float(np.random.rand()) < 0.01 else 1.0,
+}
+
+
+@pytest.mark.parametrize("given", [(), (image(),)])
+@pytest.mark.parametrize("name", SEEN)
+def test_state_is_found_wherever_it_is_and_put_back(name: str, given: Any) -> None:
+    model = ready(SEEN[name]())
+    twin = copy.deepcopy(model) if name.startswith("kept") else None
+    with pytest.raises(rmfx.TraceError, match=rf"changes \S*{name.split()[0]} and computes"):
+        rmfx.remove_residuals(model, *given)
+    assert (TOTAL, TABLE["n"], Counts.calls) == (1.0, 1.0, 1.0)
+    if twin is not None:
+        torch.testing.assert_close(model(image()), twin(image()))
+
+
+@pytest.mark.parametrize("given", [(), (image(),)])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_state_that_nobody_can_see_shows_when_the_model_runs_again(name: str, given: Any) -> None:
+    with pytest.raises(rmfx.TraceError, match=r"something else when it is called again.* kept or"):
+        rmfx.remove_residuals(ready(HIDDEN[name]()), *given)
+
+
+@pytest.mark.parametrize("given", [(), (image(),)])
+@pytest.mark.parametrize("name", DRAWN)
+def test_random_numbers_that_are_not_torchs_are_refused(name: str, given: Any) -> None:
+    before = random.getstate(), str(np.random.get_state())
+    with pytest.raises(rmfx.TraceError, match=f"draws from {name.partition(',')[0]}"):
+        rmfx.remove_residuals(ready(Counts(DRAWN[name])), *given)
+    assert (random.getstate(), str(np.random.get_state())) == before
+
+
+def test_objects_that_change_without_effect_are_put_back() -> None:
+    def count(m: Any) -> float:
+        m.kept.n += 1
+        m.kept.log.append(m.kept.n)
+        return 2.0
+
+    log = collections.deque([0], maxlen=2)
+    model = ready(Counts(count, SimpleNamespace(n=0, log=log)))
+    for given in ((), (image(),)):
+        converted = rmfx.remove_residuals(model, *given)
+        assert rmfx.report(converted).removed == 1
+        assert (model.kept.n, list(log)) == (0, [0])
+        assert_equivalent(model, converted, image())
+        model.kept.n = 0
+        log.clear()
+        log.append(0)
+
+
+def test_a_tensor_that_is_kept_is_left_as_it_was() -> None:
+    model = ready(Counts(lambda m: m.kept.add_(1).item(), torch.ones(1)))
+    for given in ((), (image(),)):
+        with pytest.raises(rmfx.TraceError, match="writes to a tensor that it keeps"):
+            rmfx.remove_residuals(model, *given)
+        assert model.kept == 1
+
+
+# ---- what a call is more than its class's forward() ---------------------------------------------
+
+
+def _circular(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+
+class Doubles(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Residual(conv_branch())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)  # type: ignore[no-any-return]
+
+
+def _with_forward() -> nn.Module:
+    model = Apply(lambda m, x: m.a(x), a=Residual(conv_branch()))
+    forward = model.forward
+    model.forward = lambda x: 2 * forward(x)
+    return model
+
+
+def _hooked(m: Any, x: Tensor) -> Tensor:
+    hook = m.a.register_forward_hook(lambda *given: 2 * given[2])
+    y = m.a(torch.relu(x))
+    hook.remove()
+    return x + y  # type: ignore[no-any-return]
+
+
+def _strided(m: Any, x: Tensor) -> Tensor:
+    m.a.padding = m.a.dilation = (2, 2)
+    y = m.a(torch.relu(x))
+    m.a.padding = m.a.dilation = (1, 1)
+    return x + y  # type: ignore[no-any-return]
+
+
+def _swapped(m: Any, x: Tensor) -> Tensor:
+    weights = {name: weight * 2 for name, weight in m.a.named_parameters()}
+    return x + torch.func.functional_call(m.a, weights, (torch.relu(x),))  # type: ignore[no-any-return]
+
+
+MORE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "its class's call": (Doubles, "__call__ of its own"),
+    "its forward": (_with_forward, "forward is that of one instance"),
+    "a temporary hook": (lambda: Apply(_hooked, a=conv()), "a._forward_hooks before it calls a"),
+    "a temporary stride": (lambda: Apply(_strided, a=conv()), "changes a.* before it calls a"),
+    "a swapped weight": (lambda: Apply(_swapped, a=conv()), "computes with a.weight itself"),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_what_leaves_no_trace_is_exported_or_refused(name: str) -> None:
+    make, reason = MORE[name]
+    model = ready(make())
+    with pytest.raises(rmfx.TraceError, match=reason):
+        rmfx.remove_residuals(model)
+    converted = rmfx.remove_residuals(model, image())
+    assert rmfx.report(converted).removed == 1
+    x = image(3, *image().shape[1:])  # exporting leaves the batch open
+    torch.testing.assert_close(converted(x), model(x))
+
+
+def test_noise_is_no_constant() -> None:
+    model = ready(Apply(lambda m, x: m.a(x) * torch.rand(4, 1, 1).double(), a=conv()))
+    with pytest.raises(rmfx.TraceError, match="draws random numbers"):
+        rmfx.remove_residuals(model)
+    converted = rmfx.remove_residuals(model, image())
+    assert not torch.equal(converted(image()), converted(image()))
+
+
+@pytest.mark.parametrize("method", ["_conv_forward", "forward"])
+def test_a_method_of_one_layer_is_traced_into_and_guarded_in_a_graph(method: str) -> None:
+    model = ready(Apply(lambda m, x: x + m.b(F.relu(m.a(x))), a=conv(), b=conv()))
+    layer = model.a
+    own = {
+        "_conv_forward": _circular,
+        "forward": lambda x: -F.conv2d(x, layer.weight, padding=1),
+    }
+    gm = fx.symbolic_trace(model)
+    setattr(layer, method, own[method])
+    for given in ((), (image(),)):
+        converted = rmfx.remove_residuals(model, *given)
+        assert rmfx.report(converted).removed == 1
+        assert_equivalent(model, converted, image(2, 4, 7, 6))
+        (row,) = rmfx.report(rmfx.remove_residuals(gm, *given)).rows
+        assert row.status == "refused"
+        torch.testing.assert_close(rmfx.remove_residuals(gm, *given)(image()), model(image()))
+
+
+def test_the_forward_of_one_graph_is_refused() -> None:
+    gm = fx.symbolic_trace(ready(Residual(conv_branch())))
+    forward = gm.forward
+    gm.forward = lambda x: 2 * forward(x)
+    for given in ((), (image(),)):
+        with pytest.raises(rmfx.TraceError, match=r"forward of this .* was put in the place"):
+            rmfx.remove_residuals(gm, *given)
