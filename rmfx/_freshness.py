@@ -179,8 +179,13 @@ class _Checksums:
         tensors = [t for t in tensors if _has_values(t)]
         near = [t for t in tensors if t.device.type == "cpu"]
         far = _together(_flat(t) for t in tensors if t.device.type != "cpu")
-        memories = (*(_flat(t).view(torch.uint8).numpy().data for t in near), *far)
+        memories: list[bytes | memoryview] = [*map(_bytes, near), *far]
         return tuple(zlib.crc32(memory).to_bytes(4, "little") for memory in memories)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    memory: Any = _flat(tensor).view(torch.uint8).numpy()
+    return memoryview(memory)
 
 
 def _flat(tensor: Tensor, *, step: bool = False) -> Tensor:
@@ -197,12 +202,12 @@ def _flat(tensor: Tensor, *, step: bool = False) -> Tensor:
     return flat[:: max(1, len(flat) // SAMPLES)] if step else flat
 
 
-def _together(flat: Iterable[Tensor]) -> Bits:
+def _together(flat: Iterable[Tensor]) -> list[bytes]:
     """The bytes of tensors of another device, fetched in one go for each device and width."""
     alike: dict[Hashable, list[Tensor]] = defaultdict(list)
     for tensor in flat:
         alike[tensor.device, tensor.dtype].append(tensor)
-    return tuple(torch.cat(found).cpu().numpy().tobytes() for found in alike.values())
+    return [torch.cat(found).cpu().numpy().tobytes() for found in alike.values()]
 
 
 # ---- in a graph ---------------------------------------------------------------------------------

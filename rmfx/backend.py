@@ -2,7 +2,7 @@
 
 Each of Dynamo's graphs has its residual connections removed and goes on to another backend. The
 weights that were baked are compared at every call with those that Dynamo hands over, in a way that
-`Options` says: after `load_state_dict`, an optimiser step or any other change the graph is converted
+`Options` says; after `load_state_dict`, an optimiser step or any other change the graph is made
 again. A graph whose gradients are asked for is passed on as it is, with a warning, unless
 `differentiable` is set.
 """
