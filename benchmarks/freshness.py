@@ -47,8 +47,10 @@ class Compiled:
         torch.compiler.reset()
         self._x = torch.randn(1, 3, 224, 224)
         self._converted: list[Any] = []
-        model: Any = torchvision.models.get_model(network, weights=None).eval()
-        self._run: Any = torch.compile(model, backend=self._backend, options={"backend": inner})
+        model = torchvision.models.get_model(network, weights=None).eval()
+        keywords: dict[str, Any] = {"backend": self._backend, "options": {"backend": inner}}
+        compile_with: Any = torch.compile  # whose overloads mypy does not follow here
+        self._run: Any = compile_with(model, **keywords)
         self._run(self._x)
         self._state = self._converted[0]._state
         self._snapshots: dict[str, Snapshot] = {mode: self._snapshot(mode) for mode in MODES}

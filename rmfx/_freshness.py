@@ -73,7 +73,7 @@ class Snapshot:
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors, or other names of the same memory, hold the values they had."""
-        weights = [tensors[i] for i in self._weights]
+        weights = list(map(tensors.__getitem__, self._weights))
         return (
             self._facts == self._facts_of(tensors, weights)
             and not any(map(torch.UntypedStorage._expired, self._storages))
@@ -85,7 +85,7 @@ class Snapshot:
         return [
             [_number(tensors[i]) for i in self._numbers],
             _versions(weights),
-            [t.data_ptr() for t in weights],
+            list(map(Tensor.data_ptr, weights)),
             [(t.dtype, t.shape, t.stride()) for t in unguarded],
         ]
 

@@ -225,8 +225,8 @@ class _Converted:
         self._renewals = 0
         self._renewing = threading.Lock()
         self._is_dynamic = _has_open_sizes(gm.graph)
-        baked = {one.position for one in lifted}
-        self._kept = [i for i in range(len(inputs)) if i not in baked]
+        self._baked = [one.position for one in lifted]
+        self._kept = [i for i in range(len(inputs)) if i not in set(self._baked)]
         # With inductor's freezing switched on Dynamo leaves the weights in the graph.
         self._held = [*gm.parameters(), *gm.buffers()]
         self._state = self._compile(inputs, lifted)
@@ -260,7 +260,7 @@ class _Converted:
         """Whether the weights are those that were baked."""
         if state.weights is None:
             return True
-        return state.weights.holds([*(args[one.position] for one in self._lifted), *self._held])
+        return state.weights.holds([*map(args.__getitem__, self._baked), *self._held])
 
     def _renewed(self, args: Sequence[Any]) -> _State:
         """The state of the weights as they are now; whoever comes meanwhile waits for it."""
