@@ -2,8 +2,8 @@
 
 For ResNet-50 and MobileNetV2 (batch 1, 224 px, float32) behind `torch.compile(model,
 backend="rmfx")`: the time of a call with each mode of the option `weights`, over that with
-"frozen", which does not look. The modes are of one compiled graph, whose snapshot is changed between
-calls; they take turns in one process, in the opposite order each time.
+"frozen", which does not look. The modes are of one compiled graph, whose snapshot is changed
+between calls; they take turns in one process, in the opposite order each time.
 
 The limit for each network and inner backend: ratio of the medians of "sampled" at most 1.03. Exit
 code 1 if it is exceeded. `--out` writes the table into a file, too.
@@ -44,18 +44,20 @@ class Compiled:
 
     def __init__(self, network: str, inner: str) -> None:
         torch.manual_seed(0)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         self._x = torch.randn(1, 3, 224, 224)
-        self._converted: Any = None
+        self._converted: list[Any] = []
         model = torchvision.models.get_model(network, weights=None).eval()
-        self._run: Any = torch.compile(model, backend=self._backend, options={"backend": inner})
+        keywords: dict[str, Any] = {"backend": self._backend, "options": {"backend": inner}}
+        compile_with: Any = torch.compile  # whose overloads mypy does not follow here
+        self._run: Any = compile_with(model, **keywords)
         self._run(self._x)
-        self._state = self._converted._state
-        self._snapshots = {mode: self._snapshot(mode) for mode in MODES}
+        self._state = self._converted[0]._state
+        self._snapshots: dict[str, Snapshot] = {mode: self._snapshot(mode) for mode in MODES}
 
     def _backend(self, gm: Any, inputs: Any, **keywords: Any) -> Any:
-        self._converted = backend.rmfx(gm, inputs, **keywords)
-        return self._converted
+        self._converted.append(backend.rmfx(gm, inputs, **keywords))
+        return self._converted[0]
 
     def _snapshot(self, mode: Any) -> Snapshot:
         """What the weights are like, as the graph is handed them."""
@@ -66,13 +68,13 @@ class Compiled:
                 found.append(tensors)
                 return True
 
-        self._converted._state = replace(self._state, weights=Listener())
+        self._converted[0]._state = replace(self._state, weights=Listener())
         self._run(self._x)
         return Snapshot(found[0], mode=mode)
 
     def seconds(self, mode: str) -> float:
         """Of a call."""
-        self._converted._state = replace(self._state, weights=self._snapshots[mode])
+        self._converted[0]._state = replace(self._state, weights=self._snapshots[mode])
         start = time.perf_counter()
         self._run(self._x)
         return time.perf_counter() - start

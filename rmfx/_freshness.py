@@ -73,7 +73,7 @@ class Snapshot:
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors, or other names of the same memory, hold the values they had."""
-        weights = [tensors[i] for i in self._weights]
+        weights = list(map(tensors.__getitem__, self._weights))
         return (
             self._facts == self._facts_of(tensors, weights)
             and not any(map(torch.UntypedStorage._expired, self._storages))
@@ -85,7 +85,7 @@ class Snapshot:
         return [
             [_number(tensors[i]) for i in self._numbers],
             _versions(weights),
-            [t.data_ptr() for t in weights],
+            list(map(Tensor.data_ptr, weights)),
             [(t.dtype, t.shape, t.stride()) for t in unguarded],
         ]
 
@@ -179,8 +179,13 @@ class _Checksums:
         tensors = [t for t in tensors if _has_values(t)]
         near = [t for t in tensors if t.device.type == "cpu"]
         far = _together(_flat(t) for t in tensors if t.device.type != "cpu")
-        memories = (*(_flat(t).view(torch.uint8).numpy().data for t in near), *far)
+        memories: list[bytes | memoryview] = [*map(_bytes, near), *far]
         return tuple(zlib.crc32(memory).to_bytes(4, "little") for memory in memories)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    memory: Any = _flat(tensor).view(torch.uint8).numpy()
+    return memoryview(memory)
 
 
 def _flat(tensor: Tensor, *, step: bool = False) -> Tensor:
@@ -197,12 +202,12 @@ def _flat(tensor: Tensor, *, step: bool = False) -> Tensor:
     return flat[:: max(1, len(flat) // SAMPLES)] if step else flat
 
 
-def _together(flat: Iterable[Tensor]) -> Bits:
+def _together(flat: Iterable[Tensor]) -> list[bytes]:
     """The bytes of tensors of another device, fetched in one go for each device and width."""
     alike: dict[Hashable, list[Tensor]] = defaultdict(list)
     for tensor in flat:
         alike[tensor.device, tensor.dtype].append(tensor)
-    return tuple(torch.cat(found).cpu().numpy().tobytes() for found in alike.values())
+    return [torch.cat(found).cpu().numpy().tobytes() for found in alike.values()]
 
 
 # ---- in a graph ---------------------------------------------------------------------------------

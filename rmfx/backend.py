@@ -2,7 +2,7 @@
 
 Each of Dynamo's graphs has its residual connections removed and goes on to another backend. The
 weights that were baked are compared at every call with those that Dynamo hands over, in a way that
-`Options` says: after `load_state_dict`, an optimiser step or any other change the graph is converted
+`Options` says; after `load_state_dict`, an optimiser step or any other change the graph is made
 again. A graph whose gradients are asked for is passed on as it is, with a warning, unless
 `differentiable` is set.
 """
@@ -225,8 +225,8 @@ class _Converted:
         self._renewals = 0
         self._renewing = threading.Lock()
         self._is_dynamic = _has_open_sizes(gm.graph)
-        baked = {one.position for one in lifted}
-        self._kept = [i for i in range(len(inputs)) if i not in baked]
+        self._baked = [one.position for one in lifted]
+        self._kept = [i for i in range(len(inputs)) if i not in set(self._baked)]
         # With inductor's freezing switched on Dynamo leaves the weights in the graph.
         self._held = [*gm.parameters(), *gm.buffers()]
         self._state = self._compile(inputs, lifted)
@@ -260,7 +260,7 @@ class _Converted:
         """Whether the weights are those that were baked."""
         if state.weights is None:
             return True
-        return state.weights.holds([*(args[one.position] for one in self._lifted), *self._held])
+        return state.weights.holds([*map(args.__getitem__, self._baked), *self._held])
 
     def _renewed(self, args: Sequence[Any]) -> _State:
         """The state of the weights as they are now; whoever comes meanwhile waits for it."""
