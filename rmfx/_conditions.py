@@ -172,7 +172,7 @@ def take_conditions(graph: fx.Graph) -> fx.Graph:
     conditions = own_conditions(graph)
     inputs = graph.find_nodes(op="placeholder")
     places = dict(zip(inputs, conditions.nodes, strict=True))
-    found = _nodes_of_conditions(graph)
+    found = nodes_of_conditions(graph)
     for node in found:
         places[node] = conditions.node_copy(node, places.__getitem__)
     for node in reversed(found):
@@ -181,7 +181,7 @@ def take_conditions(graph: fx.Graph) -> fx.Graph:
     return conditions
 
 
-def _nodes_of_conditions(graph: fx.Graph) -> list[fx.Node]:
+def nodes_of_conditions(graph: fx.Graph) -> list[fx.Node]:
     """Every `demand` that depends on inputs alone, and what it reads."""
     needed = set(graph.find_nodes(op="call_function", target=demand))
     if not needed:
@@ -204,7 +204,7 @@ def put_conditions(conditions: fx.Graph, graph: fx.Graph) -> None:
         return
     inputs = graph.find_nodes(op="placeholder")
     places = dict(zip(conditions.find_nodes(op="placeholder"), inputs, strict=True))
-    known = {_call(n.target, n.args): n for n in _nodes_of_conditions(graph)}
+    known = {_call(n.target, n.args): n for n in nodes_of_conditions(graph)}
     with graph.inserting_before(inputs[-1].next):
         for node in conditions.nodes:
             if node.op in ("placeholder", "output"):

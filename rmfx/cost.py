@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from ._affine import MULTIPLYING, TRANSPOSED
 from ._calls import ADDS, SUBS
 from ._channels import adds_itself
+from ._conditions import nodes_of_conditions
 from ._errors import ShapeError
 from ._graph import Net, positions
 from ._memory import Skip, live_bytes, size_of
@@ -76,13 +77,19 @@ def nodes(model: nn.Module | Any, example_inputs: Any) -> tuple[NodeCost, ...]:
     """
     gm = _traced(model, example_inputs)
     live = live_bytes(gm)
-    return tuple(_cost_of(gm, node, live[node]) for node in gm.graph.nodes)
+    return tuple(_cost_of(gm, node, live[node]) for node in _computing(gm.graph))
 
 
 def _traced(model: nn.Module | Any, example_inputs: Any) -> fx.GraphModule:
     if example_inputs is None:
         raise ShapeError("counting multiply-adds needs example inputs")
     return trace(model, example_inputs)
+
+
+def _computing(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of a graph, conditions aside, which look at sizes alone."""
+    aside = set(nodes_of_conditions(graph))
+    return [node for node in graph.nodes if node not in aside]
 
 
 def _cost_of(gm: fx.GraphModule, node: fx.Node, live: int) -> NodeCost:
@@ -127,7 +134,7 @@ def count(model: nn.Module | Any, example_inputs: Any) -> Cost:
 def count_graph(gm: fx.GraphModule) -> Cost:
     """The same for a graph whose shapes are known."""
     live = live_bytes(gm)
-    rows = [_cost_of(gm, node, live[node]) for node in gm.graph.nodes]
+    rows = [_cost_of(gm, node, live[node]) for node in _computing(gm.graph)]
     return Cost(
         macs=sum(row.macs for row in rows),
         parameters=sum(p.numel() for p in gm.parameters()),

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from ._conditions import nodes_of_conditions
 from ._errors import RmfxError
 from .conversion import Conversion
 from .cost import Cost, NodeCost, nodes
@@ -234,7 +235,8 @@ def draw(gm: fx.GraphModule, costs: dict[str, NodeCost], own: dict[str, int | No
         costs: of its nodes, by name.
         own: how many channels nodes of these names have without a carry.
     """
-    shown = [n for n in gm.graph.nodes if n.op != "get_attr"]
+    aside = set(nodes_of_conditions(gm.graph))
+    shown = [n for n in gm.graph.nodes if n.op != "get_attr" and n not in aside]
     layers = _layers(shown)
     edges = [(a, b) for b in shown for a in b.all_input_nodes if a in layers]
     count = len(shown)

@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 
 import rmfx
 from rmfx._calls import ARITHMETIC, CALLS
+from rmfx._conditions import take_conditions
+from rmfx._graph import copy_graph
 from rmfx.testing import random_statistics
 
 Forward = Callable[[Any, Tensor], Any]
@@ -40,9 +42,10 @@ class Holder(nn.Module):
 
 
 def called(gm: fx.GraphModule) -> list[str]:
-    """What the graph calls: module types, or names of functions and methods."""
-    names = []
-    for node in gm.graph.nodes:
+    """What the graph calls, conditions aside: module types, or names of functions and methods."""
+    names, graph = [], copy_graph(gm)
+    take_conditions(graph)
+    for node in graph.nodes:
         if node.op == "call_module":
             names.append(type(gm.get_submodule(str(node.target))).__name__)
         elif node.op in ("call_function", "call_method"):
