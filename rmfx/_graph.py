@@ -24,7 +24,7 @@ from ._activation import Blockwise
 from ._affine import AffineConv, is_finite
 from ._code import share_lookups
 from ._dialect import attribute, has_hooks, must_stay
-from ._errors import Refusal, RmfxError, WeightError
+from ._errors import Refusal, RmfxError, WeightError, fault
 from ._infer import Inference, succeed
 from ._input_guard import (
     InputGuard,
@@ -395,9 +395,15 @@ def _copied(value: Any, memo: dict[int, object]) -> Any:
 
 
 def between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
-    """The nodes of a graph behind one and before another one."""
+    """The nodes of a graph behind one and before another one.
+
+    Raises:
+        InternalError: the other one does not come behind the first.
+    """
     node = start.next
     while node is not end:
+        if node.op == "root":  # where the graph ends, and begins again
+            raise fault(end.name, f"it does not stand behind {start.name}")
         yield node
         node = node.next
 
