@@ -56,7 +56,7 @@ def check_program(file: IO[bytes]) -> None:
         is_former = "version" in former.namelist()
     file.seek(0)
     if not is_former:
-        _check_archive(torch._C.PyTorchFileReader(file))  # type: ignore[arg-type]
+        _check_archive(torch._C.PyTorchFileReader(file))
         file.seek(0)
 
 

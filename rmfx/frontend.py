@@ -445,8 +445,7 @@ def _find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
             f"the model does not run on the example inputs: it takes {expected}, not {len(inputs)}"
         )
     # Numbers that depend on the inputs' values are unknown, and so are sizes that depend on those.
-    unknown = {"shape_env": ShapeEnv(), "static_shapes": True}
-    mode = FakeTensorMode(allow_non_fake_inputs=True, **unknown)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     try:
         with mode, torch.no_grad():
             _ShapeRecorder(gm, mode).run(*as_fakes(mode, inputs))
