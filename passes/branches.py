@@ -27,7 +27,7 @@ from rmfx._affine import AffineConv
 from rmfx._algebra import chain as compose_chain
 from rmfx._algebra import stack
 from rmfx._columns import Plan
-from rmfx._errors import Refusal
+from rmfx._errors import Refusal, fault
 from rmfx._graph import Net, Virtual
 from rmfx._layers import input_of, is_tensor_node, read_affine
 from rmfx._plan import merge
@@ -154,11 +154,12 @@ def apply_to_joins(net: Net, rule: ResidualRule) -> tuple[set[fx.Node], dict[fx.
         The nodes that were made, and what was refused.
     """
     concatenations = ConcatenationRule()
-    while True:
+    for _ in range(len(net.graph.nodes) + 1):  # each round merges one concatenation at least
         _, refusals = apply_rule(net, rule)
         more, _ = apply_rule(net, concatenations)
         if not more:
             return rule.made | concatenations.made, refusals
+    raise fault("merge_branches", "it finds something to merge for ever")
 
 
 @undisturbed

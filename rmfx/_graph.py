@@ -25,7 +25,7 @@ from ._affine import AffineConv, is_finite
 from ._code import share_lookups
 from ._conditions import AGAIN, demand_sizes, put_conditions, take_conditions
 from ._dialect import attribute, has_hooks, must_stay, replaced_method
-from ._errors import Refusal, RmfxError, WeightError
+from ._errors import Refusal, RmfxError, WeightError, fault
 from ._infer import Inference, succeed
 from ._kinds import is_ordinary
 from ._meta import forget
@@ -469,9 +469,15 @@ def _copied(value: Any, memo: dict[int, object], *, written: bool) -> Any:
 
 
 def between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
-    """The nodes of a graph behind one and before another one."""
+    """The nodes of a graph behind one and before another one.
+
+    Raises:
+        InternalError: the other one does not come behind the first.
+    """
     node = start.next
     while node is not end:
+        if node.op == "root":  # where the graph ends, and begins again
+            raise fault(end.name, f"it does not stand behind {start.name}")
         yield node
         node = node.next
 

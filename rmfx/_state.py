@@ -29,7 +29,10 @@ def undisturbed(verb: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        signature.bind(*args, **kwargs)  # a call that does not fit is Python's own TypeError
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError:
+            return verb(*args, **kwargs)  # which does not fit: Python says why
         with contextlib.ExitStack() as stack:
             stack.enter_context(reported(verb.__name__))
             stack.enter_context(alone())

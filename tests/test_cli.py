@@ -411,11 +411,12 @@ def test_traceback_shows_where_an_error_arose() -> None:
 def test_an_interruption_while_writing_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(program: object, path: Path) -> None:
-        Path(path).write_bytes(b"half")
+    def interrupt(path: Path, data: object) -> None:
+        with path.open("wb") as file:
+            file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch.export, "save", interrupt)
+    monkeypatch.setattr(Path, "write_bytes", interrupt)
     message = fails(capsys, "convert", DIGITS, SHAPE, "-o", "out.pt2", code=130)
     assert message == "rmfx: interrupted"
     assert os.listdir(tmp_path) == []
@@ -476,16 +477,17 @@ def test_a_full_disk_is_one_line(size: int, tmp_path: Path) -> None:
 
 
 SLOW_WRITER = """
-import sys, time, torch
+import sys, time
 from pathlib import Path
 from rmfx.cli import main
 
-def write_slowly(program, path):
-    Path(path).write_bytes(b"half")
+def write_slowly(path, data):
+    with path.open("wb") as file:
+        file.write(b"half")
     Path("writing").touch()
     time.sleep(60)
 
-torch.export.save = write_slowly
+Path.write_bytes = write_slowly
 sys.exit(main(["convert", "rmfx.models:DigitsNet", "--input-shape=1,1,28,28", "-o", "o.pt2"]))
 """
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from builders import Apply, chain, image
 from torch import fx, nn
 
 import rmfx
-from rmfx._errors import Refusal
+from rmfx._errors import InternalError, Refusal
 from rmfx._graph import Net
 from rmfx._layers import input_of
 from rmfx._rewrite import apply_rule
@@ -95,3 +96,26 @@ def test_inner_sites_are_rewritten_before_outer_ones() -> None:
     outer = Apply(lambda m, x: x + m.g(torch.relu(m.f(x))), f=inner, g=nn.Conv2d(4, 4, 1))
     gm = rmfx.remove_residuals(outer.double().eval(), image())
     assert [row.status for row in rmfx.report(gm).rows] == ["removed", "removed"]
+
+
+class NeverDone(Unwrap):
+    """Finds something to do at every Tanh, for ever."""
+
+    def match(self, net: Net, node: fx.Node) -> fx.Node | None:
+        self.seen.append(node.name)
+        layer = net.replacement(node) or net.module(node)
+        return node.all_input_nodes[0] if isinstance(layer, nn.Tanh) else None
+
+    def rewrite(self, net: Net, node: fx.Node, match: fx.Node) -> None:
+        with net.graph.inserting_after(node):
+            made = net.put(nn.Tanh(), match, "again", node)
+        node.replace_all_uses_with(made)
+        net.release([node])
+        net.graph.erase_node(node)
+
+
+def test_a_rule_that_never_ends_is_stopped_and_named() -> None:
+    rule = NeverDone()
+    with pytest.raises(InternalError, match=r"NeverDone at again\w*: it finds .* for ever.*report"):
+        apply_rule(net_of(nn.ReLU(), nn.Tanh()), rule)
+    assert len(rule.seen) == 5 * 4  # one sweep more than the graph has nodes, in all

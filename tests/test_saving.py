@@ -130,14 +130,15 @@ def test_an_interrupted_write_leaves_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def write_half(program: object, path: Path) -> None:
-        Path(path).write_bytes(b"half")
+    def write_half(path: Path, data: object) -> None:
+        with path.open("wb") as file:
+            file.write(b"half")
         raise fault
 
     place = tmp_path / "net.pt2"
     if existing:
         place.write_bytes(b"old")
-    monkeypatch.setattr(torch.export, "save", write_half)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
     with pytest.raises((KeyboardInterrupt, SaveError)):
         save(make_net(), place, IMAGE)
     assert os.listdir(tmp_path) == ["net.pt2"] * existing
