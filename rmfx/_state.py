@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from ._threads import alone
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_AUTOCAST: ContextVar[dict[str, torch.dtype]] = ContextVar("autocast", default={})  # noqa: B039
 
 
 def undisturbed(verb: Callable[P, T]) -> Callable[P, T]:
@@ -37,9 +39,26 @@ def undisturbed(verb: Callable[P, T]) -> Callable[P, T]:
             stack.enter_context(reported(verb.__name__))
             stack.enter_context(alone())
             stack.enter_context(torch.inference_mode(False))
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
+            types = _autocast_types()
+            for device in types:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            if types:
+                stack.callback(_AUTOCAST.reset, _AUTOCAST.set(types))
             return verb(*args, **kwargs)
 
     return run
+
+
+def _autocast_types() -> dict[str, torch.dtype]:
+    """The devices for which autocast is on, with the type it casts to."""
+    devices = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    return {device: torch.get_autocast_dtype(device) for device in devices}
+
+
+@contextlib.contextmanager
+def autocast_of_caller() -> Iterator[dict[str, torch.dtype]]:
+    """Switch autocast on again as the caller of a verb has it; gives the types it casts to."""
+    with contextlib.ExitStack() as stack:
+        for device, dtype in _AUTOCAST.get().items():
+            stack.enter_context(torch.autocast(device, dtype))
+        yield _autocast_types()

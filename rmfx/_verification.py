@@ -25,12 +25,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ._activation import Interval
 from ._batches import as_tuple
 from ._conditions import refuses
+from ._dynamo import find_lifted
 from ._equivalence import (
     Recorder,
     cloned,
@@ -44,6 +46,7 @@ from ._equivalence import (
 )
 from ._errors import VerificationError
 from ._names import module_path
+from ._state import autocast_of_caller
 from ._tracing import first_line
 from ._trial_inputs import SAME, Example, Inputs, candidates
 from .report import META_KEY, JoinError, SiteReport, Verification, shape_text
@@ -143,11 +146,44 @@ def checked(
     else:
         joins = _of_report(after) if reports else _of_names(source, after)
         pair = _Pair(verb, _original(model, source), source, after, joins, gradients=gradients)
-        example = Example(as_tuple(inputs), input_range=input_range)
-        found = pair.run(example, [as_tuple(batch) for batch in batches])
+        example, trials = _example_of(model, inputs, input_range)
+        found = pair.run(example, [as_tuple(batch) for batch in batches] or trials)
     if reports:
         after.meta[META_KEY] = replace(after.meta[META_KEY], verification=found)
     return after
+
+
+def _example_of(
+    model: Any, inputs: Any, input_range: Interval | None
+) -> tuple[Example, list[Inputs]]:
+    """The example inputs, and those to be run if there is no choice.
+
+    One of Dynamo's graphs is made for the sizes that it was made of, and holds the model's own
+    tensors among its inputs, unless they were taken out.
+    """
+    given = as_tuple(inputs)
+    if not _is_of_dynamo(model):
+        return Example(given, input_range=input_range), []
+    lifted = {one.position: one.value for one in find_lifted(model)}
+    real = (lifted.get(i, _real(x)) for i, x in enumerate(given))
+    example = Example(tuple(real), frozenset(lifted), input_range)
+    return example, [example.resized((SAME,) * len(example.sizes), seed=0)]
+
+
+def _is_of_dynamo(model: Any) -> bool:
+    if not isinstance(model, fx.GraphModule):
+        return False
+    return any("grapharg" in node.meta for node in model.graph.find_nodes(op="placeholder"))
+
+
+def _real(x: Any) -> Any:
+    """What may be run in the place of an input that compilers know in the abstract."""
+    if isinstance(x, torch.SymInt):
+        return x.node.hint
+    if not isinstance(x, FakeTensor):
+        return x
+    shape = [n.node.hint if isinstance(n, torch.SymInt) else n for n in x.shape]
+    return torch.zeros(shape, dtype=x.dtype, device=x.device)
 
 
 def _original(model: Any, source: fx.GraphModule) -> nn.Module:
@@ -273,8 +309,10 @@ class _Pair:
         gradients: bool = False,
     ) -> None:
         self._gradients = gradients
+        self._traced_under = _is_of_dynamo(before)
         self._verb, self._before, self._tolerance = verb, before, tolerance
         self._joins = joins
+        self._fixed: frozenset[int] = frozenset()
         writes = source is None or any("frozen" in node.meta for node in source.graph.nodes)
         self._after = _apart(after) if writes else after
         self._graphs: tuple[fx.GraphModule, ...] = ()
@@ -295,6 +333,7 @@ class _Pair:
         Raises:
             VerificationError: the result is another function.
         """
+        self._fixed = example.fixed
         for batch in batches:
             self._compare(batch)
         if not batches and not self._run_at(example):
@@ -349,17 +388,30 @@ class _Pair:
         output, values = None, dict[str, Any]()
         try:
             if not self._graphs or _positions(inputs) <= CALLED:
-                with torch.no_grad(), _seeded():
-                    output = module(*cloned(inputs))
+                with torch.no_grad(), _seeded(), self._autocast():
+                    output = module(*self._copies(inputs))
             if self._graphs:
-                with torch.no_grad(), _seeded():
+                with torch.no_grad(), _seeded(), self._autocast():
                     recorder = Recorder(self._graphs[side], self._names(side))
-                    found = recorder.run(*cloned(inputs))
+                    found = recorder.run(*self._copies(inputs))
                 output, values = found if output is None else output, recorder.values
         # Both run the model's own operations, which may raise anything.
         except Exception as failure:  # noqa: BLE001
             return _Run(failure=failure)
         return _Run(output, values)
+
+    def _copies(self, inputs: Inputs) -> Inputs:
+        """Copies of inputs, which a network may write to, and weights as they are."""
+        return tuple(x if i in self._fixed else cloned(x) for i, x in enumerate(inputs))
+
+    def _moved(self, inputs: Inputs) -> Inputs:
+        """Inputs, without weights, moved by one rounding."""
+        moved = moved_by_one_rounding(inputs)
+        return tuple(inputs[i] if i in self._fixed else x for i, x in enumerate(moved))
+
+    def _autocast(self) -> contextlib.AbstractContextManager[dict[str, torch.dtype]]:
+        """Autocast as the caller has it, where the original is a graph that was made under it."""
+        return autocast_of_caller() if self._traced_under else contextlib.nullcontext({})
 
     def _names(self, side: int) -> set[str]:
         """The nodes whose values are compared."""
@@ -376,12 +428,14 @@ class _Pair:
         """
         limit = self._tolerance
         if limit is None:
-            limit = default_tolerance(self._before, (inputs, before.output))
+            with self._autocast() as types:
+                used = [torch.empty(0, dtype=dtype) for dtype in types.values()]
+            limit = default_tolerance(self._before, (inputs, before.output, used))
             limit *= 2 ** max((join.bits for join in self._joins), default=0.0)
         places = list(self._places(inputs, before, after))
         wrong = [place for place in places if not place.error() <= limit * place.scale]
         if wrong:
-            moved = self._run(0, moved_by_one_rounding(inputs))
+            moved = self._run(0, self._moved(inputs))
             for place in wrong:
                 allowed = limit * place.scale + ROUNDINGS * _difference(
                     place.expected, _value_at(moved, place.key), unknown=0.0
@@ -440,11 +494,12 @@ class _Pair:
         """
         parameters = {name: p for name, p in self._before.named_parameters() if p.requires_grad}
         given = list(parameters.values())
+        moved_inputs = self._moved(inputs)
         expected, moved, actual = (
-            _gradients(module, x, given)
+            _gradients(module, self._copies(x), given)
             for module, x in (
                 (self._before, inputs),
-                (self._before, moved_by_one_rounding(inputs)),
+                (self._before, moved_inputs),
                 (self._after, inputs),
             )
         )
@@ -461,8 +516,8 @@ class _Pair:
 
     def _is_random(self, inputs: Inputs, before: _Run) -> bool:
         """Whether the original draws numbers at random: then two runs need not agree."""
-        with torch.no_grad(), _seeded(1):
-            again = self._before(*cloned(inputs))
+        with torch.no_grad(), _seeded(1), self._autocast():
+            again = self._before(*self._copies(inputs))
         pairs = zip(pytree.tree_leaves(before.output), pytree.tree_leaves(again), strict=True)
         return any(_difference(a, b) > 0 for a, b in pairs)
 
@@ -477,12 +532,11 @@ class _Pair:
 
 def _gradients(module: nn.Module, inputs: Inputs, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Of a random sum of the outputs, by the floating inputs and some parameters; zero if none."""
-    given = cloned(inputs)
-    own = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor) and _has_gradient(x)]
+    own = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and _has_gradient(x)]
     with torch.enable_grad(), _seeded():
         for x in own:
             x.requires_grad_()
-        output = module(*given)
+        output = module(*inputs)
         parts = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
         total = sum((x * torch.randn(x.shape).to(x)).sum() for x in parts)
         wanted = [*own, *parameters]
@@ -493,7 +547,9 @@ def _gradients(module: nn.Module, inputs: Inputs, parameters: Sequence[Tensor]) 
 
 
 def _has_gradient(x: Tensor) -> bool:
-    return x.is_floating_point() or x.is_complex()
+    """Whether an input is a number of the caller's; a weight is as the model has it."""
+    is_weight = isinstance(x, nn.Parameter)
+    return x.requires_grad if is_weight else x.is_floating_point() or x.is_complex()
 
 
 def _told(place: _Place, allowed: float) -> str:

@@ -109,13 +109,13 @@ def rmfx(
         chosen = replace(chosen, backend_options=_of_mode(mode) | dict(chosen.backend_options))
     if torch.is_grad_enabled() and any(_requires_grad(x) for x in example_inputs):
         differentiable: Compiled = _inner(chosen, baked=False)(
-            _differentiable(gm, chosen), list(example_inputs)
+            _differentiable(gm, chosen, example_inputs), list(example_inputs)
         )
         return differentiable
     return _Converted(gm, example_inputs, chosen)
 
 
-def _differentiable(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
+def _differentiable(gm: fx.GraphModule, options: Options, inputs: Sequence[Any]) -> fx.GraphModule:
     """The graph through which gradients may flow: converted if that is asked for."""
     if not options.differentiable:
         _warn(
@@ -124,13 +124,25 @@ def _differentiable(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
             "differentiable"
         )
         return gm
-    return _converted(gm, options, differentiable=True) or gm
+    return _converted(gm, options, inputs, differentiable=True) or gm
 
 
 def _converted(
-    gm: fx.GraphModule, options: Options, *, differentiable: bool = False
+    gm: fx.GraphModule,
+    options: Options,
+    inputs: Sequence[Any],
+    *,
+    differentiable: bool = False,
+    verify: bool = True,
 ) -> fx.GraphModule | None:
     """The graph without residual connections; None, with a warning, where that cannot be.
+
+    Args:
+        gm: the graph.
+        options: how to convert it.
+        inputs: its example inputs, on whose sizes the result is verified.
+        differentiable: whether its weights stay inputs.
+        verify: whether to verify it.
 
     Raises:
         RmfxError: the same with `strict`.
@@ -140,11 +152,13 @@ def _converted(
             _check_seen([*gm.parameters(), *gm.buffers()], options.weights)
         converted: fx.GraphModule = remove_residuals(
             gm,
+            tuple(inputs),
             strict=options.strict,
             activation=options.activation,
             input_range=options.input_range,
             policy=options.policy,
             differentiable=differentiable,
+            verify=verify,
         )
     except RmfxError as error:
         if options.strict:
@@ -232,18 +246,25 @@ class _Converted:
         self._state = self._compile(inputs, lifted)
 
     def _compile(
-        self, inputs: Sequence[Any], lifted: Sequence[Lifted], *, eagerly: bool = False
+        self, inputs: Sequence[Any], lifted: Sequence[Lifted], *, again: bool = False
     ) -> _State:
         # Before the weights are read: a write meanwhile is found at the next call.
         held = [w for w in self._held if can_be_seen(w)]  # the others will be refused
         weights = snapshot(lifted, held, self._options.weights)
-        converted = _converted(with_weights(self._gm, lifted, keep_inputs=False), self._options)
-        inner = _eager if eagerly else _inner(self._options, baked=converted is not None)
+        given = [inputs[i] for i in self._kept]
+        owning = with_weights(self._gm, lifted, keep_inputs=False)
+        # Once: what is made again is made in the same way.
+        converted = _converted(owning, self._options, given, verify=not again)
+        inner = (
+            _eager
+            if again and self._is_dynamic
+            else _inner(self._options, baked=converted is not None)
+        )
         if converted is None:
             return _State(inner(self._gm, list(inputs)), None)
         converted.requires_grad_(False)
         with torch.no_grad():
-            compiled: Compiled = inner(converted, [inputs[i] for i in self._kept])
+            compiled: Compiled = inner(converted, given)
         return _State(compiled, weights)
 
     def __call__(self, *args: Any) -> Any:
@@ -268,7 +289,7 @@ class _Converted:
             if self._is_fresh(self._state, args):  # another thread was here before
                 return self._state
             lifted = [replace(one, value=args[one.position]) for one in self._lifted]
-            state = self._compile(args, lifted, eagerly=self._is_dynamic)
+            state = self._compile(args, lifted, again=True)
             self._state = state
             self._renewals += 1
             renewals = self._renewals
