@@ -13,6 +13,8 @@ scripts. While rules run, `take_conditions` keeps them apart, so that a plain gr
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -205,6 +207,7 @@ def put_conditions(conditions: fx.Graph, graph: fx.Graph) -> None:
     inputs = graph.find_nodes(op="placeholder")
     places = dict(zip(conditions.find_nodes(op="placeholder"), inputs, strict=True))
     known = {_call(n.target, n.args): n for n in nodes_of_conditions(graph)}
+    taken = {node.name for node in graph.nodes}
     with graph.inserting_before(inputs[-1].next):
         for node in conditions.nodes:
             if node.op in ("placeholder", "output"):
@@ -212,7 +215,17 @@ def put_conditions(conditions: fx.Graph, graph: fx.Graph) -> None:
             call = _call(node.target, fx.map_arg(node.args, places.__getitem__))
             if call not in known:
                 known[call] = graph.node_copy(node, places.__getitem__)
+                known[call].name = _first_free(node.name, taken)
             places[node] = known[call]
+
+
+def _first_free(name: str, taken: set[str]) -> str:
+    """The name without its number, or with the first that is free: a second pass changes none."""
+    base = re.sub(r"_\d+$", "", name)
+    names = itertools.chain([base], (f"{base}_{i}" for i in itertools.count(1)))
+    free = next(one for one in names if one not in taken)
+    taken.add(free)
+    return free
 
 
 def _call(target: Any, args: Any) -> str:
