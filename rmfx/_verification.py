@@ -178,12 +178,10 @@ def _is_of_dynamo(model: Any) -> bool:
 
 def _real(x: Any) -> Any:
     """What may be run in the place of an input that compilers know in the abstract."""
-    if isinstance(x, torch.SymInt):
-        return x.node.hint
-    if not isinstance(x, FakeTensor):
-        return x
-    shape = [n.node.hint if isinstance(n, torch.SymInt) else n for n in x.shape]
-    return torch.zeros(shape, dtype=x.dtype, device=x.device)
+    if isinstance(x, FakeTensor):
+        shape: list[Any] = list(x.shape)
+        return torch.zeros([_real(n) for n in shape], dtype=x.dtype, device=x.device)
+    return x.node.hint if isinstance(x, torch.SymInt) else x
 
 
 def _original(model: Any, source: fx.GraphModule) -> nn.Module:
@@ -376,7 +374,7 @@ class _Pair:
             kind, text = type(after.failure).__name__, first_line(after.failure)
             raise self._error_at(inputs, f"the original runs and the result raises {kind}: {text}")
         if self._agree(inputs, before, after):
-            self._shapes.append(_shapes(inputs))
+            self._shapes.append(self._shapes_of(inputs))
         if self._gradients and _positions(inputs) <= CALLED:
             self._compare_gradients(inputs)
             self._gradients = False  # once is enough
@@ -496,11 +494,11 @@ class _Pair:
         given = list(parameters.values())
         moved_inputs = self._moved(inputs)
         expected, moved, actual = (
-            _gradients(module, self._copies(x), given)
-            for module, x in (
-                (self._before, inputs),
-                (self._before, moved_inputs),
-                (self._after, inputs),
+            _gradients(module, copies, [*self._own(copies), *given])
+            for module, copies in (
+                (self._before, self._copies(inputs)),
+                (self._before, self._copies(moved_inputs)),
+                (self._after, self._copies(inputs)),
             )
         )
         whole = max(map(largest, expected), default=0.0)
@@ -514,6 +512,22 @@ class _Pair:
                     inputs, f"the gradient of {name} differs by {error:.2g} (relative)"
                 )
 
+    def _shapes_of(self, inputs: Inputs) -> tuple[Shape, ...]:
+        """The shapes of what the caller gives, without weights."""
+        return _shapes(tuple(x for i, x in enumerate(inputs) if i not in self._fixed))
+
+    def _own(self, copies: Inputs) -> list[Tensor]:
+        """The inputs that gradients are asked for: all numbers, and weights that take any."""
+        found = []
+        for i, given in enumerate(copies):
+            for x in pytree.tree_leaves(given):
+                if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
+                    if i not in self._fixed:
+                        found.append(x.requires_grad_())
+                    elif x.requires_grad:
+                        found.append(x)
+        return found
+
     def _is_random(self, inputs: Inputs, before: _Run) -> bool:
         """Whether the original draws numbers at random: then two runs need not agree."""
         with torch.no_grad(), _seeded(1), self._autocast():
@@ -522,34 +536,24 @@ class _Pair:
         return any(_difference(a, b) > 0 for a, b in pairs)
 
     def _error_at(self, inputs: Inputs, what: str) -> VerificationError:
+        sizes = shape_text(self._shapes_of(inputs))
         return VerificationError(
-            f"{self._verb}: on random inputs of {shape_text(_shapes(inputs))} {what}; nothing was "
-            "returned. This is a bug of rmfx, please report it with the model's code; "
-            "policy=lambda site: ... can leave single sites as they are, and verify=False returns "
-            "the result unchecked"
+            f"{self._verb}: on random inputs of {sizes} {what}; nothing was returned. "
+            "This is a bug of rmfx, please report it with the model's code; policy=lambda site: "
+            "... can leave single sites as they are, and verify=False returns the result unchecked"
         )
 
 
-def _gradients(module: nn.Module, inputs: Inputs, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Of a random sum of the outputs, by the floating inputs and some parameters; zero if none."""
-    own = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and _has_gradient(x)]
+def _gradients(module: nn.Module, inputs: Inputs, wanted: Sequence[Tensor]) -> list[Tensor]:
+    """Of a random sum of the outputs, by some inputs and parameters; zero if there is none."""
     with torch.enable_grad(), _seeded():
-        for x in own:
-            x.requires_grad_()
         output = module(*inputs)
         parts = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
         total = sum((x * torch.randn(x.shape).to(x)).sum() for x in parts)
-        wanted = [*own, *parameters]
         if not isinstance(total, Tensor) or not wanted:
             return [torch.zeros_like(x) for x in wanted]
         found = torch.autograd.grad(total, wanted, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
-
-
-def _has_gradient(x: Tensor) -> bool:
-    """Whether an input is a number of the caller's; a weight is as the model has it."""
-    is_weight = isinstance(x, nn.Parameter)
-    return x.requires_grad if is_weight else x.is_floating_point() or x.is_complex()
 
 
 def _told(place: _Place, allowed: float) -> str:

@@ -255,11 +255,8 @@ class _Converted:
         owning = with_weights(self._gm, lifted, keep_inputs=False)
         # Once: what is made again is made in the same way.
         converted = _converted(owning, self._options, given, verify=not again)
-        inner = (
-            _eager
-            if again and self._is_dynamic
-            else _inner(self._options, baked=converted is not None)
-        )
+        is_eager = again and self._is_dynamic
+        inner = _eager if is_eager else _inner(self._options, baked=converted is not None)
         if converted is None:
             return _State(inner(self._gm, list(inputs)), None)
         converted.requires_grad_(False)
