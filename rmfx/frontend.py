@@ -32,7 +32,7 @@ from ._constants import fold_constants, numbers_of
 from ._crops import crop_by_numbers
 from ._dialect import canonicalise, has_hooks
 from ._dynamo import check_in_graph, find_lifted, with_weights
-from ._errors import ModeError, Refusal, ShapeError, TraceError, WeightError
+from ._errors import ModeError, OptionError, Refusal, ShapeError, TraceError, WeightError
 from ._exporting import (
     GUARD_KEY,
     export_model,
@@ -131,8 +131,18 @@ def _note_switches(gm: fx.GraphModule) -> None:
 
 
 def with_constants(gm: fx.GraphModule) -> fx.GraphModule:
-    """A traced graph, with what depends on the model's tensors alone computed now."""
+    """A traced graph, with what depends on the model's tensors alone computed now.
+
+    Raises:
+        OptionError: a number leaves these tensors for Python, where nothing follows their changes.
+    """
     folded = _private_copy(gm)
+    if numbers := numbers_of(folded):
+        raise OptionError(
+            f"{next(iter(numbers)).name}: here the code reads a number out of the model's own"
+            " tensors, as by .item(), which differentiable=True would fix; let it compute with the"
+            " tensor, or convert without it"
+        )
     fold_constants(folded)
     canonicalise(folded)
     folded.recompile()
