@@ -237,6 +237,12 @@ def test_a_number_of_a_buffer_that_is_written_is_read_behind_the_write() -> None
         assert torch.allclose(gm(x), model(x), rtol=1e-12)
 
 
+@pytest.mark.parametrize("head", ["full", "item"])
+def test_a_number_of_a_buffer_is_not_fixed_where_weights_may_change(head: str) -> None:
+    with pytest.raises(OptionError, match=r"item.*differentiable=True would fix"):
+        rmfx.remove_residuals(ready(Detector(HEADS[head])), (picture(size=9),), differentiable=True)
+
+
 class Lost(nn.Module):
     """What it reads by `.data` is a constant without a value, for a strict torch.export."""
 
