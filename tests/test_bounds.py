@@ -15,7 +15,7 @@ from torch.export import export
 
 import rmfx
 from rmfx import cli, conversion
-from rmfx._errors import InternalError, RmfxError, TraceError, WeightError
+from rmfx._errors import InternalError, OptionError, RmfxError, TraceError, WeightError
 from rmfx._graph import Net, between
 from rmfx.passes import residual
 from rmfx.testing import assert_equivalent
