@@ -433,6 +433,8 @@ def remove_residuals(
 
         lifted = find_lifted(model) if isinstance(model, fx.GraphModule) else ()
         converted = linked(source, convert, lifted)
+        if verify and example_inputs is not None:
+            source = trace(model, example_inputs)  # whose names the report has
     else:
         converted = _convert(
             source,
