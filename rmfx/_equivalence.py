@@ -293,7 +293,7 @@ def _relative_error(expected: Tensor, actual: Tensor, where: str) -> float:
 
 
 def largest(x: Tensor) -> float:
-    return float(x.abs().max()) if x.numel() else 0.0
+    return float(x.detach().abs().max()) if x.numel() else 0.0
 
 
 def default_tolerance(before: nn.Module, values: Any) -> float:

@@ -340,7 +340,7 @@ class Net:
                 self._materialise(node, root)
             else:
                 module = self._modules[target]
-                memo.update(_computed_tensors(module))
+                memo.update(computed_tensors(module))
                 root[target] = copy.deepcopy(module, memo)
         by_rank = not all(self._ignores_rank(node, root) for node in rewritten)
         put_conditions(self._all_conditions(by_rank), self.graph)
@@ -447,7 +447,7 @@ def attach(root: nn.Module, target: str, value: object) -> None:
         setattr(root, name, value)
 
 
-def _computed_tensors(module: nn.Module) -> dict[int, object]:
+def computed_tensors(module: nn.Module) -> dict[int, object]:
     """Copies of tensors that deepcopy cannot copy: results of a computation, as in weight_norm."""
     return {
         id(value): value.detach().clone()

@@ -45,6 +45,7 @@ from ._equivalence import (
     trace_with_joins,
 )
 from ._errors import VerificationError
+from ._graph import computed_tensors
 from ._names import module_path
 from ._state import autocast_of_caller
 from ._tracing import first_line
@@ -104,7 +105,7 @@ def verify(
     names = {row.join for row in report_rows(after)}
     source = trace_with_joins(original, given, names)[0] if names else None
     joins = _of_report(after)
-    pair = _Pair("the pass", _apart(original), source, after, joins, tolerance)
+    pair = _Pair("the pass", _original(original, source), source, after, joins, tolerance)
     return pair.run(Example(given, input_range=input_range))
 
 
@@ -184,20 +185,45 @@ def _real(x: Any) -> Any:
     return x.node.hint if isinstance(x, torch.SymInt) else x
 
 
-def _original(model: Any, source: fx.GraphModule) -> nn.Module:
-    """A copy of what the caller holds, to be run; its graph where it cannot be copied."""
+def _original(model: Any, source: fx.GraphModule | None) -> nn.Module:
+    """A copy of what the caller holds, to be run; its graph where it cannot be copied.
+
+    Raises:
+        VerificationError: there is no graph either.
+    """
     model = model.module() if isinstance(model, ExportedProgram) else model
     try:
-        copied: nn.Module = _apart(model)
+        copied: nn.Module = _apart(model, writes=_may_write(source))
     # Copying runs code of the model's own objects, which may raise anything.
-    except Exception:  # noqa: BLE001
-        return _apart(source)
+    except Exception as error:
+        if source is None:
+            raise VerificationError(
+                f"the original cannot be copied, and running it could change it: {error}"
+            ) from error
+        return _apart(source, writes=_may_write(source))
     return copied
 
 
-def _apart(model: M) -> M:
-    """A copy that may run without the caller's model noticing; it shares the parameters."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+def _may_write(source: fx.GraphModule | None) -> bool:
+    """Whether a model may write to its own tensors, as far as its graph tells."""
+    return source is None or any("frozen" in node.meta for node in source.graph.nodes)
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """Such a copy of a graph whose nodes keep their names, which torch.fx may change."""
+    made = _apart(gm, writes=True)
+    for copied, node in zip(made.graph.nodes, gm.graph.nodes, strict=True):
+        copied.name = node.name
+    return made
+
+
+def _apart(model: M, *, writes: bool) -> M:
+    """A copy that may run without the caller's model noticing.
+
+    It shares the parameters, unless it may write to them.
+    """
+    kept = {} if writes else {id(p): p for p in model.parameters()}
+    return copy.deepcopy(model, kept | computed_tensors(model))
 
 
 # ---- joins --------------------------------------------------------------------------------------
@@ -311,15 +337,15 @@ class _Pair:
         self._verb, self._before, self._tolerance = verb, before, tolerance
         self._joins = joins
         self._fixed: frozenset[int] = frozenset()
-        writes = source is None or any("frozen" in node.meta for node in source.graph.nodes)
-        self._after = _apart(after) if writes else after
+        writes = _may_write(source)
+        self._after = _apart(after, writes=True) if writes else after
         self._graphs: tuple[fx.GraphModule, ...] = ()
         self._operands: dict[str, list[tuple[fx.Node, float]]] = {}
         if source is not None and isinstance(after, fx.GraphModule):
             names = {join.name for join in joins}
             nodes = [node for node in source.graph.nodes if node.name in names]
             self._operands = {node.name: operands_of(node) for node in nodes}
-            self._graphs = (_apart(source), _apart(after)) if writes else (source, after)
+            self._graphs = (_copied(source), _copied(after)) if writes else (source, after)
         self._reason = "the original gives no finite values to compare with"
         self._shapes: list[tuple[Shape, ...]] = []
         self._error, self._limit = 0.0, 0.0
