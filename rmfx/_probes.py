@@ -23,8 +23,10 @@ from ._affine import MULTIPLYING
 from ._calls import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS
 from ._infer import on_demand
 from ._meta import GUARDED
+from ._threads import without_logs
 
 LARGEST = 1 << 16  # number in an argument that a probe exceeds; those beyond stand for "to the end"
+FAKES = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
 ARITHMETIC = (*ADDS, *SUBS, *SCALES, torch.maximum, torch.minimum)
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
@@ -194,7 +196,7 @@ class OpenSizes:
 
         recorder = _Recorder(self._gm, self._mode)
         try:
-            with self._mode, torch.no_grad():
+            with without_logs(FAKES), self._mode, torch.no_grad():
                 inputs = [_input(node, made) for node in self._inputs]
                 recorder.run(*inputs, enable_io_processing=False)
         except FAILURES:

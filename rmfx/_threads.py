@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import logging
 import math
 import sys
 import threading
@@ -172,6 +173,22 @@ class _OneThread:
 
     def match(self, _: str) -> bool:
         return threading.get_ident() == self.thread
+
+
+@contextlib.contextmanager
+def without_logs(name: str) -> Iterator[None]:
+    """Keep a logger from writing what this thread tells it."""
+    thread = threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger = logging.getLogger(name)
+    logger.addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_of_others)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ between the batch and the last one, as tokens and channels-last images have it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ Sizes = tuple[int, ...]
 Inputs = tuple[Any, ...]
 SAME = -1
 LARGE = 1 << 14  # positions (batch and space) beyond which an example is not run whole
-ODD = 17  # a small size is at least so large
+ODD = 17  # what is called small, beside larger sizes
+GROWTH, SPARE = 4, 1 << 9  # an example of n positions stands for at most 4 n + 512
 MULTIPLES = (1, 2, 4, 8, 16, 32)  # strides that networks have
 FURTHER = ((2, 3, 5), (3, 3, 2), (5, 2, 3), (7, 4, 6))
 
@@ -112,7 +113,8 @@ def candidates(example: Example, *, further: bool) -> Iterator[list[Sizes]]:
     batch, *space = example.sizes or (1,)
     same = (SAME,) * len(space)
     few, other = min(batch, 2), 3 if batch != 3 else 2
-    others = _other_sizes(space)
+    most = GROWTH * batch * math.prod(space) + SPARE
+    others = [sizes for sizes in _other_sizes(space) if other * math.prod(sizes) <= most]
     ones = (1,) * len(space)
     if batch * math.prod(space) <= LARGE:
         yield [(SAME, *same)]
@@ -121,17 +123,24 @@ def candidates(example: Example, *, further: bool) -> Iterator[list[Sizes]]:
         if further and space:
             yield from ([(few, *s)] for s in dict.fromkeys(f[: len(space)] for f in FURTHER))
         return
-    if len(space) > 1:
-        first, *rest = (
-            [_strip(axis, one) for one in (ones, *others)] for axis in range(len(space))
-        )
-        yield [*((few, *strip) for strip in first[1:]), (few, *same), (SAME, *same)]
-        for strips in rest:
-            yield [*((other, *strip) for strip in strips), (few % 2 + 1, *same)]
-    else:
+    yield from _of_large(space, others, few, other)
+    yield [(1, *ones)]
+
+
+def _of_large(
+    space: Sequence[int], others: Sequence[Sizes], few: int, other: int
+) -> Iterator[list[Sizes]]:
+    """The same for an example that is too large to be run whole."""
+    same = (SAME,) * len(space)
+    if len(space) < 2:
         yield [(few, *same), (SAME, *same)]
         yield [*((other, *sizes) for sizes in others), (few % 2 + 1, *same)]
-    yield [(1, *ones)]
+        return
+    ones = (1,) * len(space)
+    first, *rest = ([_strip(axis, one) for one in (ones, *others)] for axis in range(len(space)))
+    yield [*((few, *strip) for strip in first[1:]), (few, *same), (SAME, *same)]
+    for strips in rest:
+        yield [*((other, *strip) for strip in strips), (few % 2 + 1, *same)]
 
 
 def _strip(axis: int, sizes: Sizes) -> Sizes:
@@ -139,19 +148,24 @@ def _strip(axis: int, sizes: Sizes) -> Sizes:
     return (*sizes[:axis], SAME, *sizes[axis + 1 :])
 
 
-def _other_sizes(space: list[int]) -> list[Sizes]:
+def _other_sizes(space: Sequence[int]) -> list[Sizes]:
     """Sizes that differ from the example's and from one another, the odd and small ones first.
 
     Behind them multiples of powers of two, which networks with strides may demand, and sizes like
     the example's, for networks that fail on smaller ones or on images that are not square.
     """
     found = [
-        tuple(m * _coprime(max(3, n // m) + 2 * i, size) for i, size in enumerate(space))
-        for m, n in ((m, ODD) for m in MULTIPLES)
+        tuple(m * _coprime(-(-_small(n) // m) + 2 * i, n) for i, n in enumerate(space))
+        for m in MULTIPLES
     ]
     found += [tuple(_coprime(n // part + 2 * i, n) for i, n in enumerate(space)) for part in (2, 1)]
-    square = _coprime(ODD, math.prod(space))
+    square = _coprime(max(map(_small, space), default=1), math.prod(space))
     return list(dict.fromkeys([*found, (square,) * len(space), (32 * 3,) * len(space)]))
+
+
+def _small(n: int) -> int:
+    """A size that is cheap beside n, and larger than the kernels of a network that takes n."""
+    return min(n + 1, ODD)
 
 
 def _coprime(least: int, n: int) -> int:

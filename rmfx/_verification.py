@@ -413,7 +413,7 @@ class _Pair:
         try:
             if not self._graphs or _positions(inputs) <= CALLED:
                 with torch.no_grad(), _seeded(), self._autocast():
-                    output = module(*self._copies(inputs))
+                    output = _call(module, self._copies(inputs))
             if self._graphs:
                 with torch.no_grad(), _seeded(), self._autocast():
                     recorder = Recorder(self._graphs[side], self._names(side))
@@ -557,7 +557,7 @@ class _Pair:
     def _is_random(self, inputs: Inputs, before: _Run) -> bool:
         """Whether the original draws numbers at random: then two runs need not agree."""
         with torch.no_grad(), _seeded(1), self._autocast():
-            again = self._before(*self._copies(inputs))
+            again = _call(self._before, self._copies(inputs))
         pairs = zip(pytree.tree_leaves(before.output), pytree.tree_leaves(again), strict=True)
         return any(_difference(a, b) > 0 for a, b in pairs)
 
@@ -570,10 +570,15 @@ class _Pair:
         )
 
 
+def _call(module: nn.Module, inputs: Inputs) -> Any:
+    """What a network gives; without what torch.fx prints where a graph of its own fails."""
+    return nn.Module.__call__(module, *inputs)
+
+
 def _gradients(module: nn.Module, inputs: Inputs, wanted: Sequence[Tensor]) -> list[Tensor]:
     """Of a random sum of the outputs, by some inputs and parameters; zero if there is none."""
     with torch.enable_grad(), _seeded():
-        output = module(*inputs)
+        output = _call(module, inputs)
         parts = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
         total = sum((x * torch.randn(x.shape).to(x)).sum() for x in parts)
         if not isinstance(total, Tensor) or not wanted:

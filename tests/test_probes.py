@@ -126,7 +126,7 @@ def test_channels_that_only_the_input_fixes_are_demanded(
     assert rmfx.report(gm).removed == 1
     assert_equivalent(model, gm, image(*shape))
     assert_equivalent(model, gm, image(3, shape[1], *[n + 3 for n in shape[2:]]))
-    with pytest.raises(rmfx.ShapeError, match="convert it again"):
+    with pytest.raises(rmfx.ShapeError, match="convert the network again"):
         gm(image(*other))
 
 
