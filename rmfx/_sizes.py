@@ -242,16 +242,19 @@ def agreements(net: Net, node: fx.Node) -> tuple[Condition, ...] | Refusal:
     """The input sizes at which the tensors that a node combines have equal sizes.
 
     Nothing is demanded where they are equal at all sizes, nor where they follow from sizes of their
-    own, as those of a gate do.
+    own, as those of a gate do, nor of what is spread out at the example's sizes already.
     """
     from ._layers import is_tensor_node
 
-    laws = [net.sizes.law(x) for x in node.all_input_nodes if is_tensor_node(net, x)]
+    read = [x for x in node.all_input_nodes if is_tensor_node(net, x)]
+    laws = [net.sizes.law(x) for x in read]
     known = [law for law in laws if law is not None]
     if len(known) < 2 or len(known) < len(laws):
         return ()
     found = []
-    for first, second in itertools.pairwise(known):
+    for (x, first), (y, second) in itertools.pairwise(zip(read, known, strict=True)):
+        if "shape" in x.meta and "shape" in y.meta and x.meta["shape"][2:] != y.meta["shape"][2:]:
+            continue
         if first.source is not second.source or len(first.stride) != len(second.stride):
             continue
         different = [i for i in range(len(first.stride)) if _at(first, i) != _at(second, i)]

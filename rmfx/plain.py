@@ -66,14 +66,25 @@ def to_sequential(model: nn.Module | Any) -> nn.Sequential:
         raise NotPlainError(f"the graph is not plain: {reason}")
     layers = [_module(gm, n) for n in graph.nodes if n.op not in ("placeholder", "output")]
     if has_conditions(conditions):
-        layers.insert(0, _checked(conditions))
+        layers.insert(0, Conditions(conditions))
     return nn.Sequential(*layers).train(gm.training)
 
 
-def _checked(conditions: fx.Graph) -> fx.GraphModule:
-    """Conditions on one input, as a module that hands it on."""
-    conditions.output(next(iter(conditions.nodes)))
-    return fx.GraphModule(nn.Module(), conditions, "Conditions")
+class Conditions(nn.Module):
+    """What a network demands of its input, as a module that hands it on.
+
+    Args:
+        graph: of calls that raise where it is not fulfilled.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__()
+        graph.output(next(iter(graph.nodes)))
+        self.checks = fx.GraphModule(nn.Module(), graph)
+
+    def forward(self, x: Tensor) -> Tensor:
+        checked: Tensor = self.checks(x)
+        return checked
 
 
 def _graph_of(model: nn.Module | Any) -> fx.GraphModule:
