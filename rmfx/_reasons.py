@@ -34,7 +34,7 @@ OTHER: tuple[tuple[str, str], ...] = (
     (r"permute|transpose|reshape|view|flatten|squeeze|roll|flip|movedim|rearrange",
      "rearranges values, so that channels are no longer where they were"),
     (r"dropout", "is dropout in training mode"),
-    (r"^cat|concat|stack", "joins tensors in a way that is not known here"),
+    (r"^cat|concat|stack", "joins tensors along another dimension than the channels, or in an unknown way"),
 )  # fmt: skip
 
 
