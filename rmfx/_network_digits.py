@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ._network_values import Path
@@ -11,17 +11,24 @@ from ._networks import Act, Arithmetic, Node
 if TYPE_CHECKING:
     from ._network_sampler import Sampler
 
-TYPES = ("float32", "bfloat16", "float16")
-SLOPES = (-0.99, 1e-3, 0.99, -0.999, -1.0, 1.0, 0.0)
+TYPES = ("float32", "bfloat16", "float16", "bfloat16")
+STEEP = (-0.99, -0.999, -0.98)
+SLOPES = (*STEEP, 1e-3, 0.99, -1.0, 1.0, 0.0)
 BOUNDS = ((-1e-3, 1e-3), (-3e4, 3e4), (-1e-3, 3e4), (1e-3, 2e-3))
-ARGUMENTS: dict[str, tuple[tuple[float, ...], ...]] = {  # of an `Act`, by its kind
-    "leaky_relu": tuple((slope,) for slope in SLOPES),
-    "hardtanh": BOUNDS,
-}
+Arguments = dict[str, tuple[tuple[float, ...], ...]]
 SCALES = (2.0**-8, 2.0**8)  # exact in every type
 # Kinds of nodes that jump, so that a rounding decides between values, or divide by what may vanish.
 # Half types have no kernels for some others, on the CPU.
 _JUMPS = ("threshold", "normalize", "layer norm", "interpolate", "torch.where(a > 0.1, a, b)")
+
+
+def awkward_arguments(channels: int, slopes: Sequence[float]) -> Arguments:
+    """Of an `Act`, by its kind."""
+    return {
+        "leaky_relu": tuple((slope,) for slope in slopes),
+        "prelu": tuple((channels, slope) for slope in slopes),
+        "hardtanh": BOUNDS,
+    }
 
 
 def scale_apart(sampler: Sampler, path: Path) -> None:
@@ -54,7 +61,7 @@ def digit_features(node: Node) -> Iterator[str]:
 
 
 DIGIT_FEATURES = (
-    *(f"{name} network" for name in TYPES),
+    *(f"{name} network" for name in dict.fromkeys(TYPES)),
     *("slope near -1", "slope near 0", "slope near 1", "tiny bounds", "huge bounds"),
     "values of very different scale",
 )

@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 from . import _network_constructs as constructs
-from ._network_digits import ARGUMENTS, SLOPES, TYPES, suits_types
+from ._network_digits import SLOPES, STEEP, TYPES, awkward_arguments, suits_types
 from ._network_features import INTO_A
 from ._network_modules import FUNCTIONS, IN_PLACE, METHODS, OPAQUE, OPAQUE_ANYWHERE, WITHOUT_MODULE
 from ._network_unusual import tokens, unusual
@@ -102,10 +102,11 @@ class Sampler:
         self.products = 0  # of two values without bounds
         self.layers: list[Conv | Linear] = []  # those that may be called again
         self.kind = self.pick(("relu", "relu", "relu", "relu6", "leaky_relu", "prelu", "silu"))
-        self.is_awkward = self.one_in(8)  # with slopes, bounds and scales that cost digits
+        self.is_awkward = self.one_in(5)  # with slopes, bounds and scales that cost digits
         self.is_scaled = False
         if self.is_awkward:
             self.kind = self.pick(("leaky_relu", "prelu", "hardtanh"))
+            self.slopes = self.pick((STEEP, SLOPES))
         self.norms = not self.one_in(4)
         self.functional = self.one_in(5)
         self.shares_activations = self.one_in(4)
@@ -198,7 +199,7 @@ class Sampler:
 
     def typed(self, spec: NetworkSpec) -> NetworkSpec:
         """The network in another type, now and then, if it computes nearly the same in one."""
-        if self.is_large or not (self.is_awkward or self.one_in(12)):
+        if not (self.is_awkward or self.one_in(12)):
             return spec
         dtype = self.pick(TYPES)
         return replace(spec, dtype=dtype) if suits_types(spec.features()) else spec
@@ -335,8 +336,7 @@ class Sampler:
             "celu": ((), (0.5,)),
         }
         if self.is_awkward:
-            near = tuple((value.shape[0], slope) for slope in SLOPES)
-            options = {**options, **ARGUMENTS, "prelu": near}
+            options |= awkward_arguments(value.shape[0], self.slopes)
         args: tuple[float, ...] = self.pick(options.get(kind, ((),)))
         return args
 
