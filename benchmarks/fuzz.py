@@ -82,7 +82,7 @@ def markdown(versions: dict[str, Totals], code: str) -> str:
         f"{totals['without_inputs']} of them without example inputs too; {totals['skipped']} that "
         f"torch cannot trace in that way were skipped. {totals['removed']} sites removed, "
         f"{totals['refused']} refused, {totals['joins']} joins compared. Largest error "
-        f"{totals['error']:.1e} (a shift may cost digits: limit 1e-8, otherwise 1e-10). "
+        f"{totals['error']:.1e} in float64 (a shift may cost digits: limit 1e-8, otherwise 1e-10). "
         f"{len(totals['failures'])} failures. {len(seen)} of {len(COUNTED)} features seen."
     )
     tables = (

@@ -102,7 +102,7 @@ class FuzzReport:
         removed: sites removed, by strategy and exactness.
         refused: sites refused, by reason without its names and numbers.
         joins: joins whose values were compared.
-        error: the largest relative error of an output or a join.
+        errors: the largest relative error of an output or a join, by the network's type.
         failure: None where the pass held.
     """
 
@@ -117,8 +117,13 @@ class FuzzReport:
     removed: Counter[tuple[str, str]] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     joins: int = 0
-    error: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
     failure: Failure | None = None
+
+    @property
+    def error(self) -> float:
+        """The largest relative error of a network in float64."""
+        return self.errors.get("float64", 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""
@@ -141,6 +146,7 @@ class FuzzReport:
             "refused": self.refused.total(),
             "joins": self.joins,
             "error": self.error,
+            "errors": self.errors,
             "features": {name: self.features[name] for name in sorted(COUNTED)},
             "strategies": [
                 {"strategy": strategy, "exactness": exactness, "sites": count}
@@ -165,6 +171,7 @@ class FuzzReport:
 
     def summary(self) -> str:
         """One paragraph: how much was tried, and the largest error."""
+        coarse = "".join(f", {e:.1e} in {t}" for t, e in self.errors.items() if t != "float64")
         seen = sum(self.features[name] > 0 for name in COUNTED)
         skipped = f", {self.skipped} of which torch cannot trace" if self.skipped else ""
         return (
@@ -172,7 +179,7 @@ class FuzzReport:
             f" {self.name}, {self.without_inputs} of them without example inputs too;"
             f" {seen} of {len(COUNTED)} features.\n"
             f"{self.removed.total()} sites removed, {self.refused.total()} refused,"
-            f" {self.joins} joins compared; largest error {self.error:.1e}."
+            f" {self.joins} joins compared; largest error {self.error:.1e}{coarse}."
         )
 
 
@@ -338,7 +345,7 @@ def _try_case(report: FuzzReport, case: Case, apply: Callable[..., Any], example
     """Count what becomes of one network; a failure is made small and noted."""
     try:
         for trial in _check(case, apply):
-            _count(report, trial)
+            _count(report, trial, case.spec.dtype)
         report.without_inputs += case.without_inputs
     except _NotHeldError as error:
         report.skipped += 1
@@ -460,7 +467,7 @@ def _failure(case: Case, apply: Callable[..., Any], example: int, kind: str) -> 
 # ---- counts -------------------------------------------------------------------------------------
 
 
-def _count(report: FuzzReport, trial: _Trial) -> None:
+def _count(report: FuzzReport, trial: _Trial, dtype: str) -> None:
     rows, found, sizes = trial
     report.features.update(sizes)
     for row in rows:
@@ -469,7 +476,8 @@ def _count(report: FuzzReport, trial: _Trial) -> None:
         else:
             report.refused[without_names(row.reason)] += 1
     report.joins += len(found.joins)
-    report.error = max([report.error, found.error, *(join.error for join in found.joins)])
+    errors = (report.errors.get(dtype, 0.0), found.error, *(join.error for join in found.joins))
+    report.errors[dtype] = max(errors)
 
 
 def without_names(reason: str) -> str:
