@@ -26,14 +26,13 @@ from _records import code_version, write
 from tabulate import tabulate
 from tqdm import tqdm
 
-from rmfx.fuzz import fuzz
-from rmfx.testing import FEATURES
+from rmfx.fuzz import COUNTED, fuzz
 
 RESULTS = Path(__file__).resolve().parent / "results" / "fuzz.json"
 BATCH = 250
 # Of ten batches: tracing by torch.fx alone takes the least time, exporting ten times as much.
-FRONTENDS = ("traced",) * 6 + ("module",) * 3 + ("exported",)
-COUNTERS = ("features", "strategies", "reasons")
+FRONTENDS = ("traced",) * 5 + ("module",) * 3 + ("exported", "compiled")
+COUNTERS = ("features", "strategies", "reasons", "untraced")
 
 Totals = dict[str, Any]
 
@@ -76,19 +75,20 @@ def _row(totals: Totals) -> dict[str, Any]:
 def markdown(versions: dict[str, Totals], code: str) -> str:
     """What one version of the compiler has done, as a page; the others as a table."""
     totals = versions[code]
-    seen = [name for name in FEATURES if totals["features"].get(name)]
+    seen = [name for name in COUNTED if totals["features"].get(name)]
     frontends = ", ".join(f"{n} {name}" for name, n in totals["frontends"].items())
     summary = (
         f"{totals['examples']} networks ({frontends}) through `remove_residuals`, "
         f"{totals['without_inputs']} of them without example inputs too; {totals['skipped']} that "
-        f"`torch.export` cannot hold were skipped. {totals['removed']} sites removed, "
+        f"torch cannot trace in that way were skipped. {totals['removed']} sites removed, "
         f"{totals['refused']} refused, {totals['joins']} joins compared. Largest error "
-        f"{totals['error']:.1e} (a shift may cost digits: limit 1e-8, otherwise 1e-10). "
-        f"{len(totals['failures'])} failures. {len(seen)} of {len(FEATURES)} features seen."
+        f"{totals['error']:.1e} in float64 (a shift may cost digits: limit 1e-8, otherwise 1e-10). "
+        f"{len(totals['failures'])} failures. {len(seen)} of {len(COUNTED)} features seen."
     )
     tables = (
         (("strategy, exactness", "sites removed"), totals["strategies"]),
         (("reason", "sites refused"), totals["reasons"]),
+        (("why it cannot be traced", "networks"), totals["untraced"]),
         (("feature", "networks"), totals["features"]),
     )
     history = [{"compiler": name} | _row(one) for name, one in versions.items()]

@@ -11,7 +11,10 @@ from torch import Tensor
 from ._networks import NetworkSpec, Node, arguments
 
 _WIDTH = 100
-SHIFTED = 1e-8  # the error a shift may make: it costs digits
+PASSES = (
+    *("remove_residuals", "fold_batch_norm", "merge_branches", "merge_convs", "remove_noops"),
+    "eliminate_dead_channels",
+)
 _HOLD = {
     "module": ("given, before = model, model", ""),
     "traced": ("given = before = torch.fx.symbolic_trace(model)", "import torch"),
@@ -29,11 +32,12 @@ class Case:
     Attributes:
         spec: the network.
         transform: the name of the pass.
-        frontend: "module", "traced" or "exported".
+        frontend: "module", "traced", "exported" or "compiled".
         activation: the option of `remove_residuals`.
         without_inputs: whether the pass is also called without example inputs.
         input_range: whether `remove_residuals` is told the range of the inputs.
         calibrated: whether it is given the inputs as data, which a shift needs.
+        changes: what is done to the weights between calls of a compiled network.
     """
 
     spec: NetworkSpec
@@ -43,16 +47,24 @@ class Case:
     without_inputs: bool = False
     input_range: bool = False
     calibrated: bool = False
+    changes: tuple[str, ...] = ()
 
     def of(self, spec: NetworkSpec) -> Case:
         """The same with another network."""
         return replace(self, spec=spec)
 
+    def features(self) -> frozenset[str]:
+        """What occurs in the network, and what is done to its weights."""
+        return self.spec.features().union(f"{change} between calls" for change in self.changes)
+
     def options(self, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
         """The keyword arguments of the pass."""
-        if self.transform != "remove_residuals":
+        if self.transform not in PASSES:
             return {}
-        options: dict[str, Any] = {"activation": self.activation}
+        # The fuzzer compares what a pass made, not what the pass found when it did so itself.
+        options: dict[str, Any] = {} if self.frontend == "compiled" else {"verify": False}
+        if self.transform == "remove_residuals":
+            options["activation"] = self.activation
         if self.input_range:
             bound = max(float(x.abs().max()) for x in inputs)
             options["input_range"] = (-bound, bound)
@@ -63,44 +75,55 @@ class Case:
 
 def script(case: Case, why: str) -> str:
     """A program that fails on the case as the fuzzer saw it fail."""
+    if case.frontend == "compiled":
+        return _compiled_script(case, why)
     hold, needs = _HOLD[case.frontend]
     own_module, _, function = case.transform.rpartition(":")
     called = function if own_module else f"rmfx.{function}"
-    classes = sorted(_classes(case.spec) | {"assert_equivalent"})
     lines = [f"# {line}" for line in f"{case.transform}: {why}".splitlines()]
     lines += [needs] if needs else []
-    lines += ["import rmfx", f"from rmfx.testing import {', '.join(classes)}"]
+    lines += ["import rmfx", "from rmfx.fuzz import compare", *_imports(case)]
     lines += [f"from {own_module} import {function.partition('.')[0]}"] if own_module else []
     lines += ["", "spec = " + layout(case.spec), ""]
     lines += ["model, inputs = spec.build(seed=0), spec.inputs(seed=0)", hold]
     lines += _options(case)
-    ending = ", **options" if case.transform == "remove_residuals" else ""
+    ending = ", **options" if case.transform in PASSES else ""
+    given_range = ", input_range=options['input_range']" if case.input_range else ""
     for given in ["given, inputs"] + ["given"] * case.without_inputs:
-        lines += [f"after = {called}({given}{ending})", *_compare(case)]
+        lines += [f"after = {called}({given}{ending})"]
+        lines += [f"print(compare(before, after, inputs{given_range}))"]
     return "\n".join(lines) + "\n"
+
+
+def _compiled_script(case: Case, why: str) -> str:
+    """A program that calls a compiled network again and again."""
+    lines = [f"# {line}" for line in f'backend="rmfx": {why}'.splitlines()]
+    lines += ["from rmfx.fuzz import compare_compiled", *_imports(case)]
+    lines += ["", "spec = " + layout(case.spec), ""]
+    lines += ["model, inputs = spec.build(seed=0), spec.inputs(seed=0)", *_options(case)]
+    lines += [f"changes = {case.changes!r}"]
+    lines += ["print(compare_compiled(model, inputs, changes, options)[1])"]
+    return "\n".join(lines) + "\n"
+
+
+def _imports(case: Case) -> list[str]:
+    return [f"from rmfx.testing import {', '.join(sorted(_classes(case.spec)))}"]
 
 
 def _options(case: Case) -> list[str]:
     """The lines that make the keyword arguments of the pass."""
-    if case.transform != "remove_residuals":
+    if case.transform not in PASSES:
         return []
-    lines = [f"options = {{'activation': {case.activation!r}}}"]
+    own: dict[str, Any] = {} if case.frontend == "compiled" else {"verify": False}
+    if case.transform == "remove_residuals":
+        own["activation"] = case.activation
+    lines = [f"options = {own!r}"]
     if case.input_range:
         lines.append("bound = max(float(x.abs().max()) for x in inputs)")
         lines.append("options['input_range'] = (-bound, bound)")
     if case.calibrated:
         lines.append("options['calibration'] = [inputs]")
     return lines
-
-
-def _compare(case: Case) -> list[str]:
-    if case.transform != "remove_residuals" or case.activation == "auto":
-        return ["print(assert_equivalent(before, after, inputs))"]
-    return [
-        'shifts = any(row.strategy == "shift" for row in rmfx.report(after).rows)',
-        f"tolerance = {SHIFTED} if shifts else None",
-        "print(assert_equivalent(before, after, inputs, tolerance=tolerance))",
-    ]
 
 
 def _classes(value: Any) -> set[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ._network_modules import JOINS, MODULES, NO_OPS, OPAQUE, PRODUCTS, WITHOUT_MODULE
-from ._network_nodes import Blur, ChannelsLast, Deconv, Shuffle, Split, Transpose
+from ._network_nodes import Blur, ChannelsLast, Deconv, Shuffle, Split, Transpose, chains
+from ._network_unusual import UNUSUAL_FEATURES, unusual_features
 from ._networks import (
     Act,
     Arithmetic,
@@ -65,6 +66,7 @@ FEATURES = frozenset(  # everything that `NetworkSpec.features` may say
         *(f"{kind} pool" for kind in ("avg", "max", "mean", "global avg", "global max")),
         *(*OPAQUE, *NO_OPS, "functional dropout", "clone", "contiguous", "detach", "channels_last"),
         *(" ".join(feature.split()) for feature in _OTHER_FEATURES.split(";")),
+        *UNUSUAL_FEATURES,
     ]
 )
 
@@ -75,6 +77,7 @@ def chain_features(nodes: Nodes, depth: int) -> Iterator[str]:
     """The features of a chain and of all chains inside it; `depth` counts the joins around it."""
     around = (None, *nodes, None)
     for previous, node, following in zip(around, nodes, around[2:], strict=False):
+        yield from unusual_features(node, depth)
         if isinstance(node, Conv):
             yield from _conv_features(node)
             if not isinstance(following, Norm):
@@ -141,7 +144,7 @@ def _further_features(node: Node, depth: int) -> Iterator[str]:
             yield "partial channel residual"
     elif isinstance(node, ChannelsLast):
         yield "linear on channels last"
-    for chain in _chains(node):
+    for chain in chains(node):
         yield from chain_features(chain, depth + 1)
 
 
@@ -163,6 +166,15 @@ def _gate_features(node: Join, depth: int) -> Iterator[str]:
         yield "gate of two branches"
 
 
+def _halves_downwards(nodes: Nodes) -> bool:
+    """Whether a pool leaves out a last odd position."""
+    return any(isinstance(n, Pool) and n.kernel == n.stride == 2 and not n.ceil_mode for n in nodes)
+
+
+def _strides(nodes: Nodes) -> bool:
+    return any(isinstance(n, Conv) and n.stride == 2 for n in nodes)
+
+
 def _pools_all(node: Node) -> bool:
     return isinstance(node, Pool) and node.kind[:4] in ("glob", "mean")
 
@@ -171,19 +183,12 @@ def _has_layers(nodes: Nodes) -> bool:
     return any(isinstance(n, (Conv, Linear)) for n in nodes)
 
 
-def _chains(node: Node) -> tuple[Nodes, ...]:
-    """The chains inside a node."""
-    if isinstance(node, (Join, Split)):
-        return node.operands
-    return (node.chain,) if isinstance(node, (Recall, ChannelsLast)) else ()
-
-
 def saved_names(nodes: Nodes, depth: int) -> Iterator[str]:
     """The names of values that are saved inside a join."""
     for node in nodes:
         if isinstance(node, Save) and depth:
             yield node.name
-        for chain in _chains(node):
+        for chain in chains(node):
             yield from saved_names(chain, depth + 1)
 
 
@@ -191,7 +196,7 @@ def recalled_names(nodes: Nodes) -> Iterator[str]:
     for node in nodes:
         if isinstance(node, Recall):
             yield node.name
-        for chain in _chains(node):
+        for chain in chains(node):
             yield from recalled_names(chain)
 
 
@@ -260,6 +265,8 @@ def _join_features(node: Join, depth: int) -> Iterator[str]:
     for kind, name in ((Pool, "pool"), (Pad, "padding")):
         if len(node.operands) > 1 and len(ends) == 1 and isinstance(next(iter(ends)), kind):
             yield f"same {name} on all branches"
+    if any(map(_halves_downwards, node.operands)) and any(map(_strides, node.operands)):
+        yield "floor pool beside a strided layer"
     if any(sum(isinstance(n, Join) for n in nodes) > 1 for nodes in node.operands):
         yield "skip over several sites"
     for nodes in node.operands:

@@ -204,6 +204,17 @@ class _Recall(_Step):
         return JOINS[self.node.form](x, other, self.node.scale)
 
 
+class Tied(nn.Module):
+    """Has buffers that share memory, which they do after `tie` only.
+
+    Moving a module to another type gives every buffer memory of its own.
+    """
+
+    def tie(self) -> None:
+        """Let the buffers share memory."""
+        raise NotImplementedError
+
+
 class _Save(_Step):
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -341,6 +352,17 @@ def _randomise_weights(network: nn.Module, seed: int) -> None:
             parameter.data.copy_(values * math.sqrt(1.5 / fan_in))
         else:
             parameter.data.copy_(values * 0.5)
+
+
+def settle(network: nn.Module) -> None:
+    """What comes after random values: buffers share memory, some slopes lie near a number."""
+    for layer in network.modules():
+        if isinstance(layer, Tied):
+            layer.tie()
+        around = getattr(layer, "around", None)
+        if isinstance(layer, nn.PReLU) and around is not None:
+            near = torch.linspace(-1e-3, 1e-3, layer.weight.numel(), dtype=torch.float64)
+            layer.weight.data.copy_(around + near)
 
 
 def random_statistics(module: nn.Module, seed: int) -> nn.Module:

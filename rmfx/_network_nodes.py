@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._network_modules import JOINS, Saved, Store, _Chain, _Operation, _Step
-from ._networks import Node, Nodes
+from ._network_places import Reshaped
+from ._networks import Join, Node, Nodes, Recall
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,6 +134,23 @@ class ChannelsLast(Node):
 
     def build(self, store: Store) -> nn.Module:
         return _ChannelsLast(self, store)
+
+
+def chains(node: Node) -> tuple[Nodes, ...]:
+    """The chains inside a node."""
+    if isinstance(node, (Join, Split)):
+        return node.operands
+    return (node.chain,) if isinstance(node, _WITH_CHAIN) else ()
+
+
+def with_chains(node: Node, inside: tuple[Nodes, ...]) -> Node:
+    """The node with other chains inside."""
+    if isinstance(node, (Join, Split)):
+        return replace(node, operands=inside)
+    return replace(node, chain=inside[0]) if isinstance(node, _WITH_CHAIN) else node
+
+
+_WITH_CHAIN = (Recall, ChannelsLast, Reshaped)
 
 
 class _Deconv(nn.Module):

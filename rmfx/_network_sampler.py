@@ -16,9 +16,11 @@ from random import Random
 from typing import Any
 
 from . import _network_constructs as constructs
+from ._network_digits import SLOPES, STEEP, TYPES, awkward_arguments, suits_types
 from ._network_features import INTO_A
 from ._network_modules import FUNCTIONS, IN_PLACE, METHODS, OPAQUE, OPAQUE_ANYWHERE, WITHOUT_MODULE
-from ._network_values import INPUT, Path, Value, collapse, out
+from ._network_unusual import tokens, unusual
+from ._network_values import INPUT, Path, Value, collapse, out, pooled
 from ._networks import (
     Act,
     Arithmetic,
@@ -58,6 +60,10 @@ _GEOMETRY: dict[str, tuple[tuple[int, int, int | str, int], ...]] = {
     ),
     "grow": ((2, 1, 1, 1), (3, 1, 2, 1), (1, 1, 1, 1), (4, 1, 2, 1)),
 }
+_Window = tuple[int, int, int, bool]  # kernel, stride, padding, ceil_mode
+_POOLS: tuple[_Window, ...] = (
+    *((2, 2, 0, True), (2, 2, 0, False), (1, 2, 0, False), (3, 2, 1, False)),
+)
 _OUT_OF_PLACE = (
     *("a + b", "a + b", "b + a", "torch.add(a, b)", "a.add(b)", "a - b", "b - a"),
     *("a + c * b", "c * a + b", "torch.add(a, b, alpha=c)", "torch.sub(a, b, alpha=c)"),
@@ -96,6 +102,11 @@ class Sampler:
         self.products = 0  # of two values without bounds
         self.layers: list[Conv | Linear] = []  # those that may be called again
         self.kind = self.pick(("relu", "relu", "relu", "relu6", "leaky_relu", "prelu", "silu"))
+        self.is_awkward = self.one_in(5)  # with slopes, bounds and scales that cost digits
+        self.is_scaled = False
+        if self.is_awkward:
+            self.kind = self.pick(("leaky_relu", "prelu", "hardtanh"))
+            self.slopes = self.pick((STEEP, SLOPES))
         self.norms = not self.one_in(4)
         self.functional = self.one_in(5)
         self.shares_activations = self.one_in(4)
@@ -134,7 +145,7 @@ class Sampler:
         path = self.start()
         if self.one_in(3):
             self.classic(path)
-            return self.finish(path)
+            return self.typed(self.finish(path))
         if not self.one_in(4):
             self.layer(path, style=self.pick(("keep", "stride", "valid")))
         for _ in range(self.pick((1, 2, 2, 3, 4))):
@@ -142,9 +153,11 @@ class Sampler:
             if not self.one_in(3):
                 self.act(path)
             self.between(path)
+            if self.one_in(4) and not self.is_large:
+                self.unusual(path)
         if self.one_in(3):
             self.head(path)
-        return self.finish(path)
+        return self.typed(self.finish(path))
 
     def classic(self, path: Path) -> None:
         """What a ResNet or a MobileNet is: stages of equal blocks of one family, then a head."""
@@ -183,6 +196,13 @@ class Sampler:
         output = self.pick(("tensor", "tensor", "tensor", "tuple", "list", "dict", "nested"))
         names = [] if output == "tensor" else [n for n in self.saved if self.one_in(2)]
         return NetworkSpec(tuple(self.shapes), tuple(path.nodes), output, tuple(names))
+
+    def typed(self, spec: NetworkSpec) -> NetworkSpec:
+        """The network in another type, now and then, if it computes nearly the same in one."""
+        if not (self.is_awkward or self.one_in(12)):
+            return spec
+        dtype = self.pick(TYPES)
+        return replace(spec, dtype=dtype) if suits_types(spec.features()) else spec
 
     # Single steps
 
@@ -315,6 +335,8 @@ class Sampler:
             "elu": ((), (0.5,)),
             "celu": ((), (0.5,)),
         }
+        if self.is_awkward:
+            options |= awkward_arguments(value.shape[0], self.slopes)
         args: tuple[float, ...] = self.pick(options.get(kind, ((),)))
         return args
 
@@ -332,7 +354,7 @@ class Sampler:
             return
         what: list[Any] = [self.drop, self.save, self.save, self.scale, self.recall, self.recall]
         what += [self.repeat, self.opaque]
-        what += [self.construct] * 4
+        what += [self.construct] * 4 + [self.unusual] * 3
         if path.depth > 0:
             what.append(self.any_block)
         self.pick(what)(path)
@@ -458,6 +480,8 @@ class Sampler:
 
     def branch(self, path: Path) -> None:
         """A main branch of one of the known families, or of any layers in any order."""
+        if self.one_in(4) and not self.is_large:
+            self.unusual(path)
         if self.one_in(2):
             self.pick((self.free, self.free, self.linear, self.site_first))(path)
             return
@@ -571,7 +595,7 @@ class Sampler:
         for step in (2, 3):
             if all(-(-n // step) == target for n, target in zip(value.size, size, strict=True)):
                 ways += [f"step {step}"] * 3
-        pools = [w for w in ((2, 2, 0), (1, 2, 0), (3, 2, 1)) if self.pools(value, size, w)]
+        pools = [window for window in _POOLS if self.pools(value, size, window)]
         if pools:
             ways += ["pool", "pool"]
         way = self.pick(ways)
@@ -603,20 +627,17 @@ class Sampler:
         else:
             self.affine(path, shape[-1])
 
-    def pools(self, value: Value, size: tuple[int, ...], window: tuple[int, int, int]) -> bool:
-        """Whether an average pool with this window gives the size (rounding up, for 2 by 2)."""
-        kernel, stride, padding = window
-        if window == (2, 2, 0) and min(value.size) > 1:
-            return all(-(-n // 2) == target for n, target in zip(value.size, size, strict=True))
+    def pools(self, value: Value, size: tuple[int, ...], pool: _Window) -> bool:
+        """Whether an average pool with this window gives the size."""
+        *window, ceil_mode = pool
         return all(
-            n >= kernel and out(n, kernel, stride, padding, 1) == target
+            n >= window[0] and pooled(n, *window, ceil_mode=ceil_mode) == target
             for n, target in zip(value.size, size, strict=True)
         )
 
-    def average(self, path: Path, size: tuple[int, ...], window: tuple[int, int, int]) -> None:
-        ceil_mode = window == (2, 2, 0)
+    def average(self, path: Path, size: tuple[int, ...], window: _Window) -> None:
         form = "functional" if self.functional else "module"
-        node = Pool("avg", path.value.dims, *window, ceil_mode, not self.one_in(2), form)
+        node = Pool("avg", path.value.dims, *window, not self.one_in(2), form)
         self.put(path, node, (path.value.channels, *size))
 
     def crop(self, path: Path, size: tuple[int, ...]) -> None:
@@ -714,11 +735,16 @@ class Sampler:
         odd += [self.repeat, self.recall, self.more_input, self.late_read]
         if path.value.is_map:
             odd += [self.broadcast, self.broadcast, self.concatenate, self.construct]
+        odd += [self.unusual] * 3
         self.pick(odd)(path)
 
     def construct(self, path: Path) -> None:
         """What else stands in branches, outside of one."""
         constructs.construct(self, path)
+
+    def unusual(self, path: Path) -> None:
+        """What attacks found: rolls, indices, writes through views, shared memory and more."""
+        unusual(self, path)
 
     def double(self, path: Path) -> None:
         """The value and itself."""
@@ -801,7 +827,7 @@ class Sampler:
         what: list[Any] = [self.drop, self.save, self.recall, self.transition]
         what += [self.constant, self.scale]
         if path.value.is_map:
-            what += [self.pool, self.pad, self.blur]
+            what += [self.pool, self.pad, self.blur, self.tokens]
         self.pick(what)(path)
 
     def transition(self, path: Path) -> None:
@@ -814,6 +840,9 @@ class Sampler:
         size = [n + sum(pair) for n, pair in zip(value.size, amounts, strict=True)]
         self.put(path, Pad(amounts, self.pick((0.0, 1.0))), (value.channels, *size))
         self.affine(path, style="valid")
+
+    def tokens(self, path: Path) -> None:
+        tokens(self, path)
 
     def pool(self, path: Path) -> None:
         constructs.put_pool(self, path)

@@ -35,6 +35,7 @@ from ._network_modules import (
     _TensorArithmetic,
     _TripleNetwork,
     random_statistics,
+    settle,
 )
 
 
@@ -143,6 +144,8 @@ class Norm(Node):
 class Act(Node):
     """A pointwise activation; `args` are the positional arguments of its module.
 
+    Those of "prelu" are the number of channels and, if given, a number near all slopes.
+
     `form` is "module", "functional", "torch" (`torch.relu`) or "method", each also with
     " in-place". `shared` is "" or the key of one module that all such activations call.
     """
@@ -156,7 +159,9 @@ class Act(Node):
         way, _, in_place = self.form.partition(" ")
         if self.kind == "prelu":
             channels = int(self.args[0]) if self.args else 1
-            prelu = nn.PReLU(channels)
+            prelu: Any = nn.PReLU(channels)
+            if len(self.args) > 1:
+                prelu.around = self.args[1]
             return _in_form(_share(prelu, self.shared, store), way)
         if way != "module":
             return _Operation(self)
@@ -399,29 +404,32 @@ class NetworkSpec:
         body: the chain that the first input runs through.
         output: "tensor", "tuple", "list", "dict" or "nested".
         returned: the names of saved values that are returned as well.
+        dtype: the type of weights and inputs.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     body: Nodes
     output: str = "tensor"
     returned: tuple[str, ...] = ()
+    dtype: str = "float64"
 
     __repr__ = Node.__repr__
 
     def build(self, seed: int = 0) -> Network:
-        """The network in eval mode and float64, with random weights and batch norm statistics."""
+        """The network in eval mode and its type, with random weights and batch norm statistics."""
         _hear_padding_warning()
         with torch.random.fork_rng(devices=[]):  # layers draw initial weights from the global one
             network = (Network, _PairNetwork, _TripleNetwork)[len(self.shapes) - 1](self)
-        _randomise_weights(network.double().eval(), seed)
+        _randomise_weights(network.to(getattr(torch, self.dtype)).eval(), seed)
         random_statistics(network, seed)
+        settle(network)
         return network
 
     def inputs(self, seed: int = 0) -> tuple[Tensor, ...]:
         """Random inputs, wide enough to reach both bounds of a ReLU6."""
-        generator = torch.Generator().manual_seed(seed)
+        generator, dtype = torch.Generator().manual_seed(seed), getattr(torch, self.dtype)
         return tuple(
-            3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+            (3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
             for shape in self.shapes
         )
 
@@ -430,6 +438,8 @@ class NetworkSpec:
         from ._network_features import chain_features, recalled_names, saved_names
 
         found = {f"{self.output} output"}
+        if self.dtype != "float64":
+            found.add(f"{self.dtype} network")
         if any(shape[0] == 1 for shape in self.shapes):
             found.add("batch 1")
         if any(size % 2 for shape in self.shapes for size in shape[2:]):

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ._network_nodes import Blur, ChannelsLast, Deconv, Split
-from ._networks import Act, Conv, Join, Linear, NetworkSpec, Node, Nodes, Norm, Recall
+from ._network_memory import Gain, SharedNorm
+from ._network_nodes import Blur, Deconv, chains, with_chains
+from ._network_places import Focal
+from ._networks import Act, Conv, Join, Linear, NetworkSpec, Node, Nodes, Norm
 
 _CHANNELS: dict[type[Node], tuple[str, ...]] = {  # the fields that count channels
     Conv: ("inputs", "outputs"),
@@ -25,6 +27,9 @@ _CHANNELS: dict[type[Node], tuple[str, ...]] = {  # the fields that count channe
     Linear: ("inputs", "outputs"),
     Norm: ("channels",),
     Blur: ("channels",),
+    Gain: ("channels",),
+    SharedNorm: ("channels",),
+    Focal: ("channels",),
 }
 
 
@@ -97,6 +102,7 @@ def _reductions(spec: NetworkSpec) -> Iterator[NetworkSpec]:
 def _plainer_ends(spec: NetworkSpec) -> Iterator[NetworkSpec]:
     """Fewer outputs and inputs, a batch of 1, smaller sizes."""
     yield replace(spec, output="tensor", returned=())
+    yield replace(spec, dtype="float64")
     if len(spec.shapes) > 1:  # the last input may be unused by now
         yield replace(spec, shapes=spec.shapes[:-1])
     yield replace(spec, shapes=tuple((1, *shape[1:]) for shape in spec.shapes))
@@ -129,7 +135,7 @@ def _numbers(nodes: Nodes) -> set[int]:
     found: set[int] = set()
     for node in nodes:
         found |= {getattr(node, name) for name in _CHANNELS.get(type(node), ())}
-        for chain in _chains(node):
+        for chain in chains(node):
             found |= _numbers(chain)
     return found
 
@@ -148,23 +154,23 @@ def _renumbered(spec: NetworkSpec, change: Callable[[int], int]) -> NetworkSpec:
 
 def _has_maps(nodes: Nodes) -> bool:
     return any(
-        isinstance(node, (Conv, Deconv, Blur)) or any(map(_has_maps, _chains(node)))
+        isinstance(node, (Conv, Deconv, Blur)) or any(map(_has_maps, chains(node)))
         for node in nodes
     )
 
 
 def _renumbered_node(node: Node, change: Callable[[int], int]) -> Node:
-    chains = tuple(
-        tuple(_renumbered_node(inner, change) for inner in chain) for chain in _chains(node)
+    inside = tuple(
+        tuple(_renumbered_node(inner, change) for inner in chain) for chain in chains(node)
     )
-    node = _with_chains(node, chains)
+    node = with_chains(node, inside)
     names = _CHANNELS.get(type(node), ())
     changed: dict[str, Any] = {name: change(getattr(node, name)) for name in names}
     if isinstance(node, (Conv, Deconv)) and node.groups > 1:
         depthwise = node.groups == node.inputs
         changed["groups"] = changed["inputs"] if depthwise else node.groups
     if isinstance(node, Act) and node.kind == "prelu" and node.args:
-        changed["args"] = (change(int(node.args[0])),)
+        changed["args"] = (change(int(node.args[0])), *node.args[1:])
     shape = getattr(node, "shape", ())
     if shape:
         changed["shape"] = (change(shape[0]), *shape[1:])
@@ -185,15 +191,15 @@ def _fewer(nodes: Nodes) -> Iterator[Nodes]:
 
 def _less(node: Node) -> Iterator[Nodes]:
     """What may stand in place of a node: one of its chains, or itself with less inside."""
-    chains = _chains(node)
-    yield from chains
-    if isinstance(node, Join) and len(chains) > 2:
-        for i in range(len(chains)):
-            rest, forms = chains[:i] + chains[i + 1 :], node.forms[:i] + node.forms[i + 1 :]
+    inside = chains(node)
+    yield from inside
+    if isinstance(node, Join) and len(inside) > 2:
+        for i in range(len(inside)):
+            rest, forms = inside[:i] + inside[i + 1 :], node.forms[:i] + node.forms[i + 1 :]
             yield (replace(node, operands=rest, forms=forms[: len(rest) - 1]),)
-    for i, chain in enumerate(chains):
+    for i, chain in enumerate(inside):
         for fewer in _fewer(chain):
-            yield (_with_chains(node, (*chains[:i], fewer, *chains[i + 1 :])),)
+            yield (with_chains(node, (*inside[:i], fewer, *inside[i + 1 :])),)
 
 
 def _simpler_chain(nodes: Nodes) -> Iterator[Nodes]:
@@ -213,28 +219,13 @@ def _simpler(node: Node) -> Iterator[Node]:
         yield from _simpler_conv(node)
     if isinstance(node, Act) and node.kind != "relu":
         yield Act("relu")
-    chains = _chains(node)
-    for i, chain in enumerate(chains):
+    inside = chains(node)
+    for i, chain in enumerate(inside):
         for simpler in _simpler_chain(chain):
-            yield _with_chains(node, (*chains[:i], simpler, *chains[i + 1 :]))
+            yield with_chains(node, (*inside[:i], simpler, *inside[i + 1 :]))
 
 
 def _simpler_conv(node: Conv) -> Iterator[Conv]:
     point = (1,) * len(node.kernel)
     yield replace(node, kernel=point, padding=0)
     yield replace(node, kernel=point, padding=0, stride=1, dilation=1)
-
-
-# ---- chains inside nodes ------------------------------------------------------------------------
-
-
-def _chains(node: Node) -> tuple[Nodes, ...]:
-    if isinstance(node, (Join, Split)):
-        return node.operands
-    return (node.chain,) if isinstance(node, (Recall, ChannelsLast)) else ()
-
-
-def _with_chains(node: Node, chains: tuple[Nodes, ...]) -> Node:
-    if isinstance(node, (Join, Split)):
-        return replace(node, operands=chains)
-    return replace(node, chain=chains[0]) if isinstance(node, (Recall, ChannelsLast)) else node

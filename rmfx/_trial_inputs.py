@@ -117,8 +117,9 @@ def candidates(example: Example, *, further: bool) -> Iterator[list[Sizes]]:
     others = [sizes for sizes in _other_sizes(space) if other * math.prod(sizes) <= most]
     ones = (1,) * len(space)
     if batch * math.prod(space) <= LARGE:
+        few_positions = [sizes for sizes in others if math.prod(sizes) <= 2 * LARGE]
         yield [(SAME, *same)]
-        yield [*((other, *sizes) for sizes in others), (other, *same), (1, *same)]
+        yield [*((other, *sizes) for sizes in few_positions), (other, *same), (1, *same)]
         yield [(1, *ones)]
         if further and space:
             yield from ([(few, *s)] for s in dict.fromkeys(f[: len(space)] for f in FURTHER))

@@ -7,9 +7,10 @@
     if report.failure:
         print(report.failure.script)  # a program that fails
 
-Example i of seed s is always the same network, whatever the other options are. The network, the
-pass's result and every join that its report lists are compared by
-`rmfx.testing.assert_equivalent`.
+Example i of seed s is always the same network, whatever the other options are, but that "compiled"
+ones are small. The network, the pass's result and every join that its report lists are compared by
+`rmfx.testing.assert_equivalent`, and by `rmfx.verify` at other sizes than the example's; a size on
+which the original fails, or which the result refuses itself, says nothing.
 """
 
 from __future__ import annotations
@@ -34,19 +35,35 @@ from torch import Tensor, fx, nn
 
 import rmfx
 
-from ._errors import OptionError
-from ._fuzz_script import SHIFTED, Case, script
+from ._errors import OptionError, TraceError
+from ._fuzz_compare import SIZES, compare, rows_of
+from ._fuzz_compiled import CHANGES, MOST_CHANGES, MOVED, compare_compiled, compiles
+from ._fuzz_script import PASSES, Case, script
 from ._shrink import shrink
 from ._strategy import STRATEGIES
-from .report import META_KEY, Report
-from .testing import FEATURES, Equivalence, NetworkSpec, assert_equivalent, random_network
+from ._tracing import first_line
+from .report import SiteReport
+from .testing import FEATURES, Equivalence, NetworkSpec, random_block, random_network
 
-PASSES = (
-    *("remove_residuals", "fold_batch_norm", "merge_branches", "merge_convs", "remove_noops"),
-    "eliminate_dead_channels",
-)
-FRONTENDS = ("module", "traced", "exported")
+__all__ = [
+    "COUNTED",
+    "FRONTENDS",
+    "PASSES",
+    "WRONG",
+    "Failure",
+    "FuzzReport",
+    "compare",
+    "compare_compiled",
+    "draw_case",
+    "fuzz",
+    "load_pass",
+    "without_names",
+]
+FRONTENDS = ("module", "traced", "exported", "compiled")
 WRONG = "wrong numbers"
+COSTLY = ("scale", "odd-pair")  # ways past an activation that cost digits
+# what is counted: what networks are made of, at which sizes they ran, what changed between calls
+COUNTED = FEATURES | {*SIZES} | {f"{change} between calls" for change in CHANGES}
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,8 @@ class Failure:
 
     Attributes:
         example: the number of the network that was drawn.
-        kind: "wrong numbers", or the name of the error that the pass or its result raised.
+        kind: "wrong numbers" on the example, "VerificationError" on other inputs, or the name of
+            the error that the pass or its result raised.
         message: what was said about the small network.
         spec: the small network.
         script: a program that builds it and fails in the same way.
@@ -78,12 +96,13 @@ class FuzzReport:
         seed: of the draws.
         examples: networks tried.
         without_inputs: of those, how many were also given to the pass without example inputs.
-        skipped: networks that `torch.export` cannot hold; they count as tried.
-        features: for each of `rmfx.testing.FEATURES`, in how many networks it occurred.
+        skipped: networks that nothing can trace in this way; they count as tried.
+        untraced: why, by what torch says without the names and numbers of one network.
+        features: for each of `COUNTED`, in how many networks it occurred.
         removed: sites removed, by strategy and exactness.
         refused: sites refused, by reason without its names and numbers.
         joins: joins whose values were compared.
-        error: the largest relative error of an output or a join.
+        errors: the largest relative error of an output or a join, by the network's type.
         failure: None where the pass held.
     """
 
@@ -93,12 +112,18 @@ class FuzzReport:
     examples: int = 0
     without_inputs: int = 0
     skipped: int = 0
+    untraced: Counter[str] = field(default_factory=Counter)
     features: Counter[str] = field(default_factory=Counter)
     removed: Counter[tuple[str, str]] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     joins: int = 0
-    error: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
     failure: Failure | None = None
+
+    @property
+    def error(self) -> float:
+        """The largest relative error of a network in float64."""
+        return self.errors.get("float64", 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""
@@ -116,11 +141,13 @@ class FuzzReport:
             "examples": self.examples,
             "without_inputs": self.without_inputs,
             "skipped": self.skipped,
+            "untraced": dict(self.untraced.most_common()),
             "removed": self.removed.total(),
             "refused": self.refused.total(),
             "joins": self.joins,
             "error": self.error,
-            "features": {name: self.features[name] for name in sorted(FEATURES)},
+            "errors": self.errors,
+            "features": {name: self.features[name] for name in sorted(COUNTED)},
             "strategies": [
                 {"strategy": strategy, "exactness": exactness, "sites": count}
                 for (strategy, exactness), count in self.removed.most_common()
@@ -131,26 +158,28 @@ class FuzzReport:
 
     def __str__(self) -> str:
         parts = [
-            _table(("feature", "networks"), [(f, self.features[f]) for f in sorted(FEATURES)]),
+            _table(("feature", "networks"), [(f, self.features[f]) for f in sorted(COUNTED)]),
             _table(
                 ("strategy", "exactness", "sites removed"),
                 [(*key, count) for key, count in self.removed.most_common()],
             ),
             _table(("reason", "sites refused"), self.refused.most_common()),
+            _table(("why it cannot be traced", "networks"), self.untraced.most_common()),
             self.summary(),
         ]
         return "\n\n".join(filter(None, parts))
 
     def summary(self) -> str:
         """One paragraph: how much was tried, and the largest error."""
-        seen = sum(self.features[name] > 0 for name in FEATURES)
-        skipped = f", {self.skipped} of which torch.export cannot hold" if self.skipped else ""
+        coarse = "".join(f", {e:.1e} in {t}" for t, e in self.errors.items() if t != "float64")
+        seen = sum(self.features[name] > 0 for name in COUNTED)
+        skipped = f", {self.skipped} of which torch cannot trace" if self.skipped else ""
         return (
             f"{self.examples} networks (seed {self.seed}, {self.frontend}){skipped} through"
             f" {self.name}, {self.without_inputs} of them without example inputs too;"
-            f" {seen} of {len(FEATURES)} features.\n"
+            f" {seen} of {len(COUNTED)} features.\n"
             f"{self.removed.total()} sites removed, {self.refused.total()} refused,"
-            f" {self.joins} joins compared; largest error {self.error:.1e}."
+            f" {self.joins} joins compared; largest error {self.error:.1e}{coarse}."
         )
 
 
@@ -175,7 +204,9 @@ def fuzz(
             fails where it raises, an `RmfxError` included: every network drawn is a valid one.
         examples: how many networks; None for as many as `seconds` allow.
         seed: equal seeds draw equal networks.
-        frontend: "module", "traced" (by `torch.fx`) or "exported" (an `ExportedProgram`).
+        frontend: "module", "traced" (by `torch.fx`), "exported" (an `ExportedProgram`), or
+            "compiled": calls of `torch.compile(model, backend="rmfx")` with changes of the weights
+            in between, for the built-in remove_residuals.
         activation: the option of `remove_residuals`, or "random" for another one each time.
         seconds: draw no more networks after so many.
         step: called with a line about the state before each network.
@@ -199,7 +230,7 @@ def fuzz(
             step(f"{report.removed.total()} sites removed")
             example = report.examples
             case = draw_case(example, seed, transform, frontend, activation)
-            report.features.update(case.spec.features())
+            report.features.update(case.features())
             report.examples += 1
             _try_case(report, case, apply, example)
     return report
@@ -218,6 +249,8 @@ def _check_options(
         raise OptionError("examples and seconds must be positive")
     if frontend not in FRONTENDS:
         raise OptionError(f"frontend={frontend!r}: choose from {', '.join(FRONTENDS)}")
+    if frontend == "compiled" and transform != "remove_residuals":
+        raise OptionError("frontend='compiled' is for remove_residuals, which the backend runs")
     if activation != "auto" and transform != "remove_residuals":
         raise OptionError("activation is an option of remove_residuals only")
     known = (*STRATEGIES, "auto", "relu", "random")
@@ -268,12 +301,15 @@ def draw_case(
 ) -> Case:
     """The network of that number, and the way in which it is handed to the pass."""
     random = Random(f"{seed}/{example}")
-    spec = random_network(random)
+    compiled = frontend == "compiled"
+    spec = random_block(random) if compiled else random_network(random)
     # Drawn for every pass, though not each has such options: equal seeds then draw equal ways.
     without = random.randrange(4) == 0
     bounded = random.randrange(2) == 0
     drawn: str | tuple[str, ...] = random.choice(["auto", "relu", "some", "some"])
     some = tuple(name for name in STRATEGIES if random.randrange(2)) or STRATEGIES[:1]
+    if spec.dtype != "float64" and random.randrange(3):
+        some = COSTLY
     ways = activation
     if activation == "random":
         ways = some if drawn == "some" else drawn
@@ -282,38 +318,94 @@ def draw_case(
         transform,
         frontend,
         ways,
-        without_inputs=without and transform in PASSES and frontend != "exported",
+        without_inputs=without and transform in PASSES and frontend in ("module", "traced"),
         input_range=bounded and transform == "remove_residuals",
-        calibrated=transform == "remove_residuals" and ways != "auto",
+        calibrated=transform == "remove_residuals" and ways != "auto" and not compiled,
+        changes=_draw_changes(random, spec) if compiled else (),
     )
 
 
+def _draw_changes(random: Random, spec: NetworkSpec) -> tuple[str, ...]:
+    """What is done to the weights; nothing that would do nothing."""
+    norms = ("module BN", "functional BN", "statistics that are views")
+    has_norms = bool(spec.features().intersection(norms))
+    names = [name for name in CHANGES if has_norms or name != MOVED]
+    return tuple(random.choice(names) for _ in range(random.randint(1, MOST_CHANGES)))
+
+
 class _NotHeldError(Exception):
-    """`torch.export` or `torch.fx` cannot hold the network: nothing is said about the pass."""
+    """Nothing can trace the network in this way: nothing is said about the pass."""
+
+
+# What a pass did at every join, what was measured, at which of `SIZES`.
+_Trial = tuple[tuple[SiteReport, ...], Equivalence, frozenset[str]]
 
 
 def _try_case(report: FuzzReport, case: Case, apply: Callable[..., Any], example: int) -> None:
     """Count what becomes of one network; a failure is made small and noted."""
     try:
-        for after, found in _check(case, apply):
-            _count(report, after, found)
+        for trial in _check(case, apply):
+            _count(report, trial, case.spec.dtype)
         report.without_inputs += case.without_inputs
-    except _NotHeldError:
+    except _NotHeldError as error:
         report.skipped += 1
+        report.untraced[without_names(str(error))] += 1
     except Exception as error:  # noqa: BLE001  (whatever a pass raises is what is looked for)
         report.failure = _failure(case, apply, example, _kind(error))
 
 
-def _check(case: Case, apply: Callable[..., Any]) -> Iterator[tuple[Any, Equivalence]]:
+def _check(case: Case, apply: Callable[..., Any]) -> Iterator[_Trial]:
     """Apply the pass and compare, with example inputs and perhaps without; give the results."""
     model, inputs = case.spec.build(seed=0), case.spec.inputs(seed=0)
-    given, before = _held(model, inputs, case.frontend)
     options = case.options(inputs)
+    if case.frontend == "compiled":
+        yield _check_compiled(case, model, inputs)
+        return
+    given, before = _held(model, inputs, case.frontend)
     for arguments in ((given, inputs), (given,)) if case.without_inputs else ((given, inputs),):
-        after = apply(*arguments, **options)
-        shifts = any(row.strategy == "shift" for row in _rows(after))
-        tolerance = SHIFTED if shifts else None
-        yield after, assert_equivalent(before, after, inputs, tolerance=tolerance)
+        after = _applied(case, apply, arguments, options)
+        bounds = options.get("input_range")
+        yield rows_of(after), *compare(before, after, inputs, input_range=bounds)
+
+
+def _applied(
+    case: Case, apply: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> Any:
+    """What the pass makes of the network.
+
+    Raises:
+        _NotHeldError: a pass of rmfx cannot trace it, and nor can torch.
+    """
+    try:
+        return apply(*arguments, **options)
+    except TraceError as error:
+        if case.transform not in PASSES or _is_traceable(case, arguments):
+            raise
+        raise _NotHeldError(str(error)) from error
+
+
+def _is_traceable(case: Case, arguments: tuple[Any, ...]) -> bool:
+    """Whether torch can trace the network with what the pass was given."""
+    ways = ("traced", "exported") if len(arguments) > 1 else ("traced",)
+    for way in ways:
+        try:
+            _held(case.spec.build(seed=0), case.spec.inputs(seed=0), way)
+        except _NotHeldError:
+            continue
+        return True
+    return False
+
+
+def _check_compiled(case: Case, model: nn.Module, inputs: tuple[Tensor, ...]) -> _Trial:
+    """Compare every answer of the compiled network, if Dynamo can hold it."""
+    try:
+        return *compare_compiled(model, inputs, case.changes, case.options(inputs)), frozenset()
+    except AssertionError:
+        raise
+    except Exception as error:
+        if compiles(case.spec.build(seed=0), inputs):
+            raise
+        raise _NotHeldError(_said(error)) from error
 
 
 def _held(model: nn.Module, inputs: tuple[Tensor, ...], frontend: str) -> tuple[Any, nn.Module]:
@@ -328,7 +420,11 @@ def _held(model: nn.Module, inputs: tuple[Tensor, ...], frontend: str) -> tuple[
             program = torch.export.export(model, inputs)
             return program, program.module()
     except Exception as error:
-        raise _NotHeldError from error
+        raise _NotHeldError(_said(error)) from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 @contextlib.contextmanager
@@ -371,19 +467,17 @@ def _failure(case: Case, apply: Callable[..., Any], example: int, kind: str) -> 
 # ---- counts -------------------------------------------------------------------------------------
 
 
-def _rows(after: Any) -> tuple[Any, ...]:
-    found = getattr(after, "meta", {}).get(META_KEY)
-    return found.rows if isinstance(found, Report) else ()
-
-
-def _count(report: FuzzReport, after: Any, found: Equivalence) -> None:
-    for row in _rows(after):
+def _count(report: FuzzReport, trial: _Trial, dtype: str) -> None:
+    rows, found, sizes = trial
+    report.features.update(sizes)
+    for row in rows:
         if row.status == "removed":
             report.removed[row.strategy, row.exactness] += 1
         else:
             report.refused[without_names(row.reason)] += 1
     report.joins += len(found.joins)
-    report.error = max([report.error, found.error, *(join.error for join in found.joins)])
+    errors = (report.errors.get(dtype, 0.0), found.error, *(join.error for join in found.joins))
+    report.errors[dtype] = max(errors)
 
 
 def without_names(reason: str) -> str:

@@ -17,14 +17,17 @@ A property test of a pass of your own:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 from hypothesis import strategies as st
 
 from ._equivalence import Equivalence, assert_equivalent, noise_floor
 from ._network_features import FEATURES
+from ._network_memory import Gain, SharedNorm, Write
 from ._network_modules import Network, random_statistics
 from ._network_nodes import Blur, ChannelsLast, Deconv, Shuffle, Split, Transpose
+from ._network_places import Flip, Focal, Mean, Repeat, Reshaped, Roll, Take, Tokens
 from ._network_sampler import Sampler
 from ._networks import (
     Act,
@@ -60,9 +63,13 @@ __all__ = [
     "Drop",
     "Equivalence",
     "Flatten",
+    "Flip",
+    "Focal",
+    "Gain",
     "Join",
     "JoinError",
     "Linear",
+    "Mean",
     "Network",
     "NetworkSpec",
     "Node",
@@ -72,11 +79,18 @@ __all__ = [
     "PadChannels",
     "Pool",
     "Recall",
+    "Repeat",
+    "Reshaped",
+    "Roll",
     "Save",
+    "SharedNorm",
     "Shuffle",
     "Slice",
     "Split",
+    "Take",
+    "Tokens",
     "Transpose",
+    "Write",
     "assert_equivalent",
     "noise_floor",
     "random_block",
@@ -97,7 +111,10 @@ def random_block(random: Random) -> NetworkSpec:
 
 
 def random_network(random: Random) -> NetworkSpec:
-    """Draw a network of one to four blocks, mostly with stem and sometimes with a head."""
+    """Draw a network of one to four blocks, mostly with stem and sometimes with a head.
+
+    Some are of another type than float64, which the tolerance of a comparison has to know.
+    """
     return Sampler(random).network()
 
 
@@ -121,4 +138,4 @@ def residual_networks(draw: st.DrawFn) -> NetworkSpec:
     leave alone too. Gates, splits, concatenations, shuffles, pools, blurs and further sites stand
     inside branches, to any depth. See `residual_blocks` for what a `NetworkSpec` offers.
     """
-    return random_network(draw(st.randoms(use_true_random=False)))
+    return replace(random_network(draw(st.randoms(use_true_random=False))), dtype="float64")

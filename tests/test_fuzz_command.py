@@ -88,7 +88,8 @@ def test_the_built_in_passes_hold(name: str, capsys: pytest.CaptureFixture[str])
     assert found["examples"] == 6
     assert found["without_inputs"] > 0
     assert 0 <= found["error"] < 1e-10
-    assert (found["removed"] > 0) == (name == "remove_residuals")
+    assert found["removed"] > 0 or name != "remove_residuals"
+    assert found["removed"] == 0 or name in ("remove_residuals", "merge_branches")
 
 
 @pytest.mark.parametrize("frontend", fuzz.FRONTENDS)
@@ -96,8 +97,8 @@ def test_networks_are_held_in_every_way(frontend: str, capsys: pytest.CaptureFix
     found = run_json(capsys, "--frontend", frontend, "--examples", "5")
     assert found["failure"] is None
     assert found["removed"] > 3
-    assert found["joins"] > 3
-    if frontend == "exported":
+    assert found["joins"] > 3 or frontend == "compiled"  # of which only outputs can be seen
+    if frontend in ("exported", "compiled"):
         assert found["without_inputs"] == 0
 
 
@@ -203,15 +204,16 @@ def test_a_printed_program_runs(frontend: str, activation: str | tuple[str, ...]
         "remove_residuals",
         frontend,
         activation,
-        without_inputs=frontend != "exported",
+        without_inputs=frontend in ("module", "traced"),
         input_range=activation != "auto",
-        calibrated=activation != "auto",
+        calibrated=activation != "auto" and frontend != "compiled",
+        changes=("fused Adam step", "new .data") if frontend == "compiled" else (),
     )
     text = script(case, "a reason\nover two lines")
     assert max(map(len, text.splitlines())) <= 100
     done = run_script(text)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Equivalence") == 1 + (frontend != "exported")
+    assert done.stdout.count("Equivalence") == 1 + (frontend in ("module", "traced"))
 
 
 def test_a_long_spec_is_laid_out_over_lines_and_stays_the_same() -> None:

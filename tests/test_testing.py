@@ -79,6 +79,7 @@ def test_drawn_networks_trace_symbolically() -> None:
         assert len(graph.find_nodes(op="placeholder")) == len(spec.shapes), spec
 
 
+@torch.no_grad()
 def test_hardly_any_network_gives_nothing_but_zeros() -> None:
     zeros = sum(
         not any(leaf.any() for leaf in leaves(spec.build(seed)(*spec.inputs(seed))))

@@ -1,0 +1,396 @@
+"""The fuzzer finds what attacks found: each mechanism taken away again, each feature broken."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import rmfx
+from rmfx import (
+    _effects,
+    _freshness,
+    _functionalise,
+    _probes,
+    _selections,
+    _sizes,
+    _strategy,
+    fuzz,
+)
+from rmfx._fuzz_compare import COPRIME, ONE, OTHER_BATCH, OTHER_SIZE, compare
+from rmfx._fuzz_compiled import CHANGES, MOVED, compare_compiled
+from rmfx._fuzz_script import Case
+from rmfx._network_digits import SLOPES
+from rmfx._network_memory import GAINS, VIEWS, WRITES
+from rmfx._network_places import ROLLS, STATISTICS
+from rmfx.testing import (
+    Act,
+    Conv,
+    Flip,
+    Focal,
+    Gain,
+    Join,
+    Mean,
+    NetworkSpec,
+    Node,
+    Norm,
+    Repeat,
+    Reshaped,
+    Roll,
+    SharedNorm,
+    Take,
+    Tokens,
+    Write,
+)
+
+# ---- the nodes ----------------------------------------------------------------------------------
+
+
+def result(node: Node, *shape: int) -> tuple[Tensor, Tensor]:
+    """A random value behind a copy, and what the node makes of it."""
+    spec = NetworkSpec((shape,), (node,))
+    (x,) = spec.inputs(seed=0)
+    with torch.no_grad():
+        return x, spec.build(seed=0)(x.clone())
+
+
+@pytest.mark.parametrize("form", ROLLS)
+def test_every_form_of_a_roll_is_the_same(form: str) -> None:
+    x, rolled = result(Roll((2, -1), (3, 0), form), 3, 2, 4, 5)
+    assert torch.equal(rolled, torch.cat([x[..., -2:], x[..., :-2]], 3)[[1, 2, 0]])
+
+
+def test_indices_flips_and_repeats_take_positions() -> None:
+    for form in ("list", "buffer", "index_select"):
+        x, taken = result(Take(2, (2, 0, 0), form), 2, 3, 4, 5)
+        assert torch.equal(taken, torch.stack([x[:, :, 2], x[:, :, 0], x[:, :, 0]], 2))
+    x, taken = result(Take(3, (1, 2), "slice"), 2, 3, 4, 5)
+    assert torch.equal(taken, x[:, :, :, 1::2])
+    for form in ("torch.flip", "x.flip"):
+        x, turned = result(Flip((2, 0), form), 2, 3, 4, 5)
+        assert torch.equal(turned, x[[1, 0]][:, :, [3, 2, 1, 0]])
+    for form in ("method", "function"):
+        x, twice = result(Repeat(1, 2, form), 1, 2, 3)
+        assert torch.equal(twice, x[:, [0, 0, 1, 1]])
+
+
+@pytest.mark.parametrize("form", STATISTICS)
+def test_a_value_is_joined_with_its_mean(form: str) -> None:
+    x, y = result(Mean(form, (2,), "x.mean"), 2, 3, 4, 5)
+    m = x.mean(2, keepdim=True).expand_as(x)
+    for place in ((0, 0, 0, 0), (1, 2, 3, 4)):
+        a, b = float(x[place]), float(m[place])
+        sigmoid = 1 / (1 + math.exp(-b))
+        values = [a - b, b - a, a + b, a * sigmoid, a / (1 + b * b), a * b]
+        assert float(y[place]) == pytest.approx(dict(zip(STATISTICS, values, strict=True))[form])
+
+
+def test_tokens_are_the_positions_and_come_back_as_a_map() -> None:
+    for form in ("transpose", "permute"):
+        x, tokens = result(Tokens(form), 2, 3, 4, 5)
+        assert torch.equal(tokens[:, 7], x[:, :, 1, 2])
+        x, turned = result(Reshaped((Flip((1,)),), form), 2, 3, 4, 5)
+        assert torch.equal(turned, x.flip(2, 3))
+    x, turned = result(Reshaped((Flip((1,)),), "flat"), 2, 3, 4, 5)
+    assert torch.equal(turned, x.flip(1, 2, 3))
+
+
+def test_the_last_term_of_a_focal_modulation_has_one_position() -> None:
+    x, y = result(Focal(3, 2, 2), 2, 3, 4, 5)
+    assert y.shape == x.shape
+    moved = x.clone()
+    moved[:, :, -1, -1] += 1
+    with torch.no_grad():
+        network = NetworkSpec((tuple(x.shape),), (Focal(3, 2, 2),)).build(seed=0)
+        assert (network(moved) - y)[:, :, 0, 0].abs().max() > 0  # too far for two windows of 3
+
+
+@pytest.mark.parametrize("kind", WRITES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_write_is_seen_by_whoever_reads_the_value_later(kind: str, view: str) -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    given, before = x.clone(), x.clone()
+    written = Write(kind, view, 0.5).apply(given)
+    assert written is given
+    where = VIEWS[view](given) != VIEWS[view](before)
+    assert where.any()
+    VIEWS[view](before).copy_(VIEWS[view](given))
+    assert torch.equal(before, given)  # nothing changed elsewhere
+    if "init" in kind:
+        assert (VIEWS[view](given) == 0.5).all()
+
+
+@pytest.mark.parametrize("form", GAINS)
+def test_a_factor_shares_memory_also_in_another_type_and_in_a_copy(form: str) -> None:
+    spec = NetworkSpec(((2, 3, 4, 5),), (Gain(3, 2, form),), dtype="bfloat16")
+    layer: Any = spec.build(seed=0).body[0]
+    assert layer.gain.dtype == torch.bfloat16
+    assert layer.gain.untyped_storage()._cdata == layer.whole.untyped_storage()._cdata
+    network, (x,) = replace(spec, dtype="float64").build(seed=0), spec.inputs(seed=0)
+    first, second = network(x.double()), network(x.double())
+    assert torch.equal(first, second)  # what forward writes is the same every time
+    if "written" in form:
+        assert not torch.allclose(first, x.double() * torch.linspace(0.5, 1.5, 6)[3:, None, None])
+
+
+def test_statistics_are_views_that_forward_may_fill() -> None:
+    shape = (2, 3, 4, 5)
+    layers: list[Any] = [
+        NetworkSpec((shape,), (SharedNorm(3, 2, writes),)).build(seed=0).body[0]
+        for writes in (False, True)
+    ]
+    memory = [layer.statistics.untyped_storage()._cdata for layer in layers]
+    assert memory == [layer.layer.running_var.untyped_storage()._cdata for layer in layers]
+    x = torch.randn(shape, dtype=torch.float64)
+    assert not torch.allclose(layers[0](x), layers[1](x))
+    assert (layers[1].layer.running_mean == 0.75).all()
+    assert layers[0].layer.running_mean.std() > 0.01
+
+
+def test_slopes_of_a_prelu_lie_near_a_number_and_types_are_those_asked_for() -> None:
+    spec = NetworkSpec(((1, 4, 3),), (Act("prelu", args=(4, -1.0)),), dtype="float16")
+    weight = spec.build(seed=0).body[0].weight
+    assert weight.dtype == torch.float16 == spec.inputs(seed=0)[0].dtype
+    assert 1e-4 < (weight + 1).abs().max() <= 2e-3
+    assert "float16 network" in spec.features()
+    assert "slope near -1" in spec.features()
+    assert -1.0 in SLOPES
+
+
+# ---- features broken one at a time ---------------------------------------------------------------
+
+Fault = Callable[[fx.Node, fx.GraphModule], bool]
+
+
+def calls(*names: str) -> Fault:
+    """Calls of functions and methods of these names are left out."""
+
+    def fault(node: fx.Node, gm: fx.GraphModule) -> bool:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        return node.op in ("call_function", "call_method") and str(name).split(".")[0] in names
+
+    return fault
+
+
+def kept_means(node: fx.Node, gm: fx.GraphModule) -> bool:
+    return calls("mean", "amax")(node, gm) and bool(node.kwargs.get("keepdim"))
+
+
+def without(model: fx.GraphModule, fault: Fault) -> fx.GraphModule:
+    """A copy in which every call that the fault holds for gives what it was given."""
+    gm = copy.deepcopy(model)
+    for node in list(gm.graph.nodes):
+        if fault(node, gm):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            gm.graph.erase_node(node)
+    gm.recompile()
+    return gm
+
+
+WRITERS = ("_foreach_mul_", "_foreach_add_", "mul_", "copy_", "constant_", "__setitem__")
+BROKEN: dict[str, Fault] = {
+    **{f"roll along {kind}": calls("roll") for kind in ("space", "channels", "batch")},
+    **{f"roll as {form}": calls("roll") for form in ROLLS},
+    **{f"flip along {kind}": calls("flip") for kind in ("space", "batch")},
+    "index as index_select": calls("index_select"),
+    **{f"joined with its mean: {form}": kept_means for form in STATISTICS},
+    "spatial mean inside a branch": kept_means,
+    "focal modulation": kept_means,
+    "residual on tokens of a map": calls("flip", "roll"),
+    "residual on one row": calls("flip", "roll"),
+    **{f"write by {kind}": calls(*WRITERS) for kind in WRITES if kind.split(".")[-1] in WRITERS},
+    **{f"write through {view}": calls("mul_", "_foreach_mul_") for view in VIEWS if view},
+}
+
+
+@pytest.mark.parametrize("feature", BROKEN)
+def test_a_feature_that_is_left_out_is_found(feature: str) -> None:
+    """Within 400 draws, of which only those are tried that have the feature."""
+    for example in range(400):
+        case = fuzz.draw_case(example, seed=0, frontend="traced")
+        if feature not in case.spec.features():
+            continue
+        model, inputs = fx.symbolic_trace(case.spec.build()), case.spec.inputs()
+        try:
+            compare(model, without(model, BROKEN[feature]), inputs)
+        except (AssertionError, rmfx.VerificationError):
+            return
+    pytest.fail(f"400 networks did not tell that {feature} was left out")
+
+
+# ---- mechanisms taken away again ----------------------------------------------------------------
+
+
+def first_arguments_only(node: fx.Node, *_: Any) -> Iterator[fx.Node]:
+    return (n for n in node.args[:1] if isinstance(n, fx.Node))
+
+
+def by_name(tensors: Any) -> dict[int, int]:
+    return {id(tensor): id(tensor) for tensor in tensors}
+
+
+def fails(case: Case, apply: Callable[..., Any]) -> bool:
+    """Whether the fuzzer finds anything wrong with a network."""
+    report = fuzz.FuzzReport(case.transform, case.frontend, seed=0)
+    fuzz._try_case(report, case, apply, 0)
+    return report.failure is not None
+
+
+@pytest.fixture(autouse=True)
+def _without_making_networks_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "shrink", lambda spec, fails: spec)
+
+
+# Where a mechanism is looked up, and what stood there when attacks succeeded; how the networks are
+# held, what those have that could show it, the seed, and within how many draws one must.
+PLANTED: dict[str, tuple[Any, str, Any, str, Callable[[str], bool], int, int]] = {
+    "a roll along space is taken for the identity": (
+        *(_selections, "_moves", lambda node, rank: set(), "traced"),
+        *(lambda feature: feature == "roll along space", 2, 100),
+    ),
+    "writes through second arguments are not seen": (
+        *(_effects, "_written", first_arguments_only, "traced"),
+        *(lambda feature: feature.startswith("write by"), 0, 100),
+    ),
+    "memory is compared by name": (
+        *(_functionalise, "memories", by_name, "traced"),
+        *(lambda feature: "written" in feature, 2, 100),
+    ),
+    "a way past an activation may cost all digits": (
+        *(_strategy, "affords", lambda dtype, bits: True, "traced"),
+        *(lambda feature: feature == "slope near -1", 2, 200),
+    ),
+    "sizes at which a join broadcasts are not refused": (
+        *(_sizes, "agreements", lambda net, node: (), "traced"),
+        *(lambda feature: True, 1, 200),
+    ),
+    "sizes of one example are taken for those of every call": (
+        *(_probes.OpenSizes, "__call__", lambda self, name, dim: False, "traced"),
+        *(lambda feature: "tokens" in feature or "row" in feature, 0, 200),
+    ),
+    "weights are compared by their versions alone": (
+        *(_freshness._Sampler, "read", lambda self, tensors: (), "compiled"),
+        *(lambda feature: feature.startswith("fused"), 0, 50),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mechanism", PLANTED)
+def test_a_mechanism_taken_away_is_noticed(mechanism: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, name, planted, frontend, shows, seed, most = PLANTED[mechanism]
+    for example in range(most):
+        case = fuzz.draw_case(example, seed, frontend=frontend, activation="random")
+        if not any(map(shows, case.features())):
+            continue
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, planted)
+            found = fails(case, rmfx.remove_residuals)
+        if found and not fails(case, rmfx.remove_residuals):
+            return
+    pytest.fail(f"{most} networks did not notice that {mechanism}")
+
+
+# ---- sizes and changes --------------------------------------------------------------------------
+
+
+class WrongAt(nn.Module):
+    """Twice the right answer at some sizes."""
+
+    def __init__(self, model: nn.Module, wrong: Callable[[Any], bool]) -> None:
+        super().__init__()
+        self.model, self.wrong = model, wrong
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.model(x)
+        return 2 * y if self.wrong(x.shape) else y
+
+
+WRONG_AT: dict[str, Callable[[Any], bool]] = {
+    OTHER_BATCH: lambda shape: shape[0] not in (1, 2),
+    OTHER_SIZE: lambda shape: tuple(shape[2:]) != (6, 6),
+    COPRIME: lambda shape: shape[2] > 1 and math.gcd(shape[2], 6) == 1,
+    ONE: lambda shape: tuple(shape[2:]) == (1, 1),
+}
+
+
+@pytest.mark.parametrize("sizes", WRONG_AT)
+def test_what_is_wrong_at_other_sizes_only_is_found(sizes: str) -> None:
+    layers = (Conv(3, 4, (3, 3), padding=1), Norm(4), Act("relu"))
+    spec = NetworkSpec(((2, 3, 6, 6),), layers)
+    model, inputs = spec.build(), spec.inputs()
+    assert sizes in compare(model, model, inputs)[1]
+    with pytest.raises(rmfx.VerificationError):
+        compare(model, WrongAt(model, WRONG_AT[sizes]), inputs)
+
+
+def test_a_size_at_which_the_original_fails_says_nothing() -> None:
+    flat = NetworkSpec(((2, 2, 4, 4),), (Conv(2, 1, (1, 1)), Norm(1)))
+    model, inputs = flat.build(), flat.inputs()
+    only = WrongAt(model, lambda shape: False)
+    only.wrong = lambda shape: {4: False}[shape[2]]  # type: ignore[assignment,return-value]
+    assert compare(only, model, inputs)[1] <= {OTHER_BATCH}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_moves_the_answer_and_is_seen(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    branch = (Conv(3, 3, (3, 3), padding=1), Norm(3), Act("relu"), Conv(3, 3, (1, 1)))
+    spec = NetworkSpec(((2, 3, 5, 5),), (Join((branch, ())),))
+    model, inputs = spec.build(), spec.inputs()
+    before = model(*inputs)
+    rows, found = compare_compiled(model, inputs, (change,), {})
+    assert rows[0].status == "removed"
+    assert len(rows) == 2  # it was converted again
+    assert found.error < 1e-10
+    assert not torch.allclose(model(*inputs), before)
+    monkeypatch.setattr(_freshness.Snapshot, "holds", lambda self, tensors: True)
+    with pytest.raises(AssertionError, match="networks differ"):
+        compare_compiled(spec.build(), inputs, (change,), {})
+
+
+def test_statistics_are_moved_only_where_there_are_some() -> None:
+    for example in range(40):
+        case = fuzz.draw_case(example, seed=0, frontend="compiled")
+        assert 1 <= len(case.changes) <= 3
+        if MOVED in case.changes:
+            network = case.spec.build()
+            before = {k: v.clone() for k, v in network.named_buffers()}
+            CHANGES[MOVED](network)
+            after = dict(network.named_buffers())
+            assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_network_that_nothing_can_trace_is_skipped_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise rmfx.TraceError("the network cannot be traced: 3 reasons")
+
+    case = fuzz.draw_case(0, seed=0)
+    report = fuzz.FuzzReport("remove_residuals", "module", seed=0)
+    monkeypatch.setattr(fuzz, "_is_traceable", lambda case, arguments: False)
+    fuzz._try_case(report, case, refuses, 0)
+    assert (report.skipped, report.failure) == (1, None)
+    assert list(report.untraced) == ["the network cannot be traced: N reasons"]
+    monkeypatch.undo()
+    assert fails(case, refuses)  # torch can trace this one
+
+
+def test_a_compiled_network_is_for_the_backend_alone() -> None:
+    with pytest.raises(rmfx.RmfxError, match="which the backend runs"):
+        fuzz.fuzz("merge_convs", frontend="compiled")
+
+
+def test_equal_seeds_draw_equal_changes_and_everything_is_counted() -> None:
+    first, second = (fuzz.draw_case(7, seed=3, frontend="compiled") for _ in range(2))
+    assert first == second
+    assert first.features() <= fuzz.COUNTED
