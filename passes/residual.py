@@ -348,7 +348,10 @@ def remove_residuals(
         example_inputs: a tensor or a tuple of arguments. They give shapes (for multiply-adds in the
             report, and for some layers the only proof that a rewrite is exact) and let
             `torch.export` take over where symbolic tracing fails. Sizes are not baked in. Without
-            them the inputs of convolutions are taken to have a batch dimension.
+            them nothing is verified, the inputs of convolutions are taken to have a batch
+            dimension, and the symbolic trace is believed: code that asks whether it got a tensor
+            (`isinstance`, `str(x.device)`), `.data` assigned during the call, and state that shows
+            only at the third call or later are not seen.
         strict: raise at the first site that is refused.
         fold_batch_norm: fold batch norm into the convs around it. With False batch norms inside a
             branch stay, with an identity batch norm on the carry, so that the result can be trained

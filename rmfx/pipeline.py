@@ -25,6 +25,7 @@ from ._range import Ranges
 from ._rewrite import apply_rule
 from ._site import Site
 from ._state import undisturbed
+from ._verification import checked
 from .frontend import trace
 from .latency import Settings, compare_speed, ratio_of
 from .passes.batch_norm import fold
@@ -48,6 +49,7 @@ def optimize(
     rounds: int = 15,
     seconds: float = 0.1,
     step: Callable[[str], object] = lambda text: None,
+    verify: bool = True,
 ) -> fx.GraphModule:
     """Make a network faster without changing what it computes, or return it as fast as it was.
 
@@ -65,6 +67,7 @@ def optimize(
         rounds: how often each form is timed.
         seconds: how long each timing takes at least.
         step: called with a few words before each step.
+        verify: compare what is returned with the model before it is; see `rmfx.verify`.
 
     Returns:
         The fastest form; `rmfx.report` holds what was done at each site and what was measured.
@@ -90,12 +93,29 @@ def optimize(
     inputs = _inputs(example_inputs)
     threads = torch.get_num_threads() if threads is None else threads
     settings = Settings((runtime,), threads=threads, rounds=rounds, seconds=seconds)
-    forms, tried = _forms(model, inputs, policy, step)
-    if len(forms) == 1:
-        return _with_report(forms["folded"], Report(tried))
+    step("fold batch norm")
+    source = trace(model, inputs)
+    forms, tried = _forms(source, policy, step)
+    best, rows = "folded", tried
+    timings: tuple[Timing, ...] = ()
+    if len(forms) > 1:
+        best, timings = _measured(forms, inputs, runtime, settings, step)
+        rows = _rows(report(forms[best]), tried, timings)
+    forms[best].meta[META_KEY] = Report(rows, timings)
+    return checked("optimize", model, source, forms[best], inputs, wanted=verify, reports=True)
+
+
+def _measured(
+    forms: Mapping[str, fx.GraphModule],
+    inputs: tuple[Tensor, ...],
+    runtime: str,
+    settings: Settings,
+    step: Callable[[str], object],
+) -> tuple[str, tuple[Timing, ...]]:
+    """The name of the form to return, and how long each takes."""
     times = compare_speed(list(forms.values()), inputs, runtime, settings, step)
     if any(_verdict(times[0], own) is None for own in times[1:]):
-        more = replace(settings, rounds=3 * rounds)
+        more = replace(settings, rounds=3 * settings.rounds)
         again = compare_speed(list(forms.values()), inputs, runtime, more, step)
         times = [(*own, *others) for own, others in zip(times, again, strict=True)]
     ratios = [ratio_of(times[0], own) for own in times]
@@ -104,7 +124,7 @@ def optimize(
         Timing(name, runtime, *ratio, chosen=name == best)
         for name, ratio in zip(forms, ratios, strict=True)
     )
-    return _with_report(forms[best], Report(_rows(report(forms[best]), tried, timings), timings))
+    return best, timings
 
 
 def _verdict(before: Sequence[float], after: Sequence[float]) -> bool | None:
@@ -155,14 +175,9 @@ def _inputs(example_inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _forms(
-    model: nn.Module | Any,
-    inputs: tuple[Tensor, ...],
-    policy: Policy,
-    step: Callable[[str], object],
+    source: fx.GraphModule, policy: Policy, step: Callable[[str], object]
 ) -> tuple[dict[str, fx.GraphModule], tuple[SiteReport, ...]]:
     """The forms that differ from one another, the folded one first; what the last one removes."""
-    step("fold batch norm")
-    source = trace(model, inputs)
     found = {"folded": _rewritten(source, None, policy)}
     for name, arrange in (("merged", as_one_layer), ("converted", plans)):
         step(f"make the {name} form")
@@ -200,8 +215,3 @@ def _not_now(site: Site) -> Refusal:
 def _shape(gm: fx.GraphModule) -> tuple[str, list[str]]:
     """What two forms of one network have in common exactly where they are the same."""
     return gm.code, [str(m) for m in gm.modules() if not list(m.children())]
-
-
-def _with_report(gm: fx.GraphModule, made: Report) -> fx.GraphModule:
-    gm.meta[META_KEY] = made
-    return gm
