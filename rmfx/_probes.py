@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from ._activation import is_activation
 from ._affine import MULTIPLYING
 from ._calls import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS
+from ._errors import ShapeError
 from ._infer import on_demand
 from ._meta import GUARDED
 from ._threads import without_logs
@@ -38,6 +39,7 @@ Resize = Callable[[int, int], int]  # a size and its dimension -> another size
 FAILURES = (
     *(RuntimeError, TypeError, ValueError, AssertionError),
     *(AttributeError, LookupError, ArithmeticError),
+    ShapeError,  # of its conditions
 )
 
 

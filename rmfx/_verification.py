@@ -30,6 +30,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ._activation import Interval
+from ._affine import CONVS
 from ._batches import as_tuple
 from ._conditions import refuses
 from ._dynamo import find_lifted
@@ -106,7 +107,8 @@ def verify(
     source = trace_with_joins(original, given, names)[0] if names else None
     joins = _of_report(after)
     pair = _Pair("the pass", _original(original, source), source, after, joins, tolerance)
-    return pair.run(Example(given, input_range=input_range))
+    last = _reads_features(original)
+    return pair.run(Example(given, input_range=input_range, last=last))
 
 
 def checked(
@@ -164,11 +166,18 @@ def _example_of(
     """
     given = as_tuple(inputs)
     if not _is_of_dynamo(model):
-        return Example(given, input_range=input_range), []
+        return Example(given, input_range=input_range, last=_reads_features(model)), []
     lifted = {one.position: one.value for one in find_lifted(model)}
     real = (lifted.get(i, _real(x)) for i, x in enumerate(given))
     example = Example(tuple(real), frozenset(lifted), input_range)
     return example, [example.resized((SAME,) * len(example.sizes), seed=0)]
+
+
+def _reads_features(model: Any) -> bool:
+    """Whether channels are more likely to be the last dimension, as of tokens."""
+    modules = () if isinstance(model, ExportedProgram) else model.modules()
+    kinds = {type(module) for module in modules}
+    return nn.Linear in kinds and kinds.isdisjoint(CONVS[1:])
 
 
 def _is_of_dynamo(model: Any) -> bool:
@@ -361,7 +370,7 @@ class _Pair:
         for batch in batches:
             self._compare(batch)
         if not batches and not self._run_at(example):
-            self._run_at(replace(example, last=True))
+            self._run_at(replace(example, last=not example.last))
         if not self._shapes:
             self._compare(example.inputs)
         if not self._shapes:

@@ -197,7 +197,7 @@ class Report:
             row["shape"] = list(row["shape"]) if row["shape"] else None
         counts = {"removed": self.removed, "refused": self.refused, "kept": self.kept}
         timings = [asdict(timing) for timing in self.timings]
-        verification = self.verification and asdict(self.verification)
+        verification = self.verification and _lists(asdict(self.verification))
         return {**counts, "sites": rows, "timings": timings, "verification": verification}
 
     def __str__(self) -> str:
@@ -232,6 +232,13 @@ class Report:
         total = f"{self.removed} of {len(self.rows)} residual connections removed"
         total += f", {self.kept} kept by choice" if self.kept else ""
         return f"{tabulate(table, HEADERS, disable_numparse=True, maxcolwidths=60)}\n{total}"
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as lists, for JSON."""
+    if isinstance(value, dict):
+        return {key: _lists(part) for key, part in value.items()}
+    return [_lists(part) for part in value] if isinstance(value, (tuple, list)) else value
 
 
 def exactness_of(row: SiteReport) -> str:
