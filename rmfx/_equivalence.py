@@ -128,9 +128,9 @@ def noise_floor(before: nn.Module, after: nn.Module, inputs: Any) -> float:
     return max(changes, default=0.0)
 
 
-def moved_by_one_rounding(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def moved_by_one_rounding(inputs: tuple[Any, ...], seed: int = 0) -> tuple[Any, ...]:
     """Inputs of which every floating number is moved to one of its two neighbours, at random."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def neighbour(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():

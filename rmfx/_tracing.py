@@ -132,7 +132,8 @@ class _Outside(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         named = (*model.named_parameters(), *model.named_buffers())
         self._own = {id(tensor): name for name, tensor in named}
-        self._parameters = {_memory(tensor) for _, tensor in named if not is_lazy(tensor)}
+        real = (tensor for _, tensor in named if isinstance(tensor, Tensor))  # no proxy of a buffer
+        self._parameters = {_memory(tensor) for tensor in real if not is_lazy(tensor)}
         self.baked: str | None = None
         self._made: dict[int, Tensor] = {}  # by their memory, which is theirs while they live
 

@@ -107,8 +107,8 @@ class Example:
 def candidates(example: Example, *, further: bool) -> Iterator[list[Sizes]]:
     """Sizes to run at; of each list the first that both networks take is enough.
 
-    They are the example's, another batch at other sizes, and 1, everywhere or, of large examples,
-    along one axis at a time; then some more if `further` ones are wanted.
+    They are the example's, twice, another batch at other sizes, and 1, everywhere or, of large
+    examples, along one axis at a time; then some more if `further` ones are wanted.
     """
     batch, *space = example.sizes or (1,)
     same = (SAME,) * len(space)
@@ -118,7 +118,7 @@ def candidates(example: Example, *, further: bool) -> Iterator[list[Sizes]]:
     ones = (1,) * len(space)
     if batch * math.prod(space) <= LARGE:
         few_positions = [sizes for sizes in others if math.prod(sizes) <= 2 * LARGE]
-        yield [(SAME, *same)]
+        yield from [[(SAME, *same)]] * 2  # a second call tells what was kept of the first
         yield [*((other, *sizes) for sizes in few_positions), (other, *same), (1, *same)]
         yield [(1, *ones)]
         if further and space:

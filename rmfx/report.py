@@ -144,7 +144,7 @@ class Verification:
     def __str__(self) -> str:
         if self.reason:
             return f"not verified: {self.reason}"
-        sizes = ", ".join(map(shape_text, self.shapes))
+        sizes = ", ".join(dict.fromkeys(map(shape_text, self.shapes)))
         text = (
             f"verified on random inputs of {sizes}: outputs and {len(self.joins)} joins differ by"
             f" {self.error:.1e} at most (relative; up to {self.limit:.1e} is rounding)"
