@@ -19,7 +19,7 @@ from . import _network_constructs as constructs
 from ._network_digits import SLOPES, STEEP, TYPES, awkward_arguments, suits_types
 from ._network_features import INTO_A
 from ._network_modules import FUNCTIONS, IN_PLACE, METHODS, OPAQUE, OPAQUE_ANYWHERE, WITHOUT_MODULE
-from ._network_unusual import tokens, unusual
+from ._network_unusual import take_all, tokens, unusual
 from ._network_values import INPUT, Path, Value, collapse, out, pooled
 from ._networks import (
     Act,
@@ -148,6 +148,8 @@ class Sampler:
             return self.typed(self.finish(path))
         if not self.one_in(4):
             self.layer(path, style=self.pick(("keep", "stride", "valid")))
+        if path.value.is_map and self.one_in(15):
+            take_all(self, path)
         for _ in range(self.pick((1, 2, 2, 3, 4))):
             self.any_block(path)
             if not self.one_in(3):

@@ -74,11 +74,23 @@ def permute(sampler: Sampler, path: Path) -> None:
     sampler.put(path, Take(axis, sampler.pick(orders), form))
 
 
+def take_all(sampler: Sampler, path: Path) -> None:
+    """All rows by their number: the identity at this size, fewer of them at a larger one."""
+    order = tuple(range(path.value.size[0]))
+    sampler.put(path, Take(2, order, sampler.pick(INDICES[:-1])))
+
+
 def repeat(sampler: Sampler, path: Path) -> None:
-    """Every position twice, and again half of them; or twice the channels, and a layer on them."""
+    """Every position twice, and again half of them, or half first; or a layer on twice as many."""
     axis = sampler.pick(_axes(path, batch=False))
     channels, value = path.value.channels, path.value
     form = sampler.pick(("method", "function"))
+    if value.shape[axis - 1] % 2 == 0 and sampler.one_in(2):
+        half = (*value.shape[: axis - 1], value.shape[axis - 1] // 2, *value.shape[axis:])
+        half_of_all = Take(axis, (sampler.pick((0, 1)), 2), "slice")
+        sampler.put(path, half_of_all, half, alias=True)
+        sampler.put(path, Repeat(axis, 2, form), value.shape)
+        return
     sampler.put(path, Repeat(axis, 2, form), _resized(value.shape, axis, 2))
     if _kind(path, axis) == "channels" and sampler.one_in(2):
         sampler.affine(path, channels, "point")
