@@ -401,7 +401,7 @@ class Net:
         if by_rank or self.source.meta.get(BY_RANK):
             demand_ranks(self._given, {node.name: self.rank(node) for node in inputs})
         for condition in self._conditions:
-            condition.write(self._given, places[condition.source])
+            condition.write(self._given, places)
         return self._given
 
     def _materialise(self, node: fx.Node, root: dict[str, object]) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from operator import getitem
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ._graph import Net
 
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+SUMS = (torch.add, torch.sub)
 SPREADING = (torch.add, torch.sub, torch.mul, torch.div, torch.maximum, torch.minimum)
 KEEP_SIZE = (*SPREADING, torch.cat)
 WAY_OUT = "use another size, or convert the network again with example inputs of this one"
@@ -62,8 +64,9 @@ class Multiple(SizeCondition):
     growth: int
     multiple: int
 
-    def write(self, graph: fx.Graph, x: fx.Node) -> None:
-        """Let a graph demand it of an input."""
+    def write(self, graph: fx.Graph, inputs: Mapping[fx.Node, fx.Node]) -> None:
+        """Let a graph demand it of its inputs, which stand for the sources."""
+        x = inputs[self.source]
         size = graph.call_function(inner_size, (x, self.dim, self.growth, self.stride))
         rest = graph.call_function(operator.mod, (size, self.multiple))
         message = (
@@ -76,19 +79,22 @@ class Multiple(SizeCondition):
 
 @dataclass(frozen=True)
 class Agreement(SizeCondition):
-    """Two sizes ⌊(size + growth)/stride⌋ must be equal."""
+    """Two sizes ⌊(size + growth)/stride⌋, of one input or of two, must be equal."""
 
     strides: tuple[int, int]
     growths: tuple[int, int]
+    other: fx.Node | None = None
 
-    def write(self, graph: fx.Graph, x: fx.Node) -> None:
-        """Let a graph demand it of an input."""
-        laws = list(zip(self.growths, self.strides, strict=True))
-        sizes = [graph.call_function(inner_size, (x, self.dim, a, s)) for a, s in laws]
-        message = (
-            f"{self.cause} combines equal sizes only where "
-            f"{' = '.join(_floor(self.dim, a, s) for a, s in laws)}; {WAY_OUT}"
-        )
+    def write(self, graph: fx.Graph, inputs: Mapping[fx.Node, fx.Node]) -> None:
+        """Let a graph demand it of its inputs, which stand for the sources."""
+        x = inputs[self.source]
+        of_other = f" of {self.other.name}" if self.other else ""
+        sources = (x, inputs[self.other or self.source])
+        laws = list(zip(sources, self.growths, self.strides, strict=True))
+        sizes = [graph.call_function(inner_size, (y, self.dim, a, s)) for y, a, s in laws]
+        floors = [_floor(self.dim, a, s) for _, a, s in laws]
+        where = f"{' = '.join(floors)}{of_other}"
+        message = f"{self.cause} combines equal sizes only where {where}; {WAY_OUT}"
         demand_that(graph, graph.call_function(operator.eq, tuple(sizes)), x, message)
 
 
@@ -249,13 +255,24 @@ def agreements(net: Net, node: fx.Node) -> tuple[Condition, ...] | Refusal:
     read = [x for x in node.all_input_nodes if is_tensor_node(net, x)]
     laws = [net.sizes.law(x) for x in read]
     known = [law for law in laws if law is not None]
-    if len(known) < 2 or len(known) < len(laws):
+    if len(laws) < 2:
         return ()
-    found = []
+    if len(known) < len(laws):
+        fixed = all(sizes_of_every_call(x) is not None for x in read)
+        return () if fixed else Refusal(UNKNOWN_SIZES)
+    found: list[Condition] = []
     for (x, first), (y, second) in itertools.pairwise(zip(read, known, strict=True)):
         if "shape" in x.meta and "shape" in y.meta and x.meta["shape"][2:] != y.meta["shape"][2:]:
             continue
-        if first.source is not second.source or len(first.stride) != len(second.stride):
+        if len(first.stride) != len(second.stride):
+            continue
+        if first.source is not second.source:
+            sources = (first.source, second.source)
+            if all(sizes_of_every_call(x) is not None for x in sources) or node.target not in SUMS:
+                continue
+            if any(x.op != "placeholder" for x in sources):
+                return Refusal(UNKNOWN_SIZES)
+            found += _of_two(node, first, second)
             continue
         different = [i for i in range(len(first.stride)) if _at(first, i) != _at(second, i)]
         if different and first.source.op != "placeholder":
@@ -267,6 +284,16 @@ def agreements(net: Net, node: fx.Node) -> tuple[Condition, ...] | Refusal:
             dim = i - len(first.stride)
             found.append(Agreement(first.source, dim, node.name, pairs[0], pairs[1]))
     return tuple(found)
+
+
+def _of_two(node: fx.Node, first: SizeLaw, second: SizeLaw) -> list[Condition]:
+    """That the sizes that follow from two inputs are equal."""
+    found: list[Condition] = []
+    for i, (a, b) in enumerate(zip(first.stride, second.stride, strict=True)):
+        growths = (first.growth[i], second.growth[i])
+        dim = i - len(first.stride)
+        found.append(Agreement(first.source, dim, node.name, (a, b), growths, second.source))
+    return found
 
 
 def _at(law: SizeLaw, dim: int) -> tuple[int, int]:

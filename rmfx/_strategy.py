@@ -46,7 +46,7 @@ from ._digits import (
     lost_rows,
     smallest_scale,
 )
-from ._double_relu import without_clamps
+from ._double_relu import bits_of_clamps, without_clamps
 from ._errors import Refusal
 from ._range import Range, Ranges
 
@@ -110,7 +110,7 @@ def settle(
     own = _settle(plan, ranges, allowed, dtype)
     if "double-relu" not in allowed or _is_good(own, allowed):
         return own
-    other = without_clamps(plan)
+    other = without_clamps(plan, dtype)
     if other is None:
         return own
     found = _settle(other, ranges, {"identity", *allowed}, dtype)
@@ -120,6 +120,7 @@ def settle(
         found,
         strategy=max("double-relu", found.strategy, key=_ORDER),
         exactness=max("rounding", found.exactness, key=EXACTNESS.index),
+        bits=max(found.bits, bits_of_clamps(plan)),
     )
 
 

@@ -349,7 +349,7 @@ def test_relu_takes_two_relu_rather_than_a_large_gain(signed: bool) -> None:
     model = wide(nn.ReLU6(), signed=signed)
     gm = assert_removed(model, image(), activation="relu", strategy="double-relu")
     (row,) = rmfx.report(gm).rows
-    assert (row.exactness, row.gain, row.bits) == ("rounding", 1, 0)
+    assert (row.exactness, row.gain, row.bits) == ("rounding", 1, math.log2(6))
     assert types(gm).count("ReLU") == 4
     assert {*types(gm)} == {"Conv2d", "Hardtanh", "ReLU"}
     assert row.carry == (8 if signed else 4)
@@ -446,3 +446,10 @@ def test_what_lies_far_beyond_a_clamp_costs_two_relu_nothing() -> None:
     x = image(dtype=torch.float32)
     gm = assert_removed(model, x, activation="relu", strategy="double-relu")
     assert_equivalent(model, gm, 100 * x, tolerance=1e-5)
+
+
+def test_a_clamp_with_huge_bounds_is_no_two_relu() -> None:
+    model = ready(Residual(nn.Sequential(conv(), nn.Hardtanh(-3e4, 3e4), conv())), torch.float32)
+    x = image(2, 4, 8, 8, dtype=torch.float32)
+    row = rmfx.report(rmfx.remove_residuals(model, x, activation="relu")).rows[0]
+    assert row.strategy != "double-relu"

@@ -238,3 +238,21 @@ def test_the_law_gives_the_size_of_every_value(
     law = net.sizes.law(last)
     assert law is not None
     assert (size + law.growth[0]) // law.stride[0] == expected
+
+
+def test_sizes_of_two_inputs_are_demanded_to_be_equal_where_they_are_added() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a = conv(4, 4, 3, padding=0), conv()
+
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            z = self.stem(x)
+            return z + self.a(z + y)
+
+    model = ready(Two())
+    inputs = (image(2, 4, 9, 8), image(2, 4, 7, 6))
+    gm = rmfx.remove_residuals(model, inputs)
+    assert rmfx.report(gm).removed >= 1
+    with pytest.raises(rmfx.ShapeError, match="combines equal sizes only where"):
+        gm(image(2, 4, 3, 8), image(2, 4, 7, 6))  # which the original spreads out
