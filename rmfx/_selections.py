@@ -138,8 +138,8 @@ def selection(net: Net, node: fx.Node, channels: int, dims: int) -> AffineConv |
     found = _run(net, node, torch.arange(channels, dtype=torch.float64).reshape(row))
     if found is None or found.dim() != rank or found.numel() != found.shape[axis]:
         return None
-    rows = found.flatten().long()
-    if not rows.numel() or not _is_noted(node, source, axis, rows.numel()):
+    rows = [int(row) for row in found.flatten().tolist()]  # numbers that weights may not decide
+    if not rows or not _is_noted(node, source, axis, len(rows)):
         return None
     return AffineConv.pointwise(torch.eye(channels, dtype=torch.bfloat16)[rows], dims=dims)
 

@@ -34,6 +34,7 @@ from ._activation import Interval
 from ._affine import CONVS
 from ._batches import as_tuple
 from ._conditions import refuses
+from ._digits import AFFORDED, bits_of
 from ._dynamo import find_lifted
 from ._equivalence import (
     Recorder,
@@ -353,7 +354,8 @@ class _Pair:
         self._joins = joins
         self._fixed: frozenset[int] = frozenset()
         writes = _may_write(source)
-        self._after = _apart(after, writes=True) if writes else after
+        is_graph = isinstance(after, fx.GraphModule)  # a compiled network is to be run as it is
+        self._after = _apart(after, writes=True) if writes and is_graph else after
         self._graphs: tuple[fx.GraphModule, ...] = ()
         self._operands: dict[str, list[tuple[fx.Node, float]]] = {}
         if source is not None and isinstance(after, fx.GraphModule):
@@ -472,7 +474,7 @@ class _Pair:
             with self._autocast() as types:
                 used = [torch.empty(0, dtype=dtype) for dtype in types.values()]
             limit = default_tolerance(self._before, (inputs, before.output, used))
-            limit *= 2 ** max((join.bits for join in self._joins), default=0.0)
+            limit *= 2 ** self._bits(before)
         places = list(self._places(inputs, before, after))
         wrong = [place for place in places if not place.error() <= limit * place.scale]
         if wrong:
@@ -491,6 +493,13 @@ class _Pair:
                 raise self._error_at(inputs, _told(place, allowed))
         self._note(places, before, limit)
         return True
+
+    def _bits(self, before: _Run) -> float:
+        """The bits that carries lose by the report, as far as the outputs' type affords it."""
+        floating = (x for x in pytree.tree_leaves(before.output) if isinstance(x, Tensor))
+        types = (x.dtype for x in floating if x.is_floating_point())
+        most = AFFORDED * bits_of(next(types, torch.float32))
+        return min(most, max((join.bits for join in self._joins), default=0.0))
 
     def _places(self, inputs: Inputs, before: _Run, after: _Run) -> Iterator[_Place]:
         """What is compared, in the order of the graph."""

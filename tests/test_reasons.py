@@ -33,7 +33,10 @@ def reason_of(forward: Any, *inputs: Tensor, **parts: nn.Module) -> str:
         (lambda m, x: x + m.a(x).flip(2), "flip rearranges"),
         (lambda m, x: x + torch.cumsum(m.a(x), 1), "cumsum is neither linear nor"),
         (lambda m, x: x + m.u(x)[:, :, :9, :7], "transposed convolution with a stride"),
-        (lambda m, x: x + m.a(x[:, :, :5].repeat(1, 1, 2, 1)[:, :, 1:]), "repeat is neither"),
+        (
+            lambda m, x: x + m.a(x[:, :, :5].repeat(1, 1, 2, 1)[:, :, 1:]),
+            "a slice whose place depends",
+        ),
     ],
 )
 def test_what_stands_in_the_way_is_named(forward: Any, reason: str) -> None:
