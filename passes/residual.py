@@ -457,7 +457,6 @@ def remove_residuals(
         wanted=verify,
         input_range=input_range,
         batches=batches.first if batches is not None and _is_calibrated(converted) else (),
-        gradients=differentiable,
         reports=True,
     )
 

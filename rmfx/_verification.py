@@ -57,8 +57,6 @@ from .report import META_KEY, JoinError, SiteReport, Verification, shape_text
 
 SMALL = 1 << 21  # parameters up to which a network is run at further sizes
 ROUNDINGS = 10  # of the inputs, whose effect is allowed for
-ON_GRADIENTS = 100  # times the tolerance: they add up over all positions
-SMALL_GRADIENT = 1e-3  # of the largest one: others are compared with that
 COARSE = 100  # times the tolerance: what nobody takes for rounding
 MOVES = 4  # of a few numbers one rounding may do little by chance
 CALLED = 1 << 11  # positions up to which a network with a graph is called as well
@@ -126,7 +124,6 @@ def checked(
     wanted: bool = True,
     input_range: Interval | None = None,
     batches: Sequence[Any] = (),
-    gradients: bool = False,
     reports: bool = False,
 ) -> fx.GraphModule:
     """The result of a verb, verified where that is wanted and can be; its report says so.
@@ -140,7 +137,6 @@ def checked(
         wanted: whether the caller wants it verified.
         input_range: of the inputs for which the result holds.
         batches: inputs for which alone it holds, as far as anybody knows, if there are such.
-        gradients: whether those of inputs and parameters, which both share, must be the same too.
         reports: whether the verb has made a report on the joins; else those are compared that stand
             in both graphs under one name.
 
@@ -154,7 +150,7 @@ def checked(
     else:
         joins = _of_report(after) if reports else _of_names(source, after)
         fresh = partial(_original, model, source)
-        pair = _Pair(verb, fresh, source, after, joins, gradients=gradients)
+        pair = _Pair(verb, fresh, source, after, joins)
         example, trials = _example_of(model, inputs, input_range)
         found = pair.run(example, [as_tuple(batch) for batch in batches] or trials)
     if reports:
@@ -333,7 +329,6 @@ class _Pair:
         after: the result.
         joins: those to be compared.
         tolerance: the relative error that is allowed, None for that of the types in use.
-        gradients: whether to compare gradients, too.
     """
 
     def __init__(
@@ -344,10 +339,7 @@ class _Pair:
         after: nn.Module,
         joins: Sequence[_Join] = (),
         tolerance: float | None = None,
-        *,
-        gradients: bool = False,
     ) -> None:
-        self._gradients = gradients
         self._fresh, before = fresh, fresh()
         self._traced_under = _is_of_dynamo(before)
         self._verb, self._before, self._tolerance = verb, before, tolerance
@@ -420,9 +412,6 @@ class _Pair:
             raise self._error_at(inputs, f"the original runs and the result raises {kind}: {text}")
         if self._agree(inputs, before, after):
             self._shapes.append(self._shapes_of(inputs))
-        if self._gradients and _positions(inputs) <= CALLED:
-            self._compare_gradients(inputs)
-            self._gradients = False  # once is enough
         return True
 
     def _run(self, side: int, inputs: Inputs) -> _Run:
@@ -538,49 +527,9 @@ class _Pair:
         error, sensitivity = place.error() / scale, min(parts, default=0.0) / scale
         return JoinError(place.module, max(known.error, error), max(known.sensitivity, sensitivity))
 
-    def _compare_gradients(self, inputs: Inputs) -> None:
-        """Demand that both send the same gradients to inputs and parameters.
-
-        Raises:
-            VerificationError: one differs.
-        """
-        parameters = {name: p for name, p in self._before.named_parameters() if p.requires_grad}
-        given = list(parameters.values())
-        moved_inputs = self._moved(inputs)
-        expected, moved, actual = (
-            _gradients(module, copies, [*self._own(copies), *given])
-            for module, copies in (
-                (self._before, self._copies(inputs)),
-                (self._before, self._copies(moved_inputs)),
-                (self._after, self._copies(inputs)),
-            )
-        )
-        whole = max(map(largest, expected), default=0.0)
-        names = [*(f"input {i}" for i in range(len(expected) - len(given))), *parameters]
-        for name, a, b, near in zip(names, expected, actual, moved, strict=True):
-            scale = max(largest(a), whole * SMALL_GRADIENT)
-            allowed = ON_GRADIENTS * self._limit * scale + ROUNDINGS * _difference(a, near)
-            if not _difference(a, b) <= allowed:
-                error = _difference(a, b) / scale if scale else math.inf
-                raise self._error_at(
-                    inputs, f"the gradient of {name} differs by {error:.2g} (relative)"
-                )
-
     def _shapes_of(self, inputs: Inputs) -> tuple[Shape, ...]:
         """The shapes of what the caller gives, without weights."""
         return _shapes(tuple(x for i, x in enumerate(inputs) if i not in self._fixed))
-
-    def _own(self, copies: Inputs) -> list[Tensor]:
-        """The inputs that gradients are asked for: all numbers, and weights that take any."""
-        found = []
-        for i, given in enumerate(copies):
-            for x in pytree.tree_leaves(given):
-                if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
-                    if i not in self._fixed:
-                        found.append(x.requires_grad_())
-                    elif x.requires_grad:
-                        found.append(x)
-        return found
 
     def _depends_on_calls(self, inputs: Inputs, before: _Run, after: _Run) -> bool:
         """Whether the original has kept something of another size, and gives what it fits to.
@@ -625,18 +574,6 @@ def _call(module: nn.Module, inputs: Inputs) -> Any:
     """What a network gives; without what torch.fx prints where one of its graphs fails."""
     call: Any = nn.Module.__call__ if isinstance(module, fx.GraphModule) else type(module).__call__
     return call(module, *inputs)
-
-
-def _gradients(module: nn.Module, inputs: Inputs, wanted: Sequence[Tensor]) -> list[Tensor]:
-    """Of a random sum of the outputs, by some inputs and parameters; zero if there is none."""
-    with torch.enable_grad(), _seeded():
-        output = _call(module, inputs)
-        parts = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
-        total = sum((x * torch.randn(x.shape).to(x)).sum() for x in parts)
-        if not isinstance(total, Tensor) or not wanted:
-            return [torch.zeros_like(x) for x in wanted]
-        found = torch.autograd.grad(total, wanted, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
 
 
 def _told(place: _Place, allowed: float) -> str:
