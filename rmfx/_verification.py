@@ -305,6 +305,7 @@ class _Place:
         expected, actual: the value before and after.
         scale: the largest number from which it is computed.
         module: the path of the module that adds.
+        least: the largest number of the smallest operand, which a dropped skip would leave out.
     """
 
     text: str
@@ -313,6 +314,7 @@ class _Place:
     actual: Any
     scale: float
     module: str = ""
+    least: float = 0.0
 
     def error(self) -> float:
         """The largest difference."""
@@ -480,7 +482,7 @@ class _Pair:
                     self._reason = "the original draws numbers at random"
                     return False
                 raise self._error_at(inputs, _told(place, allowed))
-        self._note(places, before, limit)
+        self._note(places, limit)
         return True
 
     def _bits(self, before: _Run) -> float:
@@ -499,9 +501,10 @@ class _Pair:
             expected, actual = before.values[join.name], after.values[join.node]
             if join.cut and expected.shape != actual.shape:
                 continue
-            parts = [c * largest(before.values[n.name]) for n, c in self._operands[join.name]]
-            scale = max(map(abs, parts), default=0.0)
-            yield _Place(text, join.name, expected, actual, scale, join.place)
+            operands = self._operands[join.name]
+            parts = [abs(c) * largest(before.values[n.name]) for n, c in operands]
+            scale, least = max(parts, default=0.0), min(parts, default=0.0)
+            yield _Place(text, join.name, expected, actual, scale, join.place, least)
         change = structure_change(before.output, after.output)
         if change:
             raise self._error_at(inputs, change)
@@ -509,22 +512,20 @@ class _Pair:
         for i, (a, b) in enumerate(zip(*leaves, strict=True)):
             yield _Place(f"output {i}", i, a, b, largest(a) if isinstance(a, Tensor) else 0.0)
 
-    def _note(self, places: Sequence[_Place], before: _Run, limit: float) -> None:
+    def _note(self, places: Sequence[_Place], limit: float) -> None:
         """Note what was compared, and whether it would have shown a dropped skip."""
         self._limit = max(self._limit, limit)
         for place in places:
             if place.scale:
                 self._error = max(self._error, place.error() / place.scale)
             if isinstance(place.key, str):
-                self._found[place.key] = self._join(place, before)
+                self._found[place.key] = self._join(place)
 
-    def _join(self, place: _Place, before: _Run) -> JoinError:
+    def _join(self, place: _Place) -> JoinError:
         """The largest error at a join so far, and the largest sensitivity."""
-        name = str(place.key)
-        known = self._found.get(name, JoinError(place.module, 0.0, 0.0))
+        known = self._found.get(str(place.key), JoinError(place.module, 0.0, 0.0))
         scale = place.scale or math.inf
-        parts = [abs(c) * largest(before.values[n.name]) for n, c in self._operands[name]]
-        error, sensitivity = place.error() / scale, min(parts, default=0.0) / scale
+        error, sensitivity = place.error() / scale, place.least / scale
         return JoinError(place.module, max(known.error, error), max(known.sensitivity, sensitivity))
 
     def _shapes_of(self, inputs: Inputs) -> tuple[Shape, ...]:
