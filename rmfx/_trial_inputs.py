@@ -108,7 +108,8 @@ def candidates(example: Example, *, further: bool) -> Iterator[list[Sizes]]:
     """Sizes to run at; of each list the first that both networks take is enough.
 
     They are the example's, twice, another batch at other sizes, and 1, everywhere or, of large
-    examples, along one axis at a time; then some more if `further` ones are wanted.
+    examples, along one axis at a time; then more if `further` ones are wanted. Of large networks
+    they are not, of which the parameters alone take long to read.
     """
     batch, *space = example.sizes or (1,)
     same = (SAME,) * len(space)
@@ -124,8 +125,9 @@ def candidates(example: Example, *, further: bool) -> Iterator[list[Sizes]]:
         if further and space:
             yield from ([(few, *s)] for s in dict.fromkeys(f[: len(space)] for f in FURTHER))
         return
-    yield from _of_large(space, others, few, other)
-    yield [(1, *ones)]
+    yield from _of_large(space, others, few, 2 if batch != 2 else 3)
+    if further or len(space) < 2:
+        yield [(1, *ones)]
 
 
 def _of_large(

@@ -20,7 +20,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -55,11 +55,11 @@ from ._tracing import first_line
 from ._trial_inputs import SAME, Example, Inputs, candidates
 from .report import META_KEY, JoinError, SiteReport, Verification, shape_text
 
-SMALL = 1 << 21  # parameters up to which a network is run at further sizes
+SMALL = 1 << 21  # parameters up to which a network is run at further sizes, and is called
 ROUNDINGS = 10  # of the inputs, whose effect is allowed for
 COARSE = 100  # times the tolerance: what nobody takes for rounding
 MOVES = 4  # of a few numbers one rounding may do little by chance
-CALLED = 1 << 11  # positions up to which a network with a graph is called as well
+CALLED = 1 << 11  # positions up to which a small network with a graph is called as well
 
 SUMS = (torch.add, torch.sub)
 
@@ -342,9 +342,8 @@ class _Pair:
         joins: Sequence[_Join] = (),
         tolerance: float | None = None,
     ) -> None:
-        self._fresh, before = fresh, fresh()
-        self._traced_under = _is_of_dynamo(before)
-        self._verb, self._before, self._tolerance = verb, before, tolerance
+        self._fresh, self._source = fresh, source
+        self._verb, self._tolerance = verb, tolerance
         self._joins = joins
         self._fixed: frozenset[int] = frozenset()
         writes = _may_write(source)
@@ -357,10 +356,21 @@ class _Pair:
             nodes = [node for node in source.graph.nodes if node.name in names]
             self._operands = {node.name: operands_of(node) for node in nodes}
             self._graphs = (_copied(source), _copied(after)) if writes else (source, after)
+        self._is_small = sum(p.numel() for p in after.parameters()) <= SMALL
         self._reason = "the original gives no finite values to compare with"
         self._shapes: list[tuple[Shape, ...]] = []
         self._error, self._limit = 0.0, 0.0
         self._found: dict[str, JoinError] = {}
+
+    @cached_property
+    def _before(self) -> nn.Module:
+        """The original, to be called; large ones are not copied where their graph is enough."""
+        return self._fresh()
+
+    @cached_property
+    def _kept(self) -> nn.Module:
+        """What holds the original's tensors."""
+        return self._before if self._source is None else self._source
 
     def run(self, example: Example, batches: Sequence[Inputs] = ()) -> Verification:
         """Compare at every kind of size; on batches alone where there are any.
@@ -387,8 +397,7 @@ class _Pair:
     def _run_at(self, example: Example) -> bool:
         """Whether both ran at another size than the example's."""
         several = False
-        small = sum(p.numel() for p in self._after.parameters()) <= SMALL
-        for seed, choices in enumerate(candidates(example, further=small)):
+        for seed, choices in enumerate(candidates(example, further=self._is_small)):
             for sizes in choices:
                 if self._compare(example.resized(sizes, seed)):
                     several = several or any(size != SAME for size in sizes)
@@ -418,11 +427,11 @@ class _Pair:
 
     def _run(self, side: int, inputs: Inputs) -> _Run:
         """Run one side: the network as it is called and, for the values inside, its graph."""
-        module = (self._before, self._after)[side]
         output, values = None, dict[str, Any]()
         try:
-            if not self._graphs or _positions(inputs) <= CALLED:
+            if not self._graphs or self._is_small and _positions(inputs) <= CALLED:
                 with torch.no_grad(), _seeded(), self._autocast():
+                    module = self._after if side else self._before
                     output = _call(module, self._copies(inputs))
             if self._graphs:
                 with torch.no_grad(), _seeded(), self._autocast():
@@ -445,7 +454,7 @@ class _Pair:
 
     def _autocast(self) -> contextlib.AbstractContextManager[dict[str, torch.dtype]]:
         """Autocast as the caller has it, where the original is a graph that was made under it."""
-        return autocast_of_caller() if self._traced_under else contextlib.nullcontext({})
+        return autocast_of_caller() if _is_of_dynamo(self._kept) else contextlib.nullcontext({})
 
     def _names(self, side: int) -> set[str]:
         """The nodes whose values are compared."""
@@ -464,7 +473,7 @@ class _Pair:
         if limit is None:
             with self._autocast() as types:
                 used = [torch.empty(0, dtype=dtype) for dtype in types.values()]
-            limit = default_tolerance(self._before, (inputs, before.output, used))
+            limit = default_tolerance(self._kept, (inputs, before.output, used))
             limit *= 2 ** self._bits(before)
         places = list(self._places(inputs, before, after))
         wrong = [place for place in places if not place.error() <= limit * place.scale]
@@ -548,7 +557,7 @@ class _Pair:
         """Whether two outputs are the same up to coarse rounding."""
         if structure_change(before.output, after.output) is not None:
             return False
-        limit = COARSE * default_tolerance(self._before, before.output)
+        limit = COARSE * default_tolerance(self._kept, before.output)
         leaves = (pytree.tree_leaves(run.output) for run in (before, after))
         return all(
             _difference(a, b) <= limit * (largest(a) if isinstance(a, Tensor) else 0.0)

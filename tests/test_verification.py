@@ -115,7 +115,7 @@ def test_results_that_are_right_at_some_sizes_only(after: Any, message: str) -> 
 def test_large_examples_are_run_along_one_axis_at_a_time() -> None:
     x = torch.randn(1, 2, 200, 210)
     found = rmfx.verify(Function(lambda x: x), Function(lambda x: x), x)
-    assert shapes(found) == [(1, 2, 200, 19), (3, 2, 1, 210), (1, 2, 1, 1)]
+    assert shapes(found) == [(1, 2, 200, 19), (2, 2, 1, 210), (1, 2, 1, 1)]
     for at in (2, 3):
         wrong = Function(lambda x, at=at: x if x.shape[at] < 200 else -x)
         with pytest.raises(rmfx.VerificationError):
