@@ -49,7 +49,8 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        is_image = isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+        has_rows = isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+        is_image = has_rows and value.numel() > 0
         if is_image and self._wants_extremes:
             self._widen(n.name, value.detach())
         if is_image and self._wanted(n):
@@ -69,9 +70,8 @@ class _Recorder(fx.Interpreter):
         for i, axis in enumerate((1, value.dim() - 1)):
             rows = value.transpose(0, axis).flatten(1)
             low, high = (end.to("cpu", torch.float64) for end in (rows.amin(1), rows.amax(1)))
-            if known is not None and known[i].low.numel() == low.numel():
-                low, high = torch.minimum(known[i].low, low), torch.maximum(known[i].high, high)
-            found.append(Range(low, high, last=i == 1))
+            here = Range(low, high, last=i == 1)
+            found.append(here if known is None else here.hull(known[i]))
         self.extremes[name] = (found[0], found[1])
 
 

@@ -36,7 +36,7 @@ from rmfx._layers import input_of, read, read_affine
 from rmfx._names import is_named, patterns_of
 from rmfx._range import Ranges
 from rmfx._rewrite import apply_rule
-from rmfx._state import undisturbed
+from rmfx._state import typed, undisturbed
 from rmfx._verification import checked
 from rmfx.frontend import trace
 from rmfx.report import META_KEY, short
@@ -305,6 +305,7 @@ def fuse_resconv(
     return checked("fuse_resconv", model, source, fused, example_inputs, wanted=verify)
 
 
+@typed
 def layer_scales(model: nn.Module) -> list[Tensor]:
     """The factors s of a network, for `rmfx.training.Slimming`."""
     return [module.scale for module in model.modules() if isinstance(module, ResConv)]

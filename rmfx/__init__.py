@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import cost
 from ._errors import (
+    InternalError,
     ModeError,
     NotPlainError,
     OptionError,
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ChoiceReport",
+    "InternalError",
     "LatencyTable",
     "LayerReport",
     "MeasuredPolicy",

@@ -8,7 +8,6 @@ of sizes that are pairwise coprime and larger than every number that the calls a
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -27,6 +26,14 @@ from ._meta import GUARDED
 from ._threads import without_logs
 
 LARGEST = 1 << 16  # number in an argument that a probe exceeds; those beyond stand for "to the end"
+NEAR = (
+    1,
+    -1,
+    2,
+    -2,
+    3,
+    -3,
+)  # steps to other sizes of networks that take only some near one another
 FAKES = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
 ARITHMETIC = (*ADDS, *SUBS, *SCALES, torch.maximum, torch.minimum)
 Shape = tuple[int, ...]
@@ -164,26 +171,36 @@ class OpenSizes:
         """
         if not places:
             return []
-        tried = (self._shapes(places, way) for way in self._ways())
-        found = list(itertools.islice((shapes for shapes in tried if shapes is not None), 2))
+        found: list[Shapes] = []
+        is_proven = False
+        for is_large, way in self._ways():
+            shapes = None if is_proven and found[1:] else self._shapes(places, way)
+            if shapes is not None:
+                found.append(shapes)
+                is_proven = is_proven or is_large
         apart = {place for place in places if place[1] == min(dim for _, dim in places)}
         if apart == places:
             apart = {min(places)}
         return found if found or apart == places else self._runs(apart) + self._runs(places - apart)
 
-    def _ways(self) -> list[Resize]:
-        """Larger and smaller, each side another; then squares as squares; then multiples."""
+    def _ways(self) -> list[tuple[bool, Resize]]:
+        """Other sizes, and whether all are large: each side another; squares; multiples; near ones.
+
+        Where two maps must agree of which one shrinks more than the other, a network takes only a
+        few sizes near one another, and some of them give a value the same size.
+        """
         sizes = [n for node in self._inputs for n in node.meta.get("shape", ())]
         numbers = min(largest_number(self._nodes.values()), LARGEST)
         beyond = max(8 * max(sizes, default=1), numbers, 512)
         large, square = coprime_sizes(beyond), coprime_sizes(beyond)
         return [
-            _Table(lambda size, dim: (size, dim), lambda size: large),
-            _Table(lambda size, dim: (size, dim), lambda size: coprime_sizes(size // 2)),
-            _Table(lambda size, dim: size, lambda size: square),
-            _Table(lambda size, dim: size, lambda size: coprime_sizes(size // 2)),
-            lambda size, dim: 2 * size,
-            lambda size, dim: 3 * size,
+            (True, _Table(lambda size, dim: (size, dim), lambda size: large)),
+            (False, _Table(lambda size, dim: (size, dim), lambda size: coprime_sizes(size // 2))),
+            (True, _Table(lambda size, dim: size, lambda size: square)),
+            (False, _Table(lambda size, dim: size, lambda size: coprime_sizes(size // 2))),
+            *((False, functools.partial(_times, factor)) for factor in (2, 3)),
+            (True, lambda size, dim: (beyond + 1) * size),
+            *((False, functools.partial(_near, step)) for step in NEAR),
         ]
 
     def _shapes(self, places: Places, resize: Resize) -> Shapes | None:
@@ -223,6 +240,14 @@ def _differences(noted: Shapes, runs: Iterable[Shapes]) -> Sizes:
         for dim, (size, other) in enumerate(zip(noted[name], shapes[name], strict=False))
         if size != other
     }
+
+
+def _times(factor: int, size: int, dim: int) -> int:
+    return factor * size
+
+
+def _near(step: int, size: int, dim: int) -> int:
+    return max(1, size + step)
 
 
 class _Table:

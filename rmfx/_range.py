@@ -49,6 +49,13 @@ class Range:
             return self
         return Range(self.low.min().reshape(1), self.high.max().reshape(1), last)
 
+    def hull(self, other: Range) -> Range:
+        """What holds both, of one axis: channel by channel where both have as many."""
+        one, two = self, other
+        if one.low.numel() != two.low.numel():
+            one, two = (Range(x.low.min()[None], x.high.max()[None], x.last) for x in (one, two))
+        return Range(torch.minimum(one.low, two.low), torch.maximum(one.high, two.high), self.last)
+
     @staticmethod
     def of(low: float, high: float) -> Range:
         ends = torch.tensor([[low], [high]], dtype=torch.float64)

@@ -47,10 +47,11 @@ from ._equivalence import (
     structure_change,
     trace_with_joins,
 )
-from ._errors import VerificationError
+from ._errors import OptionError, VerificationError, is_number
 from ._graph import computed_tensors
 from ._names import module_path
-from ._state import autocast_of_caller
+from ._range import check_range
+from ._state import autocast_of_caller, typed
 from ._tracing import first_line
 from ._trial_inputs import SAME, Example, Inputs, candidates
 from .report import META_KEY, JoinError, SiteReport, Verification, shape_text
@@ -67,6 +68,7 @@ Shape = tuple[int, ...]
 M = TypeVar("M", bound=nn.Module)
 
 
+@typed
 def verify(
     before: nn.Module | ExportedProgram,
     after: nn.Module,
@@ -98,11 +100,15 @@ def verify(
     Raises:
         VerificationError: a value differs, or `after` fails at a size at which the original runs.
         TraceError: `after` has a report, and the original cannot be traced again.
+        OptionError: an argument makes no sense.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
     >>> verify(net, net, torch.randn(1, 1, 9, 9)).error
     0.0
     """
+    if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
+        raise OptionError(f"tolerance={tolerance!r}: it is a number, not negative")
+    check_range(input_range)
     given = as_tuple(inputs)
     original = before.module() if isinstance(before, ExportedProgram) else before
     names = {row.join for row in report_rows(after)}
@@ -429,7 +435,7 @@ class _Pair:
         """Run one side: the network as it is called and, for the values inside, its graph."""
         output, values = None, dict[str, Any]()
         try:
-            if not self._graphs or self._is_small and _positions(inputs) <= CALLED:
+            if not self._graphs or (self._is_small and _positions(inputs) <= CALLED):
                 with torch.no_grad(), _seeded(), self._autocast():
                     module = self._after if side else self._before
                     output = _call(module, self._copies(inputs))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ._errors import RmfxError, WeightError
 from ._rings import FromRing
+from ._state import typed
 from .saving import whole_file
 
 LAYOUT, CHECKSUM = "layout", "sha256"
@@ -30,6 +31,7 @@ _DAMAGE = (OSError, SafetensorError, zlib.error, KeyError, ValueError, TypeError
 Layout = dict[str, list[tuple[str, list[int]]]]  # by type, names and shapes in the order of numbers
 
 
+@typed
 def save_compact(model: nn.Module, path: str | Path) -> None:
     """Write the state of a model to a file, whole or not at all.
 
@@ -60,6 +62,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         file.write_bytes(save(flat, {LAYOUT: packed, CHECKSUM: _checksum(flat)}))
 
 
+@typed
 def load_compact(model: nn.Module, path: str | Path) -> None:
     """Load into a model what `save_compact` wrote of one like it.
 

@@ -48,6 +48,7 @@ from ._kept import KeepsStateError
 from ._meta import GUARDED, noted
 from ._ranks import BY_RANK, Snapshot, demand_ranks
 from ._rings import FromRing
+from ._state import typed
 from ._threads import alone
 from ._tracing import OWN_GRADIENT, first_line, is_user_file, trace_symbolically
 from ._witness import as_fakes, check_state, records_the_same
@@ -67,6 +68,7 @@ MODE_DEPENDENT = (
 )
 
 
+@typed
 def trace(model: Any, example_inputs: Any = None, *, fold: bool = True) -> fx.GraphModule:
     """The model's graph in rmfx's dialect.
 

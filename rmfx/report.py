@@ -14,6 +14,7 @@ from tabulate import tabulate
 from torch import fx
 
 from ._errors import RmfxError
+from ._state import typed
 
 META_KEY = "rmfx_report"
 HEADERS = (
@@ -269,6 +270,7 @@ def short(n: int) -> str:
     return str(n)
 
 
+@typed
 def report(gm: fx.GraphModule) -> Report:
     """The report of the pass that made `gm`.
 

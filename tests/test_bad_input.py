@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -489,3 +491,39 @@ def test_inputs_that_do_not_fit_an_exported_program_are_an_error_of_rmfx() -> No
 def test_input_range_that_is_none_is_an_error_of_rmfx(bounds: Any) -> None:
     with pytest.raises(rmfx.RmfxError, match=r"input_range"):
         rmfx.remove_residuals(block(), input_range=bounds)
+
+
+# ---- arguments of another class ------------------------------------------------------------------
+
+ODD_VALUES: list[Any] = [
+    *(None, 3, -1, 1e30, float("nan"), True, "x", object(), [], {}, (1, 2, 3), [None]),
+    *(torch.zeros(2, 2), Path("none"), ...),
+]
+PUBLIC = [name for name in rmfx.__all__ if inspect.isfunction(getattr(rmfx, name))]
+
+
+@pytest.mark.parametrize("verb", PUBLIC)
+def test_no_argument_makes_a_verb_raise_anything_but_errors_of_rmfx(
+    verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    function = getattr(rmfx, verb)
+    parameters = inspect.signature(function).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty]
+    with torch.random.fork_rng():
+        for parameter in parameters:
+            for value in ODD_VALUES:
+                given = {name: image() if "inputs" in name else block() for name in needed}
+                try:
+                    function(**(given | {parameter.name: value}))
+                except rmfx.InternalError:
+                    raise
+                except rmfx.RmfxError:
+                    continue
+
+
+def test_an_argument_of_another_class_is_told_what_is_wanted() -> None:
+    with pytest.raises(rmfx.OptionError, match=r"verify=3: it takes bool"):
+        rmfx.remove_residuals(block(), image(), verify=3)
+    with pytest.raises(rmfx.OptionError, match=r"activation=None: it takes str \| .*Collection"):
+        rmfx.remove_residuals(block(), image(), activation=None)

@@ -50,6 +50,30 @@ def test_values_whose_channels_change_with_the_size_do_not_disturb() -> None:
     assert rmfx.report(converted).removed == 1
 
 
+def test_values_without_numbers_do_not_disturb() -> None:
+    """Such as what a slice leaves of a map that is too small."""
+    network = Apply(lambda m, x: (x + m.conv(x), x[..., 9:]), conv=basic_branch())
+    batches = [image(1, 4, 8, 8), image(1, 4, 12, 12), image(2, 4, 8, 8)]
+    for names in (None, ("shift",)):
+        converted = rmfx.remove_residuals(
+            ready(network), fold_batch_norm=False, activation=names, calibration=batches
+        )
+        assert rmfx.report(converted).removed == 1
+    found = measure(rmfx.trace(ready(network)), batches, extremes=True, wanted=lambda node: True)
+    assert found.moments["getitem"].count == 12 * 3
+    assert found.extremes["getitem"][0].low.isfinite().all()
+
+
+def test_extremes_of_values_that_change_their_channels_hold_all_of_them() -> None:
+    """Those of the last batch alone are no bound for what came before."""
+    gm = rmfx.trace(ready(chain(conv(), nn.Flatten(2))))
+    found = measure(gm, [100 * image(1, 4, 6, 6), image(1, 4, 8, 8)], extremes=True).extremes
+    channels, tokens = found["_1"]
+    assert channels.high.numel() == 4
+    assert tokens.high.tolist() == [float(channels.high.max())]
+    assert tokens.high.max() > 20
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 30.0])
 def test_widened_norm_is_the_identity_on_the_carry(dtype: torch.dtype, scale: float) -> None:

@@ -110,6 +110,30 @@ def test_a_network_of_multiples_is_tried_at_multiples() -> None:
 
 
 @pytest.mark.parametrize(
+    ("shrink", "shape", "others"),
+    [
+        # ⌈(n + 2)/2⌉ and n - 1 agree at 4 and 5, and at 2, where one row is spread.
+        (lambda m, x: m.padded(x)[:, :, ::2, ::2] + m.crop(x), (1, 4, 2, 4), [(1, 4, 5, 5)]),
+        # ⌈(n - 2)/2⌉ and ⌈n/3⌉ agree from 5 to 8; 5 and 6 give the same size.
+        (lambda m, x: m.small(x)[:, :, ::2] + x[:, :, ::3], (2, 4, 6), [(1, 4, 5), (1, 4, 8)]),
+    ],
+)
+def test_tokens_of_a_network_that_takes_few_sizes(
+    shrink: Form, shape: tuple[int, ...], others: list[tuple[int, ...]]
+) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y = x.flatten(2).transpose(1, 2)
+        return y + y.flip(1), shrink(m, x)
+
+    layers = {"crop": nn.Conv2d(4, 4, 2), "small": nn.Conv1d(4, 4, 3)}
+    model = ready(Apply(forward, **layers, padded=nn.Conv2d(4, 4, 1, padding=1)))
+    gm = rmfx.remove_residuals(model, image(*shape))
+    assert "changes with the size of the inputs" in rmfx.report(gm).rows[0].reason
+    for other in (shape, *others):
+        assert_equivalent(model, gm, image(*other))
+
+
+@pytest.mark.parametrize(
     ("forward", "shape", "other"),
     [
         (lambda m, x: x + x.flip(1), (2, 4, 8, 8), (2, 6, 8, 8)),
