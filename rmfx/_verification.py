@@ -7,9 +7,9 @@ compared, and the value at each join with its counterpart, since outputs alone a
 (see `_equivalence`). A size that the original fails on, or the result refuses, says nothing.
 
 The limit is the oracle's tolerance in the model's type, relative to the largest number that is
-added. Where that is exceeded the original is run again with its inputs moved by one rounding, and
-ten times of what that does is allowed too: no rewrite can be nearer to the original than the
-original is to itself.
+added. Where that is exceeded the original is run again, its inputs and weights moved by one
+rounding, and ten times of what that does is allowed too: no rewrite can be nearer to the original
+than the original is to itself.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from ._trial_inputs import SAME, Example, Inputs, candidates
 from .report import META_KEY, JoinError, SiteReport, Verification, shape_text
 
 SMALL = 1 << 21  # parameters up to which a network is run at further sizes, and is called
-ROUNDINGS = 10  # of the inputs, whose effect is allowed for
+ROUNDINGS = 10  # of inputs and weights, whose effect is allowed for
 COARSE = 100  # times the tolerance: what nobody takes for rounding
 MOVES = 4  # of a few numbers one rounding may do little by chance
 CALLED = 1 << 11  # positions up to which a small network with a graph is called as well
@@ -91,7 +91,7 @@ def verify(
             them.
         tolerance: the largest error relative to the largest value or operand; by default that of
             `rmfx.testing.assert_equivalent` for the coarsest type in use. Ten times what one
-            rounding of the inputs does to the original is allowed as well.
+            rounding of inputs and weights does to the original is allowed as well.
         input_range: (low, high) of every input value, where `after` was made for such.
 
     Returns:
@@ -241,6 +241,17 @@ def _apart(model: M, *, writes: bool) -> M:
     """
     kept = {} if writes else {id(p): p for p in model.parameters()}
     return copy.deepcopy(model, kept | computed_tensors(model))
+
+
+def _moved(model: M | None, seed: int) -> M | None:
+    """A copy of a network whose weights are moved by one rounding."""
+    if model is None:
+        return None
+    moved = _apart(model, writes=True)
+    weights = [x for x in (*moved.parameters(), *moved.buffers()) if x.is_floating_point()]
+    for x, value in zip(weights, moved_by_one_rounding(tuple(weights), seed), strict=True):
+        x.data = value.data
+    return moved
 
 
 # ---- joins --------------------------------------------------------------------------------------
@@ -431,17 +442,25 @@ class _Pair:
             self._shapes.append(self._shapes_of(inputs))
         return True
 
-    def _run(self, side: int, inputs: Inputs) -> _Run:
-        """Run one side: the network as it is called and, for the values inside, its graph."""
+    def _run(self, side: int, inputs: Inputs, *, seed: int | None = None) -> _Run:
+        """Run one side: the network as it is called and, for the values inside, its graph.
+
+        With a seed, inputs and weights are moved by one rounding, of the graph if there is one.
+        """
         output, values = None, dict[str, Any]()
+        graph = self._graphs[side] if self._graphs else None
+        is_called = graph is None or (self._is_small and _positions(inputs) <= CALLED)
         try:
-            if not self._graphs or (self._is_small and _positions(inputs) <= CALLED):
+            module = (self._after if side else self._before) if is_called else None
+            if seed is not None:
+                inputs = moved_by_one_rounding(inputs, seed)
+                graph, module = _moved(graph, seed), None if graph else _moved(module, seed)
+            if module is not None:
                 with torch.no_grad(), _seeded(), self._autocast():
-                    module = self._after if side else self._before
                     output = _call(module, self._copies(inputs))
-            if self._graphs:
+            if graph is not None:
                 with torch.no_grad(), _seeded(), self._autocast():
-                    recorder = Recorder(self._graphs[side], self._names(side))
+                    recorder = Recorder(graph, self._names(side))
                     found = recorder.run(*self._copies(inputs))
                 output, values = found if output is None else output, recorder.values
         # Both run the model's own operations, which may raise anything.
@@ -452,11 +471,6 @@ class _Pair:
     def _copies(self, inputs: Inputs) -> Inputs:
         """Copies of inputs, which a network may write to, and weights as they are."""
         return tuple(x if i in self._fixed else cloned(x) for i, x in enumerate(inputs))
-
-    def _moved(self, inputs: Inputs, seed: int = 0) -> Inputs:
-        """Inputs, without weights, moved by one rounding."""
-        moved = moved_by_one_rounding(inputs, seed)
-        return tuple(inputs[i] if i in self._fixed else x for i, x in enumerate(moved))
 
     def _autocast(self) -> contextlib.AbstractContextManager[dict[str, torch.dtype]]:
         """Autocast as the caller has it, where the original is a graph that was made under it."""
@@ -484,7 +498,7 @@ class _Pair:
         places = list(self._places(inputs, before, after))
         wrong = [place for place in places if not place.error() <= limit * place.scale]
         if wrong:
-            moves = [self._run(0, self._moved(inputs, seed)) for seed in range(MOVES)]
+            moves = [self._run(0, inputs, seed=seed) for seed in range(MOVES)]
             for place in wrong:
                 floor = max(
                     _difference(place.expected, _value_at(move, place.key), unknown=0.0)

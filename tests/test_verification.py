@@ -151,6 +151,29 @@ def test_sizes_on_which_the_original_fails_say_nothing() -> None:
     assert shapes(found) == [(2, 4, 8, 8), (2, 4, 8, 8), (3, 4, 8, 8)]
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_rounding_of_weights_that_the_network_magnifies_is_allowed(wrong: bool) -> None:
+    class Difference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.ones(1, dtype=torch.float64))
+            self.register_buffer("other", torch.ones(1, dtype=torch.float64) + 1e-8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 0 * x + (self.bias - self.other)
+
+    before, after = Difference(), Difference()
+    with torch.no_grad():
+        after.bias += 1e-12 if wrong else 2e-16
+    kept = copy.deepcopy(before.state_dict())
+    if wrong:
+        with pytest.raises(rmfx.VerificationError, match="output 0 differs"):
+            rmfx.verify(before, after, X)
+    else:
+        assert rmfx.verify(before, after, X, tolerance=1e-12).error > 1e-9
+    assert all(torch.equal(value, kept[name]) for name, value in before.state_dict().items())
+
+
 def test_rounding_that_the_network_magnifies_is_allowed() -> None:
     x = torch.rand(2, 3, 8, 8)
     before = Function(lambda x: (x * 1e5).sin())
