@@ -7,9 +7,9 @@ compared, and the value at each join with its counterpart, since outputs alone a
 (see `_equivalence`). A size that the original fails on, or the result refuses, says nothing.
 
 The limit is the oracle's tolerance in the model's type, relative to the largest number that is
-added. Where that is exceeded the original is run again, its inputs and weights moved by one
+added. Where that is exceeded the original is run again, in float64 and with its inputs moved by one
 rounding, and ten times of what that does is allowed too: no rewrite can be nearer to the original
-than the original is to itself.
+than the original is to what it stands for.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from ._trial_inputs import SAME, Example, Inputs, candidates
 from .report import META_KEY, JoinError, SiteReport, Verification, shape_text
 
 SMALL = 1 << 21  # parameters up to which a network is run at further sizes, and is called
-ROUNDINGS = 10  # of inputs and weights, whose effect is allowed for
+ROUNDINGS = 10  # times the effect of rounding is allowed for
 COARSE = 100  # times the tolerance: what nobody takes for rounding
 MOVES = 4  # of a few numbers one rounding may do little by chance
 CALLED = 1 << 11  # positions up to which a small network with a graph is called as well
@@ -91,7 +91,8 @@ def verify(
             them.
         tolerance: the largest error relative to the largest value or operand; by default that of
             `rmfx.testing.assert_equivalent` for the coarsest type in use. Ten times what one
-            rounding of inputs and weights does to the original is allowed as well.
+            rounding of the inputs does to the original, or rounding to its own values, is allowed
+            as well.
         input_range: (low, high) of every input value, where `after` was made for such.
 
     Returns:
@@ -243,15 +244,18 @@ def _apart(model: M, *, writes: bool) -> M:
     return copy.deepcopy(model, kept | computed_tensors(model))
 
 
-def _moved(model: M | None, seed: int) -> M | None:
-    """A copy of a network whose weights are moved by one rounding."""
-    if model is None:
-        return None
-    moved = _apart(model, writes=True)
-    weights = [x for x in (*moved.parameters(), *moved.buffers()) if x.is_floating_point()]
-    for x, value in zip(weights, moved_by_one_rounding(tuple(weights), seed), strict=True):
-        x.data = value.data
-    return moved
+def _precise(model: M | None) -> M | None:
+    """A copy of a network in float64."""
+    return None if model is None else _apart(model, writes=True).double()
+
+
+def _in_float64(values: Any) -> Any:
+    """Floating numbers in float64."""
+
+    def cast(x: Tensor) -> Tensor:
+        return x.double() if x.is_floating_point() else x
+
+    return pytree.tree_map_only(Tensor, cast, values)
 
 
 # ---- joins --------------------------------------------------------------------------------------
@@ -336,6 +340,17 @@ class _Place:
     def error(self) -> float:
         """The largest difference."""
         return _difference(self.expected, self.actual)
+
+    def moved(self, other: _Run) -> float:
+        """How far another run of the original is from the first; 0 where it did not get here."""
+        if isinstance(self.key, str):
+            found = other.values.get(self.key)
+        else:
+            leaves = pytree.tree_leaves(other.output)
+            found = leaves[self.key] if self.key < len(leaves) else None
+        if isinstance(found, Tensor) and isinstance(self.expected, Tensor):
+            found = found.to(self.expected.dtype)
+        return _difference(self.expected, found, unknown=0.0)
 
 
 class _Pair:
@@ -442,27 +457,31 @@ class _Pair:
             self._shapes.append(self._shapes_of(inputs))
         return True
 
-    def _run(self, side: int, inputs: Inputs, *, seed: int | None = None) -> _Run:
+    def _run(self, side: int, inputs: Inputs, *, precise: bool = False) -> _Run:
         """Run one side: the network as it is called and, for the values inside, its graph.
 
-        With a seed, inputs and weights are moved by one rounding, of the graph if there is one.
+        Args:
+            side: 0 for the original, 1 for the result.
+            inputs: fresh ones.
+            precise: whether in float64 whatever the types are, and so without autocast.
         """
         output, values = None, dict[str, Any]()
         graph = self._graphs[side] if self._graphs else None
         is_called = graph is None or (self._is_small and _positions(inputs) <= CALLED)
         try:
             module = (self._after if side else self._before) if is_called else None
-            if seed is not None:
-                inputs = moved_by_one_rounding(inputs, seed)
-                graph, module = _moved(graph, seed), None if graph else _moved(module, seed)
-            if module is not None:
-                with torch.no_grad(), _seeded(), self._autocast():
-                    output = _call(module, self._copies(inputs))
-            if graph is not None:
-                with torch.no_grad(), _seeded(), self._autocast():
+            if precise:
+                graph, module, inputs = _precise(graph), _precise(module), _in_float64(inputs)
+            casts = contextlib.nullcontext() if precise else self._autocast()
+            with torch.no_grad(), casts:
+                if module is not None:
+                    with _seeded():
+                        output = _call(module, self._copies(inputs))
+                if graph is not None:
                     recorder = Recorder(graph, self._names(side))
-                    found = recorder.run(*self._copies(inputs))
-                output, values = found if output is None else output, recorder.values
+                    with _seeded():
+                        found = recorder.run(*self._copies(inputs))
+                    output, values = found if output is None else output, recorder.values
         # Both run the model's own operations, which may raise anything.
         except Exception as failure:  # noqa: BLE001
             return _Run(failure=failure)
@@ -471,6 +490,11 @@ class _Pair:
     def _copies(self, inputs: Inputs) -> Inputs:
         """Copies of inputs, which a network may write to, and weights as they are."""
         return tuple(x if i in self._fixed else cloned(x) for i, x in enumerate(inputs))
+
+    def _moved(self, inputs: Inputs, seed: int) -> Inputs:
+        """Inputs, without weights, moved by one rounding."""
+        moved = moved_by_one_rounding(inputs, seed)
+        return tuple(inputs[i] if i in self._fixed else x for i, x in enumerate(moved))
 
     def _autocast(self) -> contextlib.AbstractContextManager[dict[str, torch.dtype]]:
         """Autocast as the caller has it, where the original is a graph that was made under it."""
@@ -498,12 +522,10 @@ class _Pair:
         places = list(self._places(inputs, before, after))
         wrong = [place for place in places if not place.error() <= limit * place.scale]
         if wrong:
-            moves = [self._run(0, inputs, seed=seed) for seed in range(MOVES)]
+            roundings = [self._run(0, inputs, precise=True)]
+            roundings += [self._run(0, self._moved(inputs, seed)) for seed in range(MOVES)]
             for place in wrong:
-                floor = max(
-                    _difference(place.expected, _value_at(move, place.key), unknown=0.0)
-                    for move in moves
-                )
+                floor = max(place.moved(other) for other in roundings)
                 allowed = limit * place.scale + ROUNDINGS * floor
                 if place.error() <= allowed:
                     continue
@@ -612,13 +634,6 @@ def _told(place: _Place, allowed: float) -> str:
         f"{place.text} differs by {place.error() / scale:.2g}, relative to the largest number it "
         f"is computed from, where {allowed / scale:.2g} would be rounding"
     )
-
-
-def _value_at(run: _Run, key: str | int) -> Any:
-    if isinstance(key, str):
-        return run.values.get(key)
-    leaves = pytree.tree_leaves(run.output)
-    return leaves[key] if key < len(leaves) else None
 
 
 def _difference(expected: Any, actual: Any, unknown: float = math.inf) -> float:
