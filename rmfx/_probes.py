@@ -8,6 +8,7 @@ of sizes that are pairwise coprime and larger than every number that the calls a
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -80,7 +81,7 @@ class OpenSizes:
     Layers fix the number of channels that they read and give. Of all others the graph is asked, on
     fake values and only when somebody wants to know: it runs at other sizes of the inputs, some
     smaller, some larger than every number in it. A size is that of every call if the graph runs at
-    two of them at least and both give what was noted. Sizes at which it does not run do not count:
+    two of them at least and all give what was noted. Sizes at which it does not run do not count:
     the network fails there as it did before.
     """
 
@@ -165,30 +166,34 @@ class OpenSizes:
         return _differences(noted, others), _differences(noted, own)
 
     def _runs(self, places: Places) -> list[Shapes]:
-        """Shapes at other sizes of some dimensions of the inputs, at two where the graph runs.
+        """Shapes at other sizes of some dimensions of the inputs, where the graph runs.
 
-        Where it does at none, some of these dimensions and the others are tried apart.
+        Where it takes no large ones, some of these dimensions and the others are tried apart, and
+        each at its neighbours: two maps of which one shrinks more than the other agree at a few
+        sizes near one another, of which some give a value the same size.
         """
         if not places:
             return []
-        found: list[Shapes] = []
-        is_proven = False
-        for is_large, way in self._ways():
-            shapes = None if is_proven and found[1:] else self._shapes(places, way)
-            if shapes is not None:
-                found.append(shapes)
-                is_proven = is_proven or is_large
         apart = {place for place in places if place[1] == min(dim for _, dim in places)}
         if apart == places:
             apart = {min(places)}
-        return found if found or apart == places else self._runs(apart) + self._runs(places - apart)
+        found: list[Shapes] = []
+        takes_large = False
+        for is_large, way in self._ways():
+            shapes = None if takes_large and found[1:] else self._shapes(places, way)
+            if shapes is not None:
+                found.append(shapes)
+                takes_large = takes_large or is_large
+        if takes_large:
+            return found
+        if apart != places:
+            return found + self._runs(apart) + self._runs(places - apart)
+        tried = (self._shapes(places, functools.partial(_near, step)) for step in NEAR)
+        near = (shapes for shapes in tried if shapes is not None)
+        return found + list(itertools.islice(near, 2))
 
     def _ways(self) -> list[tuple[bool, Resize]]:
-        """Other sizes, and whether all are large: each side another; squares; multiples; near ones.
-
-        Where two maps must agree of which one shrinks more than the other, a network takes only a
-        few sizes near one another, and some of them give a value the same size.
-        """
+        """Other sizes, and whether all are large: each side another; squares; multiples."""
         sizes = [n for node in self._inputs for n in node.meta.get("shape", ())]
         numbers = min(largest_number(self._nodes.values()), LARGEST)
         beyond = max(8 * max(sizes, default=1), numbers, 512)
@@ -199,8 +204,7 @@ class OpenSizes:
             (True, _Table(lambda size, dim: size, lambda size: square)),
             (False, _Table(lambda size, dim: size, lambda size: coprime_sizes(size // 2))),
             *((False, functools.partial(_times, factor)) for factor in (2, 3)),
-            (True, lambda size, dim: (beyond + 1) * size),
-            *((False, functools.partial(_near, step)) for step in NEAR),
+            (True, functools.partial(_times, beyond + 1)),
         ]
 
     def _shapes(self, places: Places, resize: Resize) -> Shapes | None:
@@ -289,7 +293,7 @@ class _Recorder(fx.Interpreter):
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             shape = shape_after(self.fetch_attr(target), args[0])
             if shape is not None:
-                return args[0].new_empty(shape)
+                return args[0].new_empty(shape) if shape != args[0].shape else args[0]
         return super().call_module(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ._activation import is_activation
@@ -443,7 +443,8 @@ def shape_after(module: nn.Module, x: Tensor) -> tuple[int, ...] | None:
         return None
     if isinstance(module, nn.Linear):
         return (*shape[:-1], module.out_features) if shape[-1] == module.in_features else None
-    layer = AffineConv.from_conv(module)
+    with unset_fake_temporarily():  # fakes of its weights would take ten times as long
+        layer = AffineConv.from_conv(module)
     if isinstance(layer, Refusal) or len(shape) != layer.dims + 2 or shape[1] != layer.in_channels:
         return None
     size = layer.output_size(shape[2:])
