@@ -146,7 +146,7 @@ class ResidualRule:
             raise RmfxError(f"{node.name}: a planned layer cannot be built: {layers.reason}")
         old, row = _old(site, match.settled), match.row
         labels = [_label(site, column, i) for i, column in enumerate(columns)]
-        net.bake(site.nodes, site.join)
+        net.bake(site.nodes)
         net.fix_channels(site.fork, site.dims)
         again = {c.layer.node for c in columns if isinstance(c, Shared)}
         net.release(n for n in old if n not in again)

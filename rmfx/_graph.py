@@ -31,7 +31,7 @@ from ._kinds import is_ordinary
 from ._meta import forget
 from ._probes import OpenSizes
 from ._ranks import BY_RANK, demand_ranks, ignores_rank
-from ._sizes import SPREADING, Condition, Sizes, conditions_of
+from ._sizes import Condition, Sizes, conditions_of
 from .report import META_KEY, Report
 
 Shape = tuple[int | None, ...]
@@ -208,16 +208,12 @@ class Net:
             return True
         return replaced_method(module) is not None
 
-    def bake(self, nodes: Iterable[fx.Node], join: fx.Node | None = None) -> None:
+    def bake(self, nodes: Iterable[fx.Node]) -> None:
         """Take note that nodes are about to become parts of other layers.
 
-        The result then demands the input sizes for which they are linear, and operands alike: those
-        of the join, and of others if they are alike for the example; else a sum that stays spreads
-        them out as before.
+        The result then demands the input sizes for which they are linear, and operands alike.
         """
         for node in nodes:
-            if node.target in SPREADING and node is not join and "shape" not in node.meta:
-                continue
             found = conditions_of(self, node)
             if not isinstance(found, Refusal):
                 self._conditions.update(dict.fromkeys(found))

@@ -4,7 +4,8 @@ A proof that a rewrite is exact rests on what the compiler believes of every ope
 the result is run beside the original on inputs that nobody converted it for: fresh values, and
 every kind of size that the result claims to take (`_trial_inputs` lists them). Outputs are
 compared, and the value at each join with its counterpart, since outputs alone are a weak witness
-(see `_equivalence`). A size that the original fails on, or the result refuses, says nothing.
+(see `_equivalence`). A size that the original fails on, or the result refuses, says nothing, nor
+does a failure where the original has values without numbers.
 
 The limit is the oracle's tolerance in the model's type, relative to the largest number that is
 added. Where that is exceeded the original is run again, in float64 and with its inputs moved by one
@@ -450,6 +451,8 @@ class _Pair:
             return False
         if self._depends_on_calls(inputs, before, after):
             return False
+        if after.failure is not None and _has_empty(before):
+            return False
         if after.failure is not None:
             kind, text = type(after.failure).__name__, first_line(after.failure)
             raise self._error_at(inputs, f"the original runs and the result raises {kind}: {text}")
@@ -663,6 +666,12 @@ def _difference(expected: Any, actual: Any, unknown: float = math.inf) -> float:
 def _is_finite(output: Any) -> bool:
     tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
     return all(bool(x.isfinite().all()) for x in tensors)
+
+
+def _has_empty(run: _Run) -> bool:
+    """Whether a network gives values without numbers: of maps too small for it, say."""
+    tensors = [x for x in pytree.tree_leaves([run.output, run.values]) if isinstance(x, Tensor)]
+    return any(x.numel() == 0 for x in tensors)
 
 
 def _shapes(inputs: Inputs) -> tuple[Shape, ...]:

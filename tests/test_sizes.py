@@ -141,13 +141,15 @@ BROADCASTING: dict[str, tuple[Any, dict[str, Any], int]] = {
 }
 
 
+@pytest.mark.parametrize("example", [True, False])
 @pytest.mark.parametrize("name", BROADCASTING)
-def test_other_sizes_are_right_or_refused(name: str) -> None:
+def test_other_sizes_are_right_or_refused(name: str, example: bool) -> None:
     forward, more, removed = BROADCASTING[name]
     model = ready(Apply(forward, **halved(**more)))
     verb = rmfx.merge_branches if name == "linear branches" else rmfx.remove_residuals
-    gm = verb(model, image(2, 4, 16, 16))
-    assert rmfx.report(gm).removed == removed
+    gm = verb(model, image(2, 4, 16, 16) if example else None)
+    if example:
+        assert rmfx.report(gm).removed == removed
     right, refusals = 0, []
     for size in itertools.product(range(1, 10), (1, 2, 3, 8, 16)):
         x = image(2, 4, *size)
@@ -163,8 +165,23 @@ def test_other_sizes_are_right_or_refused(name: str) -> None:
         torch.testing.assert_close(found, expected)
         right += 1
     assert right
-    assert refusals
+    assert refusals or not rmfx.report(gm).removed
     assert all("combines equal sizes only where" in text for text in refusals)
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_an_inner_sum_that_stays_spreads_nothing_out(example: bool) -> None:
+    down = chain(nn.Conv2d(4, 4, 2, stride=2, padding=1), nn.Conv2d(4, 4, 1, padding=2, bias=False))
+    parts = {"down": down, "same": nn.Conv2d(4, 4, 3, padding=1, bias=False)}
+    model = ready(Apply(lambda m, x: m.same(x) + (x + m.down(x)), **parts))
+    gm = rmfx.remove_residuals(model, image(1, 4, 9, 9) if example else None)
+    assert rmfx.report(gm).removed >= 1
+    for size in (9, 10):  # where ⌊H/2⌋ + 5 is H
+        assert_equivalent(model, gm, image(2, 4, size, 9))
+    for size in ((1, 1), (1, 9), (9, 1)):  # where the sum spreads one of its operands out
+        assert model(image(1, 4, *size)).shape[2:].numel() > 1
+        with pytest.raises(rmfx.ShapeError, match="combines equal sizes only where"):
+            gm(image(1, 4, *size))
 
 
 def test_equal_sizes_of_all_inputs_ask_for_nothing() -> None:
