@@ -13,6 +13,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,9 +58,11 @@ class Block(nn.Module):
         act: Callable[[Tensor], Tensor] = torch.relu,
         before: Callable[[Tensor], Tensor] = lambda x: x,
         weight: Callable[[Tensor], Tensor] = lambda w: w,
+        channels: int = 4,
     ) -> None:
         super().__init__()
-        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.a = nn.Conv2d(channels, channels, 3, padding=1)
+        self.b = nn.Conv2d(channels, channels, 3, padding=1)
         self.act, self.before, self.weight = act, before, weight
 
     def forward(self, x: Tensor) -> Any:
@@ -94,12 +97,14 @@ class Calls(nn.Module):
 def verify_at_example(model: nn.Module, function: Callable[..., Any], x: Tensor) -> None:
     """Verify something that is called like a network, at the sizes of the example alone."""
 
-    def before(y: Tensor) -> Any:
+    def at_example(called: Callable[..., Any], y: Tensor) -> Any:
         if y.shape != x.shape:
             raise ValueError("another size")
-        return model(y)
+        return called(y)
 
-    rmfx.verify(Calls(before), Calls(lambda y: function(y)), x)  # functions are not copied
+    # Functions are not copied, as networks are.
+    before, after = partial(at_example, lambda y: model(y)), partial(at_example, function)
+    rmfx.verify(Calls(before), Calls(lambda y: after(y)), x)
 
 
 # ---- samples ------------------------------------------------------------------------------------
@@ -154,7 +159,8 @@ def sample_another_process() -> None:
     for parameter in model.parameters():
         parameter.share_memory_()
     function = compiled(model)
-    function(x)
+    with torch.no_grad():  # as in the verification: with gradients it is another graph
+        function(x)
     weights = [p.data for p in model.parameters()]
     process = multiprocessing.get_context("spawn").Process(target=double, args=(weights,))
     process.start()
@@ -169,15 +175,16 @@ def double(weights: list[Tensor]) -> None:
 
 
 def sample_data_twice() -> None:
-    model, x = Block().eval(), images()
-    function = compiled(model)
-    with torch.no_grad():
-        function(x)
-        for _ in range(8):  # the memory of the first weights is used again sooner or later
-            for _ in range(2):
-                for parameter in model.parameters():
-                    parameter.data = parameter.data * 1.05
-            verify_at_example(model, function, x)
+    for channels in (4, 64, 256, 384):  # memory is used again sooner or later
+        model, x = Block(channels=channels).eval(), images(1, channels, 4, 4)
+        function = compiled(model)
+        with torch.no_grad():
+            function(x)
+            for _ in range(8):
+                for _ in range(2):
+                    for parameter in model.parameters():
+                        parameter.data = parameter.data * 1.05
+                verify_at_example(model, function, x)
 
 
 def sample_failed_renewal() -> None:

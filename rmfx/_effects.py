@@ -456,6 +456,12 @@ def _span(tensor: Tensor) -> tuple[str, int, int] | None:
     return (str(tensor.device), start, start + size) if start and size else None
 
 
+def shares_memory(module: nn.Module) -> bool:
+    """Whether two tensors of a module are in the same memory."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return len(set(map(storage_of, tensors))) < len(tensors)
+
+
 def storage_of(tensor: Tensor) -> int:
     """A number for the storage of a tensor, its own if it has none."""
     try:

@@ -21,7 +21,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,6 +37,7 @@ from ._batches import as_tuple
 from ._conditions import refuses
 from ._digits import AFFORDED, bits_of
 from ._dynamo import find_lifted
+from ._effects import shares_memory
 from ._equivalence import (
     Recorder,
     cloned,
@@ -245,11 +246,6 @@ def _apart(model: M, *, writes: bool) -> M:
     return copy.deepcopy(model, kept | computed_tensors(model))
 
 
-def _precise(model: M | None) -> M | None:
-    """A copy of a network in float64."""
-    return None if model is None else _apart(model, writes=True).double()
-
-
 def _in_float64(values: Any) -> Any:
     """Floating numbers in float64."""
 
@@ -306,6 +302,29 @@ def _of_names(source: fx.GraphModule, after: fx.GraphModule) -> list[_Join]:
 
 
 # ---- one pair of networks -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Forms:
+    """What is run of one side: the network as it is called, and its graph, of which one is enough.
+
+    Attributes:
+        module, graph: None for what is not to be run.
+        as_it_is: whether the module is not to be copied, as a compiled one.
+    """
+
+    module: nn.Module | None
+    graph: fx.GraphModule | None
+    as_it_is: bool = False
+
+    def apart(self, *, precise: bool = False) -> _Forms:
+        """Copies, whose writes these do not see; in float64 if they are to be precise."""
+        module, graph = self.module, self.graph and _copied(self.graph)
+        if module is not None and not self.as_it_is:
+            module = _apart(module, writes=True)
+        if precise:
+            module, graph = module and module.double(), graph and graph.double()
+        return _Forms(module, graph, self.as_it_is)
 
 
 @dataclass(frozen=True, eq=False)
@@ -375,35 +394,29 @@ class _Pair:
         joins: Sequence[_Join] = (),
         tolerance: float | None = None,
     ) -> None:
-        self._fresh, self._source = fresh, source
-        self._verb, self._tolerance = verb, tolerance
+        self._fresh, self._verb, self._tolerance = fresh, verb, tolerance
         self._joins = joins
         self._fixed: frozenset[int] = frozenset()
-        writes = _may_write(source)
-        is_graph = isinstance(after, fx.GraphModule)  # a compiled network is to be run as it is
-        self._after = _apart(after, writes=True) if writes and is_graph else after
-        self._graphs: tuple[fx.GraphModule, ...] = ()
         self._operands: dict[str, list[tuple[fx.Node, float]]] = {}
+        graphs: tuple[fx.GraphModule | None, ...] = (None, None)
         if source is not None and isinstance(after, fx.GraphModule):
             names = {join.name for join in joins}
             nodes = [node for node in source.graph.nodes if node.name in names]
             self._operands = {node.name: operands_of(node) for node in nodes}
-            self._graphs = (_copied(source), _copied(after)) if writes else (source, after)
+            graphs = source, after
+        self._writes = _may_write(source)
         self._is_small = sum(p.numel() for p in after.parameters()) <= SMALL
+        calls = self._is_small or graphs[0] is None
+        self._forms = (
+            _Forms(fresh() if calls else None, graphs[0]),
+            _Forms(after if calls else None, graphs[1], not isinstance(after, fx.GraphModule)),
+        )
+        # What holds the original's tensors.
+        self._kept: Any = self._forms[0].module if source is None else source
         self._reason = "the original gives no finite values to compare with"
         self._shapes: list[tuple[Shape, ...]] = []
         self._error, self._limit = 0.0, 0.0
         self._found: dict[str, JoinError] = {}
-
-    @cached_property
-    def _before(self) -> nn.Module:
-        """The original, to be called; large ones are not copied where their graph is enough."""
-        return self._fresh()
-
-    @cached_property
-    def _kept(self) -> nn.Module:
-        """What holds the original's tensors."""
-        return self._before if self._source is None else self._source
 
     def run(self, example: Example, batches: Sequence[Inputs] = ()) -> Verification:
         """Compare at every kind of size; on batches alone where there are any.
@@ -440,9 +453,21 @@ class _Pair:
     def _compare(self, inputs: Inputs) -> bool:
         """Whether both run on some inputs, and give the same.
 
+        What they write is kept for the next inputs if these count.
+
         Raises:
             VerificationError: both run and give something else, or only the original runs.
         """
+        start = self._forms
+        if self._writes:
+            self._forms = (start[0].apart(), start[1].apart())
+        counts = self._counts(start[0], inputs)
+        if not counts:
+            self._forms = start
+        return counts
+
+    def _counts(self, start: _Forms, inputs: Inputs) -> bool:
+        """The same, where the original was `start` before."""
         after = self._run(1, inputs)
         if after.failure is not None and refuses(after.failure):
             return False
@@ -456,33 +481,45 @@ class _Pair:
         if after.failure is not None:
             kind, text = type(after.failure).__name__, first_line(after.failure)
             raise self._error_at(inputs, f"the original runs and the result raises {kind}: {text}")
-        if self._agree(inputs, before, after):
+        if self._agree(start, inputs, before, after):
             self._shapes.append(self._shapes_of(inputs))
         return True
 
-    def _run(self, side: int, inputs: Inputs, *, precise: bool = False) -> _Run:
-        """Run one side: the network as it is called and, for the values inside, its graph.
+    def _run(self, side: int, inputs: Inputs) -> _Run:
+        """Run one side, 0 for the original and 1 for the result."""
+        return self._run_forms(self._forms[side], inputs, self._names(side))
 
-        Args:
-            side: 0 for the original, 1 for the result.
-            inputs: fresh ones.
-            precise: whether in float64 whatever the types are, and so without autocast.
-        """
+    def _again(
+        self, start: _Forms, inputs: Inputs, *, precise: bool = False, seed: int = 0
+    ) -> _Run:
+        """Run the original once more from where it was, in float64 or with other random numbers."""
+        forms = start.apart(precise=precise) if self._writes or precise else start
+        inputs = _in_float64(inputs) if precise else inputs
+        return self._run_forms(forms, inputs, self._names(0), precise=precise, seed=seed)
+
+    def _run_forms(
+        self,
+        forms: _Forms,
+        inputs: Inputs,
+        names: set[str],
+        *,
+        precise: bool = False,
+        seed: int = 0,
+    ) -> _Run:
+        """Run a network as it is called, unless that takes long, and for the values its graph."""
         output, values = None, dict[str, Any]()
-        graph = self._graphs[side] if self._graphs else None
-        is_called = graph is None or (self._is_small and _positions(inputs) <= CALLED)
+        module, graph = forms.module, forms.graph
+        if graph is not None and _positions(inputs) > CALLED:
+            module = None
+        casts = contextlib.nullcontext() if precise else self._autocast()
         try:
-            module = (self._after if side else self._before) if is_called else None
-            if precise:
-                graph, module, inputs = _precise(graph), _precise(module), _in_float64(inputs)
-            casts = contextlib.nullcontext() if precise else self._autocast()
             with torch.no_grad(), casts:
                 if module is not None:
-                    with _seeded():
+                    with _seeded(seed):
                         output = _call(module, self._copies(inputs))
                 if graph is not None:
-                    recorder = Recorder(graph, self._names(side))
-                    with _seeded():
+                    recorder = Recorder(graph, names)
+                    with _seeded(seed):
                         found = recorder.run(*self._copies(inputs))
                     output, values = found if output is None else output, recorder.values
         # Both run the model's own operations, which may raise anything.
@@ -510,7 +547,7 @@ class _Pair:
         operands = (node.name for found in self._operands.values() for node, _ in found)
         return {*self._operands, *operands}
 
-    def _agree(self, inputs: Inputs, before: _Run, after: _Run) -> bool:
+    def _agree(self, start: _Forms, inputs: Inputs, before: _Run, after: _Run) -> bool:
         """Whether joins and outputs are the same; False where chance decides what they are.
 
         Raises:
@@ -525,14 +562,15 @@ class _Pair:
         places = list(self._places(inputs, before, after))
         wrong = [place for place in places if not place.error() <= limit * place.scale]
         if wrong:
-            roundings = [self._run(0, inputs, precise=True)]
-            roundings += [self._run(0, self._moved(inputs, seed)) for seed in range(MOVES)]
+            roundings = [self._again(start, self._moved(inputs, seed)) for seed in range(MOVES)]
+            if not (self._writes and shares_memory(self._kept)):  # which a cast takes apart
+                roundings.append(self._again(start, inputs, precise=True))
             for place in wrong:
                 floor = max(place.moved(other) for other in roundings)
                 allowed = limit * place.scale + ROUNDINGS * floor
                 if place.error() <= allowed:
                     continue
-                if self._is_random(inputs, before):
+                if self._is_random(start, inputs, before):
                     self._reason = "the original draws numbers at random"
                     return False
                 raise self._error_at(inputs, _told(place, allowed))
@@ -594,8 +632,10 @@ class _Pair:
         is_other = self._shapes and self._shapes[0] != self._shapes_of(inputs)
         if not is_other or after.failure is not None or self._outputs_agree(before, after):
             return False
-        self._before = self._fresh()
-        again = self._run(0, inputs)
+        if self._forms[0].module is None:
+            return False
+        fresh = replace(self._forms[0], module=self._fresh())
+        again = self._run_forms(fresh, inputs, self._names(0))
         return again.failure is None and self._outputs_agree(again, after)
 
     def _outputs_agree(self, before: _Run, after: _Run) -> bool:
@@ -609,11 +649,10 @@ class _Pair:
             for a, b in zip(*leaves, strict=True)
         )
 
-    def _is_random(self, inputs: Inputs, before: _Run) -> bool:
+    def _is_random(self, start: _Forms, inputs: Inputs, before: _Run) -> bool:
         """Whether the original draws numbers at random: then two runs need not agree."""
-        with torch.no_grad(), _seeded(1), self._autocast():
-            again = _call(self._before, self._copies(inputs))
-        pairs = zip(pytree.tree_leaves(before.output), pytree.tree_leaves(again), strict=True)
+        again = self._again(start, inputs, seed=1)
+        pairs = zip(*(pytree.tree_leaves(run.output) for run in (before, again)), strict=True)
         return any(_difference(a, b) > 0 for a, b in pairs)
 
     def _error_at(self, inputs: Inputs, what: str) -> VerificationError:

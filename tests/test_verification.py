@@ -199,6 +199,30 @@ def test_what_cancels_is_measured_by_its_operands() -> None:
     assert rmfx.remove_residuals(Cancels().eval(), X.float()) is not None
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_what_a_network_keeps_is_no_rounding(wrong: bool) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = nn.Buffer(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x * self.calls
+
+    class Stays(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    if wrong:
+        with pytest.raises(rmfx.VerificationError, match=r"output 0 differs by 0\.5"):
+            rmfx.verify(Counts(), Stays(), X)
+    else:
+        found = rmfx.verify(Counts(), rmfx.trace(Counts()), X)
+        assert len(shapes(found)) > 3
+        assert found.error == 0
+
+
 def test_the_model_and_the_state_of_the_process_stay() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
