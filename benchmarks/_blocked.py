@@ -58,7 +58,7 @@ _BYSTANDERS = re.compile(
     r"^(permute|transpose|reshape|view|flatten|unflatten|contiguous|unsqueeze|squeeze|roll|clone)"
 )
 _NAMED = re.compile(r"^((?:\w+, )*\w+): (.*)$", re.DOTALL)
-_SAYS_NOTHING = ("no common source", "in-place operation")
+_SAYS_NOTHING = ("no common source", "in-place operation", "is not known")
 _REFUSED_ITSELF = "was itself refused"
 
 

@@ -66,7 +66,6 @@ class ZooNet:
             that no node of the result holds their sum ("whole").
         chain: whether it is a plain chain apart from its residual connections ("whole").
         causes: classes of refusals that are right for it ("refused"), see _blocked.py.
-        aside: additions that have nothing to do with a residual connection ("refused").
     """
 
     name: str
@@ -77,7 +76,6 @@ class ZooNet:
     hidden: bool = False
     chain: bool = False
     causes: frozenset[str] = frozenset()
-    aside: int = 0
 
 
 def zoo() -> dict[str, ZooNet]:
@@ -220,8 +218,7 @@ def _controls() -> list[ZooNet]:
     vgg, densenet = _from_torchvision("vgg11_bn"), _from_torchvision("densenet121")
     return [
         ZooNet("convnext_tiny", convnext, _IMAGES, kind="refused", causes=norm),
-        # Two subtractions say which pixels are neighbours, for the mask of its attention.
-        ZooNet("swin_t", swin, _IMAGES, kind="refused", causes=norm | {"attention"}, aside=2),
+        ZooNet("swin_t", swin, _IMAGES, kind="refused", causes=norm | {"attention"}),
         ZooNet("resnet50_gn", _from_timm("resnet50_gn"), _IMAGES, kind="refused", causes=norm),
         ZooNet("vgg11_bn", vgg, _IMAGES, kind="untouched"),
         ZooNet("densenet121", densenet, _IMAGES, kind="untouched"),

@@ -258,7 +258,7 @@ def failures(net: ZooNet, outcome: Outcome) -> list[str]:
         demands |= _whole_demands(net, outcome)
     if net.kind in ("refused", "untouched"):
         what = f"left alone for {', '.join(outcome.blocked) or 'no known reason'}"
-        right = outcome.refused_open <= net.aside and net.causes >= set(outcome.blocked)
+        right = not outcome.refused_open and net.causes >= set(outcome.blocked)
         demands[f"{outcome.removed} additions removed"] = outcome.removed == 0
         demands[what] = right and bool(outcome.adds) == (net.kind == "refused")
         demands["not identical"] = outcome.identical is True
