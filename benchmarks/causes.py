@@ -96,6 +96,7 @@ def row_of(cause: Cause, examples: int, timeout: float) -> Row:
     test = next((failure for failure in failures if failure), "")
     return {
         "cause": cause.cause,
+        "mended in": ", ".join(dict.fromkeys(Path(file).name for file, *_ in cause.edits)),
         "silent": "yes" if cause.silent else "no",
         "verify": "notices" if by_verify else "",
         "test": test,
@@ -137,8 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 HEAD = """# Causes of wrong numbers, put back one at a time
 
-Made by `python benchmarks/causes.py --out benchmarks/results/causes.md`. `silent`: whether the
-cause gave wrong numbers without an error before it was mended.
+Made by `python benchmarks/causes.py --out benchmarks/results/causes.md`. `mended in`: the files
+whose mechanism is put out of order. `silent`: whether the cause gave wrong numbers without an error
+before it was mended.
 """
 
 
