@@ -92,7 +92,7 @@ def assert_equivalent(
 
 
 @torch.no_grad()
-def noise_floor(before: nn.Module, after: nn.Module, inputs: Any) -> float:
+def noise_floor(before: nn.Module, after: nn.Module, inputs: Any, *, seed: int = 0) -> float:
     """How far one rounding of the inputs moves the original, where `assert_equivalent` compares.
 
     A pass that changes the order of sums cannot be nearer to the original than the original is to
@@ -104,6 +104,7 @@ def noise_floor(before: nn.Module, after: nn.Module, inputs: Any) -> float:
         before: the original, in eval mode.
         after: what a pass made of it; its report says which joins are looked at.
         inputs: a tensor or a tuple of tensors.
+        seed: of the way in which each number moves.
 
     Returns:
         The largest max |moved - unmoved| / max |unmoved| of an output or of a join, where every
@@ -117,7 +118,7 @@ def noise_floor(before: nn.Module, after: nn.Module, inputs: Any) -> float:
     joins = {row.join for row in report_rows(after)}
     traced, _ = trace_with_joins(before, inputs, joins)
     places = joins | {traced.graph.output_node().name}
-    moved = moved_by_one_rounding(inputs)
+    moved = moved_by_one_rounding(inputs, seed)
     values, others = (values_at(traced, given, places) for given in (inputs, moved))
     pairs = zip(pytree.tree_leaves(values), pytree.tree_leaves(others), strict=True)
     changes = [

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ._activation import Interval
@@ -23,6 +22,7 @@ from .report import META_KEY, Report, SiteReport
 CALIBRATED = EXACTNESS[-1]
 HALF = 12  # more bits than a half type has
 ROUNDINGS = 5  # of the inputs, whose effect is allowed for
+MOVES = 4  # of a few numbers one rounding may do little by chance
 SHIFTED = 1e-8  # the error that a shift may make: it costs digits
 OTHER_BATCH = "compared at another batch"
 OTHER_SIZE = "compared at other sizes"
@@ -60,7 +60,7 @@ def compare(
     >>> sorted(compare(net, net, (torch.ones(1, 1, 4, 4).double(),))[1])[:2]
     ['compared at a coprime size', 'compared at another batch']
     """
-    found = assert_equivalent(before, after, inputs, tolerance=allowed(before, after, inputs))
+    found = _at_example(before, after, inputs)
     if any(row.exactness == CALIBRATED for row in rows_of(after)):
         return found, frozenset()  # it holds for the calibration's values alone
     shapes = verify(before, after, inputs, input_range=input_range).shapes
@@ -84,9 +84,19 @@ def allowed(before: nn.Module, after: Any, inputs: tuple[Tensor, ...]) -> float:
         tolerance *= 2.0**lost
     if any(row.strategy == "shift" for row in rows):
         tolerance = max(tolerance, SHIFTED)
-    if any(x.dtype != torch.float64 for x in inputs):
-        tolerance = max(tolerance, ROUNDINGS * noise_floor(before, after, inputs))
     return tolerance
+
+
+def _at_example(before: nn.Module, after: Any, inputs: tuple[Tensor, ...]) -> Equivalence:
+    tolerance = allowed(before, after, inputs)
+    try:
+        return assert_equivalent(before, after, inputs, tolerance=tolerance)
+    except AssertionError:
+        # What cancels, as a map minus its own mean, may be nothing but rounding.
+        noise = max(noise_floor(before, after, inputs, seed=seed) for seed in range(MOVES))
+        if not ROUNDINGS * noise > tolerance:
+            raise
+    return assert_equivalent(before, after, inputs, tolerance=ROUNDINGS * noise)
 
 
 def _sizes(shapes: tuple[Any, ...], example: tuple[int, ...]) -> Iterator[str]:

@@ -42,6 +42,7 @@ from rmfx.testing import (
     NetworkSpec,
     Node,
     Norm,
+    Pool,
     Repeat,
     Reshaped,
     Roll,
@@ -419,6 +420,18 @@ def test_what_is_wrong_at_other_sizes_only_is_found(sizes: str) -> None:
     assert sizes in compare(model, model, inputs)[1]
     with pytest.raises(rmfx.VerificationError):
         compare(model, WrongAt(model, WRONG_AT[sizes]), inputs)
+
+
+def test_what_is_nothing_but_rounding_is_no_difference() -> None:
+    spec = NetworkSpec(
+        ((1, 1, 1, 2),),
+        (Conv(1, 1, (1, 1)), Norm(1, eps=0.001), Mean("x - m", (2, 3)), Pool("mean", 2)),
+    )
+    model, inputs = spec.build(), spec.inputs()
+    found, _ = compare(model, rmfx.remove_residuals(model, inputs), inputs)
+    assert found.error > 1e-3
+    with pytest.raises(AssertionError, match="the networks differ"):
+        compare(model, nn.Sequential(model, nn.Softplus()), inputs)
 
 
 def test_a_size_at_which_the_original_fails_says_nothing() -> None:
