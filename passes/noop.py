@@ -54,7 +54,7 @@ class NoopRule:
         return net.guard(node) or source
 
     def rewrite(self, net: Net, node: fx.Node, match: fx.Node) -> None:
-        net.replace(node, match)
+        net.drop(node, match)
 
 
 def does_nothing(net: Net, node: fx.Node) -> bool:

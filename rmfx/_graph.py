@@ -268,6 +268,11 @@ class Net:
         self.release([node])
         self.graph.erase_node(node)
 
+    def drop(self, node: fx.Node, value: fx.Node) -> None:
+        """Erase a node that does nothing to a value, whatever the number of its dimensions."""
+        self._before.pop(self.values.get(node, ""), None)
+        self.replace(node, value)
+
     def merge(self, first: fx.Node, second: fx.Node, layer: Virtual) -> None:
         """Let one node do the work of `second` after `first`; it keeps the first one's place.
 

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 
 import rmfx
-from rmfx._conditions import take_conditions
-from rmfx._graph import copy_graph
 from rmfx.testing import assert_equivalent, random_statistics
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -110,13 +108,6 @@ def image(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """A random input, by default two images of 4 channels and odd size."""
     generator = torch.Generator().manual_seed(3)
     return torch.randn(shape or (2, 4, 9, 7), generator=generator, dtype=torch.float64).to(dtype)
-
-
-def ops(model: fx.GraphModule) -> list[str]:
-    """What kinds of nodes a graph has, without those of its conditions."""
-    graph = copy_graph(model)
-    take_conditions(graph)
-    return [node.op for node in graph.nodes]
 
 
 def types(model: nn.Module) -> list[str]:

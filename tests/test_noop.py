@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import Apply, assert_same, chain, conv, image, ops, ready, snapshot, types
+from builders import Apply, assert_same, chain, conv, image, ready, snapshot, types
 from torch import Tensor, fx, nn
 
 import rmfx
@@ -36,7 +36,11 @@ def test_noop_between_layers_disappears(name: str) -> None:
     before = snapshot(model)
     result = rmfx.remove_noops(model)
     assert types(result) == ["Conv2d", "ReLU"]
-    assert ops(result) == ["placeholder", *["call_module"] * 2, "output"]
+    assert [node.op for node in result.graph.nodes] == [
+        "placeholder",
+        *["call_module"] * 2,
+        "output",
+    ]
     assert_equivalent(model, result, image())
     assert_same(before, snapshot(model))
     assert types(rmfx.remove_noops(result)) == ["Conv2d", "ReLU"]
@@ -46,7 +50,7 @@ def test_stochastic_depth_of_torchvision_disappears() -> None:
     vision = pytest.importorskip("torchvision.ops")
     model = ready(chain(conv(), vision.StochasticDepth(0.5, "row"), nn.ReLU()))
     result = rmfx.remove_noops(model, image())
-    assert ops(result).count("call_function") == 0
+    assert not any(node.op == "call_function" for node in result.graph.nodes)
     assert_equivalent(model, result, image())
 
 

@@ -21,6 +21,15 @@ FREE: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
         (2, 4),
         (3, 5, 4),
     ),
+    "what does nothing": (
+        lambda: Apply(
+            lambda m, x: torch.relu(m.none(m.a(x.clone().detach()) * 1) + 0),
+            a=conv(),
+            none=chain(nn.Identity(), nn.Dropout()),
+        ),
+        (2, 4, 8, 6),
+        (4, 5, 7),
+    ),
     "nothing that can be rewritten": (
         lambda: Apply(lambda m, x: x[:, :2] * F.softmax(x[:, 2:], 1)),
         (2, 4, 8, 6),
