@@ -27,14 +27,8 @@ from ._meta import GUARDED
 from ._threads import without_logs
 
 LARGEST = 1 << 16  # number in an argument that a probe exceeds; those beyond stand for "to the end"
-NEAR = (
-    1,
-    -1,
-    2,
-    -2,
-    3,
-    -3,
-)  # steps to other sizes of networks that take only some near one another
+# Steps to other sizes, of networks that take only some near one another.
+NEAR = (1, -1, 2, -2, 3, -3)
 FAKES = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
 ARITHMETIC = (*ADDS, *SUBS, *SCALES, torch.maximum, torch.minimum)
 Shape = tuple[int, ...]

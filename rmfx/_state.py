@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from types import UnionType
@@ -98,6 +98,8 @@ def _fits(hint: Any, value: Any) -> bool:
         return any(_fits(choice, value) for choice in get_args(hint))
     if kind in (int, float):
         return value is not None and not isinstance(value, (Tensor, np.ndarray))
+    if kind is Iterable:
+        return isinstance(value, Iterable) or hasattr(value, "__getitem__")
     if kind is Any or not isinstance(kind, type):
         return True
     classes: dict[type, Any] = {bool: (bool, np.bool_), Path: os.PathLike}

@@ -108,8 +108,8 @@ def candidates(example: Example, *, further: bool) -> Iterator[list[Sizes]]:
     """Sizes to run at; of each list the first that both networks take is enough.
 
     They are the example's, twice, another batch at other sizes, and 1, everywhere or, of large
-    examples, along one axis at a time; then more if `further` ones are wanted. Of large networks
-    they are not, of which the parameters alone take long to read.
+    examples, along one axis at a time; then more if `further` ones are wanted, as they are not of a
+    network whose parameters alone take long to read.
     """
     batch, *space = example.sizes or (1,)
     same = (SAME,) * len(space)
