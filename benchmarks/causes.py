@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options_parser = parser(__doc__)
     options_parser.add_argument("--only", default="", help="causes whose name contains this")
     options_parser.add_argument(
-        "--examples", type=int, default=300, help="networks of the fuzzer for each; 0 for none"
+        "--examples", type=int, default=60, help="networks of the fuzzer for each; 0 for none"
     )
     options_parser.add_argument("--timeout", type=float, default=1800, help="seconds per command")
     options_parser.add_argument("--out", type=Path, help="Markdown file for the table")
