@@ -197,8 +197,11 @@ class ChannelPReLU(nn.Module):
 
 
 def channel_prelu(x: Tensor, weight: Tensor) -> Tensor:
-    """x where it is not negative, else weight·x; weight: the trailing shape of x, or broadcast."""
-    return torch.where(x >= 0, x, weight * x)
+    """x where it is positive, else weight·x; weight: the trailing shape of x, or broadcast.
+
+    At 0 its gradient is the weight, as that of torch's own.
+    """
+    return torch.where(x > 0, x, weight * x)
 
 
 class MaskedActivation(nn.Module):

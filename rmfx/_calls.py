@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
 
 from ._activation import OWN_ACTIVATIONS, POINTWISE, Pointwise
 
@@ -50,6 +51,8 @@ SCALES = (
 )
 
 aten = torch.ops.aten
+LIBRARIES = ("aten", "prims")  # of operators, whose names mean what torch means by them
+HOMES = ("_operator", "builtins", "torch")  # the same, of functions
 Arguments = dict[str, Any]
 Builder = Callable[[Arguments], nn.Module | None]
 
@@ -436,3 +439,20 @@ def run_node(
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def torch_name(node: fx.Node) -> str:
+    """The name of torch's own function, operator or method that a node calls, "" of any other."""
+    target: Any = node.target
+    if node.op == "call_method":
+        return str(target)
+    if node.op != "call_function":
+        return ""
+    if isinstance(target, OpOverload):
+        return str(target.__name__) if target.namespace in LIBRARIES else ""
+    if isinstance(target, OpOverloadPacket):
+        library = target._qualified_op_name.partition("::")[0]
+        return str(target.__name__) if library in LIBRARIES else ""
+    home = str(getattr(target, "__module__", None)).partition(".")[0]
+    is_method = getattr(target, "__objclass__", None) is torch._C.TensorBase
+    return str(getattr(target, "__name__", "")) if home in HOMES or is_method else ""

@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 
 from ._activation import OWN_ACTIVATIONS, is_activation
 from ._affine import MULTIPLYING, TRANSPOSED
-from ._calls import AVERAGE_POOLS, BATCH_NORMS, BORDERS, PADS
+from ._calls import AVERAGE_POOLS, BATCH_NORMS, BORDERS, PADS, torch_name
 from ._graph import Net
 from ._kinds import is_a
 from ._layers import MEANS
@@ -328,7 +328,7 @@ class Channels:
         value = self.values.get(source)
         if value is None:
             return None
-        name = str(getattr(target, "__name__", target)).removeprefix("unsafe_").partition(".")[0]
+        name = torch_name(node).removeprefix("unsafe_").partition(".")[0]
         if target in UNARY:
             return value
         if target is F.interpolate:
@@ -482,7 +482,7 @@ def _leaves_alone(node: fx.Node, axis: int, rank: int) -> bool:
         return True
     if node.target is getattr and node.args[1] in ("ndim", "dtype", "device"):
         return True
-    by_name = getattr(node.target, "__name__", str(node.target))
+    by_name = torch_name(node)
     if by_name.startswith(("size", "sym_size")) and len(node.args) == 2:
         return _is_other(node.args[1], axis, rank)
     whole = by_name == "size" or bool(node.target is getattr and node.args[1] == "shape")

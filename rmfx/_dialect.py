@@ -38,6 +38,7 @@ from ._calls import (
     batch_norm,
     gives_several,
     linear,
+    torch_name,
 )
 from ._kinds import is_a
 from ._layer_facts import is_layers_size, is_real, rank_of
@@ -126,7 +127,7 @@ def _slice_of_split(gm: fx.GraphModule, node: fx.Node) -> None:
     parts, index = node.args
     if not isinstance(parts, fx.Node) or not isinstance(index, int) or parts.meta.get("frozen"):
         return
-    name = getattr(parts.target, "__name__", str(parts.target)).partition(".")[0]
+    name = torch_name(parts).partition(".")[0]
     given: dict[str, Any] = {**dict(zip(("input", "amount", "dim"), parts.args, strict=False))}
     given |= {SPLIT_ARGUMENTS.get(k, k): v for k, v in parts.kwargs.items()}
     x, amount, dim = given.get("input"), given.get("amount"), given.get("dim", 0)

@@ -62,9 +62,9 @@ IN_PLACE_OPERATORS = tuple(
 OPERATORS_THAT_WRITE = (*IN_PLACE_OPERATORS, "setitem", "delitem")
 METHODS_THAT_WRITE = tuple(f"__{name}__" for name in OPERATORS_THAT_WRITE)
 ARITHMETIC = tuple(name.removeprefix("i") for name in IN_PLACE_OPERATORS[:-1])
-ARITHMETIC = (*ARITHMETIC, "and_", "or_", "neg", "pos", "abs", "invert", "eq", "ne", "lt", "le")
+ARITHMETIC = (*ARITHMETIC, "and_", "or_", "neg", "abs", "invert", "eq", "ne", "lt", "le")
 ARITHMETIC = (*ARITHMETIC, "gt", "ge", "index", "not_", "truth", "is_", "is_not")
-OPERATORS_THAT_READ = ("getitem", "contains", "concat", "countOf", "indexOf", "length_hint")
+OPERATORS_THAT_READ = ("pos", "getitem", "contains", "concat", "countOf", "indexOf", "length_hint")
 BUILTINS_THAT_ACT = (builtins.setattr, builtins.delattr, builtins.exec, builtins.eval)
 METHODS_OF_CONTAINERS = ("keys", "values", "items", "get", "index", "count", "copy", "_asdict")
 # Modules of torch and others whose functions in Python write to nothing, unless asked to.

@@ -294,12 +294,24 @@ def _relative_error(expected: Tensor, actual: Tensor, where: str) -> float:
 
 
 def largest(x: Tensor) -> float:
-    return float(x.detach().abs().max()) if x.numel() else 0.0
+    """The largest number of a tensor of any type, by amount."""
+    return float(numbers_of(x).abs().max()) if x.numel() else 0.0
+
+
+def numbers_of(x: Tensor) -> Tensor:
+    """The values of a tensor of any type and layout, as one with which can be computed."""
+    x = x.detach()
+    if x.is_quantized:
+        return x.dequantize()
+    if x.layout is not torch.strided:
+        x = x.to_dense()
+    is_real = x.is_floating_point() and x.itemsize > 1  # with bytes nothing is computed
+    return x if is_real or x.is_complex() else x.double()
 
 
 def default_tolerance(before: nn.Module, values: Any) -> float:
     """The tolerance of the coarsest floating type in use, with the factor for depth."""
-    tensors = [*before.parameters(), *before.buffers(), *pytree.tree_leaves(values)]
+    tensors = [*before.parameters(), *pytree.tree_leaves(values)]
     types = {x.dtype for x in tensors if isinstance(x, Tensor) and x.dtype in _TOLERANCES}
     coarsest = max((_TOLERANCES[dtype] for dtype in types), default=_TOLERANCES[torch.float64])
     if coarsest == _TOLERANCES[torch.float64]:

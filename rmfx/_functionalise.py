@@ -18,7 +18,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from ._calls import CASTS
+from ._calls import CASTS, torch_name
 from ._dialect import has_functional_form
 from ._effects import Effects, effects_of, memories, storage_of, tensors_behind
 from ._errors import WeightError
@@ -51,7 +51,7 @@ def _is_container(node: fx.Node) -> bool:
         return node.target in CONTAINER_METHODS
     if node.op != "call_function":
         return False
-    if getattr(node.target, "__name__", "") in CONTAINER_METHODS:
+    if torch_name(node) in CONTAINER_METHODS:
         return True
     of_container = any(n.meta.get("container") for n in node.all_input_nodes)
     if node.target is operator.getitem:
@@ -71,7 +71,7 @@ def _is_number(node: fx.Node) -> bool:
         return True
     if node.target in (builtins.getattr, getattr):
         return node.args[1] in NUMBER_ATTRIBUTES
-    if getattr(node.target, "__name__", "").startswith("sym_"):
+    if torch_name(node).startswith("sym_"):
         return True
     module = getattr(node.target, "__module__", None)
     of_numbers = all(n.meta.get("number") for n in node.all_input_nodes)

@@ -129,7 +129,7 @@ class Net:
         self.dtype = self._inference.dtype
         self.sizes = Sizes(self)
         self._open = OpenSizes(gm)
-        self._channels_of_inputs: dict[str, int] = {}
+        self._sizes_of_inputs: dict[str, dict[int, int]] = {}
         self._conditions: dict[Condition, None] = {}
         self.resized = False
 
@@ -221,12 +221,13 @@ class Net:
     def fix_channels(self, node: fx.Node, dims: int) -> None:
         """Take note that weights are about to be made for a value's number of channels.
 
-        Where no layer fixes it, the result then demands the channels of its inputs.
+        Where no layer fixes it, the result then demands the sizes of its inputs that do.
         """
         name, rank = self.values.get(node), self.rank(node)
         if name is not None and rank is not None:
             axis = 1 if dims else rank - 1
-            self._channels_of_inputs |= self._open.channels_of_inputs(name, axis)
+            for x, sizes in self._open.sizes_of_inputs(name, axis).items():
+                self._sizes_of_inputs.setdefault(x, {}).update(sizes)
 
     # ---- writing ----------------------------------------------------------------------------
 
@@ -394,11 +395,12 @@ class Net:
         inputs = self.graph.find_nodes(op="placeholder")
         places = dict(zip(inputs, self._given.find_nodes(op="placeholder"), strict=True))
         for x, place in places.items():
-            channels, rank = self._channels_of_inputs.get(x.name), self.rank(x)
-            if channels is not None and rank is not None:
-                message = f"the network was converted for {channels} channels; {AGAIN}"
-                sizes = [None, channels, *[None] * (rank - 2)]
-                demand_sizes(self._given, place, sizes, message)
+            sizes, rank = self._sizes_of_inputs.get(x.name), self.rank(x)
+            if sizes is not None and rank is not None:
+                texts = [f"{n} channels" if d == 1 else f"size {n}" for d, n in sizes.items()]
+                message = f"the network was converted for {' and '.join(texts)}; {AGAIN}"
+                whole = [sizes.get(dim) for dim in range(rank)]
+                demand_sizes(self._given, place, whole, message)
         if by_rank or self.source.meta.get(BY_RANK):
             demand_ranks(self._given, {node.name: self.rank(node) for node in inputs})
         for condition in self._conditions:

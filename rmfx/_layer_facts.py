@@ -58,7 +58,7 @@ def is_layers_size(gm: fx.GraphModule, value: fx.Node, dim: int) -> bool:
             return dim == 1
         if here.op == "placeholder":
             # Channels of an input are fixed where the network runs with no others.
-            return dim == 1 and not OpenSizes(gm).channels_of_inputs(here.name, 1)
+            return dim == 1 and not OpenSizes(gm).sizes_of_inputs(here.name, 1)
         known = layer is not None and (is_activation(layer) or is_a(layer, LAYERS_IN_ORDER))
         here = _source(here) if known or here.target in IN_ORDER else None
     return False

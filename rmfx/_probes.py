@@ -27,8 +27,8 @@ from ._meta import GUARDED
 from ._threads import without_logs
 
 LARGEST = 1 << 16  # number in an argument that a probe exceeds; those beyond stand for "to the end"
-# Steps to other sizes, of networks that take only some near one another.
-NEAR = (1, -1, 2, -2, 3, -3)
+NEAR = (1, -1, 2, -2, 3, -3)  # steps to other sizes, of networks that take some near one another
+SMALL = range(1, 8)  # sizes at which maps of one position are spread out
 FAKES = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
 ARITHMETIC = (*ADDS, *SUBS, *SCALES, torch.maximum, torch.minimum)
 Shape = tuple[int, ...]
@@ -93,12 +93,16 @@ class OpenSizes:
         """Whether a size of a node's value, of which the shape was noted, may be another one."""
         return self._may_change(name, dim) and (name, dim) in self._changes[0]
 
-    def channels_of_inputs(self, name: str, dim: int) -> dict[str, int]:
-        """The channels of inputs, by name, on which a size depends that is not open."""
-        if not self._may_change(name, dim) or (name, dim) not in self._changes[1]:
-            return {}
-        given = (n for n in self._inputs if self._may_change(n.name, 1))
-        return {n.name: n.meta["shape"][1] for n in given if (n.name, 1) in self._changes[1]}
+    def sizes_of_inputs(self, name: str, dim: int) -> dict[str, dict[int, int]]:
+        """The sizes of inputs, by name and dimension, on which a size depends that is not open."""
+        places = self._changes[1].get((name, dim)) if self._may_change(name, dim) else None
+        found: dict[str, dict[int, int]] = {}
+        for node in self._inputs if places else ():
+            shape = node.meta.get("shape", ())
+            sizes = {d: shape[d] for rank, d in sorted(places or ()) if rank == len(shape)}
+            own = {d: size for d, size in sizes.items() if self._may_change(node.name, d)}
+            found |= {node.name: own} if own else {}
+        return found
 
     def _may_change(self, name: str, dim: int) -> bool:
         node = self._nodes.get(name)
@@ -146,8 +150,11 @@ class OpenSizes:
     # ---- what other sizes tell --------------------------------------------------------------
 
     @functools.cached_property
-    def _changes(self) -> tuple[Sizes, Sizes]:
-        """Sizes that differ for other samples and space, and those for other channels of inputs."""
+    def _changes(self) -> tuple[Sizes, dict[tuple[str, int], Places]]:
+        """Sizes that are open, and the sizes of inputs on which others depend.
+
+        Those depend on the channels of inputs, or are 1 at some sizes, where they are spread out.
+        """
         noted = {k: tuple(n.meta["shape"]) for k, n in self._nodes.items() if "shape" in n.meta}
         ranks: set[int] = set()
         for node in self._inputs:
@@ -156,11 +163,18 @@ class OpenSizes:
         channels = {place for place in places if place[1] == 1}
         others, own = self._runs(places - channels), self._runs(channels)
         if not others and self._shapes(places, lambda size, dim: size) is None:
-            return {(name, dim) for name in noted for dim in range(len(noted[name]))}, set()
-        return _differences(noted, others), _differences(noted, own)
+            return {(name, dim) for name in noted for dim in range(len(noted[name]))}, {}
+        found, depend = set(), dict[tuple[str, int], Places]()
+        for tried, shapes in (*others, *own):
+            for key, size in _differences(noted, shapes):
+                if tried <= channels or size == 1:
+                    depend.setdefault(key, set()).update(tried)
+                else:
+                    found.add(key)
+        return found, depend
 
-    def _runs(self, places: Places) -> list[Shapes]:
-        """Shapes at other sizes of some dimensions of the inputs, where the graph runs.
+    def _runs(self, places: Places) -> list[tuple[Places, Shapes]]:
+        """The dimensions of inputs that have other sizes, and the shapes of all values there.
 
         Where it takes no large ones, some of these dimensions and the others are tried apart, and
         each at its neighbours: two maps of which one shrinks more than the other agree at a few
@@ -171,20 +185,22 @@ class OpenSizes:
         apart = {place for place in places if place[1] == min(dim for _, dim in places)}
         if apart == places:
             apart = {min(places)}
-        found: list[Shapes] = []
+        found: list[tuple[Places, Shapes]] = []
         takes_large = False
         for is_large, way in self._ways():
             shapes = None if takes_large and found[1:] else self._shapes(places, way)
             if shapes is not None:
-                found.append(shapes)
+                found.append((places, shapes))
                 takes_large = takes_large or is_large
         if takes_large:
             return found
         if apart != places:
             return found + self._runs(apart) + self._runs(places - apart)
-        tried = (self._shapes(places, functools.partial(_near, step)) for step in NEAR)
-        near = (shapes for shapes in tried if shapes is not None)
-        return found + list(itertools.islice(near, 2))
+        for ways in (map(_near, NEAR), map(_small, SMALL)):
+            tried = ((places, self._shapes(places, way)) for way in ways)
+            some = ((places, shapes) for places, shapes in tried if shapes is not None)
+            found += itertools.islice(some, 2)
+        return found
 
     def _ways(self) -> list[tuple[bool, Resize]]:
         """Other sizes, and whether all are large: each side another; squares; multiples."""
@@ -229,23 +245,24 @@ def _input(node: fx.Node, make: Callable[[torch.Size, Kind], Any]) -> Any:
     return pytree.tree_map_only(Tensor, lambda x: make(x.shape, (x.dtype, x.device)), given)
 
 
-def _differences(noted: Shapes, runs: Iterable[Shapes]) -> Sizes:
-    """The sizes that are others in some run than those that were noted."""
-    return {
-        (name, dim)
-        for shapes in runs
-        for name in shapes.keys() & noted.keys()
-        for dim, (size, other) in enumerate(zip(noted[name], shapes[name], strict=False))
-        if size != other
-    }
+def _differences(noted: Shapes, shapes: Shapes) -> Iterator[tuple[tuple[str, int], int]]:
+    """The sizes, by node and dimension, that are others than those that were noted."""
+    for name in shapes.keys() & noted.keys():
+        for dim, (size, other) in enumerate(zip(noted[name], shapes[name], strict=False)):
+            if size != other:
+                yield (name, dim), other
 
 
 def _times(factor: int, size: int, dim: int) -> int:
     return factor * size
 
 
-def _near(step: int, size: int, dim: int) -> int:
-    return max(1, size + step)
+def _near(step: int) -> Resize:
+    return lambda size, dim: max(1, size + step)
+
+
+def _small(other: int) -> Resize:
+    return lambda size, dim: other
 
 
 class _Table:

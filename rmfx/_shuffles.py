@@ -50,7 +50,7 @@ def find_shuffles(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, nn.Module]
     for node in gm.graph.nodes:
         chain = _chain(gm, node)
         source = _input(chain[0]) if chain else None
-        if source is None or sizes(source.name, 1) or sizes.channels_of_inputs(source.name, 1):
+        if source is None or sizes(source.name, 1) or sizes.sizes_of_inputs(source.name, 1):
             continue
         groups = _groups(gm, chain, source, fixed)
         if groups is not None:

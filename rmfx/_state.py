@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from types import UnionType
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._errors import OptionError, reported
+from ._errors import OptionError, RmfxError, reported
 from ._threads import alone
 
 P = ParamSpec("P")
@@ -27,8 +27,7 @@ _AUTOCAST: ContextVar[dict[str, torch.dtype]] = ContextVar("autocast", default={
 def undisturbed(verb: Callable[P, T]) -> Callable[P, T]:
     """Run a verb outside inference mode and autocast, while nobody else traces.
 
-    No errors come out but those of rmfx, and Python's own of a call that does not fit. Arguments
-    have to be what annotations say, by their class alone.
+    No errors come out but those of rmfx, and Python's own of a call that does not fit.
 
     Weights made in inference mode could never be trained or loaded again, and autocast would round
     the algebra. Code that traces in another thread patches what this one would run.
@@ -36,10 +35,12 @@ def undisturbed(verb: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not _is_call(verb, args, kwargs):
-            return verb(*args, **kwargs)  # Python says why it is none
+        given = _arguments(verb, args, kwargs)
+        if given is None:
+            return verb(*args, **kwargs)  # Python says why it is no call
         with contextlib.ExitStack() as stack:
             stack.enter_context(reported(verb.__name__))
+            stack.enter_context(_fitting(verb, given))
             stack.enter_context(alone())
             stack.enter_context(torch.inference_mode(False))
             types = _autocast_types()
@@ -53,34 +54,53 @@ def undisturbed(verb: Callable[P, T]) -> Callable[P, T]:
 
 
 def typed(verb: Callable[P, T]) -> Callable[P, T]:
-    """Let arguments be what annotations say, by their class alone."""
+    """Let arguments that make a verb fail be told from its own failures."""
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        _is_call(verb, args, kwargs)
-        return verb(*args, **kwargs)
+        with _fitting(verb, _arguments(verb, args, kwargs) or {}):
+            return verb(*args, **kwargs)
 
     return run
 
 
-def _is_call(verb: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a verb takes as many arguments, under these names.
+def _arguments(verb: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any] | None:
+    """The arguments of a call by name, None where they do not fit the verb."""
+    try:
+        return _signature(verb).bind(*args, **kwargs).arguments
+    except TypeError:
+        return None
+
+
+@contextlib.contextmanager
+def _fitting(verb: Callable[..., Any], given: Mapping[str, Any]) -> Iterator[None]:
+    """Say of arguments that are not of the class which annotations name what is wanted.
+
+    A verb's own checks, which say it better, come first; but nothing that is not True or False
+    passes for one of them.
 
     Raises:
-        OptionError: an argument has another class than its annotation names.
+        OptionError: the verb fails on an argument, or gets one of another class in place of a bool.
     """
-    signature = _signature(verb)
+    parameters = _signature(verb).parameters
+    misfits = [name for name, x in given.items() if not _fits(parameters[name].annotation, x)]
+    if any(parameters[name].annotation is bool for name in misfits):
+        raise _misfit(verb, given, misfits)
     try:
-        given = signature.bind(*args, **kwargs).arguments
-    except TypeError:
-        return False
-    for name, value in given.items():
-        hint = signature.parameters[name].annotation
-        if not _fits(hint, value):
-            text = " ".join(repr(value).split())[:60]
-            wanted = inspect.formatannotation(hint)
-            raise OptionError(f"{verb.__name__}: {name}={text}: it takes {wanted}")
-    return True
+        yield
+    except RmfxError:
+        raise
+    except Exception as error:  # whatever a verb makes of something else
+        if misfits:
+            raise _misfit(verb, given, misfits) from error
+        raise
+
+
+def _misfit(verb: Callable[..., Any], given: Mapping[str, Any], names: list[str]) -> OptionError:
+    name = names[0]
+    text = " ".join(repr(given[name]).split())[:60]
+    wanted = inspect.formatannotation(_signature(verb).parameters[name].annotation)
+    return OptionError(f"{verb.__name__}: {name}={text}: it takes {wanted}")
 
 
 @functools.cache

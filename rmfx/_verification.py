@@ -44,23 +44,25 @@ from ._equivalence import (
     default_tolerance,
     largest,
     moved_by_one_rounding,
+    numbers_of,
     operands_of,
     report_rows,
     structure_change,
     trace_with_joins,
 )
-from ._errors import OptionError, VerificationError, is_number
+from ._errors import OptionError, ShapeError, VerificationError, is_number
 from ._graph import computed_tensors
 from ._names import module_path
 from ._range import check_range
 from ._state import autocast_of_caller, typed
 from ._tracing import first_line
-from ._trial_inputs import SAME, Example, Inputs, candidates
+from ._trial_inputs import LARGE, SAME, Example, Inputs, candidates
 from .report import META_KEY, JoinError, SiteReport, Verification, shape_text
 
 SMALL = 1 << 21  # parameters up to which a network is run at further sizes, and is called
 ROUNDINGS = 10  # times the effect of rounding is allowed for
 COARSE = 100  # times the tolerance: what nobody takes for rounding
+HUGE = 1e-3  # of the largest number of a type
 MOVES = 4  # of a few numbers one rounding may do little by chance
 CALLED = 1 << 11  # positions up to which a small network with a graph is called as well
 
@@ -115,10 +117,13 @@ def verify(
     given = as_tuple(inputs)
     original = before.module() if isinstance(before, ExportedProgram) else before
     names = {row.join for row in report_rows(after)}
-    source = trace_with_joins(original, given, names)[0] if names else None
+    try:
+        source = trace_with_joins(original, given, names)[0] if names else None
+    except AssertionError as error:
+        raise VerificationError(f"{error}: it was not made of this network") from error
     joins = _of_report(after)
     fresh = partial(_original, original, source)
-    pair = _Pair("the pass", fresh, source, after, joins, tolerance)
+    pair = _Pair("", fresh, source, after, joins, tolerance)
     last = _reads_features(original)
     return pair.run(Example(given, input_range=input_range, last=last))
 
@@ -361,6 +366,16 @@ class _Place:
         """The largest difference."""
         return _difference(self.expected, self.actual)
 
+    def overflows(self) -> bool:
+        """Whether the original's values are so large that rounding decides which are finite."""
+        a, b = self.expected, self.actual
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
+            return False
+        if not a.is_floating_point() or _scale(a) < HUGE * torch.finfo(a.dtype).max:
+            return False
+        a, b = numbers_of(a), numbers_of(b)
+        return not bool(a.isfinite().all()) and not torch.equal(a.isfinite(), b.isfinite())
+
     def moved(self, other: _Run) -> float:
         """How far another run of the original is from the first; 0 where it did not get here."""
         if isinstance(self.key, str):
@@ -377,7 +392,7 @@ class _Pair:
     """An original and what became of it.
 
     Args:
-        verb: the pass that made it, for messages.
+        verb: the pass that has just made it, for messages; "" if the caller brought it.
         fresh: makes a copy of the original, which may be run.
         source: its graph, if joins are to be compared.
         after: the result.
@@ -415,7 +430,7 @@ class _Pair:
         self._kept: Any = self._forms[0].module if source is None else source
         self._reason = "the original gives no finite values to compare with"
         self._shapes: list[tuple[Shape, ...]] = []
-        self._error, self._limit = 0.0, 0.0
+        self._error, self._limit, self._magnified = 0.0, 0.0, 0.0
         self._found: dict[str, JoinError] = {}
 
     def run(self, example: Example, batches: Sequence[Inputs] = ()) -> Verification:
@@ -431,6 +446,8 @@ class _Pair:
             self._run_at(replace(example, last=not example.last))
         if not self._shapes:
             self._compare(example.inputs)
+        if not _is_of_dynamo(self._kept):
+            self._check_example(example.inputs)
         if not self._shapes:
             return Verification(reason=self._reason)
         return Verification(
@@ -438,7 +455,19 @@ class _Pair:
             error=self._error,
             limit=self._limit,
             joins=tuple(self._found.values()),
+            magnified=self._magnified,
         )
+
+    def _check_example(self, inputs: Inputs) -> None:
+        """Raise ShapeError if nothing was compared at the example's size as the original fails."""
+        if self._shapes_of(inputs) in self._shapes or _positions(inputs) > LARGE:
+            return
+        failure = self._again(self._forms[0], inputs).failure
+        if failure is not None:
+            raise ShapeError(
+                f"the model does not run on the example inputs {_described(inputs)}: "
+                f"{type(failure).__name__}: {first_line(failure)}"
+            )
 
     def _run_at(self, example: Example) -> bool:
         """Whether both ran at another size than the example's."""
@@ -472,7 +501,7 @@ class _Pair:
         if after.failure is not None and refuses(after.failure):
             return False
         before = self._run(0, inputs)
-        if before.failure is not None or not _is_finite(before.output):
+        if before.failure is not None or not _has_numbers(before.output):
             return False
         if self._depends_on_calls(inputs, before, after):
             return False
@@ -559,8 +588,9 @@ class _Pair:
                 used = [torch.empty(0, dtype=dtype) for dtype in types.values()]
             limit = default_tolerance(self._kept, (inputs, before.output, used))
             limit *= 2 ** self._bits(before)
-        places = list(self._places(inputs, before, after))
+        places = [p for p in self._places(inputs, before, after) if not p.overflows()]
         wrong = [place for place in places if not place.error() <= limit * place.scale]
+        allowances: dict[str | int, float] = {}
         if wrong:
             roundings = [self._again(start, self._moved(inputs, seed)) for seed in range(MOVES)]
             if not (self._writes and shares_memory(self._kept)):  # which a cast takes apart
@@ -568,13 +598,14 @@ class _Pair:
             for place in wrong:
                 floor = max(place.moved(other) for other in roundings)
                 allowed = limit * place.scale + ROUNDINGS * floor
+                allowances[place.key] = allowed
                 if place.error() <= allowed:
                     continue
                 if self._is_random(start, inputs, before):
                     self._reason = "the original draws numbers at random"
                     return False
                 raise self._error_at(inputs, _told(place, allowed))
-        self._note(places, limit)
+        self._note(places, limit, allowances)
         return True
 
     def _bits(self, before: _Run) -> float:
@@ -594,7 +625,7 @@ class _Pair:
             if join.cut and expected.shape != actual.shape:
                 continue
             operands = self._operands[join.name]
-            parts = [abs(c) * largest(before.values[n.name]) for n, c in operands]
+            parts = [abs(c) * _scale(before.values[n.name]) for n, c in operands]
             scale, least = max(parts, default=0.0), min(parts, default=0.0)
             yield _Place(text, join.name, expected, actual, scale, join.place, least)
         change = structure_change(before.output, after.output)
@@ -602,22 +633,28 @@ class _Pair:
             raise self._error_at(inputs, change)
         leaves = (pytree.tree_leaves(run.output) for run in (before, after))
         for i, (a, b) in enumerate(zip(*leaves, strict=True)):
-            yield _Place(f"output {i}", i, a, b, largest(a) if isinstance(a, Tensor) else 0.0)
+            yield _Place(f"output {i}", i, a, b, _scale(a))
 
-    def _note(self, places: Sequence[_Place], limit: float) -> None:
+    def _note(
+        self, places: Sequence[_Place], limit: float, allowances: Mapping[str | int, float]
+    ) -> None:
         """Note what was compared, and whether it would have shown a dropped skip."""
         self._limit = max(self._limit, limit)
         for place in places:
-            if place.scale:
-                self._error = max(self._error, place.error() / place.scale)
+            error, allowed = place.error() / (place.scale or 1.0), allowances.get(place.key)
+            if allowed is None:
+                self._error = max(self._error, error)
+            else:
+                self._magnified = max(self._magnified, error)
             if isinstance(place.key, str):
-                self._found[place.key] = self._join(place)
+                self._found[place.key] = self._join(place, allowed or 0.0)
 
-    def _join(self, place: _Place) -> JoinError:
+    def _join(self, place: _Place, allowed: float) -> JoinError:
         """The largest error at a join so far, and the largest sensitivity."""
         known = self._found.get(str(place.key), JoinError(place.module, 0.0, 0.0))
         scale = place.scale or math.inf
-        error, sensitivity = place.error() / scale, place.least / scale
+        error = place.error() / scale
+        sensitivity = place.least / scale if place.least > allowed else 0.0
         return JoinError(place.module, max(known.error, error), max(known.sensitivity, sensitivity))
 
     def _shapes_of(self, inputs: Inputs) -> tuple[Shape, ...]:
@@ -644,10 +681,7 @@ class _Pair:
             return False
         limit = COARSE * default_tolerance(self._kept, before.output)
         leaves = (pytree.tree_leaves(run.output) for run in (before, after))
-        return all(
-            _difference(a, b) <= limit * (largest(a) if isinstance(a, Tensor) else 0.0)
-            for a, b in zip(*leaves, strict=True)
-        )
+        return all(_difference(a, b) <= limit * _scale(a) for a, b in zip(*leaves, strict=True))
 
     def _is_random(self, start: _Forms, inputs: Inputs, before: _Run) -> bool:
         """Whether the original draws numbers at random: then two runs need not agree."""
@@ -657,6 +691,8 @@ class _Pair:
 
     def _error_at(self, inputs: Inputs, what: str) -> VerificationError:
         sizes = shape_text(self._shapes_of(inputs))
+        if not self._verb:
+            return VerificationError(f"the networks differ: on random inputs of {sizes} {what}")
         return VerificationError(
             f"{self._verb}: on random inputs of {sizes} {what}; nothing was returned. "
             "This is a bug of rmfx, please report it with the model's code; policy=lambda site: "
@@ -681,16 +717,19 @@ def _told(place: _Place, allowed: float) -> str:
 def _difference(expected: Any, actual: Any, unknown: float = math.inf) -> float:
     """The largest difference; `unknown` where there is no such number.
 
-    What is not finite, such as the mask of an attention, has to be so on both sides.
+    Of whole numbers and truth values it is the share of those that differ. What is not finite, such
+    as the mask of an attention, has to be so on both sides.
     """
     if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
         return 0.0 if expected is actual or expected == actual else unknown
     if expected.shape != actual.shape or expected.dtype != actual.dtype:
         return unknown
+    is_discrete = not (expected.is_floating_point() or expected.is_complex())
+    expected, actual = numbers_of(expected), numbers_of(actual)
     if torch.equal(expected, actual):
         return 0.0
-    if not (expected.is_floating_point() or expected.is_complex()):
-        return unknown
+    if is_discrete:
+        return float((expected != actual).double().mean())
     finite = expected.isfinite()
     if not bool(finite.all()):
         same = torch.equal(expected.nan_to_num()[~finite], actual.nan_to_num()[~finite])
@@ -702,9 +741,19 @@ def _difference(expected: Any, actual: Any, unknown: float = math.inf) -> float:
     return found if math.isfinite(found) else unknown
 
 
-def _is_finite(output: Any) -> bool:
-    tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
-    return all(bool(x.isfinite().all()) for x in tensors)
+def _scale(x: Any) -> float:
+    """The largest finite number, 0 of values that are no numbers or whole ones."""
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        return 0.0
+    x = numbers_of(x)
+    return largest(x[x.isfinite()])
+
+
+def _has_numbers(output: Any) -> bool:
+    """Whether some value is finite, or there is none."""
+    tensors = [numbers_of(x) for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+    filled = [x for x in tensors if x.numel()]
+    return not filled or any(bool(x.isfinite().any()) for x in filled)
 
 
 def _has_empty(run: _Run) -> bool:
@@ -715,6 +764,10 @@ def _has_empty(run: _Run) -> bool:
 
 def _shapes(inputs: Inputs) -> tuple[Shape, ...]:
     return tuple(tuple(x.shape) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
+
+
+def _described(inputs: Inputs) -> list[Any]:
+    return [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
 
 
 def _positions(inputs: Inputs) -> int:

@@ -14,7 +14,6 @@ from tabulate import tabulate
 from torch import fx
 
 from ._errors import RmfxError
-from ._state import typed
 
 META_KEY = "rmfx_report"
 HEADERS = (
@@ -123,6 +122,7 @@ class Verification:
         shapes: of the inputs, for each time that both were run.
         error: the largest error of an output or a join, relative to the largest output or operand.
         limit: the error that would have been too large.
+        magnified: the largest error where the original makes more than the limit of one rounding.
         joins: one entry for each join that was compared, with the largest error and sensitivity.
         reason: why nothing was compared, "" if something was.
     """
@@ -132,6 +132,7 @@ class Verification:
     limit: float = 0.0
     joins: tuple[JoinError, ...] = ()
     reason: str = ""
+    magnified: float = 0.0
 
     @property
     def unseen(self) -> tuple[str, ...]:
@@ -147,12 +148,18 @@ class Verification:
             return f"not verified: {self.reason}"
         sizes = ", ".join(dict.fromkeys(map(shape_text, self.shapes)))
         text = (
-            f"verified on random inputs of {sizes}: outputs and {len(self.joins)} joins differ by"
-            f" {self.error:.1e} at most (relative; up to {self.limit:.1e} is rounding)"
+            f"verified on random inputs of {sizes}: outputs and {_counted(len(self.joins))} differ"
+            f" by {self.error:.1e} at most (relative; up to {self.limit:.1e} is rounding)"
         )
+        if self.magnified:
+            text += f", by {self.magnified:.1e} where the original magnifies rounding as much"
         if self.unseen:
             text += f"; a dropped skip would not have been seen at {', '.join(self.unseen)}"
         return text
+
+
+def _counted(joins: int) -> str:
+    return f"{joins} join{'' if joins == 1 else 's'} that can be compared"
 
 
 def shape_text(shapes: Sequence[Sequence[int]]) -> str:
@@ -270,7 +277,6 @@ def short(n: int) -> str:
     return str(n)
 
 
-@typed
 def report(gm: fx.GraphModule) -> Report:
     """The report of the pass that made `gm`.
 

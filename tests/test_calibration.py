@@ -54,7 +54,7 @@ def test_values_without_numbers_do_not_disturb() -> None:
     """Such as what a slice leaves of a map that is too small."""
     network = Apply(lambda m, x: (x + m.conv(x), x[..., 9:]), conv=basic_branch())
     batches = [image(1, 4, 8, 8), image(1, 4, 12, 12), image(2, 4, 8, 8)]
-    for names in (None, ("shift",)):
+    for names in ("auto", ("shift",)):
         converted = rmfx.remove_residuals(
             ready(network), fold_batch_norm=False, activation=names, calibration=batches
         )

@@ -133,6 +133,20 @@ def test_tokens_of_a_network_that_takes_few_sizes(
         assert_equivalent(model, gm, image(*other))
 
 
+def test_sizes_at_which_a_product_spreads_one_token_are_refused() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x).transpose(1, 2)
+        return (y + 0.5 * y.flip(1)) * m.gain
+
+    model = ready(Apply(forward, conv=nn.Conv1d(4, 4, 3), gain=nn.Parameter(torch.rand(7, 1))))
+    gm = rmfx.remove_residuals(model, image(1, 4, 9))
+    assert rmfx.report(gm).removed == 1
+    assert_equivalent(model, gm, image(3, 4, 9))
+    assert model(image(1, 4, 3)).shape == (1, 7, 4)
+    with pytest.raises(rmfx.ShapeError, match="was converted for size 9"):
+        gm(image(1, 4, 3))
+
+
 @pytest.mark.parametrize(
     ("forward", "shape", "other"),
     [
