@@ -75,6 +75,7 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedP
         with (
             symbolic_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
             unchanged(model, values=True),
+            torch.no_grad(),  # as at inference, for code that asks
             without_warnings(),  # about what `unchanged` takes care of
         ):
             return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)

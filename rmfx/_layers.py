@@ -246,11 +246,15 @@ def _read_function(net: Net, node: fx.Node) -> Element | Refusal:
 # ---- linear elements ----------------------------------------------------------------------------
 
 
+_CHANNELS_OF_NORM = ("the features of 2-D inputs", "the channels of 3-D inputs")
+
+
 def _batch_norm(net: Net, node: fx.Node, module: nn.Module, dims: int) -> AffineConv | Refusal:
     rank = net.rank(node)
-    if isinstance(module, nn.BatchNorm1d) and dims == 0 and rank != 2:
-        cause = "BatchNorm1d normalises dimension 1, which holds the features of 2-D inputs only"
-        known = "pass example_inputs so that the shape is known" if rank is None else "this is 3-D"
+    if isinstance(module, nn.BatchNorm1d) and dims < 2 and rank != dims + 2:
+        cause = f"BatchNorm1d normalises dimension 1, which holds {_CHANNELS_OF_NORM[dims]} only"
+        known = "pass example_inputs so that the shape is known"
+        known = known if rank is None else f"this is {rank}-D"
         return Refusal(f"{cause}; {known}", (node.name,))
     if rank is not None and rank != dims + 2:
         return Refusal(f"batch norm of a {rank}-D tensor among {dims}-D layers", (node.name,))
@@ -494,7 +498,7 @@ def _per_channel(value: Tensor, channels: int, dims: int, rank: int | None) -> T
     """
     shape = tuple(value.shape)
     before, own = shape[: -dims - 1], shape[-dims - 1 :]
-    if len(shape) > (dims + 2 if dims or rank is None else rank) or math.prod(before) != 1:
+    if len(shape) > (dims + 2 if rank is None else rank) or math.prod(before) != 1:
         return Refusal(f"a constant of shape {shape} that differs from sample to sample")
     full = (1,) * (dims + 1 - len(own)) + own
     if full[0] not in (1, channels) or math.prod(full[1:]) != 1:

@@ -29,11 +29,61 @@ OWN_GRADIENT = "own_gradient"  # where a gradient is not that of what is compute
 BAKED = "baked"  # an operator that ran on the model's tensors while it was traced
 
 
+# What is asked of a proxy in vain, by what happens then; a tensor has an answer.
+ASKED_IN_VAIN = {
+    "__len__": "asks for the length of a value",
+    "__int__": "makes a number of a value",
+    "__float__": "makes a number of a value",
+    "__contains__": "looks for something in a value",
+}
+# Attributes that a proxy answers with another proxy, which no code is prepared for.
+ASKED_WRONGLY = ("grad_fn", "grad", "layout")
+
+
 class _InPlaceProxy(Proxy):
     """Records `x += y` and the like as in-place operations; `fx.Proxy` makes plain ones of them."""
 
+    def __getattr__(self, k: str) -> Any:
+        if k in ASKED_WRONGLY:
+            raise self.tracer.refused(f"asks for a value's {k}")  # type: ignore[attr-defined]
+        return _Attribute(self, k)
+
+    def __setattr__(self, k: str, value: Any) -> None:
+        # `x.real *= 2` writes in place, and then puts there what is there already.
+        if k in ASSIGNED and not (isinstance(value, Proxy) and _writes_to(value.node, self, k)):
+            raise self.tracer.refused(f"assigns a value's {k}")  # type: ignore[attr-defined]
+        if k not in ASSIGNED:
+            super().__setattr__(k, value)
+
     def _record(self, function: Any, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+class _Attribute(fx.proxy.Attribute, _InPlaceProxy):
+    """An attribute of a value, which may be a view of its memory."""
+
+    def __hash__(self) -> int:
+        if self.attr in ("dtype", "device", "shape"):
+            raise self.tracer.refused(f"looks up a value's {self.attr}")  # type: ignore[attr-defined]
+        return id(self)
+
+
+def _asked_in_vain(what: str) -> Any:
+    def ask(self: Any, *others: Any) -> Any:
+        raise self.tracer.refused(what)
+
+    return ask
+
+
+for _name, _what in ASKED_IN_VAIN.items():
+    setattr(_InPlaceProxy, _name, _asked_in_vain(_what))
+ASSIGNED = ("data", "real", "imag", "grad", "requires_grad")
+
+
+def _writes_to(node: fx.Node, x: Proxy, attribute: str) -> bool:
+    """Whether a node has just written in place to an attribute of a value."""
+    written = node.args[0] if node.target in IN_PLACE else None
+    return isinstance(written, fx.Node) and written.args == (x.node, attribute)
 
 
 def _recorded(function: Any) -> Any:
@@ -61,13 +111,44 @@ class _Tracer(fx.Tracer):
         self._state = state
         self._autocast = _autocast_state()
         self.baked: str | None = None  # an operator on the model's tensors that leaves no trace
+        self._refusal: TraceError | None = None  # the first that the model's code may have caught
 
     def run(self, model: nn.Module) -> fx.Graph:
         """Trace it; raise TraceError for computations that the graph would not hold."""
-        with _Outside(model) as outside, torch.enable_grad():
+        with _Outside(model) as outside, torch.enable_grad(), self._mode_hidden():
             graph = self.trace(model)
+        if self._refusal is not None:
+            raise TraceError(f"{self._refusal}, and its code catches the error that this raises")
         self.baked = outside.baked
         return graph
+
+    def refused(self, what: str) -> TraceError:
+        """The error for what nobody can do with a value that is not there."""
+        error = TraceError(f"it {what}, which no trace can tell")
+        self._refusal = self._refusal or error
+        return error
+
+    @contextlib.contextmanager
+    def _mode_hidden(self) -> Iterator[None]:
+        """Let the model's code not ask whether gradients are computed: calls differ in that."""
+        known = torch.is_grad_enabled
+
+        def ask() -> bool:
+            if is_user_file(sys._getframe(2).f_code.co_filename):  # behind the choice of threads
+                raise self.refused("asks whether gradients are computed")
+            return known()
+
+        torch.is_grad_enabled = for_this_thread(ask, known)
+        try:
+            yield
+        finally:
+            torch.is_grad_enabled = known
+
+    def to_bool(self, obj: Proxy) -> bool:
+        raise self.refused("decides by a value")
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        raise self.refused("goes through the parts of a value, of which the number is unknown")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if replaced_method(m) is not None:
