@@ -62,7 +62,6 @@ from .report import META_KEY, JoinError, SiteReport, Verification, shape_text
 SMALL = 1 << 21  # parameters up to which a network is run at further sizes, and is called
 ROUNDINGS = 10  # times the effect of rounding is allowed for
 COARSE = 100  # times the tolerance: what nobody takes for rounding
-HUGE = 1e-3  # of the largest number of a type
 MOVES = 4  # of a few numbers one rounding may do little by chance
 CALLED = 1 << 11  # positions up to which a small network with a graph is called as well
 
@@ -366,26 +365,46 @@ class _Place:
         """The largest difference."""
         return _difference(self.expected, self.actual)
 
-    def overflows(self) -> bool:
-        """Whether the original's values are so large that rounding decides which are finite."""
-        a, b = self.expected, self.actual
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
-            return False
-        if not a.is_floating_point() or _scale(a) < HUGE * torch.finfo(a.dtype).max:
-            return False
-        a, b = numbers_of(a), numbers_of(b)
-        return not bool(a.isfinite().all()) and not torch.equal(a.isfinite(), b.isfinite())
-
     def moved(self, other: _Run) -> float:
         """How far another run of the original is from the first; 0 where it did not get here."""
+        return _difference(self.expected, self._in(other), unknown=0.0)
+
+    def where_finite(self, others: Sequence[_Run]) -> _Place:
+        """The same without the places where rounding decides whether a number is finite.
+
+        It decides where other runs of the original differ in about as many.
+        """
+        differ = _not_finite_alike(self.expected, self.actual)
+        if differ is None or not bool(differ.any()):
+            return self
+        found = (_not_finite_alike(self.expected, self._in(other)) for other in others)
+        most = max((int(one.sum()) for one in found if one is not None), default=0)
+        if int(differ.sum()) > ROUNDINGS * most:
+            return self
+        kept = [x.masked_fill(differ, 0) for x in (self.expected, self.actual)]
+        return replace(self, expected=kept[0], actual=kept[1])
+
+    def _in(self, other: _Run) -> Any:
+        """The value of another run, in the type of this one."""
         if isinstance(self.key, str):
             found = other.values.get(self.key)
         else:
             leaves = pytree.tree_leaves(other.output)
             found = leaves[self.key] if self.key < len(leaves) else None
         if isinstance(found, Tensor) and isinstance(self.expected, Tensor):
-            found = found.to(self.expected.dtype)
-        return _difference(self.expected, found, unknown=0.0)
+            return found.to(self.expected.dtype)
+        return found
+
+
+def _not_finite_alike(a: Any, b: Any) -> Tensor | None:
+    """Where one value is finite and the other is not, or another infinity."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
+        return None
+    if not a.is_floating_point() or a.layout is not torch.strided:
+        return None
+    one, two = (torch.where(x.isfinite(), 0, x) for x in (numbers_of(a), numbers_of(b)))
+    alike: Tensor = one.eq(two) | (one.isnan() & two.isnan())
+    return ~alike
 
 
 class _Pair:
@@ -588,14 +607,16 @@ class _Pair:
                 used = [torch.empty(0, dtype=dtype) for dtype in types.values()]
             limit = default_tolerance(self._kept, (inputs, before.output, used))
             limit *= 2 ** self._bits(before)
-        places = [p for p in self._places(inputs, before, after) if not p.overflows()]
+        places = list(self._places(inputs, before, after))
         wrong = [place for place in places if not place.error() <= limit * place.scale]
         allowances: dict[str | int, float] = {}
         if wrong:
             roundings = [self._again(start, self._moved(inputs, seed)) for seed in range(MOVES)]
             if not (self._writes and shares_memory(self._kept)):  # which a cast takes apart
                 roundings.append(self._again(start, inputs, precise=True))
-            for place in wrong:
+            for whole in wrong:
+                place = whole.where_finite(roundings)
+                places[places.index(whole)] = place
                 floor = max(place.moved(other) for other in roundings)
                 allowed = limit * place.scale + ROUNDINGS * floor
                 allowances[place.key] = allowed

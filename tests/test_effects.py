@@ -674,3 +674,70 @@ def test_a_graph_without_gradients_that_only_reads_is_no_barrier() -> None:
     gm = rmfx.trace(torch.export.export(model, (image(),)))
     assert not any("known" in str(n.meta.get("frozen")) for n in gm.graph.nodes)
     torch.testing.assert_close(gm(image()), model(image()))
+
+
+@pytest.mark.parametrize("write", ["add_", "relu_", "mul_"])
+@pytest.mark.parametrize("example", [True, False])
+def test_plus_x_is_x(write: str, example: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.c(x)
+        same = +h
+        getattr(same, write)(*() if write == "relu_" else (2.0,))
+        return m.d(torch.relu(h)) + h  # type: ignore[no-any-return]
+
+    model = ready(Apply(forward, c=conv(), d=conv()))
+    x = image()
+    for verb in (rmfx.remove_residuals, rmfx.remove_noops, rmfx.fold_batch_norm):
+        gm = verb(model, x if example else None, verify=False)
+        torch.testing.assert_close(gm(x), model(x))
+
+
+@pytest.fixture(scope="module")
+def namesakes() -> Iterator[torch.library.Library]:
+    """Operators of a library of one's own, under names that torch has for something else."""
+    made = torch.library.Library("rmfx_names", "DEF")
+    made.define("split(Tensor x, int n, int dim) -> Tensor[]")
+    made.define("chunk(Tensor x, int n, int dim) -> Tensor[]")
+    made.define("sym_act(Tensor x) -> Tensor")
+    made.define("size(Tensor x) -> Tensor")
+    turns = lambda x, n, dim: [x[:, ::2].clone(), x[:, 1::2].clone()]  # noqa: E731
+    for name in ("split", "chunk"):
+        made.impl(name, turns, "CompositeExplicitAutograd")
+    made.impl("sym_act", lambda x: x * torch.sigmoid(x), "CompositeExplicitAutograd")
+    made.impl("size", lambda x: x.flip(1), "CompositeExplicitAutograd")
+    yield made
+    made._destroy()
+
+
+def _turns(name: str) -> Any:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        split = getattr(torch.ops.rmfx_names, name)
+        a, b = split(m.c(x), 2, 1)[0], split(m.c(x), 2, 1)[1]
+        return torch.cat((m.d(torch.cat((a, a), 1)), b), 1)
+
+    return forward
+
+
+def _written(m: Any, x: Tensor) -> Tensor:
+    gate = torch.ops.rmfx_names.sym_act.default(m.c(x))
+    gate.add_(1)
+    return m.d(torch.relu(gate)) + gate  # type: ignore[no-any-return]
+
+
+OWN: dict[str, Any] = {
+    "split": _turns("split"),
+    "chunk": _turns("chunk"),
+    "sym_act": _written,
+    "size": lambda m, x: m.d(torch.relu(torch.ops.rmfx_names.size.default(m.c(x)))) + x,
+}
+
+
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("name", OWN)
+def test_operators_of_other_libraries_are_not_torchs(
+    name: str, example: bool, namesakes: torch.library.Library
+) -> None:
+    model, x = ready(Apply(OWN[name], c=conv(), d=conv())), image()
+    for verb in (rmfx.remove_residuals, rmfx.fold_batch_norm, rmfx.merge_branches):
+        gm = verb(model, x if example else None, verify=False)
+        torch.testing.assert_close(gm(x), model(x))

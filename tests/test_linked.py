@@ -420,3 +420,17 @@ def test_second_derivatives_and_other_parameters() -> None:
     y = torch.func.functional_call(linked, {n: p for n, (_, p) in given.items()}, (x,))
     z = torch.func.functional_call(model, dict(given.values()), (x,))
     torch.testing.assert_close(y, z)
+
+
+@pytest.mark.parametrize("kink", [torch.relu, lambda x: F.leaky_relu(x, 0.1)])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8)])
+def test_a_pruned_neuron_stays_pruned(kink: Any, shape: tuple[int, ...]) -> None:
+    """At 0 the gradient of torch's activations is the slope of what is below."""
+    parts = {name: nn.Linear(8, 8) for name in "abc"}
+    model = ready(Apply(lambda m, x: m.c(m.b(kink(m.a(x))) + x), **parts))
+    with torch.no_grad():
+        model.a.weight[3], model.a.bias[3] = 0, 0
+    x = image(*shape)
+    linked = rmfx.remove_residuals(model, x, differentiable=True)
+    assert rmfx.report(linked).removed == 1
+    assert_same_gradients(model, linked, (x,))

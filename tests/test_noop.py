@@ -156,3 +156,19 @@ def test_a_clone_that_rearranges_memory_stays(copy: str) -> None:
 
     model = Apply(forward).eval()
     assert_equivalent(model, rmfx.remove_noops(model, image()), image())
+
+
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.c(x) * ((x > 0) * 1 + (x > -1) * 1),
+        lambda m, x: m.c(x) * (((x > 0) + 0) - ((x > 1) * 1)),
+        lambda m, x: m.c(x) * (1 - (x > 0) * 1),
+    ],
+)
+def test_one_times_a_truth_value_is_a_whole_number(forward: Any, example: bool) -> None:
+    model, x = ready(Apply(forward, c=conv())), image()
+    for verb in (rmfx.remove_noops, rmfx.merge_branches, rmfx.remove_residuals):
+        gm = verb(model, x if example else None, verify=False)
+        torch.testing.assert_close(gm(x), model(x))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import rmfx
 from rmfx._conditions import has_conditions
+from rmfx.testing import random_statistics
 
 FREE: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "convolutions": (lambda: Residual(conv_branch(nn.SiLU())), (2, 4, 8, 6), (4, 5, 7)),
@@ -94,3 +95,27 @@ def test_batch_norm_of_sequences_takes_an_image_for_a_batch() -> None:
     model(image(4, 4))  # of 4 images with 4 features
     with pytest.raises(rmfx.ShapeError, match="converted for 3 dimensions"):
         gm(image(4, 4))
+
+
+def test_batch_norm_in_front_of_a_convolution_may_read_two_dimensions() -> None:
+    """BatchNorm1d takes samples and features, where Conv1d takes channels and positions."""
+    model = ready(Apply(lambda m, x: m.c(m.n(x)) + x, n=nn.BatchNorm1d(8), c=nn.Conv1d(8, 8, 1)))
+    random_statistics(model, 0)
+    for example in (None, image(2, 8, 8)):
+        for verb in (rmfx.remove_residuals, rmfx.fold_batch_norm, rmfx.merge_branches):
+            gm = verb(model, example)
+            for x in (image(8, 8), image(3, 8, 5)):
+                try:
+                    found = gm(x)
+                except rmfx.ShapeError:
+                    assert x.dim() == 2
+                    continue
+                torch.testing.assert_close(found, model(x))
+
+
+def test_a_constant_may_add_a_dimension() -> None:
+    gain = nn.Parameter(torch.rand(1, 8, 1, 1))
+    model = ready(Apply(lambda m, x: x + m.c(x) * m.gain, c=conv(8, 8), gain=gain))
+    x = image(8, 8, 8)
+    for verb in (rmfx.remove_residuals, rmfx.merge_convs, rmfx.merge_branches):
+        torch.testing.assert_close(verb(model, x)(x), model(x))

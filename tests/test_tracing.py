@@ -640,3 +640,74 @@ def test_the_forward_of_one_graph_is_refused() -> None:
     for given in ((), (image(),)):
         with pytest.raises(rmfx.TraceError, match=r"forward of this .* was put in the place"):
             rmfx.remove_residuals(gm, *given)
+
+
+# ---- what proxies answer otherwise than tensors --------------------------------------------------
+
+
+def _write_to_view(m: Any, x: Tensor) -> Any:
+    h = m.c(x)
+    turned = h.mT
+    turned += 1
+    return m.d(torch.relu(h)) + h
+
+
+def _write_to_part(m: Any, x: Tensor) -> Any:
+    z = torch.fft.fft2(m.c(x))
+    z.real *= 2
+    return m.d(torch.relu(torch.fft.ifft2(z).real)) + x
+
+
+def _assign_part(m: Any, x: Tensor) -> Any:
+    z = torch.fft.fft2(m.c(x))
+    z.real = z.imag
+    return m.d(torch.relu(torch.fft.ifft2(z).real)) + x
+
+
+def _catch(m: Any, x: Tensor) -> Any:
+    try:
+        factor = 2.0 if x.shape[2] > 4 else 1.0
+    except Exception:  # noqa: BLE001
+        factor = 2.0
+    return m.c(x) * factor + x
+
+
+def _catch_length(m: Any, x: Tensor) -> Any:
+    try:
+        factor = float(len(x))
+    except Exception:  # noqa: BLE001
+        factor = 7.0
+    return m.c(x) * factor + x
+
+
+DIFFERENT: dict[str, Any] = {
+    "a write to a view": _write_to_view,
+    "a write to a part": _write_to_part,
+    "an assignment": _assign_part,
+    "a caught branch": _catch,
+    "a caught length": _catch_length,
+    "a table of types": lambda m, x: m.c(x) * {torch.float64: 2.0}.get(x.dtype, 1.0) + x,
+    "a layout": lambda m, x: m.c(x) * (2.0 if x.layout is torch.strided else 1.0) + x,
+    "a gradient": lambda m, x: m.c(x) * (2.0 if x.grad_fn is None else 1.0) + x,
+    "a mode": lambda m, x: m.c(x) * (2.0 if torch.is_grad_enabled() else 1.0) + x,
+}
+
+
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_proxies_answer_otherwise_is_right_or_refused(name: str, example: bool) -> None:
+    model, x = ready(Apply(DIFFERENT[name], c=conv(), d=conv())), image()
+    other = image(2, 4, 3, 3)
+    try:
+        gm = rmfx.remove_residuals(model, x if example else None, verify=False)
+    except rmfx.TraceError as error:
+        assert "which no trace can tell" in str(error)  # noqa: PT017
+        assert not example
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x), model(x))
+        try:
+            found = gm(other)
+        except rmfx.ShapeError:
+            return
+        torch.testing.assert_close(found, model(other))

@@ -302,3 +302,79 @@ def test_every_verb_that_keeps_the_function_can_verify() -> None:
 def test_copies_of_a_verified_network_keep_its_report() -> None:
     plain = rmfx.remove_residuals(Block(), X)
     assert rmfx.report(copy.deepcopy(plain)).verification == rmfx.report(plain).verification
+
+
+# ---- values of every type ------------------------------------------------------------------------
+
+
+class Skip(nn.Module):
+    """A block, and something made of its output."""
+
+    def __init__(self, last: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.last = last
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(x + self.b(torch.relu(self.a(x))))
+
+
+LASTS: dict[str, Callable[[Tensor], Any]] = {
+    "truth values": lambda y: y > 0,
+    "both": lambda y: (y, y > 0),
+    "sums of truth values": lambda y: y * ((y > 0) + (y < -1)),
+    "whole numbers": lambda y: y.argmax(1),
+    "uint16": lambda y: (y > 0).to(torch.uint16),
+    "float8": lambda y: y.clamp(-1, 1).to(torch.float8_e5m2),
+    "complex": torch.fft.fft2,
+    "sparse": lambda y: y.flatten(1).to_sparse(),
+    "a mask": lambda y: (y, torch.full((2,), -torch.inf)),
+    "masked": lambda y: y.masked_fill(y > 2, -torch.inf),
+    "padded": lambda y: nn.functional.pad(y, (1, 1), value=-torch.inf),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LASTS)
+def test_outputs_of_every_type_are_compared(name: str, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and name in ("complex", "sparse"):
+        pytest.skip("torch has no such operator for bfloat16")
+    x = torch.randn(2, 4, 16, 16, dtype=dtype)
+    model = Skip(LASTS[name]).eval().to(dtype)
+    found = rmfx.report(rmfx.remove_residuals(model, x)).verification
+    assert found is not None
+    assert ((2, 4, 16, 16),) in found.shapes
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.b.weight *= -4
+    with pytest.raises(rmfx.VerificationError, match="the networks differ"):
+        rmfx.verify(model, wrong, x)
+
+
+def test_a_buffer_that_nobody_reads_widens_no_limit() -> None:
+    model = Skip(lambda y: y).eval()
+    model.unused = nn.Buffer(torch.zeros(1, dtype=torch.bfloat16))
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.b.weight *= 1.2
+    with pytest.raises(rmfx.VerificationError):
+        rmfx.verify(model, wrong, X.float())
+
+
+@pytest.mark.parametrize("x", [X, X[:, :3].float(), (X.float(), X.float()), None, "cuda", 3])
+def test_inputs_on_which_the_original_does_not_run_are_an_error(x: Any) -> None:
+    model = Skip(lambda y: y).eval()
+    with pytest.raises(rmfx.ShapeError, match="does not run on the example inputs"):
+        rmfx.verify(model, model, x)
+
+
+def test_a_result_of_another_network_is_told() -> None:
+    plain = rmfx.remove_residuals(Block(), X)
+    with pytest.raises(rmfx.VerificationError, match="was not made of this network"):
+        rmfx.verify(nn.Conv2d(4, 4, 1).double(), plain, X)
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, "small", True])
+def test_tolerances_that_make_no_sense(tolerance: Any) -> None:
+    with pytest.raises(rmfx.OptionError, match="tolerance="):
+        rmfx.verify(Block(), Block(), X, tolerance=tolerance)
