@@ -53,9 +53,8 @@ from rmfx._site import Site, find_sites
 from rmfx._state import undisturbed
 from rmfx._strategy import (
     AUTO,
-    SAME_ACTIVATION,
-    STRATEGIES,
     Settled,
+    allowed_ways,
     is_large,
     settle,
 )
@@ -402,7 +401,7 @@ def remove_residuals(
         >>> [type(m).__name__ for m in plain.children()]
         ['Conv2d', 'PReLU', 'Conv2d']
     """
-    allowed = _allowed(activation)
+    allowed = allowed_ways(activation)
     check_range(input_range)
     check_policy(policy)
     source = trace(model, example_inputs, fold=not differentiable)
@@ -547,15 +546,3 @@ def finish(
     rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}
     report = Report(tuple(rows[name] for name in joins if name in rows))
     return net.finish({META_KEY: report})
-
-
-def _allowed(activation: str | Collection[str]) -> Collection[str]:
-    if activation == "auto":
-        return AUTO
-    chosen = {activation} if isinstance(activation, str) else set(activation)
-    unknown = chosen - {*STRATEGIES, "relu"}
-    if unknown or not chosen:
-        raise RmfxError(
-            f"activation={activation!r}: choose 'auto', 'relu' or some of {', '.join(STRATEGIES)}"
-        )
-    return chosen | {*SAME_ACTIVATION} if "relu" in chosen else chosen

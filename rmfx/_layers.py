@@ -365,7 +365,11 @@ def _read_slice(node: fx.Node) -> Deferred | Refusal:
     """x[:, :, a:b:s, …] with whole batch and channels: a strided crop."""
     index = node.args[1]
     if not isinstance(index, tuple) or not all(isinstance(i, slice) or i is ... for i in index):
-        return Refusal("an index that is not made of slices")
+        return Refusal(
+            "an index that is not made of slices, as far as is known; pass example_inputs"
+            if "shape" not in node.all_input_nodes[0].meta
+            else "an index that is not made of slices"
+        )
     parts = [i for i in index if isinstance(i, slice)]
     bounds = [b for s in parts for b in (s.start, s.stop, s.step)]
     if not all(b is None or isinstance(b, int) for b in bounds):

@@ -24,12 +24,11 @@ from ._calls import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS
 from ._errors import ShapeError
 from ._infer import on_demand
 from ._meta import GUARDED
-from ._threads import without_logs
+from ._threads import FAKES, without_logs
 
 LARGEST = 1 << 16  # number in an argument that a probe exceeds; those beyond stand for "to the end"
 NEAR = (1, -1, 2, -2, 3, -3)  # steps to other sizes, of networks that take some near one another
 SMALL = range(1, 8)  # sizes at which maps of one position are spread out
-FAKES = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
 ARITHMETIC = (*ADDS, *SUBS, *SCALES, torch.maximum, torch.minimum)
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]

@@ -96,6 +96,14 @@ def _fitting(verb: Callable[..., Any], given: Mapping[str, Any]) -> Iterator[Non
         raise
 
 
+def check_classes(made: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Raise OptionError for arguments that are not of the class which annotations name."""
+    parameters = _signature(made).parameters
+    misfits = [name for name, x in given.items() if not _fits(parameters[name].annotation, x)]
+    if misfits:
+        raise _misfit(made, given, misfits)
+
+
 def _misfit(verb: Callable[..., Any], given: Mapping[str, Any], names: list[str]) -> OptionError:
     name = names[0]
     text = " ".join(repr(given[name]).split())[:60]

@@ -47,7 +47,7 @@ from ._digits import (
     smallest_scale,
 )
 from ._double_relu import bits_of_clamps, without_clamps
-from ._errors import Refusal
+from ._errors import OptionError, Refusal
 from ._range import Range, Ranges
 
 # The simplest first; of those allowed, the first that works is used.
@@ -96,6 +96,23 @@ class Settled:
     exactness: str
     gain: float = 1.0
     bits: float = 0.0
+
+
+def allowed_ways(activation: str | Collection[str]) -> Collection[str]:
+    """The strategies that an option allows.
+
+    Raises:
+        OptionError: there is none of the name.
+    """
+    if activation == "auto":
+        return AUTO
+    chosen = {activation} if isinstance(activation, str) else set(activation)
+    unknown = chosen - {*STRATEGIES, "relu"}
+    if unknown or not chosen:
+        raise OptionError(
+            f"activation={activation!r}: choose 'auto', 'relu' or some of {', '.join(STRATEGIES)}"
+        )
+    return chosen | {*SAME_ACTIVATION} if "relu" in chosen else chosen
 
 
 def settle(

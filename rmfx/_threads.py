@@ -175,6 +175,9 @@ class _OneThread:
         return threading.get_ident() == self.thread
 
 
+FAKES = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
+
+
 @contextlib.contextmanager
 def without_logs(name: str) -> Iterator[None]:
     """Keep a logger from writing what this thread tells it."""

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._draws import no_draws
 from ._kept import KeepsStateError, keeps_state, unchanged
-from ._threads import alone, without_warnings
+from ._threads import FAKES, alone, without_logs, without_warnings
 
 Call = tuple[object, ...]
 aten = torch.ops.aten
@@ -225,7 +225,14 @@ def _calls(
         return recording, [*recording.calls, names]
 
     # Warnings are the model's own, which nobody called; and torch's, of tensors that it keeps.
-    with alone(), unchanged(model) as state, mode, torch.no_grad(), without_warnings():
+    with (
+        alone(),
+        unchanged(model) as state,
+        mode,
+        torch.no_grad(),
+        without_warnings(),
+        without_logs(FAKES),
+    ):
         recording, calls = record()
         changed = state.changed()
         if twice or changed is not None:

@@ -23,6 +23,9 @@ from ._dynamo import Lifted, can_be_seen, find_lifted, snapshot, with_weights
 from ._errors import OptionError, RmfxError, WeightError
 from ._freshness import MODES, Mode, Snapshot
 from ._policy import Policy, check_policy
+from ._range import check_range
+from ._state import check_classes
+from ._strategy import allowed_ways
 from .passes.residual import remove_residuals
 from .report import Report, report
 
@@ -68,7 +71,7 @@ class Options:
         """Options from a mapping.
 
         Raises:
-            OptionError: there is no such option.
+            RmfxError: there is no such option, or it makes no sense.
         """
         names = [f.name for f in fields(Options)]
         unknown = [name for name in given if name not in names]
@@ -76,12 +79,15 @@ class Options:
             raise OptionError(
                 f"backend='rmfx' has no option {unknown[0]!r}; it has {', '.join(names)}"
             )
+        check_classes(Options, given)
         options = Options(**given)
         if options.backend == "rmfx":
             raise OptionError("backend='rmfx' cannot compile with itself; name another backend")
         if options.weights not in MODES:
             raise OptionError(f"weights={options.weights!r}: pass one of {', '.join(MODES)}")
         check_policy(options.policy)
+        check_range(options.input_range)
+        allowed_ways(options.activation)
         return options
 
 

@@ -72,6 +72,8 @@ def load_compact(model: nn.Module, path: str | Path) -> None:
     try:
         with safe_open(path, "pt") as file:
             flat = {kind: file.get_tensor(kind) for kind in file.keys()}  # noqa: SIM118
+            if LAYOUT not in (file.metadata() or {}):
+                raise ValueError("it was written by something else")
             layout = json.loads(zlib.decompress(base64.b85decode(file.metadata()[LAYOUT])))
             if file.metadata()[CHECKSUM] != _checksum(flat):
                 raise ValueError("its numbers are not those that were written")

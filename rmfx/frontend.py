@@ -16,12 +16,19 @@ from __future__ import annotations
 
 import keyword
 import re
+import reprlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    is_fake,
+    unset_fake_temporarily,
+)
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ._activation import is_activation
@@ -49,7 +56,7 @@ from ._meta import GUARDED, noted
 from ._ranks import BY_RANK, Snapshot, demand_ranks
 from ._rings import FromRing
 from ._state import typed
-from ._threads import alone
+from ._threads import FAKES, alone, without_logs
 from ._tracing import OWN_GRADIENT, first_line, is_user_file, trace_symbolically
 from ._witness import as_fakes, check_state, records_the_same
 
@@ -379,7 +386,12 @@ def _is_faithful(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> bool:
 
 
 def _does_not_run(inputs: Inputs, error: Exception) -> ShapeError:
-    shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs]
+    if isinstance(error, (DynamicOutputShapeException, DataDependentOutputException)):
+        return ShapeError(
+            f"the model's sizes or ways depend on values ({first_line(error)}), of which example "
+            "inputs are an example only; leave them out, or convert the part before"
+        )
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else reprlib.repr(x) for x in inputs]
     return ShapeError(f"the model does not run on the example inputs {shapes}: {first_line(error)}")
 
 
@@ -474,7 +486,7 @@ def _find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
     # Numbers that depend on the inputs' values are unknown, and so are sizes that depend on those.
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     try:
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), without_logs(FAKES):  # the error says it
             _ShapeRecorder(gm, mode).run(*as_fakes(mode, inputs))
     # The graph runs the model's own operations, which may raise anything.
     except Exception as error:
