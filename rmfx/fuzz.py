@@ -377,7 +377,10 @@ def _applied(
         _NotHeldError: a pass of rmfx cannot trace it, and nor can torch.
     """
     try:
-        return apply(*arguments, **options)
+        made = apply(*arguments, **options)
+        if not callable(made):
+            raise OptionError(f"the pass returned {made!r:.40}, which is no network")
+        return made
     except TraceError as error:
         if case.transform not in PASSES or _is_traceable(case, arguments):
             raise
