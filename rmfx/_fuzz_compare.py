@@ -56,6 +56,7 @@ def compare(
         VerificationError: they differ on other inputs, or the result fails where the original runs
             and no condition of the result says why.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).double().eval()
     >>> sorted(compare(net, net, (torch.ones(1, 1, 4, 4).double(),))[1])[:2]
     ['compared at a coprime size', 'compared at another batch']

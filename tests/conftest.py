@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 # The first example of a property compiles or traces things and is slow; no deadline then.
 settings.register_profile(
     "default",
-    max_examples=30,
+    max_examples=20,
     deadline=None,
     derandomize="CI" in os.environ,
     suppress_health_check=[HealthCheck.too_slow],
