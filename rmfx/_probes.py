@@ -7,6 +7,7 @@ of sizes that are pairwise coprime and larger than every number that the calls a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ._activation import is_activation
-from ._affine import MULTIPLYING
+from ._affine import CONVS, MULTIPLYING
 from ._calls import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS
 from ._errors import ShapeError
 from ._infer import on_demand
@@ -86,7 +88,6 @@ class OpenSizes:
         self._inputs = list(gm.graph.find_nodes(op="placeholder"))
         # Of inputs whose sizes are checked, those that were noted are those of every call.
         self._are_given = any(GUARDED in node.meta for node in self._inputs)
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __call__(self, name: str, dim: int) -> bool:
         """Whether a size of a node's value, of which the shape was noted, may be another one."""
@@ -160,7 +161,8 @@ class OpenSizes:
             _input(node, lambda shape, _: ranks.add(len(shape)))
         places = {(rank, dim) for rank in ranks for dim in range(rank)}
         channels = {place for place in places if place[1] == 1}
-        others, own = self._runs(places - channels), self._runs(channels)
+        are_open = any(self._may_change(node.name, 1) for node in self._inputs)
+        others, own = self._runs(places - channels), self._runs(channels if are_open else set())
         if not others and self._shapes(places, lambda size, dim: size) is None:
             return {(name, dim) for name in noted for dim in range(len(noted[name]))}, {}
         found, depend = set(), dict[tuple[str, int], Places]()
@@ -186,7 +188,7 @@ class OpenSizes:
             apart = {min(places)}
         found: list[tuple[Places, Shapes]] = []
         takes_large = False
-        for is_large, way in self._ways():
+        for is_large, way in self._ways(square=len(places) > 1):
             shapes = None if takes_large and found[1:] else self._shapes(places, way)
             if shapes is not None:
                 found.append((places, shapes))
@@ -201,39 +203,97 @@ class OpenSizes:
             found += itertools.islice(some, 2)
         return found
 
-    def _ways(self) -> list[tuple[bool, Resize]]:
+    def _ways(self, *, square: bool) -> list[tuple[bool, Resize]]:
         """Other sizes, and whether all are large: each side another; squares; multiples."""
         sizes = [n for node in self._inputs for n in node.meta.get("shape", ())]
         numbers = min(largest_number(self._nodes.values()), LARGEST)
         beyond = max(8 * max(sizes, default=1), numbers, 512)
-        large, square = coprime_sizes(beyond), coprime_sizes(beyond)
+        large, sides = coprime_sizes(beyond), coprime_sizes(beyond)
+        squares = [
+            (True, _Table(lambda size, dim: size, lambda size: sides)),
+            (False, _Table(lambda size, dim: size, lambda size: coprime_sizes(size // 2))),
+        ]
         return [
             (True, _Table(lambda size, dim: (size, dim), lambda size: large)),
             (False, _Table(lambda size, dim: (size, dim), lambda size: coprime_sizes(size // 2))),
-            (True, _Table(lambda size, dim: size, lambda size: square)),
-            (False, _Table(lambda size, dim: size, lambda size: coprime_sizes(size // 2))),
+            *(squares if square else []),
             *((False, functools.partial(_times, factor)) for factor in (2, 3)),
             (True, functools.partial(_times, beyond + 1)),
         ]
 
     def _shapes(self, places: Places, resize: Resize) -> Shapes | None:
         """The shapes of all values at other sizes of the inputs, None where the graph fails."""
+        return self._run(places, resize, self._weights)
 
+    @functools.cached_property
+    def _weights(self) -> _Weights:
+        """Where weights are while the graph runs: on the meta device, which is quicker than fakes.
+
+        But not if it does not run there, as where it makes tensors of its own: then as fakes.
+        """
+        noted = {k: tuple(n.meta["shape"]) for k, n in self._nodes.items() if "shape" in n.meta}
+        on_meta = _OnMeta()
+        found = self._run(set(), lambda size, dim: size, on_meta)
+        if found is not None and not any(_differences(noted, found)):
+            return on_meta
+        return _AsFakes()
+
+    def _run(self, places: Places, resize: Resize, weights: _Weights) -> Shapes | None:
         def made(shape: torch.Size, kind: Kind) -> Tensor:
             sizes = (
                 resize(size, dim) if (len(shape), dim) in places else size
                 for dim, size in enumerate(shape)
             )
-            return torch.empty(tuple(sizes), dtype=kind[0], device=kind[1])
+            return torch.empty(tuple(sizes), dtype=kind[0], device=weights.device(kind[1]))
 
-        recorder = _Recorder(self._gm, self._mode)
+        recorder = _Recorder(self._gm, weights)
         try:
-            with without_logs(FAKES), self._mode, torch.no_grad():
+            with without_logs(FAKES), weights.mode, torch.no_grad():
                 inputs = [_input(node, made) for node in self._inputs]
                 recorder.run(*inputs, enable_io_processing=False)
         except FAILURES:
             return None
         return recorder.shapes
+
+
+class _AsFakes:
+    """Lets a graph run on fake tensors, which do what real ones do."""
+
+    def __init__(self) -> None:
+        self.mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def device(self, real: torch.device) -> torch.device:
+        return real
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """What stands for a tensor of the model: a graph may write to it."""
+        made: Tensor = self.mode.from_tensor(tensor)
+        return made
+
+    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+
+class _OnMeta:
+    """Lets a graph run on tensors without values, the model's among them."""
+
+    def __init__(self) -> None:
+        self.mode: Any = contextlib.nullcontext()
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def device(self, real: torch.device) -> torch.device:
+        return torch.device("meta")
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """What stands for a tensor of the model."""
+        return self._known.setdefault(id(tensor), (tensor, tensor.detach().to("meta")))[1]
+
+    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        named = itertools.chain(module.named_parameters(), module.named_buffers())
+        return functional_call(module, {name: self.of(x) for name, x in named}, args, kwargs)
+
+
+_Weights = _AsFakes | _OnMeta
 
 
 def _input(node: fx.Node, make: Callable[[torch.Size, Kind], Any]) -> Any:
@@ -283,28 +343,39 @@ class _Table:
         return self._known[key]
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph on fake values and keeps their shapes."""
+def _does_not_fit(module: Any, shape: Shape) -> bool:
+    """Whether a layer reads other channels, without which running it would fail more slowly."""
+    if type(module) is nn.Linear:
+        return bool(shape[-1] != module.in_features)
+    if type(module) in CONVS and len(shape) == module.weight.dim():
+        return bool(shape[1] != module.in_channels)
+    return type(module) in BATCH_NORMS and len(shape) > 1 and bool(shape[1] != module.num_features)
 
-    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph on tensors without values and keeps their shapes."""
+
+    def __init__(self, gm: fx.GraphModule, weights: _Weights) -> None:
         super().__init__(gm)
-        self._mode = mode
+        self._weights = weights
         self.shapes: Shapes = {}
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        # A graph may write to a parameter: let it write to a fake.
         value = super().get_attr(target, args, kwargs)
-        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
+        return self._weights.of(value) if isinstance(value, Tensor) else value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         from .frontend import shape_after
 
         # The laws of the common layers are far quicker than fakes.
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            shape = shape_after(self.fetch_attr(target), args[0])
+            module = self.fetch_attr(target)
+            if _does_not_fit(module, args[0].shape):
+                raise ShapeError(f"{target} reads other channels")
+            shape = shape_after(module, args[0])
             if shape is not None:
                 return args[0].new_empty(shape) if shape != args[0].shape else args[0]
-        return super().call_module(target, args, kwargs)
+        return self._weights.call(self.fetch_attr(target), args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
