@@ -10,7 +10,8 @@ does a failure where the original has values without numbers.
 The limit is the oracle's tolerance in the model's type, relative to the largest number that is
 added. Where that is exceeded the original is run again, in float64 and with its inputs moved by one
 rounding, and ten times of what that does is allowed too: no rewrite can be nearer to the original
-than the original is to what it stands for.
+than the original is to what it stands for. So is twice of what rounding its weights does, as new
+ones are.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ from .report import META_KEY, JoinError, SiteReport, Verification, shape_text
 
 SMALL = 1 << 21  # parameters up to which a network is run at further sizes, and is called
 ROUNDINGS = 10  # times the effect of rounding is allowed for
+ONCE = 2  # times that of rounding the weights, which are rounded once
 COARSE = 100  # times the tolerance: what nobody takes for rounding
 MOVES = 4  # of a few numbers one rounding may do little by chance
 CALLED = 1 << 11  # positions up to which a small network with a graph is called as well
@@ -330,6 +332,15 @@ class _Forms:
             module, graph = module and module.double(), graph and graph.double()
         return _Forms(module, graph, self.as_it_is)
 
+    def move(self, seed: int) -> None:
+        """Move all weights by one rounding."""
+        for form in filter(None, (self.module, self.graph)):
+            held = {id(x): x for x in (*form.parameters(), *form.buffers())}
+            tensors = [x for x in held.values() if x.is_floating_point()]
+            with torch.no_grad():
+                for x, moved in zip(tensors, moved_by_one_rounding((*tensors,), seed), strict=True):
+                    x.data.copy_(moved)
+
 
 @dataclass(frozen=True, eq=False)
 class _Run:
@@ -538,10 +549,27 @@ class _Pair:
         return self._run_forms(self._forms[side], inputs, self._names(side))
 
     def _again(
-        self, start: _Forms, inputs: Inputs, *, precise: bool = False, seed: int = 0
+        self,
+        start: _Forms,
+        inputs: Inputs,
+        *,
+        precise: bool = False,
+        weights: int | None = None,
+        seed: int = 0,
     ) -> _Run:
-        """Run the original once more from where it was, in float64 or with other random numbers."""
-        forms = start.apart(precise=precise) if self._writes or precise else start
+        """Run the original once more from where it was.
+
+        Args:
+            start: what it was like.
+            inputs: which may be others than before.
+            precise: whether in float64.
+            weights: a seed, with which its weights are moved by one rounding.
+            seed: of the numbers that it draws at random.
+        """
+        as_it_was = not (self._writes or precise or weights is not None)
+        forms = start if as_it_was else start.apart(precise=precise)
+        if weights is not None:
+            forms.move(weights)
         inputs = _in_float64(inputs) if precise else inputs
         return self._run_forms(forms, inputs, self._names(0), precise=precise, seed=seed)
 
@@ -614,11 +642,13 @@ class _Pair:
             roundings = [self._again(start, self._moved(inputs, seed)) for seed in range(MOVES)]
             if not (self._writes and shares_memory(self._kept)):  # which a cast takes apart
                 roundings.append(self._again(start, inputs, precise=True))
+            rounded = [self._again(start, inputs, weights=seed) for seed in range(MOVES)]
             for whole in wrong:
                 place = whole.where_finite(roundings)
                 places[places.index(whole)] = place
                 floor = max(place.moved(other) for other in roundings)
-                allowed = limit * place.scale + ROUNDINGS * floor
+                of_weights = max(place.moved(other) for other in rounded)
+                allowed = limit * place.scale + max(ROUNDINGS * floor, ONCE * of_weights)
                 allowances[place.key] = allowed
                 if place.error() <= allowed:
                     continue

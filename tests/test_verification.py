@@ -160,6 +160,28 @@ def test_sizes_on_which_the_original_fails_say_nothing() -> None:
     assert shapes(found) == [(2, 4, 8, 8), (2, 4, 8, 8), (3, 4, 8, 8)]
 
 
+@pytest.mark.parametrize("by", [1e-16, 1e-12])
+def test_weights_may_be_rounded_once(by: float) -> None:
+    class Difference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.full((1,), 1 - 2e-8, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 0 * x + (self.bias - 1 + 2e-8)
+
+    before, after = Difference(), Difference()
+    with torch.no_grad():
+        after.bias += by
+    kept = before.bias.clone()
+    if by > 1e-15:
+        with pytest.raises(rmfx.VerificationError, match="output 0 differs"):
+            rmfx.verify(before, after, X)
+    else:
+        assert rmfx.verify(before, after, X).magnified > 1e-10
+    assert torch.equal(before.bias, kept)
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_as_much_as_the_original_is_off_by_rounding_is_allowed(wrong: bool) -> None:
     def before(x: Tensor) -> Tensor:  # 0.3, but in bfloat16 0.5, whatever x
