@@ -567,6 +567,20 @@ class Lateral:
     def is_concatenation(self) -> bool:
         return self.node.target is torch.cat
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether the value has fewer positions or channels than the result, for the example."""
+        shapes = [n.meta.get("shape") for n in (self.value, self.node)]
+        return None not in shapes and shapes[0] != shapes[1] and not self.is_concatenation
+
+    @property
+    def spreads_positions(self) -> bool:
+        """Whether the value is spread out over samples or space, for the example."""
+        shapes = [n.meta.get("shape", ()) for n in (self.value, self.node)]
+        if not self.is_spread or len(shapes[0]) != len(shapes[1]):
+            return self.is_spread
+        return any(a != b for dim, (a, b) in enumerate(zip(*shapes, strict=True)) if dim != 1)
+
     def added_channels(self, net: Net, dims: int) -> int:
         """By how many channels the value grows."""
         if not self.is_concatenation:
@@ -587,9 +601,7 @@ def laterals(net: Net, node: fx.Node) -> list[Lateral]:
     found = [Lateral(node, tuple(operands), place) for place in _open_places(net, node, operands)]
 
     def is_gate(one: Lateral) -> bool:
-        shapes = [n.meta.get("shape") for n in (one.value, node)]
-        resized = None not in shapes and shapes[0] != shapes[1] and not one.is_concatenation
-        return resized or is_a(net.module(one.value), (nn.Sigmoid, nn.Hardsigmoid))
+        return one.is_spread or is_a(net.module(one.value), (nn.Sigmoid, nn.Hardsigmoid))
 
     return sorted(found, key=is_gate)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -142,6 +143,9 @@ def _site(
         chain = _simplify(chain)
         out = chain[-1].channels if chain else channels
         chains.append(chain if factor == 1 else _scaled(chain, factor, out, dims))
+    spread = _spread_among_neighbours(chains)
+    if spread is not None:
+        return spread
     outs = [chain[-1].channels if chain else channels for chain in chains]
     if outs[0] != outs[1]:
         return Refusal(
@@ -149,6 +153,27 @@ def _site(
         )
     sized = not isinstance(agreements(net, join), Refusal)
     return Site(join, fork, (chains[0], chains[1]), channels, dims, dtype, device, sized)
+
+
+def _spread_among_neighbours(chains: list[tuple[Step, ...]]) -> Refusal | None:
+    """Why no value may pass a combination that spreads it out over space.
+
+    The other path's value would be spread out beside it, and a layer that reads several positions
+    would read others behind the combination than before it.
+    """
+    layers = [step.layer for chain in chains for step in chain]
+    spreading = (x for x in layers if isinstance(x, Lateral) and x.spreads_positions)
+    lateral = next(spreading, None)
+    if lateral is None or all(map(_reads_one_position, layers)):
+        return None
+    cause = "it spreads out a value of fewer positions, beside layers that read several"
+    return Refusal(cause, (lateral.node.name,))
+
+
+def _reads_one_position(layer: object) -> bool:
+    if isinstance(layer, AffineConv):
+        return math.prod((*layer.weight.shape[2:], *layer.stride)) == 1
+    return isinstance(layer, (Activation, Blockwise, Norm, Lateral))
 
 
 def _frame(

@@ -184,6 +184,26 @@ def test_an_inner_sum_that_stays_spreads_nothing_out(example: bool) -> None:
             gm(image(1, 4, *size))
 
 
+@pytest.mark.parametrize("size", [(1, 2), (2, 1), (2, 2), (3, 3)])
+def test_nothing_passes_a_sum_that_spreads_it_out(size: tuple[int, int]) -> None:
+    """Behind it a convolution would read neighbours that were not there."""
+    parts = {"a": conv(2, 4, 1), "b": conv(2, 2, 3, stride=2), "c": conv(2, 4)}
+
+    def forward(m: Any, x: Tensor) -> Any:
+        y = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 2)) + m.a(x)
+        return F.relu(m.c(m.b(x))) + y
+
+    model, x = ready(Apply(forward, **parts)), image(2, 2, *size)
+    try:
+        expected = model(x)
+    except RuntimeError:  # sizes that do not fit
+        assert size == (3, 3)
+        return
+    gm = rmfx.remove_residuals(model, x, verify=False)
+    torch.testing.assert_close(gm(x), expected)
+    assert_equivalent(model, gm, x)
+
+
 def test_equal_sizes_of_all_inputs_ask_for_nothing() -> None:
     branch = chain(conv(4, 4, 3, stride=2), nn.ReLU(), conv(4, 4, 1))
     parts = {"b": branch, "s": conv(4, 4, 1, stride=2)}
