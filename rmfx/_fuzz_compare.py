@@ -16,13 +16,12 @@ from ._equivalence import (
     default_tolerance,
     noise_floor,
 )
-from ._verification import verify
+from ._verification import MOVES, verify
 from .report import META_KEY, Report, SiteReport
 
 CALIBRATED = EXACTNESS[-1]
 HALF = 12  # more bits than a half type has
 ROUNDINGS = 5  # of the inputs, whose effect is allowed for
-MOVES = 4  # of a few numbers one rounding may do little by chance
 SHIFTED = 1e-8  # the error that a shift may make: it costs digits
 OTHER_BATCH = "compared at another batch"
 OTHER_SIZE = "compared at other sizes"

@@ -253,8 +253,8 @@ def _batch_norm(net: Net, node: fx.Node, module: nn.Module, dims: int) -> Affine
     rank = net.rank(node)
     if isinstance(module, nn.BatchNorm1d) and dims < 2 and rank != dims + 2:
         cause = f"BatchNorm1d normalises dimension 1, which holds {_CHANNELS_OF_NORM[dims]} only"
-        known = "pass example_inputs so that the shape is known"
-        known = known if rank is None else f"this is {rank}-D"
+        unknown = "pass example_inputs so that the shape is known"
+        known = unknown if rank is None else f"this is {rank}-D"
         return Refusal(f"{cause}; {known}", (node.name,))
     if rank is not None and rank != dims + 2:
         return Refusal(f"batch norm of a {rank}-D tensor among {dims}-D layers", (node.name,))
@@ -365,11 +365,9 @@ def _read_slice(node: fx.Node) -> Deferred | Refusal:
     """x[:, :, a:b:s, …] with whole batch and channels: a strided crop."""
     index = node.args[1]
     if not isinstance(index, tuple) or not all(isinstance(i, slice) or i is ... for i in index):
-        return Refusal(
-            "an index that is not made of slices, as far as is known; pass example_inputs"
-            if "shape" not in node.all_input_nodes[0].meta
-            else "an index that is not made of slices"
-        )
+        is_known = "shape" in node.all_input_nodes[0].meta
+        way_out = "" if is_known else ", as far as is known; pass example_inputs"
+        return Refusal(f"an index that is not made of slices{way_out}")
     parts = [i for i in index if isinstance(i, slice)]
     bounds = [b for s in parts for b in (s.start, s.stop, s.step)]
     if not all(b is None or isinstance(b, int) for b in bounds):
@@ -568,18 +566,14 @@ class Lateral:
         return self.node.target is torch.cat
 
     @property
-    def is_spread(self) -> bool:
-        """Whether the value has fewer positions or channels than the result, for the example."""
-        shapes = [n.meta.get("shape") for n in (self.value, self.node)]
-        return None not in shapes and shapes[0] != shapes[1] and not self.is_concatenation
-
-    @property
-    def spreads_positions(self) -> bool:
-        """Whether the value is spread out over samples or space, for the example."""
-        shapes = [n.meta.get("shape", ()) for n in (self.value, self.node)]
-        if not self.is_spread or len(shapes[0]) != len(shapes[1]):
-            return self.is_spread
-        return any(a != b for dim, (a, b) in enumerate(zip(*shapes, strict=True)) if dim != 1)
+    def spread_dims(self) -> set[int]:
+        """The dimensions of the result in which the value is spread out, for the example."""
+        value, whole = (n.meta.get("shape") for n in (self.value, self.node))
+        if value is None or whole is None or self.is_concatenation:
+            return set()
+        missing = len(whole) - len(value)
+        own = (None,) * missing + value
+        return {dim for dim, size in enumerate(whole) if size != own[dim]}
 
     def added_channels(self, net: Net, dims: int) -> int:
         """By how many channels the value grows."""
@@ -601,7 +595,7 @@ def laterals(net: Net, node: fx.Node) -> list[Lateral]:
     found = [Lateral(node, tuple(operands), place) for place in _open_places(net, node, operands)]
 
     def is_gate(one: Lateral) -> bool:
-        return one.is_spread or is_a(net.module(one.value), (nn.Sigmoid, nn.Hardsigmoid))
+        return bool(one.spread_dims) or is_a(net.module(one.value), (nn.Sigmoid, nn.Hardsigmoid))
 
     return sorted(found, key=is_gate)
 

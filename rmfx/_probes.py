@@ -73,8 +73,8 @@ def _plain(value: Any) -> Any:
 class OpenSizes:
     """Which sizes of a graph's values differ where those of its inputs do.
 
-    Layers fix the number of channels that they read and give. Of all others the graph is asked, on
-    fake values and only when somebody wants to know: it runs at other sizes of the inputs, some
+    Layers fix the number of channels that they read and give. Of all others the graph is asked,
+    without values and only when somebody wants to know: it runs at other sizes of the inputs, some
     smaller, some larger than every number in it. A size is that of every call if the graph runs at
     two of them at least and all give what was noted. Sizes at which it does not run do not count:
     the network fails there as it did before.
@@ -150,12 +150,16 @@ class OpenSizes:
     # ---- what other sizes tell --------------------------------------------------------------
 
     @functools.cached_property
+    def _noted(self) -> Shapes:
+        """The shapes that were noted for the example."""
+        return {k: tuple(n.meta["shape"]) for k, n in self._nodes.items() if "shape" in n.meta}
+
+    @functools.cached_property
     def _changes(self) -> tuple[Sizes, dict[tuple[str, int], Places]]:
         """Sizes that are open, and the sizes of inputs on which others depend.
 
         Those depend on the channels of inputs, or are 1 at some sizes, where they are spread out.
         """
-        noted = {k: tuple(n.meta["shape"]) for k, n in self._nodes.items() if "shape" in n.meta}
         ranks: set[int] = set()
         for node in self._inputs:
             _input(node, lambda shape, _: ranks.add(len(shape)))
@@ -164,10 +168,12 @@ class OpenSizes:
         are_open = any(self._may_change(node.name, 1) for node in self._inputs)
         others, own = self._runs(places - channels), self._runs(channels if are_open else set())
         if not others and self._shapes(places, lambda size, dim: size) is None:
-            return {(name, dim) for name in noted for dim in range(len(noted[name]))}, {}
+            return {
+                (name, dim) for name, shape in self._noted.items() for dim in range(len(shape))
+            }, {}
         found, depend = set(), dict[tuple[str, int], Places]()
         for tried, shapes in (*others, *own):
-            for key, size in _differences(noted, shapes):
+            for key, size in _differences(self._noted, shapes):
                 if tried <= channels or size == 1:
                     depend.setdefault(key, set()).update(tried)
                 else:
@@ -217,8 +223,8 @@ class OpenSizes:
             (True, _Table(lambda size, dim: (size, dim), lambda size: large)),
             (False, _Table(lambda size, dim: (size, dim), lambda size: coprime_sizes(size // 2))),
             *(squares if square else []),
-            *((False, functools.partial(_times, factor)) for factor in (2, 3)),
-            (True, functools.partial(_times, beyond + 1)),
+            *((False, _times(factor)) for factor in (2, 3)),
+            (True, _times(beyond + 1)),
         ]
 
     def _shapes(self, places: Places, resize: Resize) -> Shapes | None:
@@ -231,10 +237,9 @@ class OpenSizes:
 
         But not if it does not run there, as where it makes tensors of its own: then as fakes.
         """
-        noted = {k: tuple(n.meta["shape"]) for k, n in self._nodes.items() if "shape" in n.meta}
         on_meta = _OnMeta()
         found = self._run(set(), lambda size, dim: size, on_meta)
-        if found is not None and not any(_differences(noted, found)):
+        if found is not None and not any(_differences(self._noted, found)):
             return on_meta
         return _AsFakes()
 
@@ -312,8 +317,8 @@ def _differences(noted: Shapes, shapes: Shapes) -> Iterator[tuple[tuple[str, int
                 yield (name, dim), other
 
 
-def _times(factor: int, size: int, dim: int) -> int:
-    return factor * size
+def _times(factor: int) -> Resize:
+    return lambda size, dim: factor * size
 
 
 def _near(step: int) -> Resize:

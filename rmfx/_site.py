@@ -162,7 +162,7 @@ def _spread_among_neighbours(chains: list[tuple[Step, ...]]) -> Refusal | None:
     would read others behind the combination than before it.
     """
     layers = [step.layer for chain in chains for step in chain]
-    spreading = (x for x in layers if isinstance(x, Lateral) and x.spreads_positions)
+    spreading = (x for x in layers if isinstance(x, Lateral) and x.spread_dims - {1})
     lateral = next(spreading, None)
     if lateral is None or all(map(_reads_one_position, layers)):
         return None

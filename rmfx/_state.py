@@ -82,9 +82,8 @@ def _fitting(verb: Callable[..., Any], given: Mapping[str, Any]) -> Iterator[Non
     Raises:
         OptionError: the verb fails on an argument, or gets one of another class in place of a bool.
     """
-    parameters = _signature(verb).parameters
-    misfits = [name for name, x in given.items() if not _fits(parameters[name].annotation, x)]
-    if any(parameters[name].annotation is bool for name in misfits):
+    misfits = _misfits(verb, given)
+    if any(_signature(verb).parameters[name].annotation is bool for name in misfits):
         raise _misfit(verb, given, misfits)
     try:
         yield
@@ -98,10 +97,14 @@ def _fitting(verb: Callable[..., Any], given: Mapping[str, Any]) -> Iterator[Non
 
 def check_classes(made: Callable[..., Any], given: Mapping[str, Any]) -> None:
     """Raise OptionError for arguments that are not of the class which annotations name."""
-    parameters = _signature(made).parameters
-    misfits = [name for name, x in given.items() if not _fits(parameters[name].annotation, x)]
+    misfits = _misfits(made, given)
     if misfits:
         raise _misfit(made, given, misfits)
+
+
+def _misfits(made: Callable[..., Any], given: Mapping[str, Any]) -> list[str]:
+    parameters = _signature(made).parameters
+    return [name for name, x in given.items() if not _fits(parameters[name].annotation, x)]
 
 
 def _misfit(verb: Callable[..., Any], given: Mapping[str, Any], names: list[str]) -> OptionError:

@@ -29,6 +29,7 @@ from ._errors import TraceError
 
 REPLACED = ((builtins, "max"), (builtins, "min"), (math, "pow"))  # by torch.export
 PATIENCE = 60.0  # seconds that a trace of other code may take before a conversion gives up
+FAKES = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
 STUCK = 5.0  # seconds after which a thread that traces and waits is taken to wait for its waiters
 
 
@@ -88,7 +89,7 @@ def alone() -> Iterator[None]:
     Raises:
         TraceError: other code does not come to the end of a trace of its own.
     """
-    with _turn, _replaced(symbolic, "_new_patcher", _patcher_of_this_thread):
+    with _turn, replaced(symbolic, "_new_patcher", _patcher_of_this_thread):
         _wait_for_other_code()
         yield
 
@@ -96,7 +97,7 @@ def alone() -> Iterator[None]:
 @contextlib.contextmanager
 def alone_exporting() -> Iterator[None]:
     """The same for `torch.export`, which replaces functions of Python, too."""
-    with alone(), _replaced(exporting, "_override_builtin_ops", _builtins_of_this_thread):
+    with alone(), replaced(exporting, "_override_builtin_ops", _builtins_of_this_thread):
         yield
 
 
@@ -140,7 +141,7 @@ class _OfThisThread(symbolic._Patcher):
 def _patcher_of_this_thread() -> Iterator[_OfThisThread]:
     """In the place of what `torch.fx` enters for each trace, whoever traces."""
     patcher = _OfThisThread()
-    with _turn, _replaced(symbolic, "CURRENT_PATCHER", patcher), patcher:
+    with _turn, replaced(symbolic, "CURRENT_PATCHER", patcher), patcher:
         yield patcher
 
 
@@ -156,7 +157,8 @@ def for_this_thread(own: Callable[..., Any], others: Callable[..., Any]) -> Call
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Put something else in the place of an attribute for a while."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -173,9 +175,6 @@ class _OneThread:
 
     def match(self, _: str) -> bool:
         return threading.get_ident() == self.thread
-
-
-FAKES = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from ._dialect import replaced_method
 from ._draws import no_draws
 from ._errors import TraceError
 from ._kept import State, keeps_state, unchanged
-from ._threads import alone, for_this_thread
+from ._threads import alone, for_this_thread, replaced
 
 LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)  # by torch.tensor
 OWN_GRADIENT = "own_gradient"  # where a gradient is not that of what is computed
@@ -38,6 +38,8 @@ ASKED_IN_VAIN = {
 }
 # Attributes that a proxy answers with another proxy, which no code is prepared for.
 ASKED_WRONGLY = ("grad_fn", "grad", "layout")
+# Attributes of tensors that code assigns, of which a proxy would keep the value to itself.
+ASSIGNED = ("data", "real", "imag", "grad", "requires_grad")
 
 
 class _InPlaceProxy(Proxy):
@@ -77,7 +79,6 @@ def _asked_in_vain(what: str) -> Any:
 
 for _name, _what in ASKED_IN_VAIN.items():
     setattr(_InPlaceProxy, _name, _asked_in_vain(_what))
-ASSIGNED = ("data", "real", "imag", "grad", "requires_grad")
 
 
 def _writes_to(node: fx.Node, x: Proxy, attribute: str) -> bool:
@@ -138,11 +139,8 @@ class _Tracer(fx.Tracer):
                 raise self.refused("asks whether gradients are computed")
             return known()
 
-        torch.is_grad_enabled = for_this_thread(ask, known)
-        try:
+        with replaced(torch, "is_grad_enabled", for_this_thread(ask, known)):
             yield
-        finally:
-            torch.is_grad_enabled = known
 
     def to_bool(self, obj: Proxy) -> bool:
         raise self.refused("decides by a value")

@@ -51,13 +51,14 @@ from ._equivalence import (
     structure_change,
     trace_with_joins,
 )
-from ._errors import OptionError, ShapeError, VerificationError, is_number
+from ._errors import OptionError, VerificationError, is_number
 from ._graph import computed_tensors
 from ._names import module_path
 from ._range import check_range
 from ._state import autocast_of_caller, typed
 from ._tracing import first_line
 from ._trial_inputs import LARGE, SAME, Example, Inputs, candidates
+from .frontend import does_not_run
 from .report import META_KEY, JoinError, SiteReport, Verification, shape_text
 
 SMALL = 1 << 21  # parameters up to which a network is run at further sizes, and is called
@@ -494,10 +495,7 @@ class _Pair:
             return
         failure = self._again(self._forms[0], inputs).failure
         if failure is not None:
-            raise ShapeError(
-                f"the model does not run on the example inputs {_described(inputs)}: "
-                f"{type(failure).__name__}: {first_line(failure)}"
-            )
+            raise does_not_run(inputs, failure) from failure
 
     def _run_at(self, example: Example) -> bool:
         """Whether both ran at another size than the example's."""
@@ -815,10 +813,6 @@ def _has_empty(run: _Run) -> bool:
 
 def _shapes(inputs: Inputs) -> tuple[Shape, ...]:
     return tuple(tuple(x.shape) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
-
-
-def _described(inputs: Inputs) -> list[Any]:
-    return [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
 
 
 def _positions(inputs: Inputs) -> int:

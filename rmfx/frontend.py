@@ -382,10 +382,11 @@ def _is_faithful(model: nn.Module, gm: fx.GraphModule, inputs: Inputs) -> bool:
         raise
     # Both run the model's own code, which may raise anything.
     except Exception as error:
-        raise _does_not_run(inputs, error) from error
+        raise does_not_run(inputs, error) from error
 
 
-def _does_not_run(inputs: Inputs, error: Exception) -> ShapeError:
+def does_not_run(inputs: Inputs, error: Exception) -> ShapeError:
+    """The error for a model that fails on its example inputs."""
     if isinstance(error, (DynamicOutputShapeException, DataDependentOutputException)):
         return ShapeError(
             f"the model's sizes or ways depend on values ({first_line(error)}), of which example "
@@ -490,7 +491,7 @@ def _find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
             _ShapeRecorder(gm, mode).run(*as_fakes(mode, inputs))
     # The graph runs the model's own operations, which may raise anything.
     except Exception as error:
-        raise _does_not_run(inputs, error) from error
+        raise does_not_run(inputs, error) from error
 
 
 def _mark_guarded(gm: fx.GraphModule) -> None:
