@@ -11,6 +11,7 @@ A hundred thousand networks take about four hours on two cores.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import sys
@@ -40,6 +41,8 @@ Totals = dict[str, Any]
 def run_batch(seed: int) -> dict[str, Any]:
     """What became of one batch of networks."""
     torch.set_num_threads(1)
+    gc.freeze()  # what stands there for good need not be gone through for garbage ever again
+    gc.set_threshold(100_000, 50, 100)
     frontend = FRONTENDS[seed % len(FRONTENDS)]
     report = fuzz(examples=BATCH, seed=seed, frontend=frontend, activation="random").to_dict()
     strategies = {f"{s['strategy']}, {s['exactness']}": s["sites"] for s in report["strategies"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from ._errors import TraceError
 from .frontend import trace
 from .report import JoinError, report
 
+# The graph of an original that runs on such inputs and has joins of these names.
+Traced = Callable[[nn.Module, tuple[Any, ...], Set[str]], fx.GraphModule]
 _TOLERANCES = {
     torch.float64: 1e-10,
     torch.float32: 1e-5,
@@ -74,7 +76,17 @@ def assert_equivalent(
     >>> assert_equivalent(net, net, torch.randn(1, 1, 5, 5, dtype=torch.float64)).error
     0.0
     """
-    inputs = as_tuple(inputs)
+    return compared(before, after, as_tuple(inputs), tolerance, traced)
+
+
+def compared(
+    before: nn.Module,
+    after: nn.Module,
+    inputs: tuple[Any, ...],
+    tolerance: float | None,
+    source: Traced,
+) -> Equivalence:
+    """The same, where `source` tells the original's graph, which others may need as well."""
     rows = report_rows(after)
     with torch.no_grad():
         expected, actual = before(*cloned(inputs)), after(*cloned(inputs))
@@ -84,7 +96,7 @@ def assert_equivalent(
         if tolerance is None:
             tolerance = default_tolerance(before, (inputs, expected))
         problems: list[str] = []
-        joins = tuple(_compare_joins(before, after, inputs, rows, tolerance, problems))
+        joins = tuple(_compare_joins(before, after, inputs, rows, tolerance, problems, source))
         error = _compare_outputs(expected, actual, tolerance, problems)
     if problems:
         raise AssertionError("\n".join(["the networks differ", *problems]))
@@ -116,10 +128,10 @@ def noise_floor(before: nn.Module, after: nn.Module, inputs: Any, *, seed: int =
     """
     inputs = as_tuple(inputs)
     joins = {row.join for row in report_rows(after)}
-    traced, _ = trace_with_joins(before, inputs, joins)
-    places = joins | {traced.graph.output_node().name}
+    source = traced(before, inputs, joins)
+    places = joins | {source.graph.output_node().name}
     moved = moved_by_one_rounding(inputs, seed)
-    values, others = (values_at(traced, given, places) for given in (inputs, moved))
+    values, others = (values_at(source, given, places) for given in (inputs, moved))
     pairs = zip(pytree.tree_leaves(values), pytree.tree_leaves(others), strict=True)
     changes = [
         _relative_error(a, b, "the inputs moved")
@@ -183,14 +195,16 @@ def _compare_joins(
     rows: list[Any],
     tolerance: float,
     problems: list[str],
+    source: Traced,
 ) -> Iterator[JoinError]:
     """Compare every join with its counterpart; `problems` gets a line for each that differs."""
     if not rows or not isinstance(after, fx.GraphModule):
         return
-    traced, nodes = trace_with_joins(before, inputs, {row.join for row in rows})
-    operands = {name: operands_of(node) for name, node in nodes.items()}
-    names = {operand.name for pairs in operands.values() for operand, _ in pairs} | set(nodes)
-    values = values_at(traced, inputs, names)
+    joins = {row.join for row in rows}
+    graph = source(before, inputs, joins)
+    operands = {node.name: operands_of(node) for node in graph.graph.nodes if node.name in joins}
+    names = {operand.name for pairs in operands.values() for operand, _ in pairs} | joins
+    values = values_at(graph, inputs, names)
     counterparts = values_at(after, inputs, {row.node for row in rows})
     for row in rows:
         where = f"join {row.join} at {row.place or 'the top level'} (node {row.node})"
@@ -209,24 +223,21 @@ def _compare_joins(
         yield JoinError(row.place, error, min(parts) / whole if whole and parts else 0.0)
 
 
-def trace_with_joins(
-    before: nn.Module, inputs: tuple[Any, ...], names: set[str]
-) -> tuple[fx.GraphModule, dict[str, fx.Node]]:
-    """The traced original and its joins by name.
+def traced(before: nn.Module, inputs: tuple[Any, ...], names: Set[str]) -> fx.GraphModule:
+    """The traced original, which has joins of these names.
 
     Shapes are not needed here, so the quick trace without example inputs comes first.
     """
     for arguments in ((before,), (before, inputs)):
         try:
-            traced = trace(*arguments)
+            source = trace(*arguments)
         except TraceError:
             if len(arguments) == 2:
                 raise
             continue
-        nodes = {node.name: node for node in traced.graph.nodes if node.name in names}
-        if len(nodes) == len(names):
-            return traced, nodes
-    missing = ", ".join(sorted(names - set(nodes)))
+        missing = ", ".join(sorted(names - {node.name for node in source.graph.nodes}))
+        if not missing:
+            return source
     raise AssertionError(f"the report names joins that the original does not have: {missing}")
 
 

@@ -23,7 +23,7 @@ from ._dialect import has_functional_form
 from ._effects import Effects, effects_of, memories, storage_of, tensors_behind
 from ._errors import WeightError
 from ._kinds import is_ordinary
-from ._meta import noted
+from ._meta import WRITTEN, noted
 
 NUMBER_METHODS = ("size", "dim", "numel", "ndimension", "stride", "item", "is_floating_point")
 CONTAINER_METHODS = (
@@ -235,6 +235,8 @@ class _Aliases:
         for node, behind in self._behind.items():
             found = (self._frozen.get(self._memory[id(tensor)]) for tensor in behind)
             reason = next((why for why in found if why is not None), None)
+            if reason is not None:
+                node.meta[WRITTEN] = True
             if reason is not None and node.op == "call_module":
                 node.meta["frozen"] = reason
             elif reason is not None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ._activation import Interval
 from ._digits import AFFORDED, EXACTNESS, bits_of
 from ._equivalence import (
     Equivalence,
-    assert_equivalent,
+    Traced,
+    compared,
     default_tolerance,
     noise_floor,
+    traced,
 )
-from ._verification import MOVES, verify
+from ._verification import MOVES, verified
 from .report import META_KEY, Report, SiteReport
 
 CALIBRATED = EXACTNESS[-1]
@@ -38,6 +40,7 @@ def compare(
     inputs: tuple[Tensor, ...],
     *,
     input_range: Interval | None = None,
+    source: Traced = traced,
 ) -> Compared:
     """Demand that both compute the same, at every size that the result takes.
 
@@ -46,6 +49,7 @@ def compare(
         after: what a pass made of it.
         inputs: the example's.
         input_range: for which alone the result holds.
+        source: tells the original's graph.
 
     Returns:
         What was measured at the example's size, and which of `SIZES` were compared.
@@ -60,10 +64,10 @@ def compare(
     >>> sorted(compare(net, net, (torch.ones(1, 1, 4, 4).double(),))[1])[:2]
     ['compared at a coprime size', 'compared at another batch']
     """
-    found = _at_example(before, after, inputs)
+    found = _at_example(before, after, inputs, source)
     if any(row.exactness == CALIBRATED for row in rows_of(after)):
         return found, frozenset()  # it holds for the calibration's values alone
-    shapes = verify(before, after, inputs, input_range=input_range).shapes
+    shapes = verified(before, after, inputs, None, input_range, source).shapes
     return found, frozenset(_sizes(shapes, tuple(inputs[0].shape)))
 
 
@@ -87,16 +91,33 @@ def allowed(before: nn.Module, after: Any, inputs: tuple[Tensor, ...]) -> float:
     return tolerance
 
 
-def _at_example(before: nn.Module, after: Any, inputs: tuple[Tensor, ...]) -> Equivalence:
+class TracedOnce:
+    """Tells the graph of one original, which is traced once for each set of joins."""
+
+    def __init__(self) -> None:
+        self._known: dict[Set[str], fx.GraphModule] = {}
+
+    def __call__(
+        self, before: nn.Module, inputs: tuple[Any, ...], names: Set[str]
+    ) -> fx.GraphModule:
+        key = frozenset(names)
+        if key not in self._known:
+            self._known[key] = traced(before, inputs, names)
+        return self._known[key]
+
+
+def _at_example(
+    before: nn.Module, after: Any, inputs: tuple[Tensor, ...], source: Traced
+) -> Equivalence:
     tolerance = allowed(before, after, inputs)
     try:
-        return assert_equivalent(before, after, inputs, tolerance=tolerance)
+        return compared(before, after, inputs, tolerance, source)
     except AssertionError:
         # What cancels, as a map minus its own mean, may be nothing but rounding.
         noise = max(noise_floor(before, after, inputs, seed=seed) for seed in range(MOVES))
         if not ROUNDINGS * noise > tolerance:
             raise
-    return assert_equivalent(before, after, inputs, tolerance=ROUNDINGS * noise)
+    return compared(before, after, inputs, ROUNDINGS * noise, source)
 
 
 def _sizes(shapes: tuple[Any, ...], example: tuple[int, ...]) -> Iterator[str]:

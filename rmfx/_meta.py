@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, fx
 
 NOTED = ("val", "example_value", "tensor_meta")  # by exporting, by Dynamo and by torch.fx
+WRITTEN = "written"  # tensors of the model behind the node may be written to
 GUARDED = "guarded"  # the sizes noted are those of every call: others are refused
 
 

@@ -41,6 +41,7 @@ from ._dynamo import find_lifted
 from ._effects import shares_memory
 from ._equivalence import (
     Recorder,
+    Traced,
     cloned,
     default_tolerance,
     largest,
@@ -49,10 +50,11 @@ from ._equivalence import (
     operands_of,
     report_rows,
     structure_change,
-    trace_with_joins,
+    traced,
 )
 from ._errors import OptionError, VerificationError, is_number
 from ._graph import computed_tensors
+from ._meta import WRITTEN
 from ._names import module_path
 from ._range import check_range
 from ._state import autocast_of_caller, typed
@@ -116,11 +118,23 @@ def verify(
     if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise OptionError(f"tolerance={tolerance!r}: it is a number, not negative")
     check_range(input_range)
+    return verified(before, after, inputs, tolerance, input_range, traced)
+
+
+def verified(
+    before: nn.Module | ExportedProgram,
+    after: nn.Module,
+    inputs: Any,
+    tolerance: float | None,
+    input_range: Interval | None,
+    source_of: Traced,
+) -> Verification:
+    """The same, where `source_of` tells the original's graph, which others may need as well."""
     given = as_tuple(inputs)
     original = before.module() if isinstance(before, ExportedProgram) else before
     names = {row.join for row in report_rows(after)}
     try:
-        source = trace_with_joins(original, given, names)[0] if names else None
+        source = source_of(original, given, names) if names else None
     except AssertionError as error:
         raise VerificationError(f"{error}: it was not made of this network") from error
     joins = _of_report(after)
@@ -233,24 +247,23 @@ def _original(model: Any, source: fx.GraphModule | None) -> nn.Module:
 
 def _may_write(source: fx.GraphModule | None) -> bool:
     """Whether a model may write to its own tensors, as far as its graph tells."""
-    return source is None or any("frozen" in node.meta for node in source.graph.nodes)
-
-
-def _copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """Such a copy of a graph whose nodes keep their names, which torch.fx may change."""
-    made = _apart(gm, writes=True)
-    for copied, node in zip(made.graph.nodes, gm.graph.nodes, strict=True):
-        copied.name = node.name
-    return made
+    return source is None or any(WRITTEN in node.meta for node in source.graph.nodes)
 
 
 def _apart(model: M, *, writes: bool) -> M:
     """A copy that may run without the caller's model noticing.
 
-    It shares the parameters, unless it may write to them.
+    It shares the parameters, unless it may write to them, and of a graph its nodes, which are many
+    more objects than its tensors.
     """
-    kept = {} if writes else {id(p): p for p in model.parameters()}
-    return copy.deepcopy(model, kept | computed_tensors(model))
+    kept: dict[int, Any] = {} if writes else {id(p): p for p in model.parameters()}
+    memo = kept | computed_tensors(model)
+    if not isinstance(model, fx.GraphModule):
+        return copy.deepcopy(model, memo)
+    made = object.__new__(type(model))  # whose class has the code
+    memo |= {id(model): made, id(model.graph): model.graph, id(model.meta): model.meta}
+    vars(made).update(copy.deepcopy(vars(model), memo))
+    return made
 
 
 def _in_float64(values: Any) -> Any:
@@ -326,7 +339,7 @@ class _Forms:
 
     def apart(self, *, precise: bool = False) -> _Forms:
         """Copies, whose writes these do not see; in float64 if they are to be precise."""
-        module, graph = self.module, self.graph and _copied(self.graph)
+        module, graph = self.module, self.graph and _apart(self.graph, writes=True)
         if module is not None and not self.as_it_is:
             module = _apart(module, writes=True)
         if precise:

@@ -36,7 +36,7 @@ from torch import Tensor, fx, nn
 import rmfx
 
 from ._errors import OptionError, TraceError
-from ._fuzz_compare import SIZES, compare, rows_of
+from ._fuzz_compare import SIZES, TracedOnce, compare, rows_of
 from ._fuzz_compiled import CHANGES, MOST_CHANGES, MOVED, compare_compiled, compiles
 from ._fuzz_script import PASSES, Case, script
 from ._shrink import shrink
@@ -362,10 +362,11 @@ def _check(case: Case, apply: Callable[..., Any]) -> Iterator[_Trial]:
         yield _check_compiled(case, model, inputs)
         return
     given, before = _held(model, inputs, case.frontend)
+    source = TracedOnce()
     for arguments in ((given, inputs), (given,)) if case.without_inputs else ((given, inputs),):
         after = _applied(case, apply, arguments, options)
         bounds = options.get("input_range")
-        yield rows_of(after), *compare(before, after, inputs, input_range=bounds)
+        yield rows_of(after), *compare(before, after, inputs, input_range=bounds, source=source)
 
 
 def _applied(
