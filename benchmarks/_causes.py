@@ -363,7 +363,7 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "roll",
         "a roll along space is the identity",
-        (("rmfx/_selections.py", "if moved is None or moved - {axis}:", "if moved is None:"),),
+        (("rmfx/ir/selections.py", "if moved is None or moved - {axis}:", "if moved is None:"),),
         ("tests/test_selections.py",),
         {},
     ),
@@ -372,11 +372,15 @@ CAUSES: tuple[Cause, ...] = (
         "borders in half types agree",
         (
             (
-                "rmfx/_border_fill.py",
+                "rmfx/frontend/idioms/border_fill.py",
                 "last = ROUNDING * size * torch.finfo(torch.float64).eps",
                 "last = 1000 * size * torch.finfo(written.dtype).eps",
             ),
-            ("rmfx/_border_fill.py", "of_type = ROUNDING * size", "of_type = 1000 * size"),
+            (
+                "rmfx/frontend/idioms/border_fill.py",
+                "of_type = ROUNDING * size",
+                "of_type = 1000 * size",
+            ),
         ),
         ("tests/test_border_fill.py",),
         {},
@@ -384,21 +388,21 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "fused_optimiser",
         "weights that no version counter moved are the same (fused optimisers)",
-        (("rmfx/_freshness.py", READS, ""),),
+        (("rmfx/frontend/freshness.py", READS, ""),),
         ("tests/test_freshness.py", "tests/test_backend.py"),
         COMPILED,
     ),
     Cause(
         "another_process",
         "weights that no version counter moved are the same (collectives, processes)",
-        (("rmfx/_freshness.py", READS, ""),),
+        (("rmfx/frontend/freshness.py", READS, ""),),
         ("tests/test_freshness.py", "tests/test_backend.py"),
         COMPILED,
     ),
     Cause(
         "data_twice",
         "memory at the same address is the same memory",
-        (("rmfx/_freshness.py", READS, ""), ("rmfx/_freshness.py", EXPIRED, "")),
+        (("rmfx/frontend/freshness.py", READS, ""), ("rmfx/frontend/freshness.py", EXPIRED, "")),
         ("tests/test_freshness.py", "tests/test_backend.py"),
         COMPILED,
     ),
@@ -413,8 +417,8 @@ CAUSES: tuple[Cause, ...] = (
         "slope",
         "numbers leave weights that may change",
         (
-            ("rmfx/_recording.py", "if kind > self._may_leave:", "if kind > 9:"),
-            ("rmfx/_strategy.py", KINK, "if False:"),
+            ("rmfx/removal/recording.py", "if kind > self._may_leave:", "if kind > 9:"),
+            ("rmfx/removal/strategy.py", KINK, "if False:"),
         ),
         ("tests/test_linked.py", "tests/test_recording.py"),
         {},
@@ -424,7 +428,7 @@ CAUSES: tuple[Cause, ...] = (
         "a weight that is detached is the weight",
         (
             (
-                "rmfx/_linked.py",
+                "rmfx/removal/differentiable.py",
                 COPIED + IS_LAYER,
                 f"{COPIED}{DETACHED}self._places[node.all_input_nodes[0]]\n{IS_LAYER}",
             ),
@@ -437,7 +441,7 @@ CAUSES: tuple[Cause, ...] = (
         "an operator writes to its first argument only",
         (
             (
-                "rmfx/_effects.py",
+                "rmfx/frontend/effects.py",
                 "    writes = [n for a in written for n in _written(node, a, given)]",
                 "    writes = [n for n in node.args[:1] if written and isinstance(n, fx.Node)]",
             ),
@@ -450,7 +454,7 @@ CAUSES: tuple[Cause, ...] = (
         "memory goes by the names of buffers",
         (
             (
-                "rmfx/_functionalise.py",
+                "rmfx/frontend/functionalise.py",
                 "memories(t for behind in self._behind.values() for t in behind)",
                 "{id(t): id(t) for behind in self._behind.values() for t in behind}",
             ),
@@ -461,7 +465,13 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "odd_pair",
         "1 + slope may be as small as it likes",
-        (("rmfx/_digits.py", "    return bits <= AFFORDED * bits_of(dtype)", "    return True"),),
+        (
+            (
+                "rmfx/algebra/digits.py",
+                "    return bits <= AFFORDED * bits_of(dtype)",
+                "    return True",
+            ),
+        ),
         ("tests/test_digits.py",),
         {"activation": "relu"},
     ),
@@ -470,7 +480,7 @@ CAUSES: tuple[Cause, ...] = (
         "a scale is exact in every type",
         (
             (
-                "rmfx/_strategy.py",
+                "rmfx/removal/strategy.py",
                 "    if least < smallest_scale(dtype, nearest):",
                 "    if least < SMALLEST_SCALE:",
             ),
@@ -481,7 +491,13 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "subclass",
         "a subclass is its base class",
-        (("rmfx/_kinds.py", "        if set(vars(base)) - HARMLESS:", "        if base is None:"),),
+        (
+            (
+                "rmfx/ir/kinds.py",
+                "        if set(vars(base)) - HARMLESS:",
+                "        if base is None:",
+            ),
+        ),
         ("tests/test_effects.py", "tests/test_noop.py"),
         {},
     ),
@@ -490,7 +506,7 @@ CAUSES: tuple[Cause, ...] = (
         "the result takes sizes that it was not made for",
         (
             (
-                "rmfx/_graph.py",
+                "rmfx/ir/net.py",
                 "        put_conditions(self._all_conditions(by_rank), self.graph)\n",
                 "",
             ),
@@ -501,7 +517,7 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "broadcast",
         "operands of equal sizes have equal sizes always",
-        (("rmfx/_sizes.py", "        return agreements(net, node)\n", "        return ()\n"),),
+        (("rmfx/ir/sizes.py", "        return agreements(net, node)\n", "        return ()\n"),),
         ("tests/test_sizes.py",),
         {},
     ),
@@ -510,7 +526,7 @@ CAUSES: tuple[Cause, ...] = (
         "a model keeps things in attributes, dicts, lists and sets only",
         (
             (
-                "rmfx/_kept.py",
+                "rmfx/frontend/kept_state.py",
                 "    return _attributes(path, value) if _has_attributes(value) else None",
                 "    return ()",
             ),
@@ -523,7 +539,7 @@ CAUSES: tuple[Cause, ...] = (
         "without example inputs a trace holds all that the model does",
         (
             (
-                "rmfx/_tracing.py",
+                "rmfx/frontend/symbolic.py",
                 "(changed := self._state.changed_in(m)) is not None",
                 "(changed := None) is not None",
             ),
@@ -536,7 +552,7 @@ CAUSES: tuple[Cause, ...] = (
         "H·W of the example is a number of channels",
         (
             (
-                "rmfx/_infer.py",
+                "rmfx/ir/facts.py",
                 "return None if found is None or self._net.is_open(node, axis) else found",
                 "return found",
             ),

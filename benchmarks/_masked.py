@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rmfx._affine import TRANSPOSED
-from rmfx._graph import Net
-from rmfx._widths import Widths
+from rmfx.algebra.affine import TRANSPOSED
+from rmfx.ir.net import Net
+from rmfx.pruning.families import Widths
 
 CONVS = (F.conv1d, F.conv2d, F.conv3d)
 

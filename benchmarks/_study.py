@@ -29,7 +29,8 @@ from torch import nn
 from tqdm import tqdm
 
 import rmfx
-from rmfx.latency import Settings, compare_speed, machine_of, ratio_of
+from rmfx.latency import machine_of
+from rmfx.timing.speed import Settings, compare_speed, ratio_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RUNTIMES = {"inductor": "inductor", "onnxruntime": "ONNX Runtime"}

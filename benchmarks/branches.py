@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import rmfx
-from rmfx.latency import Settings, compare_speed, machine_of, ratio_of
+from rmfx.latency import machine_of
 from rmfx.testing import assert_equivalent, random_statistics
+from rmfx.timing.speed import Settings, compare_speed, ratio_of
 
 TIMM = (
     *("repvgg_a0", "repvgg_b0", "mobileone_s0", "mobileone_s1", "mobileone_s4", "repvit_m0_9"),

@@ -26,13 +26,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 import rmfx
-from rmfx._allocation import spare
-from rmfx._channels import Channels
-from rmfx._graph import Net
-from rmfx._importance import Responses
-from rmfx._widths import Widths
+from rmfx.analysis.channel_labels import Channels
 from rmfx.frontend import trace
-from rmfx.passes.pruning import without
+from rmfx.ir.net import Net
+from rmfx.pruning.allocation import spare
+from rmfx.pruning.cutting import without
+from rmfx.pruning.families import Widths
+from rmfx.pruning.importance import Responses
 
 NETWORKS = """
 resnet18 resnet34 resnet50 resnext50_32x4d wide_resnet50_2 mobilenet_v2 mnasnet1_0

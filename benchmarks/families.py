@@ -39,7 +39,7 @@ from _training import Recipe, train
 from torch import nn
 
 import rmfx
-from rmfx.latency import write_figure
+from rmfx.files.figures import write_figure
 from rmfx.models import RMNeXt, cifar_resnet, rmrep
 
 WIDTHS = (16, 32, 64)

@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rmfx import backend
-from rmfx._freshness import MODES, Snapshot
+from rmfx.frontend.freshness import MODES, Snapshot
 
 NETWORKS = ("resnet50", "mobilenet_v2")
 INNER = ("eager", "inductor")

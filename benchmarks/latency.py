@@ -25,8 +25,9 @@ from _randomise import randomise_batch_norms
 from torch import nn
 from tqdm import tqdm
 
-from rmfx._runtimes import RUNTIMES
-from rmfx.latency import LatencyReport, Network, Settings, measure_latency, plot
+from rmfx.latency import LatencyReport, Network, measure_latency, plot
+from rmfx.timing.runtimes import RUNTIMES
+from rmfx.timing.speed import Settings
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPE = (1, 3, 224, 224)

@@ -42,9 +42,9 @@ from _training import Recipe, accuracy, renew, train
 from torch import nn
 
 import rmfx
-from rmfx.latency import write_figure
+from rmfx.files.figures import write_figure
 from rmfx.models import cifar_resnet
-from rmfx.passes.layer import Carried, ResConv
+from rmfx.modules.factors import Carried, ResConv
 from rmfx.training import Slimming
 
 SHARES = (0.7, 0.5, 0.345)

@@ -27,7 +27,8 @@ from _records import code_version, write
 from branches import TIMM, Ratio, build, markdown
 
 import rmfx
-from rmfx.latency import Settings, compare_speed, machine_of, ratio_of
+from rmfx.latency import machine_of
+from rmfx.timing.speed import Settings, compare_speed, ratio_of
 
 OTHERS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv2_100", "mobilenetv3_small_100"),

@@ -23,7 +23,7 @@ from _training import Recipe, train
 from torch import nn
 
 import rmfx
-from rmfx.latency import write_figure
+from rmfx.files.figures import write_figure
 from rmfx.models import cifar_resnet
 
 DEPTHS = (20, 38)

@@ -14,161 +14,20 @@ would read the shift where it now reads zeros.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from rmfx._affine import CONVS, AffineConv
-from rmfx._algebra import compose
-from rmfx._batches import check_batches
-from rmfx._calls import BATCH_NORMS
-from rmfx._errors import Refusal
-from rmfx._graph import Net, Virtual
-from rmfx._layers import input_of, read, read_affine
-from rmfx._names import is_named, patterns_of
-from rmfx._rewrite import apply_rule
-from rmfx._site import weight_types
-from rmfx._state import undisturbed
-from rmfx._verification import checked
-from rmfx.frontend import trace
-
-from .calibration import identity_norm, measure
-
-RESHAPES = (
-    "reshape_as",
-    "view_as",
-    torch.ops.aten.reshape_as.default,
-    torch.ops.aten.view_as.default,
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """Two linear nodes in a row, and the layer they amount to."""
-
-    first: fx.Node
-    second: fx.Node
-    layer: Virtual
-
-
-class BatchNormRule:
-    """Merge a batch norm with the conv before it, else with the conv after it."""
-
-    def match(self, net: Net, node: fx.Node) -> Pair | Refusal | None:
-        if type(net.module(node)) not in BATCH_NORMS:
-            return None
-        before = input_of(node)
-        pair: Pair | Refusal = Refusal("there is no linear layer next to it")
-        if before is not None and _is_weighted(net, before):
-            pair = merge_pair(net, before, node)
-        after = next(iter(node.users))
-        if isinstance(pair, Refusal) and _is_weighted(net, after):
-            other = merge_pair(net, node, after)
-            pair = other if isinstance(other, Pair) else pair
-        return pair
-
-    def rewrite(self, net: Net, node: fx.Node, match: Pair) -> None:
-        net.merge(match.first, match.second, match.layer)
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """A batch norm of flattened tokens between a Linear layer and the node that unflattens."""
-
-    linear: fx.Node
-    flatten: fx.Node
-    norm: fx.Node
-    layer: Virtual
-
-
-class TokenNormRule:
-    """Merge a batch norm of flattened tokens with the Linear layer before them."""
-
-    def match(self, net: Net, node: fx.Node) -> Tokens | None:
-        if node.target not in RESHAPES or len(node.args) != 2 or node.kwargs:
-            return None
-        norm, linear = node.args
-        if not isinstance(norm, fx.Node) or not isinstance(linear, fx.Node):
-            return None
-        flatten = input_of(norm)
-        if type(net.module(norm)) not in BATCH_NORMS or flatten is None:
-            return None
-        if input_of(flatten) is not linear or set(linear.users) != {flatten, node}:
-            return None
-        if set(flatten.users) != {norm} or set(norm.users) != {node} or net.guard(norm):
-            return None
-        if any(n.meta.get("frozen") for n in (linear, flatten, norm, node)):
-            return None
-        if not _joins_tokens(net, flatten, net.rank(linear)):
-            return None
-        layer = _of_features(net, linear, norm)
-        kinds = weight_types(net, (linear, norm))
-        if layer is None or len(kinds) != 1:
-            return None
-        return Tokens(linear, flatten, norm, Virtual(layer, *kinds.pop()))
-
-    def rewrite(self, net: Net, node: fx.Node, match: Tokens) -> None:
-        linear = match.linear
-        net.merge(linear, match.norm, match.layer)
-        node.replace_all_uses_with(linear)
-        linear.meta |= {key: node.meta[key] for key in ("shape", "dtype") if key in node.meta}
-        net.values[linear] = net.values.pop(node, node.name)
-        net.release([match.flatten])
-        net.graph.erase_node(node)
-        net.graph.erase_node(match.flatten)
-
-
-def _joins_tokens(net: Net, flatten: fx.Node, rank: int | None) -> bool:
-    """Whether a node flattens all dimensions but the last."""
-    module = net.module(flatten)
-    if type(module) is not nn.Flatten or rank is None or net.guard(flatten):
-        return False
-    end = module.end_dim + rank if module.end_dim < 0 else module.end_dim
-    return module.start_dim % rank == 0 and end == rank - 2
-
-
-def _of_features(net: Net, linear: fx.Node, norm: fx.Node) -> AffineConv | None:
-    """A Linear layer and the batch norm of its features as one layer."""
-    inner, module = read(net, linear), net.module(norm)
-    if not isinstance(inner, AffineConv) or inner.dims or module is None:
-        return None
-    outer = AffineConv.from_batch_norm(module, 0)
-    if isinstance(outer, Refusal) or outer.in_channels != inner.out_channels:
-        return None
-    merged = compose(outer, inner)
-    return merged if isinstance(merged, AffineConv) else None
-
-
-def fold(net: Net) -> None:
-    """Fold every batch norm of a net that can be folded."""
-    apply_rule(net, TokenNormRule())
-    apply_rule(net, BatchNormRule())
-
-
-def _is_weighted(net: Net, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(read(net, node), AffineConv)
-
-
-def merge_pair(net: Net, first: fx.Node, second: fx.Node) -> Pair | Refusal:
-    """Two neighbouring nodes as one layer, where that is exact."""
-    if len(first.users) != 1:
-        others = [u.name for u in first.users if u is not second]
-        return Refusal(f"its value is also read by {', '.join(others)}", (first.name,))
-    inner, outer = read_affine(net, first), read_affine(net, second)
-    if isinstance(inner, Refusal):
-        return inner
-    if isinstance(outer, Refusal):
-        return outer
-    merged = compose(outer, inner)
-    if isinstance(merged, Refusal):
-        return merged.at(first.name, second.name)
-    kinds = weight_types(net, (first, second))
-    if len(kinds) != 1:
-        found = ", ".join(sorted(map(str, kinds)))
-        return Refusal(f"the weights are of mixed types: {found}", (first.name, second.name))
-    return Pair(first, second, Virtual(merged, *kinds.pop()))
+from rmfx.algebra.affine import CONVS
+from rmfx.data.batches import check_batches
+from rmfx.data.calibration import measure
+from rmfx.frontend.tracing import trace
+from rmfx.ir.kinds import BATCH_NORMS
+from rmfx.ir.net import Net
+from rmfx.ir.undisturbed import undisturbed
+from rmfx.options import is_named, patterns_of
+from rmfx.rules.batch_norm import fold, identity_norm
+from rmfx.testing.verification import checked
 
 
 @undisturbed

@@ -26,36 +26,31 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx._activation import (
-    OWN_ACTIVATIONS,
-    Activation,
-    ChannelClamp,
-    ChannelPReLU,
-    Interval,
-    MaskedActivation,
-)
-from rmfx._affine import AffineConv
-from rmfx._algebra import chain as compose_chain
-from rmfx._algebra import compose
-from rmfx._allocation import spare
-from rmfx._carry import reads_inside
-from rmfx._channels import Channels
-from rmfx._errors import Refusal, ShapeError
-from rmfx._graph import Net, Virtual
-from rmfx._infer import on_demand
-from rmfx._kinds import is_a
-from rmfx._layers import input_of, read
-from rmfx._pinned import PinnedRanges
-from rmfx._range import check_range
-from rmfx._regions import put
-from rmfx._site import weight_types
-from rmfx._state import undisturbed
-from rmfx._verification import checked
-from rmfx._widths import Widths
-from rmfx.frontend import trace
+from rmfx.algebra.activation import Activation
+from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.laws import chain as compose_chain
+from rmfx.algebra.laws import compose, reads_inside
+from rmfx.analysis.channel_labels import Channels
+from rmfx.analysis.constant_channels import PinnedRanges
+from rmfx.analysis.ranges import check_range
+from rmfx.errors import Refusal, ShapeError
+from rmfx.frontend.tracing import trace
+from rmfx.interval import Interval
+from rmfx.ir.elements import Virtual
+from rmfx.ir.kinds import is_a
+from rmfx.ir.memo import on_demand
+from rmfx.ir.net import Net
+from rmfx.ir.nodes import input_of
+from rmfx.ir.reading import read
+from rmfx.ir.undisturbed import undisturbed
+from rmfx.ir.weights import weight_types
+from rmfx.modules.activations import OWN_ACTIVATIONS, ChannelClamp, ChannelPReLU, MaskedActivation
+from rmfx.pruning.allocation import spare
+from rmfx.pruning.cutting import without
+from rmfx.pruning.families import Widths
+from rmfx.pruning.slicing import put
 from rmfx.report import META_KEY
-
-from .pruning import without
+from rmfx.testing.verification import checked
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,29 +32,27 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx._activation import Interval
-from rmfx._affine import AffineConv
-from rmfx._graph import Net, copy_graph
-from rmfx._pinned import PinnedRanges
-from rmfx._range import check_range
-from rmfx._regions import (
-    Inner,
-    Leaf,
+from rmfx.algebra.affine import AffineConv
+from rmfx.analysis.constant_channels import PinnedRanges
+from rmfx.analysis.ranges import check_range
+from rmfx.analysis.regions import Inner, Leaf, Region, find_region
+from rmfx.frontend.tracing import trace
+from rmfx.interval import Interval
+from rmfx.ir.converted import copy_graph
+from rmfx.ir.net import Net
+from rmfx.ir.undisturbed import undisturbed
+from rmfx.pruning.slicing import (
     Merge,
-    Region,
     columns,
     cut_columns,
     cut_groups,
     cut_module,
     cut_rows,
-    find_region,
     of_channels,
     put,
 )
-from rmfx._state import undisturbed
-from rmfx._verification import checked
-from rmfx.frontend import trace
 from rmfx.report import META_KEY, Report
+from rmfx.testing.verification import checked
 
 NAME_KEY = "rmfx_name_before"
 FAIR = 1 / 64  # how small a constant may be beside those that it stands in for

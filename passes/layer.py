@@ -24,79 +24,28 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
-from torch.nn.functional import softplus
 
-from rmfx._activation import Activation
-from rmfx._affine import CONVS, AffineConv
-from rmfx._calls import BATCH_NORMS
-from rmfx._channels import Elementwise
-from rmfx._errors import OptionError, Refusal, ShapeError, is_number
-from rmfx._graph import Net, positions
-from rmfx._layers import input_of, read, read_affine
-from rmfx._names import is_named, patterns_of
-from rmfx._range import Ranges
-from rmfx._rewrite import apply_rule
-from rmfx._state import typed, undisturbed
-from rmfx._verification import checked
-from rmfx.frontend import trace
+from rmfx.algebra.activation import Activation
+from rmfx.algebra.affine import CONVS, AffineConv
+from rmfx.analysis.ranges import Ranges
+from rmfx.errors import OptionError, Refusal, ShapeError
+from rmfx.frontend.tracing import trace
+from rmfx.ir.driver import apply_rule
+from rmfx.ir.kinds import BATCH_NORMS
+from rmfx.ir.net import Net
+from rmfx.ir.nodes import input_of
+from rmfx.ir.notes import positions
+from rmfx.ir.reading import read, read_affine
+from rmfx.ir.undisturbed import undisturbed
+from rmfx.modules.factors import Carried, ResConv
+from rmfx.options import is_named, is_number, patterns_of, typed
+from rmfx.removal.merge import merge
 from rmfx.report import META_KEY, short
-
-from .branches import merge_branches
-from .linear import merge_convs
+from rmfx.rules.linear import LinearRule
+from rmfx.testing.verification import checked
 
 PROTECTED = "protected"
 Inserted = tuple[fx.Node, fx.Node]  # a convolution and its batch norm
-
-
-class Carried(Elementwise):
-    """a·x: what a removed convolution leaves.
-
-    Args:
-        raw_carry: a before softplus.
-    """
-
-    def __init__(self, raw_carry: Tensor) -> None:
-        super().__init__()
-        self.raw_carry = nn.Parameter(raw_carry)
-
-    @property
-    def carry(self) -> Tensor:
-        """a, which no step of training takes to 0 or below."""
-        return softplus(self.raw_carry)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps any shape to itself."""
-        return self.carry * x
-
-
-class ResConv(Carried):
-    """s·y + a·P(x): what a convolution made of x, and x.
-
-    Args:
-        stride: of the convolution, a number for each spatial dimension.
-        scale: s at the start.
-        carry: a at the start, above 0.
-        dtype: of both.
-    """
-
-    way_out = "; rmfx.fuse_resconv makes one layer of it and its convolution"
-
-    def __init__(
-        self,
-        stride: Sequence[int],
-        scale: float,
-        carry: float,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(torch.tensor(carry + math.log(-math.expm1(-carry)), dtype=dtype))
-        self.stride = tuple(stride)
-        self.scale = nn.Parameter(torch.tensor(float(scale), dtype=dtype))
-
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
-        """The sum; y and x have equal channels, and x `stride` times the size of y."""
-        if max(self.stride) > 1:
-            x = x[(slice(None), slice(None), *(slice(None, None, n) for n in self.stride))]
-        return self.scale * y + self.carry * x
 
 
 @dataclass(frozen=True)
@@ -159,8 +108,6 @@ class LayerReport:
 
 
 # ---- the verbs ----------------------------------------------------------------------------------
-
-
 @undisturbed
 def insert_resconv(
     model: nn.Module | Any,
@@ -297,10 +244,12 @@ def fuse_resconv(
             _write_out(net, node)
     apply_rule(net, _FixedRule(Ranges(net)))
     # A sum has to be one layer before a factor can go through the activation behind it.
-    merged = merge_branches(net.finish(), example_inputs, verify=False)
+    merged = merge(trace(net.finish(), example_inputs))
     net = Net(trace(merged, example_inputs))
     apply_rule(net, _ScaleRule())
-    fused: fx.GraphModule = merge_convs(net.finish(), example_inputs, verify=False)
+    net = Net(trace(net.finish(), example_inputs))
+    apply_rule(net, LinearRule())
+    fused = net.finish()
     fused.meta.pop(META_KEY, None)  # it names the additions that were written out above
     return checked("fuse_resconv", model, source, fused, example_inputs, wanted=verify)
 
@@ -312,8 +261,6 @@ def layer_scales(model: nn.Module) -> list[Tensor]:
 
 
 # ---- putting factors there ----------------------------------------------------------------------
-
-
 def _net_of(model: Any, example_inputs: Any, verb: str) -> Net:
     if example_inputs is None:
         raise ShapeError(f"{verb} needs example inputs: it counts multiply-adds")
@@ -359,8 +306,6 @@ def _insert(net: Net, found: Inserted, scale: float, carry: float) -> None:
 
 
 # ---- removing layers ----------------------------------------------------------------------------
-
-
 def _check(ratio: float | None, threshold: float | None, budget: float | None) -> None:
     given = {"ratio": ratio, "threshold": threshold, "budget": budget}
     if sum(value is not None for value in given.values()) != 1:
@@ -478,8 +423,6 @@ def _remove(net: Net, gate: fx.Node) -> None:
 
 
 # ---- for deployment -----------------------------------------------------------------------------
-
-
 def _write_out(net: Net, node: fx.Node) -> None:
     """Writes factors as numbers, which other passes read."""
     module: Any = net.module(node)

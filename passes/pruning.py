@@ -1,9 +1,9 @@
 """Channel pruning: filters that matter least go, until the network costs no more than asked for.
 
-Which filters go together is read off the graph (`rmfx._channels`): the filters of all layers whose
-outputs meet in an addition, a product or a gate go at once, and with them the numbers of batch norm
-and of per-channel activations, and the columns of every layer that reads them. A network without
-residual connections has no such ties, so each filter goes alone, those that carry as well.
+Which filters go together is read off the graph (`rmfx.analysis.channel_labels`): the filters of all
+layers whose outputs meet in an addition, a product or a gate go at once, with the numbers of batch
+norm and of per-channel activations, and the columns of every layer that reads them. A network
+without residual connections has no such ties, so each filter goes alone, those that carry as well.
 
 What a filter gave on average goes into the bias of the layers that read it (or into the running
 mean of the batch norm behind them). So a channel that is constant goes without a trace, except next
@@ -19,7 +19,7 @@ shared, hooked or parametrized.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -28,13 +28,17 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from rmfx._allocation import ALLOCATIONS, Demand, Multiple, allocate
-from rmfx._batches import Batches, Loss, check_batches
-from rmfx._channels import Channels
-from rmfx._cutting import cut, norm_behind, reads_ones
-from rmfx._errors import OptionError, ShapeError
-from rmfx._graph import Net
-from rmfx._importance import (
+from rmfx.analysis.channel_labels import Channels
+from rmfx.cost.counting import Cost, count_graph
+from rmfx.data.batches import Batches, Loss, check_batches
+from rmfx.errors import OptionError, ShapeError
+from rmfx.frontend.tracing import trace
+from rmfx.ir.net import Net
+from rmfx.ir.undisturbed import undisturbed
+from rmfx.pruning.allocation import ALLOCATIONS, Demand, Multiple, allocate
+from rmfx.pruning.cutting import norm_behind, reads_ones, without
+from rmfx.pruning.families import Meter, Part, Size, Widths, multiply_adds, parameters
+from rmfx.pruning.importance import (
     BY_DATA,
     IMPORTANCES,
     Custom,
@@ -44,12 +48,8 @@ from rmfx._importance import (
     by_weight,
     taylor,
 )
-from rmfx._state import undisturbed
-from rmfx._widths import Meter, Part, Size, Widths, multiply_adds, parameters
-from rmfx.cost import Cost, count_graph
-from rmfx.frontend import trace
-from rmfx.latency_table import LatencyTable
-from rmfx.report import META_KEY, short
+from rmfx.pruning.latency_table import LatencyTable
+from rmfx.report import short
 
 RESPONSES = ("bias", "borders", "none")
 METERS = {"macs": multiply_adds, "parameters": parameters}
@@ -144,7 +144,7 @@ def prune_channels(
         importance: "taylor", "activation", "bn_scale", "l1", "l2", "geometric_median", "random"; or
             a function of the traced graph that gives a number for each output channel of layers,
             by their paths; what it does not name counts as 0.
-        allocation: "uniform", "global" or "search", see `rmfx._allocation`.
+        allocation: "uniform", "global" or "search", see `rmfx.pruning.allocation`.
         floor: share of each family of filters that stays in any case; at least one filter does.
         multiple: to which the filters of a family are rounded up; or a function that gives it for
             so many filters. Runtimes compute 8 or 16 at once, and a few more cost as much again.
@@ -200,24 +200,6 @@ def prune_channels(
     small = without(net, widths, keep, means, borders=responses == "borders")
     name = importance if isinstance(importance, str) else "custom"
     return small, _report(widths, keep, (before, count_graph(small)), name, allocation)
-
-
-def without(
-    net: Net,
-    widths: Widths,
-    keep: Tensor,
-    means: Mapping[fx.Node, Tensor],
-    *,
-    borders: bool = False,
-) -> fx.GraphModule:
-    """A net without some of its labels; keep: (labels,) booleans, the rest as in `cut`."""
-    constants = cut(net, widths.channels, widths.roots[~keep], means, borders=borders)
-    gm = net.finish()
-    gm.meta.pop(META_KEY, None)  # it names nodes that have lost channels
-    for target, value in constants.items():
-        path, _, name = target.rpartition(".")
-        setattr(gm.get_submodule(path), name, value)
-    return gm
 
 
 def _scores(

@@ -2,9 +2,9 @@
 
     W_l = c_l · reshape(sign_l ⊙ ring[index_l])
 
-The ring is all that is trained of the layers that draw from it; `rmfx/_rings.py` says in which
-order. c_l gives a layer the standard deviation √(2 / fan out) at the start, with the fan out of
-`torch.nn.init`. The gradient of ring[j] is the sum of c_l·sign·dW_l over all its uses, which is
+The ring is all that is trained of the layers that draw from it; `rmfx/modules/ring.py` says in
+which order. c_l gives a layer the standard deviation √(2 / fan out) at the start, with the fan out
+of `torch.nn.init`. The gradient of ring[j] is the sum of c_l·sign·dW_l over all its uses, which is
 autograd's.
 """
 
@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from rmfx._affine import CONVS, MULTIPLYING
-from rmfx._errors import OptionError, WeightError, is_number, is_whole
-from rmfx._names import is_named, patterns_of
-from rmfx._parametrized import make_ordinary
-from rmfx._rings import FromRing, Ring, Rings
-from rmfx._state import undisturbed
-from rmfx._tracing import first_line
+from rmfx.algebra.affine import CONVS, MULTIPLYING
+from rmfx.errors import OptionError, WeightError, first_line
+from rmfx.ir.undisturbed import undisturbed
+from rmfx.modules.parametrized import make_ordinary
+from rmfx.modules.ring import FromRing, Ring, Rings
+from rmfx.options import is_named, is_number, is_whole, patterns_of
 
 Model = TypeVar("Model", bound=nn.Module)
 Scope = str | Callable[[str], str]

@@ -30,21 +30,24 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import fx, nn
 
-from rmfx._activation import Activation, is_activation
-from rmfx._affine import CONVS, AffineConv
-from rmfx._calls import AVERAGE_POOLS, BATCH_NORMS
-from rmfx._errors import OptionError, Refusal, is_number
-from rmfx._graph import ORIGIN, Net
-from rmfx._layers import Border, input_of, read, read_affine, read_join
-from rmfx._meta import forget
-from rmfx._names import is_named, module_path, patterns_of
-from rmfx._regions import cut_module
-from rmfx._sizes import MAX_POOLS, SizeLaw
-from rmfx._state import undisturbed
-from rmfx.frontend import trace
+from rmfx.algebra.activation import Activation, is_activation
+from rmfx.algebra.affine import CONVS, AffineConv
+from rmfx.errors import OptionError, Refusal
+from rmfx.frontend.tracing import trace
+from rmfx.ir.elements import Border
+from rmfx.ir.joins import read_join
+from rmfx.ir.kinds import AVERAGE_POOLS, BATCH_NORMS, MAX_POOLS
+from rmfx.ir.names import module_path
+from rmfx.ir.net import Net
+from rmfx.ir.nodes import input_of
+from rmfx.ir.notes import ORIGIN, forget
+from rmfx.ir.reading import read, read_affine
+from rmfx.ir.sizes import SizeLaw
+from rmfx.ir.undisturbed import undisturbed
+from rmfx.options import is_named, is_number, patterns_of
+from rmfx.pruning.slicing import cut_module
 from rmfx.report import META_KEY
-
-from .noop import does_nothing
+from rmfx.rules.noop import does_nothing
 
 Layers = dict[fx.Node, AffineConv | None]  # the linear nodes of a block; sums and no-ops are None
 
@@ -211,7 +214,7 @@ def _blocks(net: Net) -> list[tuple[fx.Node, Block | Refusal]]:
 
 def _terms(net: Net, node: fx.Node) -> list[fx.Node]:
     """What a node adds or subtracts, nothing if it does neither."""
-    terms = None if node.meta.get("frozen") else read_join(net, node)
+    terms = None if node.meta.get("frozen") else read_join(node)
     return [] if terms is None or isinstance(terms, Refusal) else [value for value, _ in terms]
 
 

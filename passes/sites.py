@@ -29,23 +29,26 @@ from tabulate import tabulate
 from torch import fx, nn
 from torch.optim.swa_utils import update_bn
 
-from rmfx._activation import Activation, Blockwise
-from rmfx._batches import Batches, Loss, check_batches, inputs_of, loss_on, output_on
-from rmfx._errors import OptionError, Refusal, ShapeError, is_number
-from rmfx._graph import Net
-from rmfx._layers import CHANNEL_BY_CHANNEL, Lateral, read_join
-from rmfx._names import module_path
-from rmfx._rewrite import apply_rule
-from rmfx._site import Site, find_sites
-from rmfx._state import undisturbed
-from rmfx._timer import Timer
-from rmfx.frontend import trace
-from rmfx.measured import cut_out, looks
+from rmfx.algebra.activation import Activation, Blockwise
+from rmfx.data.batches import Batches, Loss, check_batches, inputs_of, loss_on, output_on
+from rmfx.errors import OptionError, Refusal, ShapeError
+from rmfx.frontend.tracing import trace
+from rmfx.ir.driver import apply_rule
+from rmfx.ir.elements import CHANNEL_BY_CHANNEL
+from rmfx.ir.joins import read_join
+from rmfx.ir.laterals import Lateral
+from rmfx.ir.names import module_path
+from rmfx.ir.net import Net
+from rmfx.ir.undisturbed import undisturbed
+from rmfx.options import is_number
+from rmfx.removal.cut_out import cut_out, looks
+from rmfx.removal.remove import is_calibrated, remove
+from rmfx.removal.site import Site, find_sites
 from rmfx.report import META_KEY
-
-from .batch_norm import fold_batch_norm
-from .noop import NoopRule
-from .residual import remove_residuals
+from rmfx.rules.batch_norm import fold
+from rmfx.rules.noop import NoopRule
+from rmfx.testing.verification import checked
+from rmfx.timing.timer import Timer
 
 CHOICES = ("keep", "open", "cut")
 
@@ -208,13 +211,12 @@ def _with_choices(
     if by_choice["cut"]:
         gm = _reestimated(_without(source, by_choice["cut"]), batches)
     names = {candidate.site.join.name for candidate in by_choice["open"]}
-    opened = remove_residuals(
-        gm,
-        example_inputs,
-        fold_batch_norm=False,
-        calibration=[inputs for inputs, _ in batches],
-        policy=lambda row: row.join in names,
+    traced, data = trace(gm, example_inputs), [inputs for inputs, _ in batches]
+    opened = remove(
+        traced, fold_batch_norm=False, calibration=data, policy=lambda row: row.join in names
     )
+    seen = data[:1] if is_calibrated(opened) else []
+    checked("choose_sites", gm, traced, opened, example_inputs, batches=seen, reports=True)
     opened.meta.pop(META_KEY, None)  # the report of this pass is another one
     return opened
 
@@ -235,7 +237,7 @@ def _candidates(net: Net, *, can_cut: bool) -> list[_Candidate]:
 
 def _main_operand(net: Net, site: Site) -> int | None:
     """Which operand of a join is its branch, where the other one is a shortcut."""
-    terms = read_join(net, site.join)
+    terms = read_join(site.join)
     if terms is None or isinstance(terms, Refusal) or any(factor != 1 for _, factor in terms):
         return None
     curved = (Activation, Blockwise, Lateral, *CHANNEL_BY_CHANNEL)
@@ -280,13 +282,13 @@ def _measure(
     if alone is None:
         raise ShapeError(f"{site.join.name}: its shapes are unknown")
     graph, inputs = alone
-    forms: dict[str, fx.GraphModule] = {"keep": fold_batch_norm(graph, inputs)}
+    forms: dict[str, fx.GraphModule] = {"keep": _folded(graph, inputs)}
     if "open" in choices:
-        opened = remove_residuals(graph, inputs)
+        opened = remove(trace(graph, inputs))
         forms |= {"open": opened} if opened.meta[META_KEY].removed else {}
     loss_cut = None
     if candidate.main is not None:
-        forms["cut"] = fold_batch_norm(_branch_alone(graph, candidate.main), inputs)
+        forms["cut"] = _folded(_branch_alone(graph, candidate.main), inputs)
         loss, before = baseline
         gm = _reestimated(_without(source, [candidate]), batches)
         loss_cut = _loss_of(gm, batches, loss) - before
@@ -305,6 +307,13 @@ def _measure(
         seconds_cut=seconds.get("cut"),
         loss_cut=loss_cut,
     )
+
+
+def _folded(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
+    """A graph as it would be deployed, with its batch norm folded."""
+    net = Net(trace(graph, inputs))
+    fold(net)
+    return net.finish()
 
 
 def _branch_alone(graph: fx.GraphModule, main: int) -> fx.GraphModule:

@@ -1,10 +1,22 @@
 """rmfx removes residual connections from trained networks, exactly."""
 
 import importlib
+import importlib.util
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import cost
-from ._errors import (
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "passes").is_dir():  # not installed: in a clone they are the folder beside this one
+    _spec = importlib.util.spec_from_file_location(
+        f"{__name__}.passes", _HERE.parent / "passes" / "__init__.py"
+    )
+    if _spec is None or _spec.loader is None:
+        raise ImportError(f"there is no folder {_HERE.parent / 'passes'}")
+    passes = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(passes)
+
+from .errors import (
     InternalError,
     ModeError,
     NotPlainError,
@@ -16,10 +28,7 @@ from ._errors import (
     VerificationError,
     WeightError,
 )
-from ._verification import verify
 from .frontend import trace
-from .latency_table import LatencyTable
-from .measured import MeasuredPolicy
 from .passes.batch_norm import fold_batch_norm, insert_batch_norm
 from .passes.branches import merge_branches
 from .passes.carries import close_carries
@@ -39,11 +48,14 @@ from .passes.reserve import ReserveReport, reserve
 from .passes.residual import remove_residuals
 from .passes.sites import ChoiceReport, choose_sites
 from .plain import is_plain, to_sequential
+from .pruning.latency_table import LatencyTable
+from .removal.measured import MeasuredPolicy
 from .report import Report, SiteReport, Verification, report
+from .testing.verification import verify
 
 if TYPE_CHECKING:
-    from .compact import load_compact, save_compact
-    from .pipeline import optimize
+    from .files.compact import load_compact, save_compact
+    from .passes.optimize import optimize
 
 __version__ = "0.1.0"
 
@@ -96,7 +108,11 @@ __all__ = [
 ]
 
 
-_LATER = {"load_compact": "compact", "optimize": "pipeline", "save_compact": "compact"}
+_LATER = {
+    "load_compact": "files.compact",
+    "optimize": "passes.optimize",
+    "save_compact": "files.compact",
+}
 
 
 def __getattr__(name: str) -> Any:

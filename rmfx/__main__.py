@@ -2,7 +2,7 @@
 
 import sys
 
-from rmfx.cli import main
+from rmfx.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

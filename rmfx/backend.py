@@ -18,14 +18,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ._activation import Interval
-from ._dynamo import Lifted, can_be_seen, find_lifted, snapshot, with_weights
-from ._errors import OptionError, RmfxError, WeightError
-from ._freshness import MODES, Mode, Snapshot
-from ._policy import Policy, check_policy
-from ._range import check_range
-from ._state import check_classes
-from ._strategy import allowed_ways
+from rmfx.analysis.ranges import check_range
+from rmfx.errors import OptionError, RmfxError, WeightError
+from rmfx.frontend.dynamo import Lifted, can_be_seen, find_lifted, snapshot, with_weights
+from rmfx.frontend.freshness import MODES, Mode, Snapshot
+from rmfx.interval import Interval
+from rmfx.options import check_classes
+from rmfx.removal.policy import Policy, check_policy
+from rmfx.removal.strategy import allowed_ways
+
 from .passes.residual import remove_residuals
 from .report import Report, report
 

@@ -10,9 +10,12 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-import rmfx
+from rmfx.cost.counting import Cost, count
 
-from .cost import Cost, count
+from .passes.batch_norm import fold_batch_norm as fold
+from .passes.noop import remove_noops
+from .passes.residual import remove_residuals
+from .report import Report, report
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Conversion:
 
     before: fx.GraphModule
     after: fx.GraphModule
-    report: rmfx.Report
+    report: Report
     cost_before: Cost | None
     cost_after: Cost | None
 
@@ -93,14 +96,14 @@ def convert(
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     inputs = None if example_inputs is None else tuple(example_inputs)
-    after = rmfx.remove_residuals(model, inputs, fold_batch_norm=fold_batch_norm, **options)
-    before = rmfx.remove_noops(model, inputs, verify=False)
+    after = remove_residuals(model, inputs, fold_batch_norm=fold_batch_norm, **options)
+    before = remove_noops(model, inputs, verify=False)
     if fold_batch_norm:
-        before = rmfx.fold_batch_norm(before, inputs, verify=False)
+        before = fold(before, inputs, verify=False)
     return Conversion(
         before=before,
         after=after,
-        report=rmfx.report(after),
+        report=report(after),
         cost_before=None if inputs is None else count(before, inputs),
         cost_after=None if inputs is None else count(after, inputs),
     )

@@ -33,17 +33,21 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-import rmfx
+from rmfx.errors import OptionError, TraceError, first_line
+from rmfx.removal.codes import STRATEGIES
+from rmfx.testing import FEATURES, Equivalence, NetworkSpec, random_block, random_network
+from rmfx.testing.compare import SIZES, TracedOnce, compare, rows_of
+from rmfx.testing.compiled import CHANGES, MOST_CHANGES, MOVED, compare_compiled, compiles
+from rmfx.testing.script import PASSES, Case, script
+from rmfx.testing.shrink import shrink
 
-from ._errors import OptionError, TraceError
-from ._fuzz_compare import SIZES, TracedOnce, compare, rows_of
-from ._fuzz_compiled import CHANGES, MOST_CHANGES, MOVED, compare_compiled, compiles
-from ._fuzz_script import PASSES, Case, script
-from ._shrink import shrink
-from ._strategy import STRATEGIES
-from ._tracing import first_line
+from .passes.batch_norm import fold_batch_norm
+from .passes.branches import merge_branches
+from .passes.dead_channels import eliminate_dead_channels
+from .passes.linear import merge_convs
+from .passes.noop import remove_noops
+from .passes.residual import remove_residuals
 from .report import SiteReport
-from .testing import FEATURES, Equivalence, NetworkSpec, random_block, random_network
 
 __all__ = [
     "COUNTED",
@@ -59,6 +63,13 @@ __all__ = [
     "load_pass",
     "without_names",
 ]
+_VERBS: dict[str, Callable[..., Any]] = {
+    verb.__name__: verb
+    for verb in (
+        *(remove_residuals, fold_batch_norm, merge_branches, merge_convs, remove_noops),
+        eliminate_dead_channels,
+    )
+}
 FRONTENDS = ("module", "traced", "exported", "compiled")
 WRONG = "wrong numbers"
 COSTLY = ("scale", "odd-pair")  # ways past an activation that cost digits
@@ -270,7 +281,7 @@ def load_pass(name: str) -> Callable[..., Any]:
         OptionError: there is no such pass.
     """
     if name in PASSES:
-        return getattr(rmfx, name)  # type: ignore[no-any-return]
+        return _VERBS[name]
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise OptionError(

@@ -16,17 +16,15 @@ environment lets them sleep instead; it must be there before torch is imported.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
-import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tabulate import tabulate
@@ -34,23 +32,18 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from ._errors import RmfxError, is_number, is_whole
-from ._runtimes import RUNTIMES, Form, Run, RuntimeFailure, as_failure, times_of, torch_threads
-from .conversion import Conversion, convert
-from .saving import as_function, default_tolerance, random_like, relative_error
+from rmfx.conversion import Conversion, convert
+from rmfx.files.figures import check_plotting, write_figure
+from rmfx.files.saving import as_function, default_tolerance, random_like, relative_error
+from rmfx.timing.runtimes import RUNTIMES, Form, RuntimeFailure, as_failure, torch_threads
+from rmfx.timing.speed import LatencyError, Settings, advice, ratio_of, ratios_of
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
-INSTALL_COMMAND = "pip install 'rmfx[bench]'"
-PLOT_SUFFIXES = (".svg", ".png")
 
 # How long idle threads of torch spin before they sleep, and how many there are: both move times.
 _THREAD_VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
-
-
-class LatencyError(RmfxError):
-    """Nothing can be measured as asked."""
 
 
 @dataclass(frozen=True)
@@ -66,48 +59,6 @@ class Network:
     name: str
     model: nn.Module | ExportedProgram
     inputs: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to measure.
-
-    Attributes:
-        runtimes: some of `RUNTIMES`.
-        batches: sizes of batches.
-        threads: for one inference.
-        rounds: how often each form is measured.
-        seconds: how long each measurement takes at least; what it gives is the median of its calls.
-        tolerance: the largest relative error a runtime may make, by default 1e-4.
-        activation: as in `rmfx.remove_residuals`.
-
-    Raises:
-        LatencyError: a value is out of range, or a runtime is not known.
-    """
-
-    runtimes: tuple[str, ...] = ("eager", "inductor", "onnxruntime", "openvino")
-    batches: tuple[int, ...] = (1, 8)
-    threads: int = field(default_factory=torch.get_num_threads)
-    rounds: int = 20
-    seconds: float = 0.1
-    tolerance: float | None = None
-    activation: str | Collection[str] = "auto"
-
-    def times(self, runs: Sequence[Run]) -> list[tuple[float, ...]]:
-        """Seconds of a call of each function, one number for each round."""
-        return times_of(runs, threads=self.threads, rounds=self.rounds, seconds=self.seconds)
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.runtimes if name not in RUNTIMES]
-        if unknown or not self.runtimes:
-            raise LatencyError(
-                f"no runtime {', '.join(unknown) or 'is named'}; known are {', '.join(RUNTIMES)}"
-            )
-        counts = (*self.batches, self.threads, self.rounds)
-        if not self.batches or not all(is_whole(n) and n >= 1 for n in counts):
-            raise LatencyError("batches, threads and rounds must be whole numbers, at least 1")
-        if not is_number(self.seconds) or not 0 <= self.seconds < math.inf:
-            raise LatencyError(f"seconds={self.seconds!r} must be a number, at least 0")
 
 
 @dataclass(frozen=True)
@@ -243,7 +194,7 @@ def measure_latency(
     """
     settings = settings or Settings()
     missing = {name: RUNTIMES[name].missing for name in settings.runtimes}
-    notes = [f"{name} left out: {_advice(absent)}" for name, absent in missing.items() if absent]
+    notes = [f"{name} left out: {advice(absent)}" for name, absent in missing.items() if absent]
     present = [name for name, absent in missing.items() if not absent]
     if not present:
         raise LatencyError("; ".join(notes))
@@ -332,58 +283,6 @@ class _Pair:
                 )
 
 
-@torch.no_grad()
-def compare_speed(
-    forms: Sequence[nn.Module],
-    inputs: tuple[Tensor, ...],
-    runtime: str,
-    settings: Settings,
-    step: Callable[[str], object] = lambda _: None,
-) -> list[tuple[float, ...]]:
-    """Seconds of a call of each form of a network in one runtime, a number for each round.
-
-    Args:
-        forms: graphs with the same inputs and outputs.
-        inputs: what they are run on.
-        runtime: one of `RUNTIMES`.
-        settings: threads, rounds and seconds count.
-        step: called with a few words before each form is prepared, and before they are timed.
-
-    Raises:
-        LatencyError: the runtime is not installed or fails.
-    """
-    if runtime not in RUNTIMES:
-        raise LatencyError(f"no runtime {runtime}; known are {', '.join(RUNTIMES)}")
-    kind = RUNTIMES[runtime]
-    if kind.missing:
-        raise LatencyError(f"{runtime} cannot be measured: {_advice(kind.missing)}")
-    try:
-        with torch_threads(settings.threads), as_failure(), kind.scope():
-            runs = []
-            for number, gm in enumerate(forms):
-                step(f"prepare {number + 1} of {len(forms)} for {runtime}")
-                runs.append(kind.prepare(Form(gm, inputs), settings.threads))
-                runs[-1]()
-            step(f"time {len(forms)} networks in {runtime}")
-            return settings.times(runs)
-    except RuntimeFailure as failure:
-        raise LatencyError(f"{runtime}: {failure}") from failure
-
-
-def ratios_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, ...]:
-    """after/before for each round."""
-    return tuple(b / a for a, b in zip(before, after, strict=True))
-
-
-def ratio_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
-    """after/before: median, lower and upper quartile of the ratios of single rounds."""
-    ratios = ratios_of(before, after)
-    if len(ratios) == 1:
-        return (ratios[0],) * 3
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return median, low, high
-
-
 def _tensors(output: object) -> list[Tensor]:
     """All tensors and arrays of an output, in order, as tensors of their own."""
     return [
@@ -399,10 +298,6 @@ def _check(network: Network) -> None:
         raise LatencyError(
             f"{network.name} takes {found}; the runtimes can be compared in float32 only"
         )
-
-
-def _advice(absent: Sequence[str]) -> str:
-    return f"{', '.join(absent)} not installed ({INSTALL_COMMAND})"
 
 
 def machine_of(settings: Settings, runtimes: Iterable[str]) -> dict[str, str]:
@@ -428,31 +323,6 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def check_plotting() -> None:
-    """Finds out, before minutes of measuring, whether `plot` can draw.
-
-    Raises:
-        LatencyError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise LatencyError(f"a plot needs matplotlib: {INSTALL_COMMAND}")
-
-
-def write_figure(figure: Figure, target: Path | IO[str], kind: str) -> None:
-    """Writes a figure so that equal ones make equal files, without date and random names.
-
-    Args:
-        figure: made without pyplot, which would look for a display and keep it alive.
-        target: a file.
-        kind: "svg", in which text stays text, or "png".
-    """
-    from matplotlib import rc_context
-
-    metadata = {"Date": None} if kind == "svg" else None
-    with rc_context({"svg.hashsalt": "rmfx", "svg.fonttype": "none"}):
-        figure.savefig(target, format=kind, dpi=150, metadata=metadata)
-
-
 def plot(report: LatencyReport, path: Path) -> None:
     """Draws the ratios: bars with their quartiles, a group for each runtime, a line at 1.
 
@@ -461,7 +331,7 @@ def plot(report: LatencyReport, path: Path) -> None:
         path: a file to write; its suffix, one of `PLOT_SUFFIXES`, is the format.
 
     Raises:
-        LatencyError: matplotlib is not installed.
+        PlotError: matplotlib is not installed.
     """
     check_plotting()
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import fx
 
-from ._errors import RmfxError
+from rmfx.errors import RmfxError
 
 META_KEY = "rmfx_report"
 HEADERS = (

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ._activation import ChannelPReLU
-from ._affine import CONVS
-from ._calls import BATCH_NORMS
-from ._errors import OptionError, WeightError, is_number, is_whole
-from ._parametrized import make_ordinary
+from rmfx.algebra.affine import CONVS
+from rmfx.errors import OptionError, WeightError
+from rmfx.ir.kinds import BATCH_NORMS
+from rmfx.modules.activations import ChannelPReLU
+from rmfx.modules.parametrized import make_ordinary
+from rmfx.options import is_number, is_whole
 
 
 class Slimming:

@@ -10,18 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmfx._activation import (
-    TABLE,
-    Activation,
-    Block,
-    Blockwise,
-    ChannelClamp,
-    ChannelPReLU,
-    MaskedActivation,
-    Pointwise,
-    is_activation,
-    way_of,
-)
+from rmfx.algebra.activation import TABLE, Activation, Block, Blockwise, is_activation, way_of
+from rmfx.modules.activations import ChannelClamp, ChannelPReLU, MaskedActivation, Pointwise
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rmfx._affine import AffineConv
-from rmfx._algebra import (
+from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.laws import (
     chain,
     common_block,
     common_window,
@@ -26,7 +26,7 @@ from rmfx._algebra import (
     stack,
     window_of,
 )
-from rmfx._errors import Refusal, WeightError
+from rmfx.errors import Refusal, WeightError
 
 F64 = torch.float64
 CONVS = (F.linear, F.conv1d, F.conv2d, F.conv3d)

@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rmfx
-from rmfx import _freshness, backend
+from rmfx import backend
+from rmfx.frontend import freshness as _freshness
 
 
 @pytest.fixture(autouse=True)

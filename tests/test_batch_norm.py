@@ -24,7 +24,7 @@ from builders import (
 from torch import Tensor, nn
 
 import rmfx
-from rmfx._errors import OptionError
+from rmfx.errors import OptionError
 from rmfx.testing import assert_equivalent
 
 Make = Callable[[], nn.Module]

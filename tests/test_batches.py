@@ -11,7 +11,7 @@ from builders import image, ready
 from torch import nn
 
 import rmfx
-from rmfx._errors import OptionError
+from rmfx.errors import OptionError
 from rmfx.models import cifar_resnet
 
 X, CLASSES = image(2, 3, 8, 8).float(), torch.tensor([0, 1])

@@ -14,9 +14,11 @@ from torch import Tensor, fx, nn
 from torch.export import export
 
 import rmfx
-from rmfx import cli, conversion
-from rmfx._errors import InternalError, OptionError, RmfxError, TraceError, WeightError
-from rmfx._graph import Net, between
+from rmfx import conversion
+from rmfx.cli import main as cli
+from rmfx.errors import InternalError, OptionError, RmfxError, TraceError, WeightError
+from rmfx.ir.net import Net
+from rmfx.ir.nodes import between
 from rmfx.passes import residual
 from rmfx.testing import assert_equivalent
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rmfx._affine import AffineConv
-from rmfx._algebra import direct_sum, join, plus, stack
-from rmfx._carry import area_after, dirac, placements, reads_inside
-from rmfx._errors import Refusal
+from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.laws import area_after, direct_sum, join, plus, reads_inside, stack
+from rmfx.errors import Refusal
+from rmfx.removal.placement import dirac, placements
 
 F64 = torch.float64
 CONVS = (None, F.conv1d, F.conv2d, F.conv3d)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 import rmfx
 import rmfx.demo
-from rmfx import _runtimes, cli
+from rmfx.cli import main as cli
 from rmfx.models import DigitsNet
+from rmfx.timing import runtimes as _runtimes
 
 DIGITS = "rmfx.models:DigitsNet"
 SHAPE = "--input-shape=1,1,28,28"

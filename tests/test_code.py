@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import rmfx
-from rmfx._code import share_lookups
+from rmfx.ir.converted import share_lookups
 
 
 class Scaled(nn.Module):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import rmfx
-from rmfx._errors import RmfxError, WeightError
+from rmfx.errors import RmfxError, WeightError
 from rmfx.models import cifar_resnet
 
 KIB = 1024

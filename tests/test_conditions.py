@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 import rmfx
-from rmfx._conditions import demand, refuses
+from rmfx.ir.conditions import demand, refuses
 
 COPIES: dict[str, Callable[[Any], Any]] = {
     "itself": lambda gm: gm,

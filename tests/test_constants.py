@@ -11,8 +11,8 @@ from builders import Apply, assert_removed, conv, image, ready
 from torch import Tensor, nn
 
 import rmfx
-from rmfx._conditions import take_conditions
-from rmfx._graph import copy_graph
+from rmfx.ir.conditions import take_conditions
+from rmfx.ir.converted import copy_graph
 from rmfx.testing import assert_equivalent
 
 

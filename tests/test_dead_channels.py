@@ -27,10 +27,10 @@ from torch import Tensor, fx, nn
 
 import rmfx
 import rmfx.cost
-from rmfx._activation import ChannelClamp, ChannelPReLU, MaskedActivation
-from rmfx._graph import Net
-from rmfx._pinned import PinnedRanges
+from rmfx.analysis.constant_channels import PinnedRanges
 from rmfx.frontend import trace
+from rmfx.ir.net import Net
+from rmfx.modules.activations import ChannelClamp, ChannelPReLU, MaskedActivation
 from rmfx.passes.dead_channels import Cleaner
 from rmfx.testing import NetworkSpec, assert_equivalent, residual_networks
 

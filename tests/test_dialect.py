@@ -13,9 +13,10 @@ from builders import Apply
 from torch import Tensor, fx, nn
 
 import rmfx
-from rmfx._calls import ARITHMETIC, CALLS
-from rmfx._conditions import take_conditions
-from rmfx._graph import copy_graph
+from rmfx.frontend.calls import CALLS
+from rmfx.ir.conditions import take_conditions
+from rmfx.ir.converted import copy_graph
+from rmfx.ir.kinds import ARITHMETIC
 from rmfx.testing import random_statistics
 
 Forward = Callable[[Any, Tensor], Any]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rmfx
-from rmfx._activation import TABLE, Activation
-from rmfx._affine import AffineConv
-from rmfx._digits import (
+from rmfx.algebra.activation import TABLE, Activation
+from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.digits import (
     EXACTNESS,
     affords,
     bits_of,
@@ -26,7 +26,7 @@ from rmfx._digits import (
     lost_rows,
     smallest_scale,
 )
-from rmfx._errors import WeightError
+from rmfx.errors import WeightError
 from rmfx.testing import assert_equivalent
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

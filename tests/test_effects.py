@@ -13,8 +13,8 @@ from builders import Apply, assert_removed, chain, conv, image, ready
 from torch import Tensor, fx, nn
 
 import rmfx
-from rmfx._effects import effects_of, memories
-from rmfx._kinds import is_a, is_ordinary
+from rmfx.frontend.effects import effects_of, memories
+from rmfx.ir.kinds import is_a, is_ordinary
 
 Write = Callable[[Any, Tensor, Tensor], Any]
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from rmfx import cli
-from rmfx._files import UnsafeFileError, check_condition, check_program, check_size
-from rmfx.loading import LoadError, load_model
+from rmfx.cli import main as cli
+from rmfx.files.loading import LoadError, load_model
+from rmfx.files.programs import UnsafeFileError, check_condition, check_program, check_size
 
 MARK = Path("executed")  # what the code in a file would make, in the test's own folder
 CALL = f"__import__('pathlib').Path('{MARK}').touch()"

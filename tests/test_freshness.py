@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from rmfx import _freshness
-from rmfx._freshness import SAMPLES, Snapshot, weights_are_fresh
+from rmfx.frontend import freshness as _freshness
+from rmfx.frontend.freshness import SAMPLES, Snapshot, weights_are_fresh
 
 LOOKING = ("sampled", "checked")
 

@@ -13,11 +13,13 @@ import pytest
 from torch import nn
 
 import rmfx
-from rmfx import cli, fuzz, testing
-from rmfx._fuzz_script import Case, layout, script
-from rmfx._shrink import runs, shrink
+from rmfx import fuzz
+from rmfx.cli import main as cli
 from rmfx.fuzz import WRONG, draw_case, without_names
 from rmfx.testing import Act, Conv, Join, NetworkSpec, Norm, Recall, Save, Split
+from rmfx.testing import strategies as testing
+from rmfx.testing.script import Case, layout, script
+from rmfx.testing.shrink import runs, shrink
 
 PASSES = """
 import torch

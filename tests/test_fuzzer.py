@@ -14,23 +14,14 @@ import torch
 from torch import Tensor, fx, nn
 
 import rmfx
-from rmfx import (
-    _effects,
-    _freshness,
-    _functionalise,
-    _probes,
-    _selections,
-    _sizes,
-    _strategy,
-    fuzz,
-)
-from rmfx._fuzz_compare import COPRIME, ONE, OTHER_BATCH, OTHER_SIZE, compare
-from rmfx._fuzz_compiled import CHANGES, MOVED, compare_compiled
-from rmfx._fuzz_script import Case
-from rmfx._network_digits import SLOPES, TYPES
-from rmfx._network_memory import GAINS, VIEWS, WRITES
-from rmfx._network_places import INDICES, ROLLS, STATISTICS
-from rmfx._network_unusual import UNUSUAL_FEATURES
+from rmfx import fuzz
+from rmfx.frontend import effects as _effects
+from rmfx.frontend import freshness as _freshness
+from rmfx.frontend import functionalise as _functionalise
+from rmfx.ir import open_sizes as _probes
+from rmfx.ir import selections as _selections
+from rmfx.ir import sizes as _sizes
+from rmfx.removal import strategy as _strategy
 from rmfx.testing import (
     Act,
     Conv,
@@ -51,6 +42,13 @@ from rmfx.testing import (
     Tokens,
     Write,
 )
+from rmfx.testing.compare import COPRIME, ONE, OTHER_BATCH, OTHER_SIZE, compare
+from rmfx.testing.compiled import CHANGES, MOVED, compare_compiled
+from rmfx.testing.networks.digits import SLOPES, TYPES
+from rmfx.testing.networks.memory import GAINS, VIEWS, WRITES
+from rmfx.testing.networks.places import INDICES, ROLLS, STATISTICS
+from rmfx.testing.networks.unusual import UNUSUAL_FEATURES
+from rmfx.testing.script import Case
 
 # ---- the nodes ----------------------------------------------------------------------------------
 
@@ -359,7 +357,7 @@ PLANTED: dict[str, tuple[Any, str, Any, str, Callable[[str], bool], int, int]] =
         *(lambda feature: feature == "slope near -1", 2, 200),
     ),
     "sizes at which a join broadcasts are not refused": (
-        *(_sizes, "agreements", lambda net, node: (), "traced"),
+        *(_sizes, "agreements", lambda sizes, node: (), "traced"),
         *(lambda feature: True, 0, 200),
     ),
     "sizes of one example are taken for those of every call": (

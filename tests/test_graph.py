@@ -14,12 +14,15 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import rmfx
-from rmfx._activation import Activation, Block, Blockwise
-from rmfx._affine import AffineConv
-from rmfx._algebra import compose
-from rmfx._errors import Refusal, WeightError
-from rmfx._graph import Net, Virtual, check_weight, positions
-from rmfx._layers import read_affine
+from rmfx.algebra.activation import Activation, Block, Blockwise
+from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.laws import compose
+from rmfx.errors import Refusal, WeightError
+from rmfx.ir.elements import Virtual
+from rmfx.ir.net import Net
+from rmfx.ir.notes import positions
+from rmfx.ir.reading import read_affine
+from rmfx.ir.weights import check_weight
 
 CPU = torch.device("cpu")
 F64 = torch.float64

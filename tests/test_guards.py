@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 import rmfx
-from rmfx._guards import demand_guard, texts_of
+from rmfx.frontend.guards import demand_guard, texts_of
 
 
 def checked(text: str, *names: str) -> fx.GraphModule:

@@ -13,11 +13,12 @@ import torch
 from builders import Apply, Residual, basic_branch, chain, conv, conv_bn, image, ready
 from torch import nn
 
-import rmfx.html
+import rmfx.cli.page
 from rmfx.cli import main
+from rmfx.cli.page import Drawing, draw, page
 from rmfx.conversion import convert
-from rmfx.html import Drawing, draw, page
-from rmfx.latency import Network, Settings, measure_latency
+from rmfx.latency import Network, measure_latency
+from rmfx.timing.speed import Settings
 
 pytest.importorskip("igraph")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -132,7 +133,7 @@ def test_wrong_usage(options: list[str], message: str, capsys: pytest.CaptureFix
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rmfx.html, "PACKAGES", ("igraph", "no_such_package"))
+    monkeypatch.setattr(rmfx.cli.page, "PACKAGES", ("igraph", "no_such_package"))
     with pytest.raises(rmfx.RmfxError, match=r"needs no_such_package: pip install 'rmfx\[html\]'"):
         made()
 

@@ -12,7 +12,7 @@ from builders import Apply, conv, image
 from torch import Tensor, fx, nn
 
 import rmfx
-from rmfx._graph import Net
+from rmfx.ir.net import Net
 
 Forward = Callable[[Any, Tensor], Any]
 

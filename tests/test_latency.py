@@ -13,8 +13,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx import _runtimes, latency
-from rmfx.latency import Latency, LatencyError, LatencyReport, Network, Settings, measure_latency
+from rmfx import latency
+from rmfx.files.figures import PlotError
+from rmfx.latency import Latency, LatencyReport, Network, measure_latency
+from rmfx.timing import runtimes as _runtimes
+from rmfx.timing.speed import LatencyError, Settings
 
 FAST = {"batches": (1,), "threads": 1, "rounds": 2, "seconds": 0.001}
 
@@ -308,7 +311,7 @@ def test_a_plot_without_matplotlib_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LatencyError, match="needs matplotlib: pip install"):
+    with pytest.raises(PlotError, match="needs matplotlib: pip install"):
         latency.plot(example_report(), tmp_path / "ratios.svg")
 
 

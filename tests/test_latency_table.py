@@ -13,12 +13,12 @@ from torch import nn
 
 import rmfx
 from rmfx import latency
-from rmfx._channels import Channels
-from rmfx._errors import OptionError
-from rmfx._graph import Net
-from rmfx._widths import Size, Widths
+from rmfx.analysis.channel_labels import Channels
+from rmfx.errors import OptionError
 from rmfx.frontend import trace
-from rmfx.latency_table import _around
+from rmfx.ir.net import Net
+from rmfx.pruning.families import Size, Widths
+from rmfx.pruning.latency_table import _around
 
 
 @pytest.fixture

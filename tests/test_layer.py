@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rmfx
-from rmfx._errors import OptionError, ShapeError
+from rmfx.errors import OptionError, ShapeError
 from rmfx.models import cifar_resnet
-from rmfx.passes.layer import Carried, ResConv
+from rmfx.modules.factors import Carried, ResConv
 from rmfx.testing import assert_equivalent
 from rmfx.training import Slimming
 

@@ -12,11 +12,13 @@ from builders import Apply, conv, image
 from torch import Tensor, fx, nn
 
 import rmfx
-from rmfx._activation import Activation
-from rmfx._affine import AffineConv
-from rmfx._errors import Refusal
-from rmfx._graph import Net
-from rmfx._layers import input_of, operands, read, read_affine, read_join
+from rmfx.algebra.activation import Activation
+from rmfx.algebra.affine import AffineConv
+from rmfx.errors import Refusal
+from rmfx.ir.joins import operands, read_join
+from rmfx.ir.net import Net
+from rmfx.ir.nodes import input_of
+from rmfx.ir.reading import read, read_affine
 
 Forward = Callable[[Any, Tensor], Any]
 
@@ -220,8 +222,8 @@ def test_a_hooked_layer_is_not_read(module: nn.Module, name: str) -> None:
 def test_joins_have_two_operands_with_factors(
     forward: Forward, factors: tuple[float, float]
 ) -> None:
-    net, node = last_node(forward, image(), a=conv())
-    terms = read_join(net, node)
+    _, node = last_node(forward, image(), a=conv())
+    terms = read_join(node)
     assert isinstance(terms, tuple)
     assert [n.name for n, _ in terms] == ["a", "x"]
     assert tuple(c for _, c in terms) == factors
@@ -240,19 +242,20 @@ def test_joins_have_two_operands_with_factors(
     ],
 )
 def test_other_nodes_join_nothing(forward: Forward) -> None:
-    assert read_join(*last_node(forward, image())) is None
+    _, node = last_node(forward, image())
+    assert read_join(node) is None
 
 
 def test_an_alpha_that_is_computed_is_refused() -> None:
-    net, node = last_node(lambda m, x: torch.add(m.a(x), x, alpha=x.shape[0]), None, a=conv())
-    found = read_join(net, node)
+    _, node = last_node(lambda m, x: torch.add(m.a(x), x, alpha=x.shape[0]), None, a=conv())
+    found = read_join(node)
     assert isinstance(found, Refusal)
     assert "alpha" in found.reason
 
 
 def test_a_value_added_to_itself_is_a_join() -> None:
-    net, node = last_node(lambda m, x: x + x, image())
-    terms = read_join(net, node)
+    _, node = last_node(lambda m, x: x + x, image())
+    terms = read_join(node)
     assert isinstance(terms, tuple)
     assert [n.name for n, _ in terms] == ["x", "x"]
     assert input_of(node) is not None

@@ -13,12 +13,13 @@ from builders import Apply, Residual, chain, conv, conv_bn, conv_branch, image, 
 
 import rmfx
 import rmfx.latency
-from rmfx import measured
-from rmfx._graph import Net
-from rmfx._site import find_sites
-from rmfx.latency import LatencyError
-from rmfx.measured import MeasuredPolicy, cut_out
+from rmfx.ir.net import Net
+from rmfx.removal import measured
+from rmfx.removal.cut_out import cut_out
+from rmfx.removal.measured import MeasuredPolicy
+from rmfx.removal.site import find_sites
 from rmfx.testing import assert_equivalent
+from rmfx.timing.speed import LatencyError
 
 
 def quick(**options: Any) -> MeasuredPolicy:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from torch import nn
 
 import rmfx
-from rmfx import pipeline
-from rmfx.latency import LatencyError
+from rmfx.passes import optimize as pipeline
 from rmfx.testing import NetworkSpec, assert_equivalent, residual_networks
+from rmfx.timing.speed import LatencyError
 
 Times = dict[str, float]
 

@@ -13,12 +13,12 @@ from builders import Apply, conv, image, ready
 from torch import Tensor, nn
 
 import rmfx
-from rmfx._affine import AffineConv
-from rmfx._columns import Linear, Normalised, Plan, Pointwise, build
-from rmfx._errors import Refusal
-from rmfx._graph import Net
-from rmfx._plan import plans
-from rmfx._site import Site, find_sites
+from rmfx.algebra.affine import AffineConv
+from rmfx.errors import Refusal
+from rmfx.ir.net import Net
+from rmfx.removal.columns import Linear, Normalised, Plan, Pointwise, build
+from rmfx.removal.plan import plans
+from rmfx.removal.site import Site, find_sites
 
 Forward = Callable[[Any, Tensor], Any]
 

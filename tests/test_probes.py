@@ -14,7 +14,7 @@ from builders import Apply, assert_refused, chain, conv, image, ready
 from torch import Tensor, fx, nn
 
 import rmfx
-from rmfx._probes import OpenSizes, coprime_sizes, largest_number
+from rmfx.ir.open_sizes import OpenSizes, coprime_sizes, largest_number
 from rmfx.testing import assert_equivalent
 
 Form = Callable[[Any, Tensor], Tensor]

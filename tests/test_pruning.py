@@ -32,14 +32,14 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 import rmfx
-from rmfx._allocation import ALLOCATIONS, spare
-from rmfx._channels import Channels
-from rmfx._errors import OptionError
-from rmfx._graph import Net
-from rmfx._importance import IMPORTANCES, Responses, taylor
-from rmfx._widths import Widths, multiply_adds, parameters
+from rmfx.analysis.channel_labels import Channels
+from rmfx.errors import OptionError
 from rmfx.frontend import trace
-from rmfx.passes.pruning import without
+from rmfx.ir.net import Net
+from rmfx.pruning.allocation import ALLOCATIONS, spare
+from rmfx.pruning.cutting import without
+from rmfx.pruning.families import Widths, multiply_adds, parameters
+from rmfx.pruning.importance import IMPORTANCES, Responses, taylor
 from rmfx.testing import NetworkSpec, residual_networks
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 import rmfx
 from rmfx.cli import main
+from rmfx.cli.pruning_curve import pruning_curve
 from rmfx.demo import load_digits, load_model
-from rmfx.pruning_curve import pruning_curve
 
 MODEL = "rmfx.demo:load_model"
 

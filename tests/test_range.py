@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from rmfx import trace
-from rmfx._activation import TABLE, Activation, Pointwise
-from rmfx._affine import AffineConv
-from rmfx._graph import Net
-from rmfx._range import Range, Ranges, affine_range
+from rmfx.algebra.activation import TABLE, Activation
+from rmfx.algebra.affine import AffineConv
+from rmfx.analysis.ranges import Range, Ranges, affine_range
+from rmfx.ir.net import Net
+from rmfx.modules.activations import Pointwise
 
 F64 = torch.float64
 INF = math.inf

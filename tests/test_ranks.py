@@ -11,7 +11,7 @@ from builders import Apply, Residual, basic_branch, chain, conv, conv_branch, im
 from torch import Tensor, nn
 
 import rmfx
-from rmfx._conditions import has_conditions
+from rmfx.ir.conditions import has_conditions
 from rmfx.testing import random_statistics
 
 FREE: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {

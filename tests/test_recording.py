@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from rmfx._errors import RmfxError, WeightValueError
-from rmfx._recording import Kind, Recorder
+from rmfx.errors import RmfxError, WeightValueError
+from rmfx.removal.recording import Kind, Recorder
 
 LEAVING: dict[str, Any] = {
     "item": lambda w: w[0, 0].item(),

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import rmfx
-from rmfx._errors import OptionError, TraceError, WeightError
-from rmfx._rings import FromRing, Ring, plan
+from rmfx.errors import OptionError, TraceError, WeightError
 from rmfx.models import cifar_resnet
+from rmfx.modules.ring import FromRing, Ring, plan
 
 RESNET18_RING = 512 * 512 * 9  # one convolution of the last stage
 

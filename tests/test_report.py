@@ -12,7 +12,7 @@ from builders import Residual, basic_branch, chain, conv, conv_bn, conv_branch, 
 from torch import nn
 
 import rmfx
-from rmfx import cost
+from rmfx.cost import counting as cost
 
 
 def converted(*, inputs: bool = True) -> torch.fx.GraphModule:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rmfx
-from rmfx._errors import OptionError
+from rmfx.errors import OptionError
 from rmfx.models import cifar_resnet, rmrep
 from rmfx.models.repvgg import RepVGGBlock
 from rmfx.testing import assert_equivalent

@@ -8,10 +8,10 @@ from builders import Apply, chain, image
 from torch import fx, nn
 
 import rmfx
-from rmfx._errors import InternalError, Refusal
-from rmfx._graph import Net
-from rmfx._layers import input_of
-from rmfx._rewrite import apply_rule
+from rmfx.errors import InternalError, Refusal
+from rmfx.ir.driver import apply_rule
+from rmfx.ir.net import Net
+from rmfx.ir.nodes import input_of
 
 
 class Unwrap:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx.saving import (
+from rmfx.files.saving import (
     SaveError,
     VerificationError,
     check_output,

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import rmfx
-from rmfx._graph import Net
-from rmfx._selections import may_select, selection
+from rmfx.ir.net import Net
+from rmfx.ir.selections import may_select, selection
 from rmfx.testing import assert_equivalent
 
 Form = Callable[[Tensor], Tensor]

@@ -21,8 +21,8 @@ from builders import (
 from torch import Tensor, nn
 
 import rmfx
-from rmfx._conditions import take_conditions
-from rmfx._graph import copy_graph
+from rmfx.ir.conditions import take_conditions
+from rmfx.ir.converted import copy_graph
 from rmfx.testing import assert_equivalent
 
 Forward = Callable[[Any, Tensor], Any]

@@ -12,10 +12,10 @@ from builders import Apply, conv, image, ready
 from torch import Tensor, nn
 
 import rmfx
-from rmfx._affine import AffineConv
-from rmfx._errors import Refusal
-from rmfx._graph import Net
-from rmfx._site import Norm, Site, find_sites
+from rmfx.algebra.affine import AffineConv
+from rmfx.errors import Refusal
+from rmfx.ir.net import Net
+from rmfx.removal.site import Norm, Site, find_sites
 
 Forward = Callable[[Any, Tensor], Any]
 

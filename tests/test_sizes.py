@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rmfx
-from rmfx._graph import Net
+from rmfx.ir.net import Net
 from rmfx.testing import assert_equivalent
 
 

@@ -25,21 +25,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rmfx
-from rmfx._activation import Activation
-from rmfx._columns import Plan, Pointwise
-from rmfx._errors import Refusal, RmfxError
-from rmfx._graph import Net
-from rmfx._plan import plans
-from rmfx._range import Ranges
-from rmfx._site import find_sites
-from rmfx._strategy import (
-    AUTO,
-    STRATEGIES,
-    Settled,
-    _scale_into,
-    _shift_into,
-    settle,
-)
+from rmfx.algebra.activation import Activation
+from rmfx.analysis.ranges import Ranges
+from rmfx.errors import Refusal, RmfxError
+from rmfx.ir.net import Net
+from rmfx.removal.codes import STRATEGIES, _shift_into, scale_into
+from rmfx.removal.columns import Plan, Pointwise
+from rmfx.removal.plan import plans
+from rmfx.removal.site import find_sites
+from rmfx.removal.strategy import AUTO, Settled, settle
 from rmfx.testing import assert_equivalent
 
 ENDS = st.floats(-1e4, 1e4, width=32)
@@ -89,7 +83,7 @@ def test_a_scale_maps_into_the_interval_by_powers_of_two(
         torch.tensor(e, dtype=torch.float64) for e in zip(*map(sorted, ranges), strict=True)
     )
     begin, end = sorted(interval)
-    scale = _scale_into(low, high, begin, end)
+    scale = scale_into(low, high, begin, end)
     if scale is None:
         return
     assert bool((scale * low >= begin).all() and (scale * high <= end).all())
@@ -99,8 +93,8 @@ def test_a_scale_maps_into_the_interval_by_powers_of_two(
 @pytest.mark.parametrize("interval", [(-1.0, 1.0), (0.0, 6.0), (-2.0, math.inf)])
 def test_a_scale_is_found_wherever_there_is_one(interval: tuple[float, float]) -> None:
     low = torch.tensor([0.0 if interval[0] == 0 else -100.0])
-    assert _scale_into(low, torch.tensor([1e6]), *interval) is not None
-    assert _scale_into(low, torch.tensor([math.inf]), 0.0, 6.0) is None
+    assert scale_into(low, torch.tensor([1e6]), *interval) is not None
+    assert scale_into(low, torch.tensor([math.inf]), 0.0, 6.0) is None
 
 
 @given(

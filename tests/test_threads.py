@@ -22,8 +22,8 @@ from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace as symbolic
 
 import rmfx
-from rmfx import _threads
-from rmfx._threads import alone, for_this_thread, without_warnings
+from rmfx.ir import threads as _threads
+from rmfx.ir.threads import alone, for_this_thread, without_warnings
 from rmfx.testing import assert_equivalent
 
 CONVERSIONS = 6

@@ -18,8 +18,8 @@ from builders import Apply, Residual, basic_branch, conv, conv_branch, image, re
 from torch import Tensor, fx, nn
 
 import rmfx
-from rmfx._tracing import trace_symbolically
-from rmfx._witness import records_the_same
+from rmfx.frontend.faithful import records_the_same
+from rmfx.frontend.symbolic import trace_symbolically
 from rmfx.testing import assert_equivalent
 
 # Each takes another way with a proxy than with a tensor, and neither raises.

@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 
 import rmfx
 from rmfx import training
-from rmfx._errors import OptionError, WeightError
+from rmfx.errors import OptionError, WeightError
 
 
 def test_inserted_batch_norms_change_nothing_and_train_from_where_they_are() -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import rmfx
-from rmfx._errors import ShapeError
-from rmfx._graph import Net
-from rmfx._trial_inputs import SAME, Example, candidates
+from rmfx.errors import ShapeError
+from rmfx.ir.net import Net
 from rmfx.testing import random_statistics
+from rmfx.testing.trial_inputs import SAME, Example, candidates
 
 X = torch.randn(2, 4, 8, 8, dtype=torch.float64)
 VERBS = (

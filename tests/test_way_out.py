@@ -22,8 +22,8 @@ from torch.export import Dim
 
 import rmfx
 from rmfx.demo import load_digits, load_model
+from rmfx.files.saving import relative_error
 from rmfx.models import cifar_resnet
-from rmfx.saving import relative_error
 
 DYNAMIC = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
 # Ten times what float32 rounds here. A lost carry is a thousand times more:

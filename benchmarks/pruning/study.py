@@ -47,7 +47,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import rmfx
-from rmfx.latency import Settings, compare_speed, machine_of, ratio_of
+from rmfx.latency import machine_of
+from rmfx.timing.speed import Settings, compare_speed, ratio_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "pruning.json"
 SHARES = (0.6, 0.4, 0.25, 0.17, 0.12)

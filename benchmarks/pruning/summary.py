@@ -16,7 +16,7 @@ from _study import FROM_SCRATCH, RUNTIMES, how_timed, label_axes, spread
 from outcomes import UNPRUNED, Job, Outcome, Record
 from tabulate import tabulate
 
-from rmfx.latency import write_figure
+from rmfx.files.figures import write_figure
 
 PEER = "Torch-Pruning"
 MERGED = ("merged", "cut, merged", "depth, merged")

@@ -1,0 +1,303 @@
+"""Interval analysis: between which bounds does every channel of every value lie?
+
+Forward over the graph, channel by channel. A linear layer splits its weights into positive and
+negative parts, low = b + W⁺·low + W⁻·high, where 0 joins the input's interval if zero padding is
+read; an activation maps the interval through its table row. Unknown operations, and inputs without
+a given range, are (−∞, ∞). The result is never narrower than the truth for finite inputs (up to
+rounding of the analysis in float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from rmfx.algebra.activation import Activation, Blockwise
+from rmfx.algebra.affine import AffineConv
+from rmfx.errors import Refusal, RmfxError
+from rmfx.interval import INF, Interval
+from rmfx.ir.elements import Border, Deferred
+from rmfx.ir.joins import read_join
+from rmfx.ir.memo import on_demand
+from rmfx.ir.net import Net
+from rmfx.ir.nodes import input_of
+from rmfx.ir.reading import read
+
+HULL_OF_INPUT = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Range:
+    """low ≤ x ≤ high; tensors of shape (channels,), or (1,) for all channels alike.
+
+    Attributes:
+        last: whether channels are the last dimension (behind a Linear layer) instead of the one
+            after the batch.
+    """
+
+    low: Tensor
+    high: Tensor
+    last: bool = False
+
+    def on_axis(self, *, last: bool) -> Range:
+        """The range per channel of the other axis: the hull, unless the axis is the same."""
+        if last == self.last:
+            return self
+        return Range(self.low.min().reshape(1), self.high.max().reshape(1), last)
+
+    def hull(self, other: Range) -> Range:
+        """What holds both, of one axis: channel by channel where both have as many."""
+        one, two = self, other
+        if one.low.numel() != two.low.numel():
+            one, two = (Range(x.low.min()[None], x.high.max()[None], x.last) for x in (one, two))
+        return Range(torch.minimum(one.low, two.low), torch.maximum(one.high, two.high), self.last)
+
+    @staticmethod
+    def of(low: float, high: float) -> Range:
+        ends = torch.tensor([[low], [high]], dtype=torch.float64)
+        return Range(ends[0], ends[1])
+
+    @property
+    def unbounded(self) -> bool:
+        return bool(torch.isneginf(self.low).all() and torch.isposinf(self.high).all())
+
+
+ANYTHING = Range.of(-INF, INF)
+
+
+def affine_range(layer: AffineConv, x: Range) -> Range:
+    """Range of a linear layer's output for inputs in `x`."""
+    low, high = x.low, x.high
+    if x.unbounded:
+        return ANYTHING
+    if not bool(low.any()) and bool(torch.isposinf(high).all()):
+        return _of_half_line(layer)
+    if layer.pads:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    n_in, n_out = layer.block
+    low = low.expand(layer.in_channels).reshape(layer.groups, n_in, 1)
+    high = high.expand(layer.in_channels).reshape(layer.groups, n_in, 1)
+    weight = layer.weight.to("cpu", torch.float64).reshape(layer.groups, n_out, n_in, -1)
+    up, down = weight.clamp(min=0).sum(-1), weight.clamp(max=0).sum(-1)
+    bias = layer.bias.to("cpu", torch.float64)
+    least = bias + (_product(up, low) + _product(down, high)).flatten()
+    most = bias + (_product(up, high) + _product(down, low)).flatten()
+    return Range(least, most, last=not layer.dims)
+
+
+def _of_half_line(layer: AffineConv) -> Range:
+    """Range for inputs in [0, ∞), the most common case: only the signs of the weights matter."""
+    weight, bias = layer.weight.flatten(1), layer.bias.to(torch.float64)
+    least = torch.where(weight.amin(1) < 0, -INF, bias)
+    most = torch.where(weight.amax(1) > 0, INF, bias)
+    return Range(least.cpu(), most.cpu(), last=not layer.dims)
+
+
+def _product(weight: Tensor, bound: Tensor) -> Tensor:
+    """weight @ bound where 0 · ∞ is 0, for weights of one sign and bounds of one side."""
+    finite = torch.isfinite(bound)
+    total = weight @ torch.where(finite, bound, 0.0)
+    endless = (weight != 0).to(weight) @ (~finite).to(weight) > 0
+    sign = torch.where((weight @ torch.where(finite, 0.0, bound.sign())) > 0, INF, -INF)
+    return torch.where(endless, sign, total)
+
+
+def activation_range(activation: Activation, x: Range) -> Range:
+    """Range of an activation's output for inputs in `x`."""
+    low, high = activation.image
+    if activation.row.slope is not None:
+        ends = [_sloped(activation, v) for v in (x.low, x.high)]
+        # Piecewise linear with its kink at 0: the extremes lie at the ends and at 0.
+        zero = torch.zeros_like(ends[0])
+        crosses = (x.low < 0) & (x.high > 0)
+        ends.append(torch.where(crosses, zero, ends[0]))
+        stacked = torch.stack(ends)
+        return Range(stacked.amin(0), stacked.amax(0), x.last)
+    if activation.row.monotone:
+        # At infinity a formula may be undefined; the image bounds it there.
+        ends = [activation.apply(x.low).nan_to_num(low), activation.apply(x.high).nan_to_num(high)]
+        return Range(ends[0].clamp(min=low), ends[1].clamp(max=high), x.last)
+    if activation.fixes(x.low, x.high):
+        return x
+    return Range.of(low, high)
+
+
+def _blockwise_range(layer: Blockwise, x: Range) -> Range:
+    total = sum(b.width for b in layer.blocks)
+    widths = [b.width for b in layer.blocks]
+    lows, highs = x.low.expand(total).split(widths), x.high.expand(total).split(widths)
+    parts = [
+        activation_range(b.activation, Range(low, high)) if b.activation else Range(low, high)
+        for b, low, high in zip(layer.blocks, lows, highs, strict=True)
+    ]
+    return Range(
+        torch.cat([p.low.expand(w) for p, w in zip(parts, widths, strict=True)]),
+        torch.cat([p.high.expand(w) for p, w in zip(parts, widths, strict=True)]),
+        x.last,
+    )
+
+
+def _sloped(activation: Activation, x: Tensor) -> Tensor:
+    slope = activation.row.slope(activation.module) if activation.row.slope else 1.0
+    slope = torch.as_tensor(slope, dtype=torch.float64).cpu().reshape(-1)
+    below = torch.where(slope == 0, torch.zeros_like(slope), slope * x.clamp(max=0))
+    return torch.where(x > 0, x, below)
+
+
+def check_range(input_range: Interval | None) -> None:
+    """Raise RmfxError unless it is None or (low, high)."""
+    if input_range is None:
+        return
+    is_pair = isinstance(input_range, (tuple, list)) and len(input_range) == 2
+    numbers = is_pair and all(isinstance(v, (int, float)) for v in input_range)
+    if not numbers or not input_range[0] <= input_range[1]:
+        raise RmfxError(f"input_range={input_range!r}: pass (low, high) with low <= high")
+
+
+class Ranges:
+    """Ranges of the values of one net, computed on demand and kept.
+
+    Args:
+        net: the net.
+        input_range: of the inputs, if known.
+        weights_vary: whether weights may change, so that they prove nothing, and gradients count.
+        measured: extremes found on data, by node name: with the channels in dimension 1, and with
+            the channels last.
+    """
+
+    def __init__(
+        self,
+        net: Net,
+        input_range: Interval | None = None,
+        *,
+        weights_vary: bool = False,
+        measured: Mapping[str, tuple[Range, Range]] | None = None,
+    ) -> None:
+        self._measured = measured or {}
+        self._net = net
+        self.weights_vary = weights_vary
+        self._input = Range.of(*input_range) if input_range else ANYTHING
+        if weights_vary:  # at the very ends of an activation's identity its gradient is another one
+            self._input = _beyond(self._input)
+        self._known: dict[fx.Node, Range] = {}
+
+    def of(self, node: fx.Node) -> Range:
+        """The range of a node's value."""
+        return on_demand(node, self._known, self._compute)
+
+    def measured(self, node: fx.Node, *, last: bool) -> Range | None:
+        """The extremes of a node's value on the data that were given, None if none were."""
+        found = self._measured.get(self._net.values.get(node, ""))
+        return found and found[last]
+
+    def set(self, node: fx.Node, value: Range) -> None:
+        """Let a new node have the range of the value it stands for."""
+        self._known[node] = value
+
+    def known(self, node: fx.Node) -> Range | None:
+        return self._known.get(node)
+
+    def fixed_by(self, node: fx.Node, activation: Activation) -> bool:
+        """Whether `activation` provably leaves a node's value as it is.
+
+        The last activation before the node often proves it alone; only then is the graph walked.
+        """
+        here = node
+        while self._passes_values(here):
+            here = here.all_input_nodes[0]
+        element = read(self._net, here) if here.op == "call_module" else None
+        if isinstance(element, Activation) and activation.fixes_all_of(*element.image):
+            return True
+        x = self.of(node)
+        return activation.fixes(x.low, x.high)
+
+    def _compute(self, node: fx.Node) -> Range:
+        if node.meta.get("frozen") or node.meta.get("number"):
+            return ANYTHING
+        if node.op == "placeholder":
+            return self._input
+        terms = read_join(node)
+        if isinstance(terms, Refusal):
+            return ANYTHING
+        if terms is not None:
+            return self._sum(terms)
+        x = input_of(node)
+        if x is None:
+            return ANYTHING
+        if self._passes_values(node):
+            # Pooling runs over dimensions after the channels, or over what would be channels.
+            return self._known[x].on_axis(last=False)
+        if type(self._net.module(node)) is nn.Flatten and self._net.guard(node) is None:
+            return _hull(self._known[x])
+        return self._through(node, self._known[x])
+
+    def _passes_values(self, node: fx.Node) -> bool:
+        """Whether a node's values lie between those of its input."""
+        known = type(self._net.module(node)) in HULL_OF_INPUT and len(node.all_input_nodes) == 1
+        return known and not node.meta.get("frozen") and self._net.guard(node) is None
+
+    def _through(self, node: fx.Node, x: Range) -> Range:
+        element = read(self._net, node) if node.op != "output" else Refusal("")
+        if self.weights_vary and _has_parameters(element):
+            return ANYTHING
+        if isinstance(element, Activation):
+            # Slopes per channel belong to dimension 1.
+            return activation_range(element, x.on_axis(last=False) if element.is_per_channel else x)
+        if isinstance(element, Blockwise):
+            return _blockwise_range(element, x.on_axis(last=not element.dims))
+        if isinstance(element, Border):
+            mode, value = element.filling
+            in_space = self._net.rank(node) == element.dims + 2  # else it pads channels, too
+            x = x.on_axis(last=False) if in_space else _hull(x)
+            if mode != "constant":  # it repeats what is there
+                return x
+            return Range(x.low.clamp(max=value), x.high.clamp(min=value), x.last)
+        if isinstance(element, Deferred):
+            source = input_of(node)
+            rank = self._net.rank(node)
+            if rank is None or rank < 2 or source is None:
+                return ANYTHING
+            channels = self._net.channels(source, rank - 2)
+            element = element.build(channels, rank - 2) if channels else Refusal("")
+        if not isinstance(element, AffineConv) or self.weights_vary:
+            return ANYTHING
+        x = x.on_axis(last=not element.dims)
+        return affine_range(element, x) if x.low.numel() in (1, element.in_channels) else ANYTHING
+
+    def _sum(self, terms: tuple[tuple[fx.Node, float], ...]) -> Range:
+        low, high = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        last = self._known[terms[0][0]].last
+        for node, factor in terms:
+            x = self._known[node].on_axis(last=last)
+            if x.low.numel() != low.numel() and 1 not in (x.low.numel(), low.numel()):
+                return ANYTHING
+            ends = (x.low, x.high) if factor >= 0 else (x.high, x.low)
+            if factor == 0:
+                continue
+            low, high = low + factor * ends[0], high + factor * ends[1]
+        return Range(low, high, last)
+
+
+def _has_parameters(element: object) -> bool:
+    """Whether an activation has parameters of its own, as PReLU has."""
+    blocks = element.blocks if isinstance(element, Blockwise) else ()
+    parts = (element, *(b.activation for b in blocks))
+    return any(isinstance(a, Activation) and list(a.module.parameters()) for a in parts)
+
+
+def _beyond(x: Range) -> Range:
+    """A range that holds another one in its inside."""
+    end = torch.tensor(INF, dtype=torch.float64)
+    return Range(torch.nextafter(x.low, -end), torch.nextafter(x.high, end), x.last)
+
+
+def _hull(x: Range) -> Range:
+    return Range(x.low.min().reshape(1), x.high.max().reshape(1))

@@ -1,0 +1,5 @@
+"""The command `rmfx`."""
+
+from .main import main
+
+__all__ = ["main"]

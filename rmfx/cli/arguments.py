@@ -1,0 +1,240 @@
+"""What the command `rmfx` takes: its parser, and what text becomes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from collections.abc import Callable, Mapping
+
+import torch
+
+from rmfx.fuzz import FRONTENDS, PASSES
+from rmfx.passes.pruning import OF
+from rmfx.pruning.allocation import ALLOCATIONS
+from rmfx.pruning.importance import IMPORTANCES
+from rmfx.removal.codes import STRATEGIES
+from rmfx.timing.runtimes import RUNTIMES
+
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
+_MODEL_HELP = """\
+MODEL is one of
+  torchvision:NAME         an architecture of torchvision, e.g. torchvision:resnet18
+  timm:NAME                an architecture of timm, e.g. timm:mobilenetv2_100
+  package.module:factory   a function without arguments that returns a torch.nn.Module
+  FILE.pt2                 a program saved by torch.export.save
+
+What is safe to open: a .pt2 file, a .safetensors file and a checkpoint of tensors run nothing that
+stands in them; a file that would is refused. A factory is code that runs, as is whatever stands in
+its module and in the current folder: name only code you trust.
+"""
+_SAFETY = (
+    "Files of weights and .pt2 files run no code of their own; package.module:factory is code that"
+    " runs."
+)
+_PASS_HELP = "one of %s, or package.module:function, called as f(model, inputs)"
+_FUZZ_HELP = "Exit codes: 0 if the pass held, 1 if a network broke it, 2 for wrong usage."
+Run = Callable[[argparse.Namespace], None]
+
+
+def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
+    """The parser of the command.
+
+    Args:
+        runs: what each subcommand does; its options get it as `run`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="rmfx",
+        description="Removes residual connections from trained networks, exactly.",
+        epilog=_SAFETY,
+    )
+    version = importlib.metadata.version("rmfx")
+    parser.add_argument("--version", action="version", version=f"rmfx {version}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    demo = commands.add_parser("demo", help="convert a small trained network and show the result")
+    demo.set_defaults(run=runs["demo"])
+    for name, text, add_options in (
+        (
+            "convert",
+            "convert a network, write it to a file and check the file",
+            (_add_model_options, _add_conversion_options, _add_output_options),
+        ),
+        (
+            "report",
+            "say what a conversion would do: as tables, or as a page",
+            (_add_model_options, _add_conversion_options, _add_page_options),
+        ),
+        (
+            "prune",
+            "remove the filters that matter least, until the network is as small as asked for",
+            (_add_model_options, _add_pruning_options),
+        ),
+        (
+            "bench",
+            "time networks before and after the conversion, in several runtimes",
+            (_add_bench_options,),
+        ),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=_MODEL_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=runs[name])
+        _add_input_options(command)
+        for add in add_options:
+            add(command)
+    models = commands.add_parser("models", help="list the networks that come with rmfx")
+    models.set_defaults(run=runs["models"])
+    text = "try a pass on random networks; the first that it breaks is made small and shown"
+    command = commands.add_parser(
+        "fuzz", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_FUZZ_HELP
+    )
+    command.set_defaults(run=runs["fuzz"])
+    _add_fuzz_options(command)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        command.add_argument("--traceback", action="store_true", help="show where an error arose")
+    return parser
+
+
+def _add_input_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--input-shape",
+        metavar="N,C,H,W",
+        action="append",
+        type=_parse_shape,
+        help="shape of an input, batch first, e.g. 1,3,224,224; repeat it for several inputs",
+    )
+    add(
+        "--activation",
+        default="auto",
+        metavar="WAYS",
+        type=_parse_ways,
+        help=f"how carries pass activations: auto, relu, or some of {','.join(STRATEGIES)} (auto)",
+    )
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="what to convert, see below")
+    add("--weights", metavar="FILE", help="safetensors, or a PyTorch checkpoint of tensors only")
+    add("--dtype", choices=_DTYPES, help="compute in this type (default: the model's own)")
+
+
+def _add_conversion_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--no-fold-batch-norm", action="store_true", help="keep batch norm layers")
+    add("--strict", action="store_true", help="fail if one residual connection cannot be removed")
+    text = "remove all that can be removed, or only what should pay by a simple cost model"
+    add("--policy", choices=("all", "profitable"), default="all", help=text)
+
+
+def _add_page_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--html", metavar="FILE.html", help="write one page with tables, plots and both graphs")
+    names = ",".join(RUNTIMES)
+    text = f"with --html: measure the latency in some of {names}, batch 1"
+    add("--runtimes", type=_parse_runtimes, default=(), metavar="NAMES", help=text)
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-o", "--output", metavar="OUT", required=True, help="file to write: .pt2 or .onnx")
+    add("--tolerance", type=float, help="largest relative error accepted in the written file")
+
+
+def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    text = "share of the cost to keep, in (0, 1]; several for a table or a plot"
+    add("--target", metavar="SHARE,...", type=_parse_shares, required=True, help=text)
+    add("--of", choices=OF, default=OF[0], help="the cost that is meant (macs)")
+    text = "package.module:function that gives batches of (inputs, classes)"
+    add("--data", metavar="NAME", help=text)
+    text = "how much a filter matters (taylor with --data, else l2)"
+    add("--importance", choices=IMPORTANCES, help=text)
+    add("--allocation", choices=ALLOCATIONS, default=ALLOCATIONS[0], help="how layers share it")
+    add("--protect", metavar="PATTERN", action="append", default=[], help="layers to leave alone")
+    add("--multiple", type=_parse_count, default=1, help="round the filters up to it (1)")
+    add("-o", "--output", metavar="OUT", help="file to write: .pt2 or .onnx; for one target")
+    add("--plot", metavar="FILE", help="file to draw the accuracy to: .svg or .png; needs --data")
+
+
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("models", metavar="MODEL", nargs="+", help="what to measure, see below")
+    # How long a network takes does not depend on its weights; the runtimes share float32 only.
+    parser.set_defaults(weights=None, dtype=None)
+    names = ",".join(RUNTIMES)
+    add("--runtimes", type=_parse_runtimes, default=tuple(RUNTIMES), help=f"some of {names} (all)")
+    add("--batch", metavar="N,...", type=_parse_batches, default=(1, 8), help="sizes (1,8)")
+    add("--threads", type=_parse_count, default=torch.get_num_threads(), help="for one inference")
+    add("--rounds", type=_parse_count, default=20, help="measurements of each form (20)")
+    add("--tolerance", type=float, help="largest relative error accepted of a runtime")
+    add("-o", "--output", metavar="FILE.json", help="file to write the measurements to")
+    add("--plot", metavar="FILE", help="file to draw the ratios to: .svg or .png")
+
+
+def _add_fuzz_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    passes = ", ".join(PASSES)
+    add(
+        "--examples", metavar="N", type=_parse_count, help="networks (100; with --time: any number)"
+    )
+    add("--seed", metavar="S", type=int, default=0, help="equal seeds draw equal networks (0)")
+    add("--pass", metavar="NAME", dest="transform", default=PASSES[0], help=_PASS_HELP % passes)
+    add("--frontend", choices=FRONTENDS, default=FRONTENDS[0], help="how the networks are held")
+    ways = f"how carries pass activations: auto, relu, random, or some of {','.join(STRATEGIES)}"
+    add("--activation", metavar="WAYS", type=_parse_ways, default="auto", help=ways)
+    add("--time", metavar="SECONDS", type=float, help="draw no more networks after so many")
+
+
+def _parse_shape(text: str) -> tuple[int, ...]:
+    return _parse_sizes(text, "1,3,224,224")
+
+
+def _parse_batches(text: str) -> tuple[int, ...]:
+    return _parse_sizes(text, "1,8")
+
+
+def _parse_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _parse_sizes(text: str, example: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes like {example}")
+    return sizes
+
+
+def _parse_shares(text: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(share) for share in text.split(","))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of shares like 0.75,0.5")
+    return shares
+
+
+def _parse_ways(text: str) -> str | tuple[str, ...]:
+    names = tuple(text.split(","))
+    return names[0] if len(names) == 1 else names
+
+
+def _parse_runtimes(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name not in RUNTIMES]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"unknown: {', '.join(map(repr, unknown))}; choose from {', '.join(RUNTIMES)}"
+        )
+    return names

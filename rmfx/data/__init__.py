@@ -1,0 +1,1 @@
+"""What is done with the data that callers give."""

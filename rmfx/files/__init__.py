@@ -1,0 +1,1 @@
+"""Models and figures as files."""

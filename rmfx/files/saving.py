@@ -1,0 +1,323 @@
+"""Writes a converted network to a file, whole or not at all, and checks what was written.
+
+The file is written under its own name in a hidden folder beside its place, loaded again, run
+against the original on random inputs, and only then moved to its place in one step. Whatever goes
+wrong before that step, an interruption included, leaves the place as it was.
+
+`.pt2` is `torch.export`'s format; `.onnx` needs the packages onnx, onnxscript and onnxruntime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from rmfx.errors import RmfxError, VerificationError
+
+SUFFIXES = (".pt2", ".onnx")
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_ONNX_LIMIT = 2**31  # bytes: a protobuf message cannot be larger
+
+
+# Two orders of magnitude above the rounding of one operation: depth adds up, and another order of
+# summation is no error. A wrong layer is far above it.
+_HALVES = (torch.float16, torch.bfloat16)
+_TOLERANCES = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 5e-2,
+    torch.bfloat16: 2e-1,
+}
+
+
+# What the exporter raises for a model it cannot follow (Dynamo's errors are RuntimeErrors).
+_EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
+Function = Callable[..., Any]
+
+
+class SaveError(RmfxError):
+    """The network cannot be written as asked; nothing was left behind."""
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """A file that was written, loaded, run and found equal.
+
+    Attributes:
+        path: where it is.
+        size: bytes.
+        free_batch: whether it takes batches of any size; otherwise that of the example inputs only.
+        runs: how many random inputs it was checked on.
+        error: the largest relative error, max |file - original| / max |original|.
+        tolerance: the error that would have been too large.
+    """
+
+    path: Path
+    size: int
+    free_batch: bool
+    runs: int
+    error: float
+    tolerance: float
+
+
+def check_output(path: str | os.PathLike[str]) -> Path:
+    """Finds out, before any work is done, whether `save` could write to `path`.
+
+    Raises:
+        SaveError: another suffix than .pt2 and .onnx, no such folder, no permission, a place that
+            holds something else than a file, or packages that the format needs are missing.
+    """
+    place = check_place(path, SUFFIXES)
+    if place.suffix == ".onnx":
+        absent = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+        if absent:
+            raise SaveError(f".onnx files need more packages: pip install {' '.join(absent)}")
+    return place
+
+
+def check_place(path: str | os.PathLike[str], suffixes: Sequence[str]) -> Path:
+    """Finds out whether a file could be written to `path`.
+
+    Raises:
+        SaveError: another suffix than those given, no such folder, no permission, or a place that
+            holds something else than a file.
+    """
+    place = Path(path)
+    if place.suffix not in suffixes:
+        raise SaveError(f"{place}: the name must end in {' or '.join(suffixes)}")
+    if place.exists() and not place.is_file():
+        raise SaveError(f"{place} exists and is not a file")
+    if place.exists() and not os.access(place, os.W_OK):
+        raise SaveError(f"{place} exists and is read-only")
+    with whole_file(place):
+        return place
+
+
+def save(
+    gm: fx.GraphModule,
+    path: str | os.PathLike[str],
+    example_inputs: Sequence[Tensor],
+    *,
+    reference: nn.Module | ExportedProgram | None = None,
+    tolerance: float | None = None,
+) -> SavedFile:
+    """Writes `gm` to `path` and checks the written file against the reference.
+
+    Args:
+        gm: a network in eval mode.
+        path: ends in .pt2 or .onnx. A file that is there already is replaced.
+        example_inputs: what the network takes; the first dimension of each is the batch, which the
+            file leaves free if the network allows it.
+        reference: what the file must compute, by default `gm` itself.
+        tolerance: largest relative error that is accepted, by default 1e-4 in float32.
+
+    Raises:
+        SaveError: the place cannot be written to, or the network cannot be exported.
+        VerificationError: the error is too large or not finite.
+
+    Example:
+        >>> from torch import fx, nn
+        >>> gm = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval())
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> saved = save(gm, Path(folder.name) / "net.pt2", (torch.zeros(1, 3, 8, 8),))
+        >>> saved.free_batch, saved.error
+        (True, 0.0)
+        >>> folder.cleanup()
+    """
+    place = check_output(path)
+    original = as_function(gm if reference is None else reference)
+    inputs = tuple(example_inputs)
+    if place.suffix == ".onnx" and any(x.dtype in (torch.float64, *_HALVES) for x in inputs):
+        raise SaveError("onnxruntime computes convolutions in float32 only; use float32 or .pt2")
+    program, free_batch = _export(gm, original, inputs)
+    # Three batches of other numbers than zeros: as given, and where batches are free one and five.
+    sizes: list[int | None] = [None, 1, 5] if free_batch else [None] * 3
+    trials = [random_like(inputs, batch, seed) for seed, batch in enumerate(sizes)]
+    limit = default_tolerance(inputs) if tolerance is None else tolerance
+    with whole_file(place) as temporary:
+        _write(program, temporary)
+        error = _verify(original, _load(temporary), trials, limit)
+        size = temporary.stat().st_size
+    return SavedFile(place, size, free_batch, len(trials), error, limit)
+
+
+def as_function(model: nn.Module | ExportedProgram) -> nn.Module:
+    """What can be called with inputs: the model itself, or the module of an exported program."""
+    return model.module() if isinstance(model, ExportedProgram) else model
+
+
+def random_like(inputs: Sequence[Tensor], batch: int | None = None, seed: int = 0) -> list[Tensor]:
+    """Normally distributed inputs of the same shapes and types, with another batch if given.
+
+    Inputs that are not floating-point numbers (indices, masks) keep their values: any others might
+    not be valid ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for x in inputs:
+        shape = (batch or x.shape[0], *x.shape[1:]) if x.ndim else ()
+        if x.is_floating_point():
+            made.append(torch.randn(shape, generator=generator).to(x))
+        else:
+            repeats = -(-shape[0] // max(x.shape[0], 1)) if x.ndim else 1
+            made.append(torch.cat([x] * repeats)[: shape[0]] if x.ndim else x)
+    return made
+
+
+def relative_error(expected: object, found: object) -> float:
+    """The largest max |found - expected| / max |expected| over all tensors of two outputs.
+
+    Infinite where number, shapes or types of the tensors differ, or a number is not finite.
+    """
+    wanted, given = _tensors(expected), _tensors(found)
+    if len(wanted) != len(given):
+        return float("inf")
+    return max((_tensor_error(a, b) for a, b in zip(wanted, given, strict=True)), default=0.0)
+
+
+def _tensor_error(expected: Tensor, found: Tensor) -> float:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    a, b = expected.detach().double(), found.detach().double()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return float("inf")
+    difference, scale = float((a - b).abs().max()), float(a.abs().max())
+    return difference / scale if scale else difference
+
+
+def _tensors(output: object) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def default_tolerance(inputs: Sequence[Tensor]) -> float:
+    """The relative error to accept, by the coarsest type of the inputs: 1e-4 in float32."""
+    return max((_TOLERANCES.get(x.dtype, 0.0) for x in inputs), default=0.0) or 1e-4
+
+
+@contextlib.contextmanager
+def whole_file(place: Path) -> Iterator[Path]:
+    """A temporary path on the same disk, which becomes `place` if the block ends without error.
+
+    It has the final name, since writers look at the suffix. If the block writes no file, `place`
+    stays as it is. The folder around it vanishes in any case.
+    """
+    target = Path(os.path.realpath(place))
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+            temporary = Path(folder) / target.name
+            yield temporary
+            if temporary.exists():
+                _flush(temporary)
+                os.replace(temporary, target)
+                _flush(target.parent)
+    except OSError as error:
+        raise SaveError(f"{place} cannot be written: {error.strerror or error}") from error
+
+
+def _flush(path: Path) -> None:
+    """Brings a file, or a folder's list of names, to the disk."""
+    if path.is_dir() and os.name != "posix":  # only there can a folder be opened
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _export(
+    gm: fx.GraphModule, original: Function, inputs: tuple[Tensor, ...]
+) -> tuple[ExportedProgram, bool]:
+    """The program to write, and whether its batch is free."""
+    if _takes_any_batch(gm, original, inputs):
+        # A batch of one would be taken for a constant; two stand for any number.
+        batched, batch = tuple(random_like(inputs, batch=2)), Dim("batch")
+        with contextlib.suppress(*_EXPORT_ERRORS):
+            shapes = tuple({0: batch} for _ in inputs)
+            return torch.export.export(gm, batched, dynamic_shapes=shapes), True
+    try:
+        return torch.export.export(gm, inputs), False
+    except _EXPORT_ERRORS as error:
+        raise SaveError(f"torch.export cannot export the network: {error}") from error
+
+
+def _takes_any_batch(gm: fx.GraphModule, original: Function, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether both functions accept, and agree on, another batch than that of the inputs."""
+    if any(x.ndim < 2 for x in inputs) or len({x.shape[0] for x in inputs}) != 1:
+        return False
+    trial = random_like(inputs, batch=inputs[0].shape[0] + 1)
+    try:
+        with torch.no_grad():
+            return relative_error(original(*trial), gm(*trial)) <= default_tolerance(inputs)
+    except _EXPORT_ERRORS:
+        return False
+
+
+def _write(program: ExportedProgram, path: Path) -> None:
+    if path.suffix == ".onnx":
+        size = sum(value.nbytes for value in program.state_dict.values())
+        if size >= _ONNX_LIMIT:
+            raise SaveError(
+                f"{size / 1e9:.1f} GB of weights do not fit in one .onnx file; use .pt2"
+            )
+    try:
+        if path.suffix == ".onnx":
+            torch.onnx.export(program, (), path, external_data=False, verbose=False)
+        else:
+            # To memory first: where a disk is full, torch's own writer ends the whole process.
+            written = io.BytesIO()
+            torch.export.save(program, written)
+            path.write_bytes(written.getbuffer())
+    except _EXPORT_ERRORS as error:
+        raise SaveError(f"the network cannot be written as {path.suffix}: {error}") from error
+
+
+def _load(path: Path) -> Function:
+    """The written file as a function of tensors."""
+    if path.suffix == ".pt2":
+        return as_function(torch.export.load(path))
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        arrays = {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(array) for array in session.run(None, arrays)]
+
+    return run
+
+
+def _verify(
+    original: Function, written: Function, trials: Sequence[Sequence[Tensor]], tolerance: float
+) -> float:
+    """The largest error over all trials; an error where it is above the tolerance."""
+    worst = 0.0
+    with torch.no_grad():
+        for trial in trials:
+            expected = original(*trial)
+            if not all(x.isfinite().all() for x in _tensors(expected) if x.is_floating_point()):
+                raise VerificationError(
+                    "the original gives NaN or Inf on random inputs, so nothing can be compared"
+                )
+            worst = max(worst, relative_error(expected, written(*trial)))
+    if not worst <= tolerance:
+        raise VerificationError(
+            f"the written file differs from the original by {worst:.2g} (relative); at most"
+            f" {tolerance:.2g} is accepted; nothing was kept"
+        )
+    return worst

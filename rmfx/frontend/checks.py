@@ -1,0 +1,149 @@
+"""What a model must be to be traced: in eval mode, with weights that have values, and running."""
+
+from __future__ import annotations
+
+import keyword
+import reprlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    is_fake,
+)
+
+from rmfx.errors import ModeError, ShapeError, TraceError, WeightError, first_line
+from rmfx.ir.notes import OWN_GRADIENT
+from rmfx.ir.weights import check_weight
+from rmfx.modules.ring import FromRing
+from rmfx.options import Inputs
+
+SWITCHES_OF_GRADIENTS = ("_set_grad_enabled", "set_grad_enabled", "wrap_with_set_grad_enabled")
+MODE_DEPENDENT = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.modules.dropout._DropoutNd,
+    nn.RReLU,
+)
+
+
+def note_switches(gm: fx.GraphModule) -> None:
+    """Note whether a part has a gradient of its own; raise TraceError for autocast of a part."""
+    for node in gm.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if name in ("_enter_autocast", "_exit_autocast"):
+            raise TraceError(
+                f"{node.name}: the code switches autocast for a part of the network, and a rewrite "
+                "would take layers out of it; take the switch out, or convert what is inside of it"
+            )
+        if node.meta.get(OWN_GRADIENT) or name in SWITCHES_OF_GRADIENTS:
+            gm.meta.setdefault(OWN_GRADIENT, node.name)
+
+
+def check_mode(model: nn.Module) -> None:
+    """Raise ModeError if a layer of `model` would behave differently in eval mode."""
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, MODE_DEPENDENT):
+            raise ModeError(
+                f"{name or type(module).__name__} ({type(module).__name__}) is in training mode; "
+                "call model.eval() first"
+            )
+
+
+def check_weights(gm: fx.GraphModule) -> None:
+    """Raise WeightError for a parameter or batch statistic that cannot be computed with."""
+    for name, value in gm.named_parameters():
+        check_weight(name, value)
+    for name, buffer in gm.named_buffers():
+        if is_fake(buffer):
+            raise WeightError(
+                f"{name}: torch.export kept the shape of this constant, and lost its value, which "
+                "is so where the code reads `.data`; write `.detach()` there and export it again"
+            )
+        if buffer.requires_grad and not buffer.is_leaf:
+            raise WeightError(
+                f"{name}: this buffer was computed with gradients on and cannot be copied; replace "
+                f"it by itself without them: model.{name} = model.{name}.detach()"
+            )
+    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
+    for name, module in gm.named_modules():
+        if not isinstance(module, kinds):
+            continue
+        for own, statistic in module.named_buffers(name, recurse=False):
+            check_weight(own, statistic)
+        weight = module.weight
+        if weight is not None and not weight.is_floating_point():
+            raise WeightError(
+                f"{name}.weight: {weight.dtype} weights are not supported; convert the model "
+                "with model.float()"
+            )
+
+
+def check_functional_mode(gm: fx.GraphModule) -> None:
+    """Raise ModeError where a graph calls batch norm so that it updates running statistics."""
+    calls = (
+        (F.batch_norm, 1, 5),
+        (torch.batch_norm, 3, 5),
+        (torch.ops.aten.batch_norm.default, 3, 5),
+    )
+    for node in gm.graph.nodes:
+        for target, mean, training in calls:
+            if node.target is not target:
+                continue
+            given = dict(enumerate(node.args))
+            is_training = node.kwargs.get("training", given.get(training, False))
+            if is_training is True and isinstance(
+                node.kwargs.get("running_mean", given.get(mean)), fx.Node
+            ):
+                raise ModeError(
+                    f"{node.name}: batch norm is called in training mode; call model.eval() before "
+                    "tracing or exporting"
+                )
+
+
+def check_rings(model: nn.Module) -> None:
+    """Raise TraceError for weights of a ring, which would be lost behind the graph."""
+    for path, module in model.named_modules():
+        if isinstance(module, FromRing):
+            layer = path.partition(".parametrizations.")[0]
+            raise TraceError(
+                f"the weight of {layer} is drawn from a ring, which a graph would lose; make "
+                "ordinary weights of it first, by rmfx.materialize(model)"
+            )
+
+
+def check_names(model: nn.Module) -> None:
+    """Raise TraceError for a name that torch.fx cannot write down."""
+    for path, _ in model.named_modules():
+        if keyword.iskeyword(path.rpartition(".")[2]):
+            raise TraceError(
+                f"{path}: torch.fx writes a network as Python code, in which this name, a keyword, "
+                "cannot stand; rename the module"
+            )
+
+
+def check_stars(gm: fx.GraphModule) -> None:
+    """Raise TraceError where code reads any number of arguments: of a proxy nobody knows it."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and str(node.target).startswith("*") and node.users:
+            raise TraceError(f"it reads any number of arguments, as {node.target}")
+
+
+def check_defaults(gm: fx.GraphModule) -> None:
+    """Raise TraceError where code may ask whether an argument is None: of a proxy it never is."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and node.args and node.args[0] is None:
+            raise TraceError(f"its argument {node.target} may be None, which a proxy never is")
+
+
+def does_not_run(inputs: Inputs, error: Exception) -> ShapeError:
+    """The error for a model that fails on its example inputs."""
+    if isinstance(error, (DynamicOutputShapeException, DataDependentOutputException)):
+        return ShapeError(
+            f"the model's sizes or ways depend on values ({first_line(error)}), of which example "
+            "inputs are an example only; leave them out, or convert the part before"
+        )
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else reprlib.repr(x) for x in inputs]
+    return ShapeError(f"the model does not run on the example inputs {shapes}: {first_line(error)}")

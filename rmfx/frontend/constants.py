@@ -1,0 +1,126 @@
+"""Values that follow from the model's own tensors alone are computed once.
+
+A weight-standardised convolution normalises its weight at every call, a layer scale is reshaped
+before it is used. What does not depend on the network's input becomes a constant, so that the layer
+behind it is an ordinary one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import _side_effectful_functions
+
+from rmfx.algebra.activation import is_activation
+from rmfx.errors import WeightValueError
+from rmfx.ir.nodes import attribute, run_node
+
+from .effects import Watch, effects_of
+
+TRANSPOSITIONS = (torch.ops.aten.t.default, torch.ops.aten.permute.default)
+
+
+# A constant that is spread out needs memory that the model did not.
+LARGEST_GROWTH = 4
+SMALL = 1 << 16
+
+
+def fold_constants(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    """Replace every value that depends on parameters and buffers only by a buffer.
+
+    Returns:
+        The nodes that gave the values, by the names of the buffers.
+    """
+    known = _known(gm)
+    made = 0
+    made_by: dict[str, fx.Node] = {}
+    for node in [node for node in known if _is_to_be_kept(node, known)]:
+        name, made = _free_name(gm, made)
+        gm.register_buffer(name, known[node])
+        made_by[name] = node
+        with gm.graph.inserting_before(node):
+            constant = gm.graph.get_attr(name)
+        constant.meta = {k: v for k, v in node.meta.items() if k in ("shape", "dtype")}
+        node.replace_all_uses_with(constant)
+    for node, value in known.items():
+        if isinstance(value, (int, float)):
+            _write_down(node, value)
+    for node in reversed(list(known)):
+        if not node.users:
+            gm.graph.erase_node(node)
+    return made_by
+
+
+def numbers_of(gm: fx.GraphModule) -> dict[fx.Node, int | float]:
+    """The numbers that a graph reads out of the model's own tensors, if it writes to none of them.
+
+    Nobody knows them of fake tensors, on which shapes are found.
+    """
+    if not any("item" in str(node.target) for node in gm.graph.nodes):
+        return {}
+    known = _known(gm)
+    if any(one in known for node in gm.graph.nodes for one in effects_of(gm, node).writes):
+        return {}
+    return {node: value for node, value in known.items() if isinstance(value, (int, float))}
+
+
+def _known(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+    """The values that depend on parameters and buffers only, and these."""
+    known: dict[fx.Node, Any] = {}
+    for node in gm.graph.nodes:
+        if node.meta.get("frozen"):
+            continue
+        if node.op == "get_attr":
+            value = attribute(gm, node)
+            if isinstance(value, Tensor):
+                known[node] = value
+        elif _is_constant(gm, node, known):
+            try:
+                with torch.no_grad(), Watch(known[n] for n in node.all_input_nodes):
+                    known[node] = run_node(node, known, gm.get_submodule)
+            # An operation that fails now fails when the model runs, and not before; one that draws
+            # at random draws when the model runs.
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+                continue
+            except WeightValueError:  # what a number decides stays in the graph
+                continue
+    return known
+
+
+def _write_down(node: fx.Node, value: float) -> None:
+    """Let the readers of a number have it as an argument."""
+    for user in list(node.users):
+        user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
+        user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)
+
+
+def _is_constant(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> bool:
+    inputs = node.all_input_nodes
+    if not inputs or any(n not in known for n in inputs) or node.op == "output":
+        return False
+    effects = effects_of(gm, node)
+    if effects.draws or effects.writes or effects.owned:
+        return False  # another constant may have been read before the write
+    if node.op == "call_module":
+        return is_activation(gm.get_submodule(str(node.target)))
+    # The first is how exporting hands the weight of a Linear layer over.
+    return node.target not in TRANSPOSITIONS and node.target not in _side_effectful_functions
+
+
+def _is_to_be_kept(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
+    """Whether something that is no constant reads a constant, and it is not too large to keep."""
+    value = known[node]
+    read = any(user not in known for user in node.users)
+    if node.op == "get_attr" or not read or not isinstance(value, Tensor):
+        return False
+    sources = [known[n] for n in node.all_input_nodes]
+    size = max((s.numel() for s in sources if isinstance(s, Tensor)), default=0)
+    return value.numel() <= max(LARGEST_GROWTH * size, SMALL)
+
+
+def _free_name(gm: fx.GraphModule, start: int) -> tuple[str, int]:
+    while hasattr(gm, f"_constant_{start}"):
+        start += 1
+    return f"_constant_{start}", start + 1

@@ -1,0 +1,273 @@
+"""In-place operations become functional, or are marked so that no rule goes near them.
+
+After `n = op_(b)` every later read of `b` is a read of `n`: that is all there is to it, as long as
+nothing else can see the write. Something else can if `b` shares memory with an input, a parameter,
+or another value that is read later. Such a write stays, and the values of its alias class are
+marked `frozen` with the reason; rules treat them as barriers.
+
+`_effects.py` says what a call does. Values share memory where calls may hand it on, and the model's
+tensors where their storages overlap; a call of which nothing is known freezes all that it reads.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from rmfx.errors import WeightError
+from rmfx.ir.kinds import CASTS, is_ordinary, torch_name
+from rmfx.ir.notes import WRITTEN, noted
+
+from .canonicalise import has_functional_form
+from .effects import Effects, effects_of, memories, storage_of, tensors_behind
+
+NUMBER_METHODS = ("size", "dim", "numel", "ndimension", "stride", "item", "is_floating_point")
+CONTAINER_METHODS = (
+    *("chunk", "split", "unbind", "tensor_split", "split_with_sizes", "unsafe_chunk", "hsplit"),
+    *("vsplit", "dsplit", "topk", "sort", "unsafe_split"),
+)
+JOINS_OF_CONTAINERS = (operator.add, operator.iadd, operator.mul, operator.imul)
+NUMBER_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda")
+NUMBER_MODULES = ("_operator", "operator", "math", "builtins")
+UNSAFE = "an in-place operation without a functional form"
+
+
+def mark_numbers(graph: fx.Graph) -> None:
+    """Mark nodes whose value is a number, a size or the like instead of a tensor."""
+    for node in graph.nodes:
+        if _is_container(node):
+            node.meta["container"] = True
+        elif _is_number(node):
+            node.meta["number"] = True
+
+
+def _is_container(node: fx.Node) -> bool:
+    """Whether a node gives a tuple or list of tensors."""
+    if node.op == "call_method":
+        return node.target in CONTAINER_METHODS
+    if node.op != "call_function":
+        return False
+    if torch_name(node) in CONTAINER_METHODS:
+        return True
+    of_container = any(n.meta.get("container") for n in node.all_input_nodes)
+    if node.target is operator.getitem:
+        return of_container and isinstance(node.args[1], slice)
+    return of_container and node.target in JOINS_OF_CONTAINERS
+
+
+def _is_number(node: fx.Node) -> bool:
+    value = noted(node)
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)):
+        return True
+    if node.op == "call_method":
+        return node.target in NUMBER_METHODS
+    if node.op != "call_function":
+        return False
+    if node.target is torch._assert:
+        return True
+    if node.target in (builtins.getattr, getattr):
+        return node.args[1] in NUMBER_ATTRIBUTES
+    if torch_name(node).startswith("sym_"):
+        return True
+    module = getattr(node.target, "__module__", None)
+    of_numbers = all(n.meta.get("number") for n in node.all_input_nodes)
+    is_python = module in NUMBER_MODULES or node.target is math.floor
+    return bool(node.all_input_nodes) and of_numbers and is_python
+
+
+def functionalise(gm: fx.GraphModule) -> None:
+    """Redirect reads after safe in-place writes; mark what must stay as `frozen`.
+
+    A safe write gets `meta["functional"]`: its node may be given its functional form.
+    """
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    aliases, types = _Aliases(gm), _Types(gm)
+    for node in gm.graph.nodes:
+        effects = effects_of(gm, node)
+        written = [n for n in effects.writes if not n.meta.get("number")]
+        aliases.start(node)
+        reason = effects.unknown
+        if written and reason is None:
+            reason = _why_stays(gm, node, written, aliases, types, order)
+            if reason is None:
+                _redirect(node, written[0], order)
+                continue
+        aliases.visit(node, effects)
+        if effects.owned:
+            aliases.freeze_memory(effects.owned, reason or "a layer writes to its own weights")
+        if reason is not None:
+            aliases.join(node, *written)
+            aliases.freeze(node, f"{reason} ({node.name})")
+    aliases.mark()
+
+
+def _why_stays(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    written: list[fx.Node],
+    aliases: _Aliases,
+    types: _Types,
+    order: dict[fx.Node, int],
+) -> str | None:
+    """Why a write cannot become functional, None if it can."""
+    seen = (aliases.why_seen(one, node, order) for one in written)
+    reason = next((why for why in seen if why is not None), None)
+    reason = reason or types.why_changed(written[0], node)
+    is_safe = written == [_first(node)] and has_functional_form(gm, node)
+    return reason or (None if is_safe else UNSAFE)
+
+
+def _first(node: fx.Node) -> object:
+    """The value that an in-place operation with a functional form writes to."""
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+
+
+def _redirect(node: fx.Node, written: fx.Node, order: dict[fx.Node, int]) -> None:
+    """Let what reads a value after a write to it read the write's result."""
+    written.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
+    node.meta["functional"] = True
+
+
+def written_inputs(gm: fx.GraphModule) -> set[fx.Node]:
+    """Placeholders whose memory a graph may write to."""
+    aliases, found = _Aliases(gm), set()
+    for node in gm.graph.nodes:
+        effects = effects_of(gm, node)
+        aliases.visit(node, effects)
+        aliases.join(node, *effects.writes)
+        for written in effects.writes:
+            found |= {member for member in aliases.of(written) if member.op == "placeholder"}
+    return found
+
+
+class _Types:
+    """Whether in-place arithmetic, which keeps its left operand's type, would else promote it."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        tensors = (*gm.parameters(), *gm.buffers())
+        kinds = {t.dtype for t in tensors if t.is_floating_point()}
+        casts = any(n.op == "call_method" and n.target in CASTS for n in gm.graph.nodes)
+        self._uniform = len(kinds) <= 1 and not casts
+
+    def why_changed(self, written: fx.Node, node: fx.Node) -> str | None:
+        types = [n.meta.get("dtype") for n in node.all_input_nodes if not n.meta.get("number")]
+        own = written.meta.get("dtype")
+        if len(types) < 2 and own is not None and own[0].is_floating_point:
+            return None
+        known = None not in types
+        same = len(set(types)) == 1 if known else self._uniform
+        return None if same else "an in-place operation on values of different types"
+
+
+class _Aliases:
+    """Classes of values that may share memory."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._class: dict[fx.Node, list[fx.Node]] = {}
+        self._reasons: dict[int, str] = {}
+        self._behind = {node: tensors_behind(gm, node) for node in gm.graph.nodes}
+        self._memory = memories(t for behind in self._behind.values() for t in behind)
+        self._first: dict[int, fx.Node] = {}  # the value that stands for a memory of the model
+        self._frozen: dict[int, str] = {}
+
+    def visit(self, node: fx.Node, effects: Effects) -> None:
+        """Take note of whose memory a value may lie in."""
+        self._class.setdefault(node, [node])
+        if node.op in ("get_attr", "placeholder"):
+            for tensor in self._behind[node]:
+                self.join(node, self._first.setdefault(self._memory[id(tensor)], node))
+        if not node.meta.get("number"):
+            self.join(node, *effects.aliases)
+
+    def start(self, node: fx.Node) -> None:
+        self._class[node] = [node]
+
+    def join(self, node: fx.Node, *others: fx.Node) -> None:
+        for other in others:
+            mine, theirs = self._class[node], self._class[other]
+            if mine is theirs or other.meta.get("number"):
+                continue
+            if len(mine) > len(theirs):  # so that no value moves often
+                mine, theirs = theirs, mine
+            theirs.extend(mine)
+            for member in mine:
+                self._class[member] = theirs
+            if id(mine) in self._reasons:
+                self._reasons.setdefault(id(theirs), self._reasons[id(mine)])
+
+    def of(self, node: fx.Node) -> list[fx.Node]:
+        return self._class[node]
+
+    def freeze(self, node: fx.Node, reason: str) -> None:
+        self._reasons.setdefault(id(self._class[node]), reason)
+
+    def freeze_memory(self, tensors: tuple[Tensor, ...], reason: str) -> None:
+        """Take note that a call writes to tensors that its module holds."""
+        for tensor in tensors:
+            self._frozen.setdefault(self._memory[id(tensor)], reason)
+
+    def why_seen(self, written: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> str | None:
+        """Who else would see a write to `written`, if anyone."""
+        members = self._class[written]
+        if id(members) in self._reasons:
+            return self._reasons[id(members)]
+        for member in members:
+            if member.op == "placeholder":
+                return "an in-place operation writes to the network's input"
+            if member.op == "get_attr":
+                return "an in-place operation writes to a parameter or buffer"
+            later = any(order[user] > order[node] for user in member.users)
+            if member is not written and later:
+                return "an in-place operation writes to memory that is read under another name"
+        return None
+
+    def mark(self) -> None:
+        """Mark the values of frozen classes, and all that holds memory which is written to."""
+        self._freeze_strangers()
+        for node, members in self._class.items():
+            if node.op != "call_module" and id(members) in self._reasons:
+                for tensor in self._behind[node]:
+                    self._frozen.setdefault(self._memory[id(tensor)], self._reasons[id(members)])
+        for node, behind in self._behind.items():
+            found = (self._frozen.get(self._memory[id(tensor)]) for tensor in behind)
+            reason = next((why for why in found if why is not None), None)
+            if reason is not None:
+                node.meta[WRITTEN] = True
+            if reason is not None and node.op == "call_module":
+                node.meta["frozen"] = reason
+            elif reason is not None:
+                self.freeze(node, reason)
+        for node, members in self._class.items():
+            reason = self._reasons.get(id(members))
+            if reason:
+                node.meta["frozen"] = reason
+        self._check_copies()
+
+    def _check_copies(self) -> None:
+        """Raise WeightError for memory written to that a copy of the network would take apart."""
+        storages: dict[int, set[int]] = {}
+        for node, behind in self._behind.items():
+            for tensor in behind:
+                key = self._memory[id(tensor)]
+                found = storages.setdefault(key, set())
+                found.add(storage_of(tensor))
+                if key in self._frozen and len(found) > 1:
+                    raise WeightError(
+                        f"{node.target}: the network writes to the memory in which it lies, where "
+                        "another tensor has a storage of its own, as those made of numpy's arrays; "
+                        "a copy would part them: make both views of one tensor of torch"
+                    )
+
+    def _freeze_strangers(self) -> None:
+        """Tensors that compute in a way of their own are not what a rule takes them for."""
+        for node, behind in self._behind.items():
+            for tensor in behind if node.op != "placeholder" else ():
+                if not is_ordinary(tensor):
+                    kind = type(tensor).__name__
+                    self.freeze_memory(
+                        (tensor,), f"a weight is a {kind}, which computes its own way"
+                    )

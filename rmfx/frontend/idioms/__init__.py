@@ -1,0 +1,1 @@
+"""Ways to write a layer out by hand become the layer."""

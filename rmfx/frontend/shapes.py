@@ -1,0 +1,98 @@
+"""Notes the shape, type and device of every value of a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from rmfx.errors import ShapeError
+from rmfx.ir.notes import GUARDED, noted
+from rmfx.ir.shapes import shape_after
+from rmfx.ir.threads import FAKES, without_logs
+from rmfx.options import Inputs
+
+from .checks import does_not_run
+from .constants import numbers_of
+from .exported import EXPORTED
+from .faithful import as_fakes
+
+
+# ---- shapes -------------------------------------------------------------------------------------
+class _ShapeRecorder(fx.Interpreter):
+    """Notes shapes; the common layers are known by their laws, which is far quicker than fakes."""
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self._mode = mode
+        self._numbers = numbers_of(gm)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # A graph may write to a parameter: let it write to a fake.
+        value = super().get_attr(target, args, kwargs)
+        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            shape = shape_after(module, args[0])
+            if shape is not None:
+                return args[0].new_empty(shape) if shape != args[0].shape else args[0]
+        return super().call_module(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is F.batch_norm and isinstance(args[0] if args else None, Tensor):
+            return args[0]
+        return super().call_function(target, args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = self._numbers[n] if n in self._numbers else super().run_node(n)
+        if isinstance(value, Tensor):
+            note_shape(n, value)
+        elif isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
+            n.meta["container"] = True
+        if n.op == "placeholder" and not isinstance(value, Tensor):
+            n.meta["given"] = value
+        return value
+
+
+def note_shape(node: fx.Node, value: Tensor) -> None:
+    """Keep shape (None where a size is symbolic), type and device of a node's value."""
+    node.meta["shape"] = tuple(n if isinstance(n, int) else None for n in value.shape)
+    node.meta["dtype"] = (value.dtype, value.device)
+
+
+def find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
+    """Note every tensor's shape: from a run on fake tensors, or as Dynamo or export noted it."""
+    by_dynamo = any("example_value" in n.meta for n in gm.graph.nodes if n.op == "placeholder")
+    if inputs is None or by_dynamo:
+        for node in gm.graph.nodes:
+            value = noted(node)
+            if isinstance(value, Tensor):
+                note_shape(node, value)
+        return
+    expected = sum(node.op == "placeholder" for node in gm.graph.nodes)
+    if len(inputs) > expected:
+        raise ShapeError(
+            f"the model does not run on the example inputs: it takes {expected}, not {len(inputs)}"
+        )
+    # Numbers that depend on the inputs' values are unknown, and so are sizes that depend on those.
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    try:
+        with mode, torch.no_grad(), without_logs(FAKES):  # the error says it
+            _ShapeRecorder(gm, mode).run(*as_fakes(mode, inputs))
+    # The graph runs the model's own operations, which may raise anything.
+    except Exception as error:
+        raise does_not_run(inputs, error) from error
+
+
+def mark_guarded(gm: fx.GraphModule) -> None:
+    """Mark what exporting and Dynamo noted, which check their inputs."""
+    key = "val" if gm.meta.pop(EXPORTED, False) else "example_value"
+    for node in gm.graph.nodes:
+        if key in node.meta:
+            node.meta[GUARDED] = True

@@ -1,0 +1,120 @@
+"""What the nodes of a graph call, and which of it has to stay as it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from rmfx.algebra.affine import AffineConv
+from rmfx.errors import Refusal
+
+from .elements import Virtual
+from .nodes import attribute, has_hooks, replaced_method
+
+
+class Callees:
+    """The modules that the nodes of a graph call: those of its source, and those that rules made.
+
+    Attributes:
+        modules: the source's modules by their targets, without those that rules have freed.
+        virtual: target -> layer or module that is to stand there.
+    """
+
+    def __init__(self, source: fx.GraphModule, graph: fx.Graph) -> None:
+        self._source = source
+        self.modules = dict(source.named_modules(remove_duplicate=False))
+        self.virtual: dict[str, Virtual | nn.Module] = {}
+        self._calls: Counter[int] = Counter()  # of each module, by identity
+        self._owners: dict[int, set[int]] = {}  # modules and nodes that hold a parameter
+        for node in graph.nodes:
+            self._count(node)
+
+    def _count(self, node: fx.Node) -> None:
+        if node.op == "call_module":
+            module = self.modules.get(str(node.target))
+            if module is not None:
+                self._calls[id(module)] += 1
+                for p in module.parameters():
+                    self._owners.setdefault(id(p), set()).add(id(module))
+        elif node.op == "get_attr":
+            value = self.attribute(node)
+            self._owners.setdefault(id(value), set()).add(id(node))
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The existing module that a node calls, None for other nodes and for virtual layers."""
+        if node.op != "call_module" or node.target in self.virtual:
+            return None
+        return self.modules.get(str(node.target))
+
+    def replacement(self, node: fx.Node) -> Virtual | nn.Module | None:
+        """What a rule has put under the node's target, if anything."""
+        return self.virtual.get(str(node.target)) if node.op == "call_module" else None
+
+    def attribute(self, node: fx.Node) -> object:
+        """The value behind a get_attr node."""
+        return attribute(self._source, node)
+
+    def weights(self, node: fx.Node) -> int:
+        """How many numbers the layer that a node calls has."""
+        made, module = self.replacement(node), self.module(node)
+        if isinstance(made, Virtual):
+            return made.layer.weight.numel() if isinstance(made.layer, AffineConv) else 0
+        return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+    def guard(self, node: fx.Node) -> Refusal | None:
+        """Why the module of a call_module node must stay as it is, if it must.
+
+        Its weights may be baked into another layer only if nothing else looks at them.
+        """
+        module = self.module(node)
+        if module is None:
+            return None
+        name = str(node.target)
+        if has_hooks(module):
+            return Refusal(f"module {name} has hooks; remove them first", (node.name,))
+        if (method := replaced_method(module)) is not None:
+            return Refusal(f"module {name} has a {method} method of its own", (node.name,))
+        if parametrize.is_parametrized(module):
+            return Refusal(
+                f"module {name} is parametrized; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first",
+                (node.name,),
+            )
+        return self._shared(node, module)
+
+    def _shared(self, node: fx.Node, module: nn.Module) -> Refusal | None:
+        """Why weights that are used elsewhere, too, must stay."""
+        parameters = list(module.parameters())
+        calls = self._calls[id(module)]
+        if parameters and calls > 1:
+            return Refusal(
+                f"module {node.target} is called {calls} times; give each call its own copy of "
+                "the module",
+                (node.name,),
+            )
+        if any(len(self._owners[id(p)]) > 1 for p in parameters):
+            return Refusal(
+                f"a parameter of module {node.target} is also used elsewhere; give each use its "
+                "own",
+                (node.name,),
+            )
+        return None
+
+    def release(self, target: str) -> bool:
+        """Take note that a call of a target is gone; gives whether the target is free now."""
+        self.virtual.pop(target, None)
+        module = self.modules.get(target)
+        if module is not None and self._calls[id(module)] > 1:
+            self._calls[id(module)] -= 1
+            return False
+        self.modules.pop(target, None)
+        return True
+
+
+def is_touched(module: nn.Module) -> bool:
+    """Whether hooks, parametrizations or methods of its own change what a module does."""
+    if has_hooks(module) or parametrize.is_parametrized(module):
+        return True
+    return replaced_method(module) is not None

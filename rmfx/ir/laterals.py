@@ -1,0 +1,161 @@
+"""Reading nodes that combine a value with others: products, sums, choices, concatenations."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from rmfx.errors import Refusal
+
+from .elements import Deferred
+from .kinds import is_a
+from .net import Net
+from .nodes import is_tensor_node
+from .reading import aten, read_selection
+
+MEANS: tuple[object, ...] = ("mean", torch.mean, aten.mean.dim)
+
+
+# ---- operations with other tensors --------------------------------------------------------------
+INF = math.inf
+
+
+# operation -> place of an operand -> what the others must hold for that one to come out unchanged
+NEUTRAL: dict[Any, dict[int, tuple[float | None, ...]]] = {
+    torch.add: {0: (None, 0.0), 1: (0.0, None)},
+    torch.sub: {0: (None, 0.0)},
+    torch.mul: {0: (None, 1.0), 1: (1.0, None)},
+    torch.div: {0: (None, 1.0)},
+    torch.maximum: {0: (None, -INF), 1: (-INF, None)},
+    torch.minimum: {0: (None, INF), 1: (INF, None)},
+    torch.where: {1: (True, None, 0.0), 2: (False, 0.0, None)},
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Lateral:
+    """A value combined with other tensors, channel by channel.
+
+    Attributes:
+        node: the product, sum, choice or concatenation.
+        operands: what it combines; nodes, and numbers in a choice.
+        place: which of them is on the path that is followed.
+    """
+
+    node: fx.Node
+    operands: tuple[Any, ...]
+    place: int
+
+    @property
+    def value(self) -> fx.Node:
+        """The operand on the path."""
+        return self.operands[self.place]  # type: ignore[no-any-return]
+
+    @property
+    def others(self) -> tuple[fx.Node, ...]:
+        """The other tensors."""
+        rest = (*self.operands[: self.place], *self.operands[self.place + 1 :])
+        return tuple(x for x in rest if isinstance(x, fx.Node))
+
+    @property
+    def neutral(self) -> tuple[float | None, ...]:
+        """What each of the others must hold for the value to come out unchanged."""
+        return NEUTRAL[self.node.target][self.place]
+
+    def reading(self, places: Mapping[fx.Node, fx.Node]) -> Lateral:
+        """The same with some of the other tensors read elsewhere."""
+        operands = (
+            places.get(x, x) if i != self.place and isinstance(x, fx.Node) else x
+            for i, x in enumerate(self.operands)
+        )
+        return replace(self, operands=tuple(operands))
+
+    @property
+    def is_concatenation(self) -> bool:
+        return self.node.target is torch.cat
+
+    @property
+    def spread_dims(self) -> set[int]:
+        """The dimensions of the result in which the value is spread out, for the example."""
+        value, whole = (n.meta.get("shape") for n in (self.value, self.node))
+        if value is None or whole is None or self.is_concatenation:
+            return set()
+        missing = len(whole) - len(value)
+        own = (None,) * missing + value
+        return {dim for dim, size in enumerate(whole) if size != own[dim]}
+
+
+def added_channels(net: Net, lateral: Lateral, dims: int) -> int:
+    """By how many channels a concatenation makes the value grow that is followed."""
+    if not lateral.is_concatenation:
+        return 0
+    return sum(net.channels(other, dims) or 0 for other in lateral.others)
+
+
+def laterals(net: Net, node: fx.Node) -> list[Lateral]:
+    """A node as a combination of each of its operands with the others, the likeliest path first.
+
+    A gate is seldom the path: it has another size than the product, or comes out of a sigmoid.
+    """
+    if node.meta.get("frozen") or node.op != "call_function":
+        return []
+    operands = _concatenated(net, node) if node.target is torch.cat else node.args
+    if node.target is torch.cat and len(set(operands)) == 1 and _selects(net, node):
+        return []  # the same channels several times
+    found = [Lateral(node, tuple(operands), place) for place in _open_places(net, node, operands)]
+
+    def is_gate(one: Lateral) -> bool:
+        return bool(one.spread_dims) or is_a(net.module(one.value), (nn.Sigmoid, nn.Hardsigmoid))
+
+    return sorted(found, key=is_gate)
+
+
+def _selects(net: Net, node: fx.Node) -> bool:
+    return isinstance(read_selection(net, node, Refusal("")), Deferred)
+
+
+def _open_places(net: Net, node: fx.Node, operands: Sequence[Any]) -> list[int]:
+    """The operands that come out unchanged if the others hold the right numbers."""
+    if node.target is torch.cat:
+        return [*range(len(operands))]
+    is_sum = node.target in (torch.add, torch.sub)
+    tensors = [is_tensor_node(x) for x in operands]
+    count = 3 if node.target is torch.where else 2
+    # Only a choice does not care what number it does not choose.
+    numbers = [isinstance(x, (int, float)) and node.target is torch.where for x in operands]
+    if len(operands) != count or not all(map(operator.or_, tensors, numbers)) or not tensors[0]:
+        return []
+    if set(node.kwargs) - ({"alpha"} if is_sum else set()):
+        return []
+    places = [i for i in NEUTRAL.get(node.target, ()) if tensors[i]]
+    return places[:1] if node.kwargs else places  # a factor belongs to the second operand
+
+
+def _concatenated(net: Net, node: fx.Node) -> list[fx.Node]:
+    tensors = node.args[0] if len(node.args) == 2 and not node.kwargs else ()
+    if not isinstance(tensors, (list, tuple)) or not isinstance(node.args[1], int):
+        return []
+    parts = [x for x in tensors if isinstance(x, fx.Node) and is_tensor_node(x)]
+    return parts if len(parts) == len(tensors) else []
+
+
+def keeps_dims(node: fx.Node, dims: int) -> bool | None:
+    """Whether a mean over space keeps the dimensions; None if a node is no such mean."""
+    if node.target not in MEANS or dims < 1 or set(node.kwargs) - {"dim", "keepdim"}:
+        return None
+    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    axes = (axes,) if isinstance(axes, int) else axes
+    if not isinstance(axes, (list, tuple)) or not all(isinstance(i, int) for i in axes):
+        return None
+    kept = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    places = {int(i) % (dims + 2) for i in axes if isinstance(i, int)}
+    whole = places == set(range(2, dims + 2))
+    if kept not in (True, False) or len(node.args) > 3 or not places or min(places) < 2:
+        return None
+    return bool(kept) if kept or whole else None

@@ -1,0 +1,83 @@
+"""Names of nodes and modules: by their place in the model, whoever traced it."""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx, nn
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module whose code made a node, "" for the root or where unknown."""
+    return _innermost(node)[0]
+
+
+def _innermost(node: fx.Node) -> tuple[str, str]:
+    """Path and type name of the innermost module whose code made a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return "", ""
+    key, entry = list(stack.items())[-1]
+    path, kind = entry if isinstance(entry, tuple) else (key, entry)
+    kind = f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
+    # Dynamo writes where the root comes from: L['self'].layer1.0
+    return re.sub(r"^[LG]\['[^']*'\]\.?", "", str(path)), kind
+
+
+def name_nodes(graph: fx.Graph) -> None:
+    """Name nodes by their place in the model, whoever traced it."""
+    taken = {n.name for n in graph.nodes if _name_by_place(n) is None}
+    for node in graph.nodes:
+        base = _name_by_place(node)
+        if base is None:
+            continue
+        name, i = base, 1
+        while name in taken:
+            name, i = f"{base}_{i}", i + 1
+        taken.add(name)
+        node.name = name
+
+
+def _name_by_place(node: fx.Node) -> str | None:
+    if node.op == "call_module":
+        path = str(node.target)
+    elif node.op in ("call_function", "call_method") and not node.meta.get("number"):
+        path = ".".join(filter(None, (module_path(node), _role(node))))
+    else:
+        return None
+    name = re.sub(r"\W", "_", path)
+    return f"_{name}" if name[:1].isdigit() or name == "self" else name
+
+
+def free_path(gm: fx.GraphModule, node: fx.Node, taken: set[str], module: nn.Module) -> str:
+    """A free module path for a call: the layer's own where a layer of torch.nn made the call."""
+    path, kind = _innermost(node)
+    if path and kind.startswith("torch.nn.modules."):
+        if path in taken and _only_holds(gm, path, module):
+            return path
+        return free_name(gm, path, taken)
+    # The operator's name, not the node's, which differs from one tracer to the next.
+    return free_name(gm, ".".join(filter(None, (path, _role(node)))), taken)
+
+
+def _role(node: fx.Node) -> str:
+    """What a call does, by the name of what it calls."""
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0].strip("_")
+
+
+def _only_holds(gm: fx.GraphModule, path: str, module: nn.Module) -> bool:
+    """Whether a path leads to a mere holder of a module's tensors, as exporting leaves them."""
+    holder = gm.get_submodule(path)
+    own = {id(t) for t in (*module.parameters(), *module.buffers())}
+    held = dict((*holder.named_parameters(), *holder.named_buffers()))
+    held.pop("num_batches_tracked", None)
+    return type(holder) is nn.Module and own >= {id(t) for t in held.values()}
+
+
+def free_name(gm: fx.GraphModule, base: str, taken: set[str]) -> str:
+    """A name that nothing of the module has, from one that may be taken."""
+    name, i = base, 1
+    while name in taken or hasattr(gm, name):
+        name, i = f"{base}_{i}", i + 1
+    taken.add(name)
+    return name

@@ -1,0 +1,309 @@
+"""A working copy of a graph on which rules act, and the guards that all rules share.
+
+The dialect: layers are `call_module` nodes. While rules run, a layer may be *virtual*: an
+`AffineConv` or a finished module that stands under a target in `Net.virtual`. Only `Net.finish`
+makes modules out of them and copies what was left untouched, so weights are cast and copied once
+and the caller's model is never written to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+from torch import fx, nn
+
+from rmfx.algebra.activation import Blockwise
+from rmfx.errors import WeightError
+from rmfx.report import META_KEY, Report
+
+from .callees import Callees
+from .conditions import AGAIN, Condition, demand_sizes, put_conditions, take_conditions
+from .converted import ConvertedModule, as_tree, computed_tensors, copied_value, copy_graph
+from .elements import Virtual
+from .facts import Inference
+from .memo import succeed
+from .nodes import data_input, must_stay
+from .notes import ORIGIN, forget
+from .open_sizes import OpenSizes
+from .ranks import BY_RANK, demand_ranks, ignores_rank
+
+
+class Analysis(Protocol):
+    """What is found out about a net's values on demand, and kept while rules rewrite it."""
+
+    def succeed(self, node: fx.Node, other: fx.Node) -> None:
+        """Take note that a node holds another one's value from now on."""
+
+
+A = TypeVar("A", bound=Analysis)
+
+
+class Net:
+    """A graph under rewriting.
+
+    Attributes:
+        graph: a private copy of the source's graph.
+        virtual: target -> layer or module that is to stand there.
+        values: node -> name of the source's node whose value it holds, where it holds one.
+        resized: whether a value has other channels than it had.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.source = gm
+        self.graph = copy_graph(gm)
+        before = dict(zip(self.graph.nodes, gm.graph.nodes, strict=True))
+        self._given = take_conditions(self.graph)
+        self._before = {node.name: before[node] for node in self.graph.nodes}
+        self._callees = Callees(gm, self.graph)
+        self.virtual = self._callees.virtual
+        self.module = self._callees.module
+        self.replacement = self._callees.replacement
+        self.attribute = self._callees.attribute
+        self.guard = self._callees.guard
+        self.values: dict[fx.Node, str] = {n: n.name for n in self.graph.nodes}
+        # A target freed by a rewrite keeps its module out of the result, its name is reused.
+        self._names = set(self._callees.modules) | {n for n, _ in gm.named_parameters()}
+        self._inference = Inference(self._callees, self.is_open)
+        self.rank = self._inference.rank
+        self.channels = self._inference.channels
+        self.without_channels = self._inference.without_channels
+        self.dtype = self._inference.dtype
+        self._analyses: dict[type[Analysis], Analysis] = {}
+        self._open = OpenSizes(gm)
+        self._sizes_of_inputs: dict[str, dict[int, int]] = {}
+        self._conditions: dict[Condition, None] = {}
+        self.resized = False
+
+    # ---- reading ----------------------------------------------------------------------------
+
+    def is_open(self, node: fx.Node, dim: int) -> bool:
+        """Whether a size that was noted of a value is another one at other sizes of the inputs.
+
+        Args:
+            dim: of the size, counted from the front.
+        """
+        name = self.values.get(node)
+        return name is not None and self._open(name, dim)
+
+    def analysis(self, kind: type[A], make: Callable[[], A]) -> A:
+        """What an analysis has found out about this net: made once and kept."""
+        found = self._analyses.get(kind)
+        if found is None:
+            found = self._analyses[kind] = make()
+        return found  # type: ignore[return-value]
+
+    def demand(self, conditions: Iterable[Condition]) -> None:
+        """Let the result demand something of its inputs."""
+        self._conditions.update(dict.fromkeys(conditions))
+
+    def fix_channels(self, node: fx.Node, dims: int) -> None:
+        """Take note that weights are about to be made for a value's number of channels.
+
+        Where no layer fixes it, the result then demands the sizes of its inputs that do.
+        """
+        name, rank = self.values.get(node), self.rank(node)
+        if name is not None and rank is not None:
+            axis = 1 if dims else rank - 1
+            for x, sizes in self._open.sizes_of_inputs(name, axis).items():
+                self._sizes_of_inputs.setdefault(x, {}).update(sizes)
+
+    # ---- writing ----------------------------------------------------------------------------
+
+    def put(self, layer: Virtual | nn.Module, source: fx.Node, name: str, like: fx.Node) -> fx.Node:
+        """Insert a call of a new layer, reading `source`, at the graph's insert point.
+
+        Args:
+            name: module path to use, made unique if taken.
+            like: node whose place in the source code the new node inherits.
+        """
+        target = self.claim(name, layer)
+        node = self.graph.create_node("call_module", target, (source,))
+        node.meta = {k: like.meta[k] for k in ORIGIN if k in like.meta}
+        return node
+
+    def claim(self, name: str, layer: Virtual | nn.Module) -> str:
+        """Give a layer a target: the name, made unique if taken."""
+        target = self._unique(name)
+        self.virtual[target] = layer
+        return target
+
+    def release(self, nodes: Iterable[fx.Node]) -> None:
+        """Free the targets of call_module nodes that are about to be erased."""
+        for node in nodes:
+            if node.op != "call_module":
+                continue
+            if self._callees.release(str(node.target)):
+                self._names.discard(str(node.target))
+
+    def replace(self, node: fx.Node, value: fx.Node) -> None:
+        """Let the readers of a node read another value, and erase the node."""
+        node.replace_all_uses_with(value)
+        self.release([node])
+        self.graph.erase_node(node)
+
+    def drop(self, node: fx.Node, value: fx.Node) -> None:
+        """Erase a node that does nothing to a value, whatever the number of its dimensions."""
+        self._before.pop(self.values.get(node, ""), None)
+        self.replace(node, value)
+
+    def merge(
+        self,
+        first: fx.Node,
+        second: fx.Node,
+        layer: Virtual,
+        conditions: Iterable[Condition],
+    ) -> None:
+        """Let one node do the work of `second` after `first`; it keeps the first one's place.
+
+        The conv's name is kept where a batch norm or a scale is merged with a conv.
+
+        Args:
+            conditions: on the inputs, for which both are linear layers.
+        """
+        self.demand(conditions)
+        self.fix_channels(data_input(first), layer.layer.dims)
+        named = first if self._callees.weights(first) >= self._callees.weights(second) else second
+        modules = [n for n in (named, first, second) if n.op == "call_module"]
+        target = str(modules[0].target) if modules else first.name
+        name, like, source = named.name, named.meta, data_input(first)
+        second.replace_all_uses_with(first)
+        shape: dict[str, Any] = {k: second.meta[k] for k in ("shape", "dtype") if k in second.meta}
+        self.release([first, second])
+        self.graph.erase_node(second)
+        first.op, first.target, first.name = "call_module", self._unique(target), name
+        first.args, first.kwargs = (source,), {}
+        self.virtual[str(first.target)] = layer
+        first.meta = {**like, **shape}
+        for known in (self._inference, *self._analyses.values()):
+            known.succeed(first, second)
+        succeed(self.values, first, second)
+
+    def resize(self, node: fx.Node, axis: int, channels: int) -> None:
+        """Take note that a node's value has other channels now: what tracing noted is no more."""
+        self.resized = True
+        forget(node)
+        if "shape" in node.meta:
+            shape = list(node.meta["shape"])
+            shape[axis] = channels
+            node.meta["shape"] = tuple(shape)
+        self._inference.resize(node, channels)
+
+    def _unique(self, name: str) -> str:
+        candidate, i = name, 1
+        while candidate in self._names or hasattr(fx.GraphModule, candidate):
+            candidate, i = f"{name}_{i}", i + 1
+        self._names.add(candidate)
+        return candidate
+
+    # ---- the result -------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Remove dead code."""
+        self.graph.eliminate_dead_code(is_impure_node=must_stay)
+
+    def finish(self, meta: Mapping[str, object] | None = None) -> fx.GraphModule:
+        """The new module: dead code removed, virtual layers made, the rest copied.
+
+        Raises:
+            WeightError: a computed weight is not finite in its dtype.
+        """
+        self.sweep()
+        rewritten = list(self._rewritten())
+        memo: dict[int, object] = {}
+        root: dict[str, object] = {}
+        for node in list(self.graph.nodes):
+            if node.op not in ("call_module", "get_attr") or node.target in root:
+                continue
+            target = str(node.target)
+            if node.op == "get_attr":
+                root[target] = copied_value(
+                    self.attribute(node), memo, written="frozen" in node.meta
+                )
+            elif target in self.virtual:
+                self._materialise(node, root)
+            else:
+                module = self._callees.modules[target]
+                memo.update(computed_tensors(module))
+                root[target] = copy.deepcopy(module, memo)
+        by_rank = not all(self._ignores_rank(node, root) for node in rewritten)
+        put_conditions(self._all_conditions(by_rank), self.graph)
+        gm = ConvertedModule(as_tree(root), self.graph, type(self.source).__name__)
+        gm.graph.lint()
+        gm.meta = {**self.source.meta, **self._carried_report(), **(meta or {})}
+        if not any(p.requires_grad for p in self.source.parameters()):
+            gm.requires_grad_(False)
+        return gm.eval()
+
+    def _carried_report(self) -> dict[str, object]:
+        """The report of an earlier pass, whose joins may stand elsewhere now, or nowhere."""
+        before = self.source.meta.get(META_KEY)
+        if not isinstance(before, Report):
+            return {}
+        where = {name: node.name for node, name in self.values.items() if not node._erased}
+        rows = (replace(row, node=where.get(row.node or "")) for row in before.rows)
+        return {META_KEY: replace(before, rows=tuple(rows))}
+
+    def _rewritten(self) -> Iterator[fx.Node]:
+        """Nodes that are new or another call than before, and those of the source they replace.
+
+        Where channels have gone, it is all of them: what is read of a value has changed, too.
+        """
+        held = set()
+        for node in self.graph.nodes:
+            old = self._before.get(self.values.get(node, ""))
+            same = old is not None and (old.op, old.target) == (node.op, node.target)
+            if self.resized or not same or node.target in self.virtual:
+                yield node
+            elif old is not None:
+                held.add(old)
+        yield from (old for old in self._before.values() if old not in held)
+
+    def _ignores_rank(self, node: fx.Node, root: Mapping[str, object]) -> bool:
+        of_source = node.graph is self.source.graph
+        module: Any = None
+        if node.op == "call_module":
+            target = str(node.target)
+            module = self.source.get_submodule(target) if of_source else root[target]
+        constants = {n: self.attribute(n) for n in node.all_input_nodes if n.op == "get_attr"}
+        return ignores_rank(node, module, constants)
+
+    def _all_conditions(self, by_rank: bool) -> fx.Graph:
+        """The conditions of the source, and those that the rewrites have added."""
+        inputs = self.graph.find_nodes(op="placeholder")
+        places = dict(zip(inputs, self._given.find_nodes(op="placeholder"), strict=True))
+        for x, place in places.items():
+            sizes, rank = self._sizes_of_inputs.get(x.name), self.rank(x)
+            if sizes is not None and rank is not None:
+                texts = [f"{n} channels" if d == 1 else f"size {n}" for d, n in sizes.items()]
+                message = f"the network was converted for {' and '.join(texts)}; {AGAIN}"
+                whole = [sizes.get(dim) for dim in range(rank)]
+                demand_sizes(self._given, place, whole, message)
+        if by_rank or self.source.meta.get(BY_RANK):
+            demand_ranks(self._given, {node.name: self.rank(node) for node in inputs})
+        for condition in self._conditions:
+            condition.write(self._given, places)
+        return self._given
+
+    def _materialise(self, node: fx.Node, root: dict[str, object]) -> None:
+        target = str(node.target)
+        layer = self.virtual.pop(target)
+        if isinstance(layer, nn.Module):
+            root[target] = layer
+            return
+        if isinstance(layer.layer, Blockwise):
+            root[target] = layer.layer.to_module(layer.dtype, layer.device)
+            return
+        try:
+            *pads, conv = layer.layer.to_modules(layer.dtype, layer.device)
+        except WeightError as error:
+            raise WeightError(f"{node.name}: {error}") from None
+        root[target] = conv
+        for pad in pads:
+            name = self._unique(f"{target}_pad")
+            root[name] = pad
+            with self.graph.inserting_before(node):
+                before = self.graph.create_node("call_module", name, (data_input(node),))
+            node.args = (before,)

@@ -1,0 +1,110 @@
+"""Whether a rewrite holds for inputs with other numbers of dimensions, too.
+
+Convolutions and pools take one image as well as a batch, linear layers any number of dimensions,
+and what acts on each value alone does not ask. Of a network made of these nothing is demanded. A
+PReLU with a slope per channel, a slice or a concatenation finds channels by counting dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rmfx.algebra.activation import is_activation
+from rmfx.algebra.affine import CONVS
+from rmfx.modules.activations import OWN_ACTIVATIONS
+
+from .conditions import demand_rank, fits
+from .kinds import ARITHMETIC
+
+BY_RANK = "rmfx_by_rank"  # in a graph's metadata: it was read by the numbers of dimensions
+RANKS = ("dim", "ndimension", "ndim")
+VALUE_BY_VALUE = frozenset(ARITHMETIC.values())
+_FLATTENS = (torch.flatten, "flatten", torch.ops.aten.flatten.using_ints)
+_FREE: tuple[type[nn.Module], ...] = (
+    *CONVS,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.padding._ConstantPadNd,
+    nn.modules.dropout._DropoutNd,
+    nn.Identity,
+    nn.BatchNorm2d,  # which takes batches only, as BatchNorm3d does
+    nn.BatchNorm3d,
+)
+
+
+def demand_ranks(conditions: fx.Graph, ranks: Mapping[str, int | None]) -> None:
+    """Let a graph demand numbers of dimensions, by input, where it demands no sizes yet."""
+    for x in conditions.find_nodes(op="placeholder"):
+        rank = ranks.get(x.name)
+        if rank is not None and not any(user.target is fits for user in x.users):
+            demand_rank(conditions, x, rank)
+
+
+class Snapshot:
+    """A graph as it was, to tell what has been read by the numbers of dimensions since."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._calls = {node: _call(node) for node in gm.graph.nodes}
+        self._asked = [node for node in gm.graph.nodes if _asks_for_rank(node)]
+
+    def was_read_by_rank(self, gm: fx.GraphModule) -> bool:
+        """Whether the graph as it is now means the same for some numbers of dimensions only."""
+        if any(node._erased for node in self._asked):
+            return True
+        return any(self._has_changed(gm, node) for node in gm.graph.nodes)
+
+    def _has_changed(self, gm: fx.GraphModule, node: fx.Node) -> bool:
+        before = self._calls.get(node)
+        if _call(node) == before or node.target in VALUE_BY_VALUE:
+            return False
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Flatten) and before is not None and before[1] in _FLATTENS:
+            return False
+        return not ignores_rank(node, module)
+
+
+def _call(node: fx.Node) -> tuple[object, ...]:
+    """What a node calls, whatever it reads."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: None)
+    return (node.op, node.target, args, kwargs)
+
+
+def _asks_for_rank(node: fx.Node) -> bool:
+    by_attribute = node.target is getattr and node.args[1:] == ("ndim",)
+    return by_attribute or (node.op == "call_method" and node.target in RANKS)
+
+
+def ignores_rank(
+    node: fx.Node, module: nn.Module | None, constants: Mapping[fx.Node, Any] | None = None
+) -> bool:
+    """Whether a node does the same whatever the number of dimensions.
+
+    Args:
+        node: the node.
+        module: that it calls, if it calls one.
+        constants: values of the nodes that read the model's tensors, which may add dimensions.
+    """
+    if node.op in ("placeholder", "output", "get_attr"):
+        return True
+    if module is not None:
+        parts = module.modules() if isinstance(module, OWN_ACTIVATIONS) else [module]
+        return all(_is_free(part) for part in parts)
+    given = [(constants or {}).get(n) for n in node.all_input_nodes]
+    adds_none = not any(isinstance(value, Tensor) and value.dim() for value in given)
+    return node.target in VALUE_BY_VALUE and adds_none
+
+
+def _is_free(module: nn.Module) -> bool:
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters == 1
+    kinds = (*_FREE, *OWN_ACTIVATIONS, nn.ModuleList)
+    return is_activation(module) or isinstance(module, kinds)

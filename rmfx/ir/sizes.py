@@ -1,0 +1,300 @@
+"""How the size of a map follows from the size of the network's input.
+
+Layers map a size H to ⌊(H + a)/s⌋, and nested floors combine, so a map far inside a network has the
+size ⌊(H + a)/s⌋ of some input, too. That turns a condition on an inner size into one that can be
+checked at the door. Two of them are needed: that an inner size is a multiple of a number, and that
+two operands have equal sizes. Where they have not, and one of them is 1, a sum spreads it out,
+which no convolution does.
+
+Behind a layer that changes sizes in another way, sizes follow from those of its result.
+
+Pooling with `ceil_mode` rounds the size up, with a last window that hangs over the border. Where
+(H + 2p − k) is a multiple of the stride no window does, and the pool is a convolution.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from rmfx.algebra.affine import AffineConv, Ints
+from rmfx.errors import Refusal
+
+from .conditions import Condition, demand_that, inner_size
+from .elements import Border, Deferred, Element
+from .kinds import AVERAGE_POOLS, KEEP_SIZE, MAX_POOLS, SPREADING
+from .memo import on_demand, succeed
+from .net import Net
+from .nodes import each, is_tensor_node
+from .notes import sizes_of_every_call
+
+SUMS = (torch.add, torch.sub)
+WAY_OUT = "use another size, or convert the network again with example inputs of this one"
+
+
+@dataclass(frozen=True)
+class SizeCondition:
+    """What must hold of one size of an input.
+
+    Attributes:
+        source: the input.
+        dim: which of its sizes, counted from the end: a batch dimension may be missing.
+        cause: what demands it.
+    """
+
+    source: fx.Node
+    dim: int
+    cause: str
+
+
+@dataclass(frozen=True)
+class Multiple(SizeCondition):
+    """⌊(size + growth)/stride⌋ must be a multiple of a number."""
+
+    stride: int
+    growth: int
+    multiple: int
+
+    def write(self, graph: fx.Graph, inputs: Mapping[fx.Node, fx.Node]) -> None:
+        """Let a graph demand it of its inputs, which stand for the sources."""
+        x = inputs[self.source]
+        size = graph.call_function(inner_size, (x, self.dim, self.growth, self.stride))
+        rest = graph.call_function(operator.mod, (size, self.multiple))
+        message = (
+            f"{self.cause} averages fewer values at the border, which a convolution cannot do, "
+            f"unless {_floor(self.dim, self.growth, self.stride)} is a multiple of "
+            f"{self.multiple}; {WAY_OUT}"
+        )
+        demand_that(graph, graph.call_function(operator.eq, (rest, 0)), x, message)
+
+
+@dataclass(frozen=True)
+class Agreement(SizeCondition):
+    """Two sizes ⌊(size + growth)/stride⌋, of one input or of two, must be equal."""
+
+    strides: tuple[int, int]
+    growths: tuple[int, int]
+    other: fx.Node | None = None
+
+    def write(self, graph: fx.Graph, inputs: Mapping[fx.Node, fx.Node]) -> None:
+        """Let a graph demand it of its inputs, which stand for the sources."""
+        x = inputs[self.source]
+        of_other = f" of {self.other.name}" if self.other else ""
+        sources = (x, inputs[self.other or self.source])
+        laws = list(zip(sources, self.growths, self.strides, strict=True))
+        sizes = [graph.call_function(inner_size, (y, self.dim, a, s)) for y, a, s in laws]
+        floors = [_floor(self.dim, a, s) for _, a, s in laws]
+        where = f"{' = '.join(floors)}{of_other}"
+        message = f"{self.cause} combines equal sizes only where {where}; {WAY_OUT}"
+        demand_that(graph, graph.call_function(operator.eq, tuple(sizes)), x, message)
+
+
+def _floor(dim: int, growth: int, stride: int) -> str:
+    """⌊(shape[-1] + 2)/2⌋, in words."""
+    return f"(shape[{dim}] {'-' if growth < 0 else '+'} {abs(growth)}) // {stride}"
+
+
+UNKNOWN_SIZES = (
+    "the sizes of branch and shortcut agree for some input sizes only, and for which is not known"
+)
+
+
+@dataclass(frozen=True)
+class SizeLaw:
+    """Spatial sizes ⌊(H + growth)/stride⌋ of the sizes H of an input.
+
+    `clips` says that a slice is on the way, which gives 0 where that would be negative.
+    """
+
+    source: fx.Node
+    stride: Ints
+    growth: Ints
+    clips: bool = field(default=False, compare=False)
+
+    def through(self, stride: Ints, growth: Ints) -> SizeLaw:
+        """The law behind a layer."""
+        grown = tuple(a + s * g for a, s, g in zip(self.growth, self.stride, growth, strict=True))
+        steps = tuple(s * t for s, t in zip(self.stride, stride, strict=True))
+        return SizeLaw(self.source, steps, grown, self.clips)
+
+
+Reader = Callable[[Net, fx.Node], Element | Refusal]
+
+
+class Sizes:
+    """The size laws of the values of one net, computed on demand and kept.
+
+    Args:
+        net: the net.
+        read: what a node means, as far as its sizes go.
+    """
+
+    def __init__(self, net: Net, read: Reader) -> None:
+        self.net = net
+        self._read = read
+        self._known: dict[fx.Node, SizeLaw | None] = {}
+
+    def law(self, node: fx.Node) -> SizeLaw | None:
+        """The size law of a value, None if it is not known."""
+        return on_demand(node, self._known, self._compute)
+
+    def succeed(self, node: fx.Node, other: fx.Node) -> None:
+        """Take note that a node holds another one's value from now on."""
+        succeed(self._known, node, other)
+
+    def _compute(self, node: fx.Node) -> SizeLaw | None:
+        if node.op == "placeholder":
+            return self._of_its_own(node)
+        inputs = [n for n in node.all_input_nodes if is_tensor_node(n)]
+        found = None
+        if len(inputs) > 1 and node.target in KEEP_SIZE:
+            found = self._of_largest(node, inputs)
+        elif len(inputs) == 1 and not node.meta.get("frozen"):
+            before = self._known[inputs[0]]
+            found = before and self._behind(node, before)
+        return found or (self._of_its_own(node) if inputs else None)
+
+    def _of_its_own(self, node: fx.Node) -> SizeLaw | None:
+        """The sizes of a value that follow from no others: by them we know those behind it."""
+        rank = self.net.rank(node)
+        dims = rank - 2 if rank else 0
+        return SizeLaw(node, (1,) * dims, (0,) * dims) if dims > 0 else None
+
+    def _of_largest(self, node: fx.Node, inputs: list[fx.Node]) -> SizeLaw | None:
+        """Of a combination, which has the sizes of the operand that is not spread out."""
+        laws = sorted((self._known[one] for one in inputs), key=lambda law: bool(law and law.clips))
+        if len(set(laws)) == 1 and (node.target is not torch.cat or node.args[1] == 1):
+            return laws[0]
+        shape = node.meta.get("shape", (None,) * 3)
+        for one in inputs:
+            if None not in shape[2:] and one.meta.get("shape", ())[2:] == shape[2:]:
+                return self._known[one]
+        return None
+
+    def _behind(self, node: fx.Node, before: SizeLaw) -> SizeLaw | None:
+        module: Any = self.net.module(node)
+        if type(module) in MAX_POOLS:
+            dims = MAX_POOLS.index(type(module)) + 1
+            fits = dims == len(before.stride) and not module.ceil_mode
+            return _behind_pool(module, before) if fits else None
+        element = self._read(self.net, node)
+        if isinstance(element, Deferred):
+            dims = len(before.stride)
+            channels = self.net.channels(node.all_input_nodes[0], dims)
+            element = element.build(channels, dims) if channels else Refusal("")
+        if isinstance(element, Border):
+            element = element.affine(1)
+        if isinstance(element, Refusal):
+            return None
+        if not isinstance(element, AffineConv):
+            return before
+        if element.dims != len(before.stride):
+            return None
+        clips = before.clips or (node.target is getitem and min(element.growth) < 0)
+        return replace(before.through(element.stride, element.growth), clips=clips)
+
+
+def _behind_pool(pool: nn.Module, before: SizeLaw) -> SizeLaw:
+    dims = len(before.stride)
+    kernel, stride, padding, dilation = (
+        each(getattr(pool, name), dims) for name in ("kernel_size", "stride", "padding", "dilation")
+    )
+    growth = tuple(
+        2 * p - d * (k - 1) - 1 + s
+        for k, s, p, d in zip(kernel, stride, padding, dilation, strict=True)
+    )
+    return before.through(stride, growth)
+
+
+def conditions_of(sizes: Sizes, node: fx.Node) -> tuple[Condition, ...] | Refusal:
+    """The input sizes for which a node is the linear layer, or the combination, it is read as."""
+    if node.target in SPREADING:
+        return agreements(sizes, node)
+    pool: Any = sizes.net.module(node)
+    if type(pool) not in AVERAGE_POOLS or not pool.ceil_mode:
+        return ()
+    dims = AVERAGE_POOLS.index(type(pool)) + 1
+    names = ("kernel_size", "stride", "padding")
+    kernel, stride, padding = (each(getattr(pool, name), dims) for name in names)
+    law = sizes.law(node.all_input_nodes[0])
+    shape = node.all_input_nodes[0].meta.get("shape")
+    if law is None or law.source.op != "placeholder" or not shape or len(law.stride) != dims:
+        return Refusal(
+            "average pooling with ceil_mode=True averages fewer values at the border of maps of "
+            "some sizes; pass example_inputs of a size at which it does not"
+        )
+    found = []
+    for i, (k, s, p) in enumerate(zip(kernel, stride, padding, strict=True)):
+        if s == 1:
+            continue
+        size = shape[i + 2]
+        if size is None or (size + 2 * p - k) % s:
+            known = "an unknown size" if size is None else f"size {size}"
+            return Refusal(
+                "average pooling with ceil_mode=True averages fewer values at the border of maps "
+                f"of {known}"
+            )
+        growth = law.growth[i] + law.stride[i] * (2 * p - k)
+        found.append(Multiple(law.source, i - dims, node.name, law.stride[i], growth, s))
+    return tuple(found)
+
+
+def agreements(sizes: Sizes, node: fx.Node) -> tuple[Condition, ...] | Refusal:
+    """The input sizes at which the tensors that a node combines have equal sizes.
+
+    Nothing is demanded where they are equal at all sizes, nor where they follow from sizes of their
+    own, as those of a gate do, nor of what is spread out at the example's sizes already.
+    """
+    read = [x for x in node.all_input_nodes if is_tensor_node(x)]
+    laws = [sizes.law(x) for x in read]
+    known = [law for law in laws if law is not None]
+    if len(laws) < 2:
+        return ()
+    if len(known) < len(laws):
+        fixed = all(sizes_of_every_call(x) is not None for x in read)
+        return () if fixed else Refusal(UNKNOWN_SIZES)
+    found: list[Condition] = []
+    for (x, first), (y, second) in itertools.pairwise(zip(read, known, strict=True)):
+        if "shape" in x.meta and "shape" in y.meta and x.meta["shape"][2:] != y.meta["shape"][2:]:
+            continue
+        if len(first.stride) != len(second.stride):
+            continue
+        if first.source is not second.source:
+            sources = (first.source, second.source)
+            if all(sizes_of_every_call(x) is not None for x in sources) or node.target not in SUMS:
+                continue
+            if any(x.op != "placeholder" for x in sources):
+                return Refusal(UNKNOWN_SIZES)
+            found += _of_two(node, first, second)
+            continue
+        different = [i for i in range(len(first.stride)) if _at(first, i) != _at(second, i)]
+        if different and first.source.op != "placeholder":
+            if sizes_of_every_call(first.source) is None:
+                return Refusal(UNKNOWN_SIZES)
+            continue
+        for i in different:
+            pairs = tuple(zip(_at(first, i), _at(second, i), strict=True))
+            dim = i - len(first.stride)
+            found.append(Agreement(first.source, dim, node.name, pairs[0], pairs[1]))
+    return tuple(found)
+
+
+def _of_two(node: fx.Node, first: SizeLaw, second: SizeLaw) -> list[Condition]:
+    """That the sizes that follow from two inputs are equal."""
+    found: list[Condition] = []
+    for i, (a, b) in enumerate(zip(first.stride, second.stride, strict=True)):
+        growths = (first.growth[i], second.growth[i])
+        dim = i - len(first.stride)
+        found.append(Agreement(first.source, dim, node.name, (a, b), growths, second.source))
+    return found
+
+
+def _at(law: SizeLaw, dim: int) -> tuple[int, int]:
+    return law.stride[dim], law.growth[dim]

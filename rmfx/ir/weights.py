@@ -1,0 +1,55 @@
+"""Whether weights can be computed with, and of which types layers hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx
+from torch.nn.parameter import is_lazy
+
+from rmfx.algebra.affine import is_finite
+from rmfx.errors import WeightError
+
+from .elements import Virtual
+from .kinds import is_ordinary
+from .net import Net
+from .nodes import is_tensor_node
+from .selections import may_select
+
+
+def check_weight(name: str, value: Tensor) -> None:
+    """Raise WeightError unless `value` can be computed with."""
+    if is_lazy(value):
+        raise WeightError(f"{name}: the weight is not initialised; run the model once first")
+    if value.is_meta:
+        raise WeightError(
+            f"{name}: the weight is on the meta device and has no values; load the weights first"
+        )
+    if not is_ordinary(value):
+        return  # it stays as it is, in a layer that stays as it is
+    if value.is_complex():
+        raise WeightError(f"{name}: complex weights ({value.dtype}) are not supported")
+    if value.is_quantized:
+        raise WeightError(f"{name}: quantized weights are not supported; convert before quantising")
+    if value.is_floating_point() and not is_finite(value):
+        raise WeightError(f"{name}: the weight holds NaN or Inf; repair or reload the checkpoint")
+
+
+def weight_types(net: Net, nodes: Iterable[fx.Node]) -> set[tuple[torch.dtype, torch.device]]:
+    """Types and devices of all weights that some nodes use."""
+    kinds = set()
+    for node in nodes:
+        made, module = net.replacement(node), net.module(node)
+        if isinstance(made, Virtual):
+            kinds.add((made.dtype, made.device))
+        elif module is not None:
+            tensors = (*module.parameters(), *module.buffers())
+            kinds |= {(t.dtype, t.device) for t in tensors if t.is_floating_point()}
+        constants = () if may_select(net, node) else node.all_input_nodes
+        for constant in constants:
+            if not is_tensor_node(constant) and constant.op == "get_attr":
+                value = net.attribute(constant)
+                if isinstance(value, torch.Tensor) and value.dim():
+                    kinds.add((value.dtype, value.device))
+    return kinds

@@ -1,0 +1,1 @@
+"""The modules that rmfx leaves in networks."""

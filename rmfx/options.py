@@ -1,0 +1,152 @@
+"""What callers give besides a model, and whether each of it is of a kind that fits."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import UnionType
+from typing import Any, ParamSpec, SupportsIndex, TypeVar, Union, get_args, get_origin
+
+import numpy as np
+from torch import Tensor
+
+from rmfx.errors import OptionError, RmfxError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Inputs = tuple[Any, ...]
+
+
+def typed(verb: Callable[P, T]) -> Callable[P, T]:
+    """Let arguments that make a verb fail be told from its own failures."""
+
+    @functools.wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with fitting(verb, declared_arguments(verb, args, kwargs) or {}):
+            return verb(*args, **kwargs)
+
+    return run
+
+
+def declared_arguments(verb: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any] | None:
+    """The arguments of a call by name, None where they do not fit the verb."""
+    try:
+        return _signature(verb).bind(*args, **kwargs).arguments
+    except TypeError:
+        return None
+
+
+@contextlib.contextmanager
+def fitting(verb: Callable[..., Any], given: Mapping[str, Any]) -> Iterator[None]:
+    """Say of arguments that are not of the class which annotations name what is wanted.
+
+    A verb's own checks, which say it better, come first; but nothing that is not True or False
+    passes for one of them.
+
+    Raises:
+        OptionError: the verb fails on an argument, or gets one of another class in place of a bool.
+    """
+    misfits = _misfits(verb, given)
+    if any(_signature(verb).parameters[name].annotation is bool for name in misfits):
+        raise _misfit(verb, given, misfits)
+    try:
+        yield
+    except RmfxError:
+        raise
+    except Exception as error:  # whatever a verb makes of something else
+        if misfits:
+            raise _misfit(verb, given, misfits) from error
+        raise
+
+
+def check_classes(made: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Raise OptionError for arguments that are not of the class which annotations name."""
+    misfits = _misfits(made, given)
+    if misfits:
+        raise _misfit(made, given, misfits)
+
+
+def _misfits(made: Callable[..., Any], given: Mapping[str, Any]) -> list[str]:
+    parameters = _signature(made).parameters
+    return [name for name, x in given.items() if not _fits(parameters[name].annotation, x)]
+
+
+def _misfit(verb: Callable[..., Any], given: Mapping[str, Any], names: list[str]) -> OptionError:
+    name = names[0]
+    text = " ".join(repr(given[name]).split())[:60]
+    wanted = inspect.formatannotation(_signature(verb).parameters[name].annotation)
+    return OptionError(f"{verb.__name__}: {name}={text}: it takes {wanted}")
+
+
+@functools.cache
+def _signature(verb: Callable[..., Any]) -> inspect.Signature:
+    # Late, since modules that import one another have no annotations to look up before.
+    return inspect.signature(verb, eval_str=True)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of a class that an annotation names; numbers only must be no arrays."""
+    kind = get_origin(hint) or hint
+    if isinstance(hint, TypeVar):
+        return _fits(hint.__bound__, value)
+    if kind in (Union, UnionType):
+        return any(_fits(choice, value) for choice in get_args(hint))
+    if kind in (int, float):
+        return value is not None and not isinstance(value, (Tensor, np.ndarray))
+    if kind is Iterable:
+        return isinstance(value, Iterable) or hasattr(value, "__getitem__")
+    if kind is Any or not isinstance(kind, type):
+        return True
+    classes: dict[type, Any] = {bool: (bool, np.bool_), Path: os.PathLike}
+    return isinstance(value, classes.get(kind, kind))
+
+
+def as_tuple(inputs: Any) -> tuple[Any, ...]:
+    """Inputs, one or several, as arguments."""
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def patterns_of(name: str, given: str | Iterable[str], paths: Iterable[str]) -> tuple[str, ...]:
+    """Patterns such as "layer4.*" that an option holds, one or several.
+
+    Raises:
+        OptionError: they are no patterns, or one is of none of the paths that it could mean.
+    """
+    patterns = (given,) if isinstance(given, str) else given
+    if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+        raise OptionError(f"{name}={given!r} must be a pattern such as 'layer4.*', or several")
+    patterns = tuple(patterns)
+    known = list(paths)
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in known):
+            some = ", ".join(known[:3]) or "there is none"
+            raise OptionError(
+                f"{name}={pattern!r} is of no layer that could be meant (such as {some}); "
+                "patterns look like 'layer4.*'"
+            )
+    return patterns
+
+
+def is_named(path: str, patterns: Iterable[str]) -> bool:
+    """Whether one of some patterns such as "layer4.*" is of a module's path."""
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def as_inputs(example_inputs: Any) -> Inputs | None:
+    """Example inputs as a tuple of arguments."""
+    return None if example_inputs is None else as_tuple(example_inputs)
+
+
+def is_number(value: object) -> bool:
+    """Whether an option is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> bool:
+    """Whether an option is a whole number."""
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)

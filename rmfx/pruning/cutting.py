@@ -1,0 +1,309 @@
+"""Carries out which channels go: every layer, table and slice of a net loses its part of them.
+
+What a channel that goes was on average can go into the bias of the layers that read it: there it
+is taken for a channel that always has this value, also where the layer pads. Where it should be 0
+in the padding, the layer reads a channel of ones instead, which stands for all that have gone
+(but a grouped layer does not).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from rmfx.algebra.affine import TRANSPOSED, AffineConv
+from rmfx.algebra.laws import direct_sum
+from rmfx.analysis.channel_labels import PAD_ARGUMENTS, Channels, Cut, Layer, Table
+from rmfx.errors import Refusal, RmfxError
+from rmfx.ir.elements import Virtual
+from rmfx.ir.kinds import BATCH_NORMS
+from rmfx.ir.net import Net
+from rmfx.ir.nodes import expanded
+from rmfx.report import META_KEY
+
+from .families import Widths
+from .slicing import cut_module
+
+
+class Keep:
+    """Which labels stay.
+
+    Args:
+        channels: of a net.
+        gone: the roots of the labels that go.
+    """
+
+    def __init__(self, channels: Channels, gone: Tensor) -> None:
+        self._channels = channels
+        self._stays = torch.ones(channels.count, dtype=torch.bool)
+        self._stays[gone] = False
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Which of some labels stay, (labels,) booleans."""
+        return self._stays[self._channels.roots(ids)]
+
+    def count(self, ids: Tensor) -> int:
+        return int(self(ids).sum())
+
+
+def cut(
+    net: Net,
+    channels: Channels,
+    gone: Tensor,
+    responses: Mapping[fx.Node, Tensor],
+    *,
+    borders: bool = False,
+) -> dict[str, Tensor]:
+    """Cut channels out of a net.
+
+    Args:
+        net: to be changed.
+        channels: of the net.
+        gone: the roots of the labels that go; no layer may lose all.
+        responses: for linear layers, what each channel that they read is to count for when it goes,
+            (in_channels,); 0 where a layer is not named.
+        borders: let padding stay 0 where channels go, at the price of a channel of ones for each
+            layer that pads.
+
+    Returns:
+        The constants that have changed, by target.
+    """
+    keep = Keep(channels, gone)
+    for layer in channels.layers:
+        if layer.node in responses:
+            _compensate(net, layer, keep, responses[layer.node], borders=borders)
+    constants: dict[str, Tensor] = {}
+    for table in channels.tables:
+        _cut_table(net, table, keep(table.ids), constants)
+    for layer in channels.layers:
+        _cut_layer(net, layer, keep(layer.ins), keep(layer.outs))
+    for place in channels.cuts:
+        _cut_place(place, keep)
+    for node, value in channels.values.items():
+        kept = keep(value.ids)
+        if not bool(kept.all()):
+            net.resize(node, value.axis, int(kept.sum()))
+    return constants
+
+
+# ---- responses ----------------------------------------------------------------------------------
+def _compensate(net: Net, layer: Layer, keep: Keep, response: Tensor, *, borders: bool) -> None:
+    """Put what channels that go are taken for into a bias."""
+    gone = ~keep(layer.ins) & layer.mixes
+    if not bool((gone & (response.cpu() != 0)).any()):
+        return
+    module = _current(net, layer.node)
+    weight = module.weight.detach().to(torch.float64)
+    if borders and reads_ones(module, layer.carries.numel()):
+        _read_ones(net, layer.node, torch.where(gone, response, 0.0).to(weight))
+        return
+    taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    groups, n_out = layer.carries.numel(), layer.outs.numel()
+    if isinstance(module, TRANSPOSED):
+        # A place sees one tap of each stride in turn: this is their mean.
+        block = taps.reshape(groups, -1, n_out // groups).transpose(1, 2) / math.prod(module.stride)
+    else:
+        block = taps.reshape(groups, n_out // groups, -1)
+    lost = torch.where(gone, response.to(torch.float64), 0.0).to(taps.device)
+    shift = torch.einsum("goi,gi->go", block, lost.reshape(groups, -1)).flatten()
+    norm = norm_behind(net, layer.node)
+    if module.bias is None and norm is not None:
+        copied = _own(net, norm)
+        copied.running_mean = copied.running_mean - shift.to(copied.running_mean)
+        return
+    copied = _own(net, layer.node)
+    bias = shift.to(weight.device)
+    if module.bias is not None:
+        bias = bias + module.bias.detach().to(torch.float64)
+    trained = module.weight.requires_grad
+    copied.bias = nn.Parameter(bias.to(module.weight.dtype), requires_grad=trained)
+
+
+def reads_ones(module: nn.Module, groups: int) -> bool:
+    """Whether a layer reads a channel of ones for what has gone, where padding is to stay 0."""
+    is_conv = isinstance(module, nn.modules.conv._ConvNd) and type(module) not in TRANSPOSED
+    return groups == 1 and is_conv and any(getattr(module, "_reversed_padding_repeated_twice", ()))
+
+
+def _read_ones(net: Net, node: fx.Node, constants: Tensor) -> None:
+    """Let a layer read a channel of ones, with the weights of channels that are constant."""
+    module = _own(net, node)
+    weight = module.weight.detach()
+    own = torch.einsum("oi...,i->o...", weight.to(torch.float64), constants).unsqueeze(1)
+    module.weight = _like(torch.cat((weight, own.to(weight)), 1), module.weight)
+    module.in_channels += 1
+    (source,) = node.all_input_nodes
+    with net.graph.inserting_before(node):
+        amounts = [0] * (2 * (weight.dim() - 2) + 1) + [1]
+        ones = net.graph.call_function(F.pad, (source, amounts), {"value": 1.0})
+    shape = source.meta["shape"]
+    ones.meta = {**source.meta, "shape": (shape[0], shape[1] + 1, *shape[2:])}
+    node.args, node.kwargs = (ones,), {}
+
+
+def norm_behind(net: Net, node: fx.Node) -> fx.Node | None:
+    """The batch norm that alone reads a layer's value."""
+    user = next(iter(node.users))
+    module: Any = net.module(user)
+    if len(node.users) > 1 or type(module) not in BATCH_NORMS or net.guard(user) is not None:
+        return None
+    if isinstance(net.module(node), nn.Linear) and net.rank(node) != 2:
+        return None  # it normalises dimension 1, which does not hold the features
+    return user if module.running_mean is not None else None
+
+
+# ---- what is cut --------------------------------------------------------------------------------
+def _current(net: Net, node: fx.Node) -> Any:
+    return net.replacement(node) or net.module(node)
+
+
+def _own(net: Net, node: fx.Node) -> Any:
+    """The module that a node calls, as a copy that may be changed."""
+    target = str(node.target)
+    if target not in net.virtual:
+        module = net.module(node)
+        if module is None:
+            raise RmfxError(f"{node.name} calls no module")
+        net.virtual[target] = copy.deepcopy(module)
+    return net.virtual[target]
+
+
+def _cut_table(net: Net, table: Table, keep: Tensor, constants: dict[str, Tensor]) -> None:
+    if bool(keep.all()):
+        return
+    if table.node.op == "get_attr":
+        value: Any = net.attribute(table.node)
+        rows = keep.nonzero().flatten().to(value.device)
+        constants[str(table.node.target)] = _like(
+            value.detach().index_select(table.axis, rows), value
+        )
+    else:
+        net.virtual[str(table.node.target)] = cut_module(_current(net, table.node), keep)
+
+
+def _like(value: Tensor, model: Tensor) -> Tensor:
+    if isinstance(model, nn.Parameter):
+        return nn.Parameter(value, requires_grad=model.requires_grad)
+    return value
+
+
+def _cut_layer(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
+    if bool(ins.all()) and bool(outs.all()):
+        return
+    if bool(layer.carries.any()):
+        _cut_carrying(net, layer, ins, outs)
+        return
+    module = _own(net, layer.node)
+    groups = layer.carries.numel()
+    rows, columns = (ins, outs) if isinstance(module, TRANSPOSED) else (outs, ins)
+    more = module.weight.shape[1] - columns.numel() if groups == 1 else 0  # of ones, which stay
+    columns = torch.cat((columns, columns.new_ones(more)))
+    weight = module.weight.detach()[rows.to(module.weight.device)]
+    weight = weight[:, _of_a_group(columns, groups).to(weight.device)]
+    module.weight = _like(weight.clone(), module.weight)
+    if module.bias is not None:
+        module.bias = _like(module.bias.detach()[outs.to(module.bias.device)], module.bias)
+    if isinstance(module, nn.Linear):
+        module.in_features, module.out_features = int(ins.sum()), int(outs.sum())
+    else:
+        module.in_channels, module.out_channels = int(ins.sum()) + more, int(outs.sum())
+        module.groups = int(ins.reshape(groups, -1).any(1).sum())
+
+
+def _of_a_group(keep: Tensor, groups: int) -> Tensor:
+    """What stays of each group that stays; the same for all."""
+    parts = keep.reshape(groups, -1)
+    return parts[int(parts.any(1).int().argmax())]
+
+
+def _cut_carrying(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
+    """A grouped convolution of which some groups work channel by channel."""
+    module = _current(net, layer.node)
+    whole = AffineConv.from_conv(module)
+    if isinstance(whole, Refusal):
+        raise RmfxError(f"{layer.node.name}: {whole.reason}")
+    own = ~layer.carries.repeat_interleave(layer.ins.numel() // layer.carries.numel())
+    if bool(ins[own].any()) != bool(outs[own].any()):
+        # The main block is there on one side only.
+        dense = whole.regroup(1)
+        made = replace(dense, weight=dense.weight[outs][:, ins], bias=dense.bias[outs])
+    else:
+        made = _direct_sum_of_runs(layer, whole, ins, outs)
+    kind = (module.weight.dtype, module.weight.device)
+    net.virtual[str(layer.node.target)] = Virtual(made, *kind)
+
+
+def _direct_sum_of_runs(layer: Layer, whole: AffineConv, ins: Tensor, outs: Tensor) -> AffineConv:
+    parts: list[AffineConv] = []
+    for carry, run in groupby(range(layer.carries.numel()), lambda i: bool(layer.carries[i])):
+        places = list(run)
+        parts += _cut_run(whole, carry, slice(places[0], places[-1] + 1), ins, outs)
+    made = direct_sum(*parts)
+    if isinstance(made, Refusal):
+        raise RmfxError(f"{layer.node.name}: {made.reason}")
+    return made
+
+
+def _cut_run(
+    whole: AffineConv, carry: bool, run: slice, ins: Tensor, outs: Tensor
+) -> list[AffineConv]:
+    """Some groups in a row, all carries or none, as a layer of their own."""
+    n_in, n_out = whole.block
+    columns = torch.arange(whole.in_channels)[run.start * n_in : run.stop * n_in]
+    rows = torch.arange(whole.out_channels)[run.start * n_out : run.stop * n_out]
+    keep, left = outs[rows], ins[columns]
+    if not bool(keep.any()):
+        return []
+    weight, bias = whole.weight[rows], whole.bias[rows]
+    count = run.stop - run.start
+    if carry:
+        weight = weight[torch.arange(len(rows)), torch.arange(len(rows)) % n_in].unsqueeze(1)
+        count = int(keep.sum())
+    else:
+        weight = weight[:, _of_a_group(left, count)]
+        count = int(keep.reshape(count, -1).any(1).sum())
+    return [replace(whole, weight=weight[keep], bias=bias[keep], groups=count)]
+
+
+def _cut_place(place: Cut, keep: Keep) -> None:
+    """Let a node that names places of channels name those that they have now."""
+    counts = [keep.count(part) for part in place.parts]
+    node = place.node
+    if place.adds:
+        given: dict[str, Any] = dict(zip(PAD_ARGUMENTS, node.args[1:], strict=False)) | node.kwargs
+        amounts = list(given["pad"])
+        rank = len(node.meta["shape"])
+        at = 2 * (rank - 1 - place.axis)
+        amounts[at : at + 2] = counts
+        node.args, node.kwargs = (node.args[0],), {**given, "pad": amounts}
+        return
+    index: Any = node.args[1]
+    parts = expanded(index if isinstance(index, tuple) else (index,), len(node.meta["shape"]))
+    parts[place.axis] = slice(counts[0], counts[0] + counts[1])
+    node.args = (node.args[0], tuple(parts))
+
+
+def without(
+    net: Net,
+    widths: Widths,
+    keep: Tensor,
+    means: Mapping[fx.Node, Tensor],
+    *,
+    borders: bool = False,
+) -> fx.GraphModule:
+    """A net without some of its labels; keep: (labels,) booleans, the rest as in `cut`."""
+    constants = cut(net, widths.channels, widths.roots[~keep], means, borders=borders)
+    gm = net.finish()
+    gm.meta.pop(META_KEY, None)  # it names nodes that have lost channels
+    for target, value in constants.items():
+        path, _, name = target.rpartition(".")
+        setattr(gm.get_submodule(path), name, value)
+    return gm

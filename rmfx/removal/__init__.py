@@ -1,0 +1,1 @@
+"""From a join to a plain chain."""

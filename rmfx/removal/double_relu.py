@@ -1,0 +1,101 @@
+"""A clamp on the main block as two ReLU in a row.
+
+    clamp(x, a, b) = a + relu((b − a) − relu(b − x))
+
+A clamp takes from a carry what lies outside its bounds, and a carry scaled into them has few bits
+left in int8. ReLU takes only what is negative. So every clamp of a plan becomes ReLU, a depthwise
+1x1 layer with a Dirac tap beside it, and ReLU; b − x goes into the layer before, a into the layer
+behind. Both sums are of the size of b − a however large x is, so rounding costs as much as it
+costs the clamp's own largest value: log₂ max(|a|, |b|, b − a) bits of values of the size of 1.
+
+Left as it is, too: a clamp whose bounds are so large that the type does not afford these bits.
+
+Left as it is: a clamp with an infinite end, or that does not directly follow a linear layer whose
+output nobody else reads; with a ≠ 0 also one whose output others read, or which is followed by
+something else than a linear layer without padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeGuard
+
+import torch
+from torch import nn
+
+from rmfx.algebra.activation import Activation
+from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.digits import affords
+from rmfx.algebra.laws import compose
+from rmfx.errors import Refusal
+
+from .columns import Column, Linear, Plan, Pointwise, work_of
+
+RELU = Activation(nn.ReLU())
+
+
+def without_clamps(plan: Plan, dtype: torch.dtype) -> Plan | None:
+    """The plan with two ReLU for every clamp of its main block; None if none allows it."""
+    columns = list(plan.columns)
+    places = [i for i, column in enumerate(columns) if isinstance(column, Pointwise)]
+    for i in reversed(places):  # those before keep their index
+        columns[i - 1 : i + 2] = _replaced(columns[i - 1 : i + 2], dtype)
+    if len(columns) == len(plan.columns):
+        return None
+    work = work_of(columns)
+    return None if isinstance(work, Refusal) else replace(plan, columns=tuple(columns), work=work)
+
+
+def bits_of_clamps(plan: Plan) -> float:
+    """The bits that values of the size of 1 lose in sums with the bounds of a plan's clamps."""
+    acts = (column.main for column in plan.columns if isinstance(column, Pointwise))
+    bounds = [act.row.bounds(act.module) for act in acts if _is_clamp(act) and act.row.bounds]
+    return max((_bits(*ends) for ends in bounds if math.isfinite(sum(ends))), default=0.0)
+
+
+def _is_clamp(act: object) -> TypeGuard[Activation]:
+    return isinstance(act, Activation) and act.row.bounds is not None
+
+
+def _bits(low: float, high: float) -> float:
+    return math.log2(max(1.0, abs(low), abs(high), high - low))
+
+
+def _replaced(columns: Sequence[Column], dtype: torch.dtype) -> Sequence[Column]:
+    """Two ReLU in place of the clamp in the middle of three columns, where that is possible."""
+    before, clamp, behind = columns
+    if not isinstance(before, Linear) or before.taps or not isinstance(clamp, Pointwise):
+        return columns
+    act = clamp.main
+    if not isinstance(act, Activation) or act.row.bounds is None or clamp.carry is not None:
+        return columns
+    low, high = act.row.bounds(act.module)
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        return columns
+    if not affords(dtype, _bits(low, high)):
+        return columns
+    turned = compose(_affine(before.main, -1.0, high), before.main)
+    if low:
+        if clamp.taps or not isinstance(behind, Linear):
+            return columns
+        raised = compose(behind.main, _affine(before.main, 1.0, low))
+        if isinstance(raised, Refusal):
+            return columns
+        behind = replace(behind, main=raised)
+    if isinstance(turned, Refusal):
+        return columns
+    device = before.carry.weight.device
+    again = Linear(
+        main=_affine(before.main, -1.0, high - low),
+        carry=AffineConv.identity(before.carry.out_channels, before.main.dims, device=device),
+    )
+    relu = replace(clamp, main=RELU, steps=(), taps=())
+    return [replace(before, main=turned), relu, again, replace(clamp, main=RELU), behind]
+
+
+def _affine(like: AffineConv, factor: float, shift: float) -> AffineConv:
+    """x ↦ factor·x + shift of a layer's outputs."""
+    ones = torch.ones(like.out_channels, dtype=torch.float64, device=like.weight.device)
+    return AffineConv.scale(factor * ones, shift * ones, dims=like.dims)

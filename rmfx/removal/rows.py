@@ -1,0 +1,100 @@
+"""Rows of the report: what a site costs, and what it would cost once it is rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from rmfx.algebra.laws import area_after
+from rmfx.analysis.expense import Expense, expense_of
+from rmfx.errors import Refusal, RmfxError
+from rmfx.ir.names import module_path
+from rmfx.ir.net import Net
+from rmfx.ir.notes import positions
+from rmfx.report import SiteReport
+
+from .columns import Column, Linear, Pointwise, sizes_of
+from .site import Site
+from .strategy import Settled
+
+
+def expected_expense(site: Site, columns: Sequence[Column]) -> Expense:
+    """What the columns of a plan will cost, once they are built."""
+    linear = [c for c in columns if isinstance(c, Linear)]
+    sizes = sizes_of(columns)
+    if isinstance(sizes, Refusal):  # the plan was made with the same laws
+        raise RmfxError(f"a planned layer cannot be built: {sizes.reason}")
+    built = zip(sizes, area_after([c.main for c in linear]), strict=True)
+    work, moved, size, area, width = 0.0, 0.0, 0, 1.0, site.channels
+    for column in columns:
+        moved += width * area
+        if isinstance(column, Linear):
+            weights, area = next(built)
+            work += weights * area
+            size += weights
+            width = column.main.out_channels
+            width += column.carry.out_channels if column is not linear[-1] else 0
+        elif isinstance(column, Pointwise):
+            width = sum(column.widths)
+        moved += width * area
+    count = positions(site.fork.meta.get("shape"), site.dims)
+    if count is None:
+        return Expense(None, None, size)
+    return Expense(round(work * count), round(moved * count), size)
+
+
+def row_of_match(net: Net, site: Site, settled: Settled, nodes: Sequence[fx.Node]) -> SiteReport:
+    """The row of a site that can be removed, with what is expected of it.
+
+    Args:
+        nodes: those that go.
+    """
+    before = expense_of(net, [*nodes], site.dims)
+    after = expected_expense(site, settled.plan.columns)
+    carries = [c.carry.out_channels for c in settled.plan.columns[:-1] if isinstance(c, Linear)]
+    return SiteReport(
+        place=module_path(site.join),
+        source=site.join.meta.get("source"),
+        join=site.join.name,
+        node=None,
+        status="removed",
+        strategy=settled.strategy,
+        exactness=settled.exactness,
+        gain=settled.gain,
+        bits=settled.bits,
+        layout=settled.plan.layout,
+        shape=site.join.meta.get("shape"),
+        carry=max(carries, default=0),
+        macs_before=before.macs,
+        macs_after=after.macs,
+        moved_before=before.moved,
+        moved_after=after.moved,
+        params_before=before.parameters,
+        params_after=after.parameters,
+    )
+
+
+def with_expense(row: SiteReport, after: Expense) -> SiteReport:
+    """The row with what the site costs now."""
+    return replace(
+        row, macs_after=after.macs, moved_after=after.moved, params_after=after.parameters
+    )
+
+
+def row_of_refusal(node: fx.Node, refusal: Refusal, *, whole: bool) -> SiteReport:
+    """The row of a site that stays.
+
+    Args:
+        whole: whether the node still holds what it held, and nothing beside it.
+    """
+    return SiteReport(
+        place=module_path(node),
+        source=node.meta.get("source"),
+        join=node.name,
+        node=node.name if whole else None,
+        status="kept" if refusal.by_choice else "refused",
+        reason=str(refusal),
+        shape=node.meta.get("shape"),
+    )

@@ -1,0 +1,288 @@
+"""The rule that rewrites one join as a plain chain, and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, fx, nn
+
+from rmfx.algebra.activation import Blockwise, way_of
+from rmfx.algebra.affine import AffineConv
+from rmfx.analysis.expense import expense_of
+from rmfx.analysis.ranges import Ranges
+from rmfx.data.moments import Moments
+from rmfx.errors import Refusal, RefusedError, RmfxError, fault
+from rmfx.frontend.tracing import trace
+from rmfx.ir.driver import apply_rule
+from rmfx.ir.elements import Virtual
+from rmfx.ir.joins import read_join
+from rmfx.ir.net import Net
+from rmfx.ir.nodes import put_in_order
+from rmfx.ir.reading import demands_of
+from rmfx.report import META_KEY, Report, SiteReport
+from rmfx.rules.batch_norm import identity_norm
+from rmfx.rules.concatenation import ConcatenationRule
+
+from .alignment import may_reorder
+from .assembly import in_type_of, label_of, note_column_shape, widths_behind
+from .columns import Column, Layer, Normalised, Plan, Pointwise, Shared, Sided, build
+from .plan import merge, plans
+from .policy import Policy, reason_to_keep
+from .rows import row_of_match, row_of_refusal, with_expense
+from .side_tensors import call_again, combine, tap
+from .site import Site, find_sites
+from .strategy import AUTO, Settled, is_large, settle
+
+Option = tuple[Site, Settled]
+Arrange = Callable[[Site], list[Plan] | Refusal]
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """A site, its chosen arrangement, and the row it will have in the report."""
+
+    site: Site
+    settled: Settled
+    row: SiteReport
+
+
+class ResidualRule:
+    """Rewrite one join as a plain chain.
+
+    Attributes:
+        rows: what was done, by the name of the join.
+        made: the nodes that rewrites have put into the graph.
+        widened: the nodes whose place a combination with other tensors took, carry included.
+    """
+
+    def __init__(
+        self,
+        ranges: Ranges,
+        *,
+        allowed: Collection[str] = AUTO,
+        fold_batch_norm: bool = True,
+        moments: dict[str, Moments] | None = None,
+        arrange: Arrange = plans,
+        policy: Policy = "all",
+    ) -> None:
+        self._ranges = ranges
+        self._allowed = allowed
+        self._arrange = arrange
+        self._policy = policy
+        self._fold = fold_batch_norm
+        self._moments = moments or {}
+        self.rows: dict[str, SiteReport] = {}
+        self.made: set[fx.Node] = set()
+        self.widened: set[str] = set()
+
+    def match(self, net: Net, node: fx.Node) -> Match | Refusal | None:
+        sites = find_sites(net, node, keep_norms=not self._fold)
+        if sites is None or isinstance(sites, Refusal):
+            return sites
+        found = [option for site in sites for option in self._options(site)]
+        options = [option for option in found if not isinstance(option, Refusal)]
+        if not options:
+            return next(option for option in found if isinstance(option, Refusal))
+        (site, settled), *others = sorted(options, key=self._dearness)
+        row = row_of_match(net, site, settled, _old(site, settled))
+        row = replace(row, layout=_compared(settled, [other for _, other in others]))
+        kept = reason_to_keep(self._policy, net, site, row, self._both_forms)
+        return kept or Match(site, settled, row)
+
+    def _both_forms(
+        self, alone: fx.GraphModule, inputs: tuple[Tensor, ...]
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """A site cut out of its network, as it is and rewritten."""
+        source = trace(alone, inputs)
+        net = Net(source)
+        apply_rule(
+            net, ResidualRule(Ranges(net), fold_batch_norm=self._fold, arrange=self._arrange)
+        )
+        return Net(source).finish(), net.finish()
+
+    def _dearness(self, option: Option) -> tuple[bool, float]:
+        settled = option[1]
+        return is_large(settled, self._allowed), settled.plan.work
+
+    def _options(self, site: Site) -> Iterator[Option | Refusal]:
+        """Every way to rewrite a site."""
+        found = self._arrange(site)
+        if isinstance(found, Refusal):
+            yield found
+            return
+        for plan in found:
+            settled = settle(plan, self._ranges, self._allowed, site.dtype)
+            yield settled if isinstance(settled, Refusal) else (site, settled)
+
+    def rewrite(self, net: Net, node: fx.Node, match: Match) -> None:
+        site, columns = match.site, match.settled.plan.columns
+        layers = build(columns)
+        if isinstance(layers, Refusal):  # the plan was made with the same laws
+            raise RmfxError(f"{node.name}: a planned layer cannot be built: {layers.reason}")
+        old, row = _old(site, match.settled), match.row
+        labels = [label_of(site, column, i) for i, column in enumerate(columns)]
+        net.demand(demands_of(net, site.nodes))
+        net.fix_channels(site.fork, site.dims)
+        again = {c.layer.node for c in columns if isinstance(c, Shared)}
+        net.release(n for n in old if n not in again)
+        new = self._put_columns(net, match, layers, labels, set(old))
+        self._take_place(net, site, old, new, labels)
+        if may_reorder([step for column in columns for step in column.steps]):
+            # The last node stands where the join stood; what followed it may be replaced by now.
+            put_in_order(site.fork, new[-1].next)
+        self.rows[row.join] = with_expense(row, expense_of(net, new, site.dims))
+
+    def _put_columns(
+        self,
+        net: Net,
+        match: Match,
+        layers: Sequence[Layer],
+        labels: Sequence[tuple[str, fx.Node]],
+        old: set[fx.Node],
+    ) -> list[fx.Node]:
+        """The nodes of the chain, as early as they can stand."""
+        site, columns = match.site, match.settled.plan.columns
+        new: list[fx.Node] = []
+        widths = (site.channels, 0)
+        slices: dict[fx.Node, fx.Node] = {}
+        for column, layer, (target, like) in zip(columns, layers, labels, strict=True):
+            source = new[-1] if new else site.fork
+            is_last = column is columns[-1]
+            last_read = column.lateral.node if isinstance(column, Sided) else source
+            behind = site.join.prev if is_last else max(source, last_read)
+            with net.graph.inserting_before(behind.next):
+                if isinstance(column, Sided):
+                    lateral = column.lateral.reading(slices)
+                    made = combine(net, lateral, source, column.block, widths, site.dims)
+                    self.widened.add(like.name)
+                elif isinstance(column, Shared):
+                    made = call_again(net, column.layer, source, sum(widths))
+                else:
+                    made = net.put(self._make(net, site, layer), source, target, like)
+            widths = widths_behind(net, column, widths, site.dims)
+            note_column_shape(site, column, source, made, sum(widths) if not is_last else widths[0])
+            for value, block in column.taps:
+                slices |= self._tap(net, site, made, value, (block, widths), old)
+            new.append(made)
+        return new
+
+    def _tap(
+        self,
+        net: Net,
+        site: Site,
+        wide: fx.Node,
+        value: fx.Node,
+        place: tuple[int, tuple[int, int]],
+        old: set[fx.Node],
+    ) -> dict[fx.Node, fx.Node]:
+        """Let others read an old value's block of a wide one; returns where they read it now."""
+        block, widths = place
+        channels = (0, widths[0]) if block == 0 else (widths[0], sum(widths))
+        readers = [user for user in value.users if user not in old]
+        slices = tap(net, wide, value, channels, sum(widths), readers, site.dims)
+        self.made.update(slices.values())
+        if value in net.values:
+            net.values[slices[value]] = net.values[value]
+        return slices
+
+    def _make(self, net: Net, site: Site, layer: AffineConv | Column) -> Virtual | nn.Module:
+        """What is to stand at a column's node."""
+        if isinstance(layer, AffineConv):
+            return Virtual(layer, site.dtype, site.device)
+        if isinstance(layer, Pointwise):
+            whole = Blockwise(layer.blocks, site.dims)
+            if way_of(whole.blocks) == "identity":
+                return whole.to_module(site.dtype, site.device)
+            return Virtual(whole, site.dtype, site.device)
+        if not isinstance(layer, Normalised):
+            raise TypeError(f"a {type(layer).__name__} column is no module")
+        moments = self._moments.get(net.values.get(site.fork, ""))
+        return identity_norm(layer.main.module, layer.carried, moments, layer.runs)
+
+    def _take_place(
+        self,
+        net: Net,
+        site: Site,
+        old: list[fx.Node],
+        new: list[fx.Node],
+        labels: list[tuple[str, fx.Node]],
+    ) -> None:
+        """Put the new nodes in the place of the old ones, under their names."""
+        known = self._ranges.known(site.join)
+        if known is not None:
+            self._ranges.set(new[-1], known)
+        last = in_type_of(site.join, new[-1])
+        site.join.replace_all_uses_with(last)
+        for node in reversed(old):
+            net.values.pop(node, None)
+            self.made.discard(node)
+            net.graph.erase_node(node)
+        for node, (_, like) in zip(new, labels, strict=True):
+            if like in old and like is not site.join:
+                node.name = like.name
+        if site.join.name not in self.widened:
+            net.values[last] = site.join.name
+        self.made.update(new)
+
+
+def _old(site: Site, settled: Settled) -> list[fx.Node]:
+    """The nodes that go, in the order of the graph."""
+    return [n for n in sorted(dict.fromkeys(site.nodes)) if n not in settled.plan.kept]
+
+
+def _compared(chosen: Settled, others: Sequence[Settled]) -> str:
+    """The layout of an arrangement, beside the next best that has another one."""
+    plan = chosen.plan
+    other = next((o.plan for o in others if o.plan.layout != plan.layout), None)
+    if other is None or not plan.work:
+        return plan.layout
+    return f"{plan.layout} ({other.layout}: {other.work / plan.work:.2f} times the multiply-adds)"
+
+
+def joins_of(net: Net) -> list[str]:
+    """The names of the nodes that add two tensors, in order."""
+    return [node.name for node in net.graph.nodes if read_join(node) is not None]
+
+
+def check_strict(verb: str, refusals: Mapping[fx.Node, Refusal], *, strict: bool) -> None:
+    """Raise RefusedError at the first refusal that is not a choice, if `strict`."""
+    for node, refusal in refusals.items():
+        if strict and not refusal.by_choice:
+            raise RefusedError(f"{verb}: the add {node.name} cannot be removed: {refusal}")
+
+
+def finish(
+    net: Net, rule: ResidualRule, refusals: Mapping[fx.Node, Refusal], joins: Sequence[str]
+) -> fx.GraphModule:
+    """The new module, with a report on the joins."""
+    refused = {
+        node.name: row_of_refusal(node, refusal, whole=node.name not in rule.widened)
+        for node, refusal in refusals.items()
+    }
+    net.sweep()
+    where = {name: node.name for node, name in net.values.items() if not node._erased}
+    rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}
+    report = Report(tuple(rows[name] for name in joins if name in rows))
+    return net.finish({META_KEY: report})
+
+
+def as_one_layer(site: Site) -> list[Plan] | Refusal:
+    """The one arrangement that widens nothing."""
+    plan = merge(site)
+    return plan if isinstance(plan, Refusal) else [plan]
+
+
+def apply_to_joins(net: Net, rule: ResidualRule) -> tuple[set[fx.Node], dict[fx.Node, Refusal]]:
+    """Apply a rule to every sum, and merge concatenations, until nothing is left to do.
+
+    Returns:
+        The nodes that were made, and what was refused.
+    """
+    concatenations = ConcatenationRule()
+    for _ in range(len(net.graph.nodes) + 1):  # each round merges one concatenation at least
+        _, refusals = apply_rule(net, rule)
+        more, _ = apply_rule(net, concatenations)
+        if not more:
+            return rule.made | concatenations.made, refusals
+    raise fault("merge_branches", "it finds something to merge for ever")

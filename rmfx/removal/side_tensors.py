@@ -1,0 +1,237 @@
+"""Nodes beside the chain: combinations with other tensors, and what others read of a wide value.
+
+In a chain a value stands as [main; carry]. Where the branch multiplies, adds, chooses or
+concatenates other tensors, those get ones, zeros, what is not chosen or nothing for the carry.
+Where something off the branch reads the main block, it gets a slice; one that is followed by
+pooling is taken behind the pooling, next to a layer that it can be merged into.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from rmfx.algebra.affine import AffineConv
+from rmfx.ir.elements import Border, MaxPool, Virtual
+from rmfx.ir.kinds import is_a
+from rmfx.ir.laterals import Lateral, added_channels, keeps_dims
+from rmfx.ir.net import Net
+from rmfx.ir.nodes import data_input
+from rmfx.ir.notes import ORIGIN, Shape, with_channels, without_notes
+from rmfx.ir.reading import read
+
+# Far enough to give exactly 1 in every floating type.
+ONE_AT: dict[type[nn.Module], float] = {nn.Sigmoid: 40.0, nn.Hardsigmoid: 4.0}
+POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+Widths = tuple[int, int]
+
+
+def combine(
+    net: Net, lateral: Lateral, wide: fx.Node, block: int, widths: Widths, dims: int
+) -> fx.Node:
+    """The lateral's operation on one block of a wide value, at the graph's insert point.
+
+    Args:
+        wide: holds both blocks, of `widths` channels.
+        block: 0 or 1, which one the operation concerns.
+    """
+    if lateral.is_concatenation:
+        return _concatenate(net, lateral, wide, block, widths, dims)
+    room = (0, widths[1]) if block == 0 else (widths[0], 0)
+    operands = [
+        _filled(net, lateral.node, x, widths[block], room, value, dims)
+        if isinstance(x, fx.Node) and value is not None
+        else x
+        for x, value in zip(lateral.operands, lateral.neutral, strict=True)
+    ]
+    operands[lateral.place] = wide
+    node = lateral.node
+    made = net.graph.call_function(node.target, tuple(operands), dict(node.kwargs))  # type: ignore[arg-type]
+    return _like(made, lateral.node, _resized(lateral.node, sum(widths), dims))
+
+
+def _concatenate(
+    net: Net, lateral: Lateral, wide: fx.Node, block: int, widths: Widths, dims: int
+) -> fx.Node:
+    before, after = lateral.operands[: lateral.place], lateral.operands[lateral.place + 1 :]
+    first, second = (block == 0 and after), (block == 1 and before)
+    parts = [wide]
+    if first or second:
+        parts = [
+            take(net, wide, 0, widths[0], dims),
+            take(net, wide, widths[0], sum(widths), dims),
+        ]
+    ours = [*before, parts[-1] if block else parts[0], *after]
+    rest = parts[:-1] if block else parts[1:]
+    operands = [*rest, *ours] if block else [*ours, *rest]
+    made = net.graph.call_function(torch.cat, (operands, lateral.node.args[1]))
+    width = sum(widths) + added_channels(net, lateral, dims)
+    return _like(made, lateral.node, _resized(wide, width, dims))
+
+
+def call_again(net: Net, layer: Border | MaxPool, wide: fx.Node, width: int) -> fx.Node:
+    """The padding or the pool of a wide value, at the graph's insert point."""
+    source = data_input(layer.node)
+    made = net.graph.node_copy(layer.node, lambda n: wide if n is source else n)
+    return _like(made, layer.node, _resized(layer.node, width, layer.dims))
+
+
+def take(net: Net, wide: fx.Node, start: int, stop: int, dims: int) -> fx.Node:
+    """Channels `start` to `stop` of a value, at the graph's insert point."""
+    part = slice(start or None, stop)
+    index: Any = (slice(None), part) if dims else (..., part)
+    made = net.graph.call_function(operator.getitem, (wide, index))
+    return _like(made, wide, _resized(wide, stop - start, dims))
+
+
+def tap(
+    net: Net,
+    wide: fx.Node,
+    value: fx.Node,
+    channels: tuple[int, int],
+    width: int,
+    readers: Sequence[fx.Node],
+    dims: int,
+) -> dict[fx.Node, fx.Node]:
+    """Let the readers of an old value read its channels of a wide one.
+
+    Args:
+        channels: where they begin and end in the wide value.
+        width: channels of the wide value.
+
+    Returns:
+        The slices, by the old nodes whose values they hold: the value's own (a dead one if nobody
+        reads it), and those behind pools, which are new nodes in the place of the old ones.
+    """
+    pooled = [r for r in readers if _is_spatial_pool(net, r, dims)]
+    with net.graph.inserting_after(wide):
+        slices = {value: take(net, wide, *channels, dims)}
+    for reader in readers:
+        if reader not in pooled:
+            reader.replace_input_with(value, slices[value])
+    for pool in pooled:
+        whole = _remade(net, pool, {value: wide}, width, dims)
+        with net.graph.inserting_after(whole):
+            part = take(net, whole, *channels, dims)
+        for reader in set(whole.users) - {part}:
+            reader.replace_input_with(whole, part)
+        slices[pool] = part
+    return slices
+
+
+def _remade(
+    net: Net, node: fx.Node, places: dict[fx.Node, fx.Node], channels: int, dims: int
+) -> fx.Node:
+    """A new node in the place of one whose input and output get other channels.
+
+    New, because what is known of the old one (shape, range) no longer holds.
+    """
+    with net.graph.inserting_after(node):
+        made = net.graph.node_copy(node, lambda n: places.get(n, n))
+    made.meta = without_notes(node)
+    shape = node.meta.get("shape")
+    if shape is not None:
+        made.meta["shape"] = with_channels(shape, channels, dims)
+    _succeed(net, node, made)
+    return made
+
+
+def _succeed(net: Net, node: fx.Node, made: fx.Node) -> None:
+    """Let a new node take an old one's readers, place and name."""
+    node.replace_all_uses_with(made)
+    name = node.name
+    net.graph.erase_node(node)
+    made.name = name
+
+
+def _is_spatial_pool(net: Net, node: fx.Node, dims: int) -> bool:
+    """Whether a node pools over all of space, channel by channel."""
+    if node.meta.get("frozen") or not dims:
+        return False
+    if is_a(net.module(node), POOLS):
+        return net.guard(node) is None
+    return keeps_dims(node, dims) is True
+
+
+def _filled(
+    net: Net,
+    node: fx.Node,
+    other: fx.Node,
+    width: int,
+    room: Widths,
+    value: float,
+    dims: int,
+) -> fx.Node:
+    """An operand of a node with a constant in the room before and behind its `width` channels."""
+    if net.channels(other, dims) == 1 < width:
+        rank = net.rank(other) or dims + 2
+        sizes = [-1] * rank
+        sizes[1 if dims else -1] = width
+        expanded = net.graph.call_method("expand", (other, *sizes))
+        other = _like(expanded, other, _resized(other, width, dims))
+    elif node.target is torch.mul:
+        return _with_ones(net, node, other, room, dims)
+    return _padded(net, other, room, value, dims)
+
+
+def _with_ones(net: Net, product: fx.Node, gate: fx.Node, room: Widths, dims: int) -> fx.Node:
+    """A factor with ones in the room before and behind its channels.
+
+    Where it is a sigmoid behind a linear layer, that layer gets outputs at which the sigmoid is 1.
+    """
+    source = data_input(gate) if type(net.module(gate)) in ONE_AT else None
+    alone = source is not None and set(gate.users) == {product} and set(source.users) == {gate}
+    if source is None or not alone or net.guard(gate) is not None:
+        return _padded(net, gate, room, 1.0, dims)
+    layer, kind = read(net, source), net.dtype(source)
+    if not isinstance(layer, AffineConv) or layer.dims != dims or kind is None:
+        return _padded(net, gate, room, 1.0, dims)
+    one_at = ONE_AT[type(net.module(gate))]  # type: ignore[index]
+    wide = _with_constant_outputs(layer, room, one_at)
+    target, data = str(source.target), data_input(source)
+    net.release([source])
+    with net.graph.inserting_after(source):
+        conv = net.put(Virtual(wide, *kind), data, target, source)
+    conv.meta |= _like(conv, source, _resized(source, wide.out_channels, dims)).meta
+    _succeed(net, source, conv)
+    return _remade(net, gate, {}, wide.out_channels, dims)
+
+
+def _with_constant_outputs(layer: AffineConv, room: Widths, value: float) -> AffineConv:
+    """A layer with further outputs, before and behind its own, that are constant."""
+    parts = [layer.regroup(1)]
+    for i, width in enumerate(room):
+        weight = layer.weight.new_zeros(width, layer.in_channels, *layer.kernel)
+        bias = torch.full((width,), value, dtype=torch.float64, device=layer.weight.device)
+        parts.insert(2 * i, replace(layer, weight=weight, bias=bias, groups=1))
+    bias = torch.cat([part.bias.to(torch.float64) for part in parts])
+    return replace(parts[1], weight=torch.cat([part.weight for part in parts]), bias=bias)
+
+
+def _padded(net: Net, node: fx.Node, room: Widths, value: float, dims: int) -> fx.Node:
+    """A tensor with constant channels before and behind its own."""
+    if room == (0, 0):
+        return node
+    amounts = [*(0, 0) * dims, *room]
+    made = net.graph.call_function(F.pad, (node, amounts), {"mode": "constant", "value": value})
+    channels = net.channels(node, dims)
+    return _like(made, node, _resized(node, channels + sum(room), dims) if channels else None)
+
+
+def _like(made: fx.Node, node: fx.Node, shape: Shape | None) -> fx.Node:
+    """A new node with the place and type of another one, and a shape of its own."""
+    made.meta = {k: node.meta[k] for k in (*ORIGIN, "dtype") if k in node.meta}
+    if shape:
+        made.meta["shape"] = shape
+    return made
+
+
+def _resized(node: fx.Node, channels: int, dims: int) -> Shape | None:
+    shape = node.meta.get("shape")
+    return None if shape is None else with_channels(shape, channels, dims)

@@ -1,0 +1,1 @@
+"""Local rewrites, each with its algebra."""

@@ -1,0 +1,158 @@
+"""Linear layers in a row are one layer where no border comes between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.laws import compose
+from rmfx.analysis.expense import expense_of
+from rmfx.errors import Refusal
+from rmfx.ir.elements import Virtual
+from rmfx.ir.kinds import BATCH_NORMS
+from rmfx.ir.names import module_path
+from rmfx.ir.net import Net
+from rmfx.ir.nodes import input_of
+from rmfx.ir.notes import positions
+from rmfx.ir.reading import demands_of, read_affine
+from rmfx.ir.selections import may_select
+from rmfx.ir.weights import weight_types
+from rmfx.report import SiteReport
+
+Cost = tuple[float, ...]
+Segment = tuple[int, int, AffineConv]
+# The fewest layers, the least work, or a function of the row that the report would have.
+Choice = Literal["all", "profitable"] | Callable[[SiteReport], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A chain of linear nodes, and the segments that become one layer each."""
+
+    nodes: list[fx.Node]
+    segments: list[Segment]
+
+
+class LinearRule:
+    """Merge a maximal chain of linear layers into the cheapest equivalent chain."""
+
+    def __init__(
+        self,
+        *,
+        policy: Choice = "profitable",
+        keep_norms: bool = False,
+        concerns: Callable[[fx.Node], bool] = lambda node: True,
+    ) -> None:
+        self._policy = policy
+        self._keep_norms = keep_norms
+        self._concerns = concerns
+
+    def match(self, net: Net, node: fx.Node) -> Cut | Refusal | None:
+        before = input_of(node)
+        if before is None or (len(before.users) == 1 and self._is_linear(net, before)):
+            return None
+        if not self._is_linear(net, node):
+            return None
+        nodes = self._chain_from(net, node)
+        if len(nodes) < 2 or not any(map(self._concerns, nodes)):
+            return None
+        if len(weight_types(net, nodes)) != 1:
+            return None
+        segments, refusal = self._cheapest([affine_at(net, n) for n in nodes])
+        if len(segments) == len(nodes):
+            return refusal.at(*(n.name for n in nodes)) if refusal else None
+        if callable(self._policy) and not self._policy(_row(net, nodes, segments)):
+            return Refusal("kept by the policy", by_choice=True)
+        return Cut(nodes, segments)
+
+    def rewrite(self, net: Net, node: fx.Node, match: Cut) -> None:
+        kind = weight_types(net, match.nodes).pop()
+        for begin, end, layer in match.segments:
+            first = match.nodes[begin]
+            for second in match.nodes[begin + 1 : end]:
+                net.merge(first, second, Virtual(layer, *kind), demands_of(net, (first, second)))
+
+    def _is_linear(self, net: Net, node: fx.Node) -> bool:
+        module = net.replacement(node) or net.module(node)
+        if self._keep_norms and type(module) in BATCH_NORMS:
+            return False
+        if may_select(net, node):  # costs nothing, and would make a grouped layer dense
+            return False
+        return isinstance(read_affine(net, node), AffineConv)
+
+    def _chain_from(self, net: Net, node: fx.Node) -> list[fx.Node]:
+        nodes = [node]
+        while len(nodes[-1].users) == 1:
+            after = next(iter(nodes[-1].users))
+            if input_of(after) is not nodes[-1] or not self._is_linear(net, after):
+                break
+            nodes.append(after)
+        return nodes
+
+    def _cheapest(
+        self, layers: list[AffineConv]
+    ) -> tuple[list[tuple[int, int, AffineConv]], Refusal | None]:
+        """Best cut of a chain; best[i] covers the first i layers."""
+        area = [1.0]
+        for layer in layers:
+            area.append(area[-1] / math.prod(layer.stride))
+        best: list[tuple[Cost, list[tuple[int, int, AffineConv]]]] = [((0.0,) * 3, [])]
+        best += [((math.inf,) * 3, [])] * len(layers)
+        refusal = None
+        for begin, first in enumerate(layers):
+            merged: AffineConv | Refusal = first
+            for end in range(begin + 1, len(layers) + 1):
+                if end > begin + 1 and isinstance(merged, AffineConv):
+                    merged = compose(layers[end - 1], merged)
+                if isinstance(merged, Refusal):
+                    refusal = merged
+                    break
+                cost = self._cost(merged, area[end])
+                total = tuple(a + b for a, b in zip(best[begin][0], cost, strict=True))
+                if total < best[end][0]:
+                    best[end] = (total, [*best[begin][1], (begin, end, merged)])
+        return best[-1][1], refusal
+
+    def _cost(self, layer: AffineConv, area: float) -> Cost:
+        work, size = layer.multiply_adds() * area, float(layer.weight.numel())
+        return (1.0, work, size) if self._policy == "all" else (work, 1.0, size)
+
+
+def affine_at(net: Net, node: fx.Node) -> AffineConv:
+    """A node that is known to be linear, as a layer."""
+    layer = read_affine(net, node)
+    if isinstance(layer, Refusal):
+        raise TypeError(f"{node.name} is not linear: {layer}")
+    return layer
+
+
+def _row(net: Net, nodes: Sequence[fx.Node], segments: Sequence[Segment]) -> SiteReport:
+    """A chain as a row of the report: what it costs, and what its segments would."""
+    last = nodes[-1]
+    dims = segments[0][2].dims
+    before = expense_of(net, nodes, dims)
+    after = [
+        (layer, positions(nodes[end - 1].meta.get("shape"), dims)) for _, end, layer in segments
+    ]
+    macs = [layer.multiply_adds(count) for layer, count in after if count is not None]
+    return SiteReport(
+        place=module_path(last),
+        source=last.meta.get("source"),
+        join=last.name,
+        node=None,
+        status="removed",
+        strategy="linear",
+        exactness="rounding",
+        gain=1.0,
+        layout=f"{len(nodes)} layers as {len(segments)}",
+        shape=last.meta.get("shape"),
+        macs_before=before.macs,
+        macs_after=sum(macs) if len(macs) == len(after) else None,
+        params_before=before.parameters,
+        params_after=sum(layer.weight.numel() + layer.out_channels for layer, _ in after),
+    )

@@ -1,0 +1,82 @@
+"""What does nothing at inference goes: identity, dropout, stochastic depth, empty sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from rmfx.errors import Refusal
+from rmfx.ir.kinds import is_a
+from rmfx.ir.net import Net
+from rmfx.ir.nodes import input_of
+
+NOOP_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
+NOOP_METHODS = ("clone", "detach")
+NOOP_FUNCTIONS = (
+    *(torch.clone, torch.detach),
+    *(torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default),
+)
+STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth"
+NEUTRAL: dict[Any, int] = {torch.add: 0, torch.sub: 0, torch.mul: 1}
+
+
+class NoopRule:
+    """Let the readers of a no-op read its input.
+
+    Args:
+        keep_detach: leave `detach`, which stops gradients.
+    """
+
+    def __init__(self, *, keep_detach: bool = False) -> None:
+        self._keep_detach = keep_detach
+
+    def match(self, net: Net, node: fx.Node) -> fx.Node | Refusal | None:
+        source = input_of(node)
+        if self._keep_detach and "detach" in str(node.target):
+            return None
+        if source is None or not does_nothing(net, node):
+            return None
+        # A copy of a value that is written to later is not a no-op.
+        frozen = node.meta.get("frozen") or source.meta.get("frozen")
+        if frozen:
+            return Refusal(frozen)
+        return net.guard(node) or source
+
+    def rewrite(self, net: Net, node: fx.Node, match: fx.Node) -> None:
+        net.drop(node, match)
+
+
+def does_nothing(net: Net, node: fx.Node) -> bool:
+    """Whether a node gives the one value that it reads, at inference."""
+    source = input_of(node)
+    if source is None:
+        return False
+    if node.op == "call_module":
+        return is_a(net.module(node), NOOP_MODULES)
+    if node.op == "call_method":
+        return node.target in NOOP_METHODS and not node.kwargs
+    if node.op != "call_function":
+        return False
+    if node.target in NOOP_FUNCTIONS:
+        return not node.kwargs  # memory_format=… puts values where a view expects them
+    if node.target in NEUTRAL:
+        return _is_neutral(node, source) and _is_floating(net, source)
+    training = node.kwargs.get("training", node.args[3] if len(node.args) > 3 else True)
+    return getattr(node.target, "__module__", None) == STOCHASTIC_DEPTH and training is False
+
+
+def _is_floating(net: Net, source: fx.Node) -> bool:
+    """Whether a value holds floating numbers: of truth values 1 makes whole numbers."""
+    known = net.dtype(source)
+    return known is not None and known[0].is_floating_point
+
+
+def _is_neutral(node: fx.Node, source: fx.Node) -> bool:
+    """x + 0, 0 + x, x − 0, x·1, 1·x with a literal integer, which leaves floating types alone."""
+    if node.kwargs or len(node.args) != 2:
+        return False
+    commutes = node.target is not torch.sub
+    constant = node.args[1] if node.args[0] is source else node.args[0] if commutes else None
+    return type(constant) is int and constant == NEUTRAL[node.target]

@@ -1,0 +1,1 @@
+"""Random networks as plain data, and how they are drawn."""

@@ -1,0 +1,121 @@
+"""How long networks take in one runtime, timed in turn, and the ratio of their times."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rmfx.errors import RmfxError
+from rmfx.options import is_number, is_whole
+
+from .runtimes import RUNTIMES, Form, Run, RuntimeFailure, as_failure, times_of, torch_threads
+
+INSTALL_COMMAND = "pip install 'rmfx[bench]'"
+
+
+class LatencyError(RmfxError):
+    """Nothing can be measured as asked."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        runtimes: some of `RUNTIMES`.
+        batches: sizes of batches.
+        threads: for one inference.
+        rounds: how often each form is measured.
+        seconds: how long each measurement takes at least; what it gives is the median of its calls.
+        tolerance: the largest relative error a runtime may make, by default 1e-4.
+        activation: as in `rmfx.remove_residuals`.
+
+    Raises:
+        LatencyError: a value is out of range, or a runtime is not known.
+    """
+
+    runtimes: tuple[str, ...] = ("eager", "inductor", "onnxruntime", "openvino")
+    batches: tuple[int, ...] = (1, 8)
+    threads: int = field(default_factory=torch.get_num_threads)
+    rounds: int = 20
+    seconds: float = 0.1
+    tolerance: float | None = None
+    activation: str | Collection[str] = "auto"
+
+    def times(self, runs: Sequence[Run]) -> list[tuple[float, ...]]:
+        """Seconds of a call of each function, one number for each round."""
+        return times_of(runs, threads=self.threads, rounds=self.rounds, seconds=self.seconds)
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.runtimes if name not in RUNTIMES]
+        if unknown or not self.runtimes:
+            raise LatencyError(
+                f"no runtime {', '.join(unknown) or 'is named'}; known are {', '.join(RUNTIMES)}"
+            )
+        counts = (*self.batches, self.threads, self.rounds)
+        if not self.batches or not all(is_whole(n) and n >= 1 for n in counts):
+            raise LatencyError("batches, threads and rounds must be whole numbers, at least 1")
+        if not is_number(self.seconds) or not 0 <= self.seconds < math.inf:
+            raise LatencyError(f"seconds={self.seconds!r} must be a number, at least 0")
+
+
+@torch.no_grad()
+def compare_speed(
+    forms: Sequence[nn.Module],
+    inputs: tuple[Tensor, ...],
+    runtime: str,
+    settings: Settings,
+    step: Callable[[str], object] = lambda _: None,
+) -> list[tuple[float, ...]]:
+    """Seconds of a call of each form of a network in one runtime, a number for each round.
+
+    Args:
+        forms: graphs with the same inputs and outputs.
+        inputs: what they are run on.
+        runtime: one of `RUNTIMES`.
+        settings: threads, rounds and seconds count.
+        step: called with a few words before each form is prepared, and before they are timed.
+
+    Raises:
+        LatencyError: the runtime is not installed or fails.
+    """
+    if runtime not in RUNTIMES:
+        raise LatencyError(f"no runtime {runtime}; known are {', '.join(RUNTIMES)}")
+    kind = RUNTIMES[runtime]
+    if kind.missing:
+        raise LatencyError(f"{runtime} cannot be measured: {advice(kind.missing)}")
+    try:
+        with torch_threads(settings.threads), as_failure(), kind.scope():
+            runs = []
+            for number, gm in enumerate(forms):
+                step(f"prepare {number + 1} of {len(forms)} for {runtime}")
+                runs.append(kind.prepare(Form(gm, inputs), settings.threads))
+                runs[-1]()
+            step(f"time {len(forms)} networks in {runtime}")
+            return settings.times(runs)
+    except RuntimeFailure as failure:
+        raise LatencyError(f"{runtime}: {failure}") from failure
+
+
+def ratios_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, ...]:
+    """after/before for each round."""
+    return tuple(b / a for a, b in zip(before, after, strict=True))
+
+
+def ratio_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """after/before: median, lower and upper quartile of the ratios of single rounds."""
+    ratios = ratios_of(before, after)
+    if len(ratios) == 1:
+        return (ratios[0],) * 3
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return median, low, high
+
+
+def advice(absent: Sequence[str]) -> str:
+    """What to install."""
+    return f"{', '.join(absent)} not installed ({INSTALL_COMMAND})"
