@@ -29,31 +29,22 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from rmfx.analysis.channel_labels import Channels
+from rmfx.choices import ALLOCATIONS, BY_DATA, COSTS, IMPORTANCES
 from rmfx.cost.counting import Cost, count_graph
 from rmfx.data.batches import Batches, Loss, check_batches
 from rmfx.errors import OptionError, ShapeError
 from rmfx.frontend.tracing import trace
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
-from rmfx.pruning.allocation import ALLOCATIONS, Demand, Multiple, allocate
+from rmfx.pruning.allocation import Demand, Multiple, allocate
 from rmfx.pruning.cutting import norm_behind, reads_ones, without
 from rmfx.pruning.families import Meter, Part, Size, Widths, multiply_adds, parameters
-from rmfx.pruning.importance import (
-    BY_DATA,
-    IMPORTANCES,
-    Custom,
-    Responses,
-    activation,
-    by_layer,
-    by_weight,
-    taylor,
-)
+from rmfx.pruning.importance import Custom, Responses, activation, by_layer, by_weight, taylor
 from rmfx.pruning.latency_table import LatencyTable
 from rmfx.report import short
 
 RESPONSES = ("bias", "borders", "none")
 METERS = {"macs": multiply_adds, "parameters": parameters}
-OF = (*METERS, "latency")
 
 
 @dataclass(frozen=True)
@@ -251,7 +242,7 @@ def _check(
     if budget is not None and not budget > 0:
         raise OptionError(f"budget={budget!r} must be positive")
     for name, value, known, other in (
-        ("of", of, OF, isinstance(of, LatencyTable)),
+        ("of", of, COSTS, isinstance(of, LatencyTable)),
         ("allocation", allocation, ALLOCATIONS, False),
         ("importance", importance, IMPORTANCES, callable(importance)),
         ("responses", responses, RESPONSES, False),

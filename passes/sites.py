@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.optim.swa_utils import update_bn
 
 from rmfx.algebra.activation import Activation, Blockwise

@@ -28,34 +28,35 @@ from .errors import (
     VerificationError,
     WeightError,
 )
-from .frontend import trace
-from .passes.batch_norm import fold_batch_norm, insert_batch_norm
-from .passes.branches import merge_branches
-from .passes.carries import close_carries
-from .passes.dead_channels import eliminate_dead_channels
-from .passes.layer import (
-    LayerReport,
-    fuse_resconv,
-    insert_resconv,
-    layer_scales,
-    prune_layers,
-)
-from .passes.linear import merge_convs
-from .passes.noop import remove_noops
-from .passes.pruning import PruningReport, prune_channels
-from .passes.recurrent import materialize, share_parameters
-from .passes.reserve import ReserveReport, reserve
-from .passes.residual import remove_residuals
-from .passes.sites import ChoiceReport, choose_sites
-from .plain import is_plain, to_sequential
-from .pruning.latency_table import LatencyTable
-from .removal.measured import MeasuredPolicy
 from .report import Report, SiteReport, Verification, report
-from .testing.verification import verify
 
 if TYPE_CHECKING:
+    from . import cost
     from .files.compact import load_compact, save_compact
+    from .frontend import trace
+    from .passes.batch_norm import fold_batch_norm, insert_batch_norm
+    from .passes.branches import merge_branches
+    from .passes.carries import close_carries
+    from .passes.dead_channels import eliminate_dead_channels
+    from .passes.layer import (
+        LayerReport,
+        fuse_resconv,
+        insert_resconv,
+        layer_scales,
+        prune_layers,
+    )
+    from .passes.linear import merge_convs
+    from .passes.noop import remove_noops
     from .passes.optimize import optimize
+    from .passes.pruning import PruningReport, prune_channels
+    from .passes.recurrent import materialize, share_parameters
+    from .passes.reserve import ReserveReport, reserve
+    from .passes.residual import remove_residuals
+    from .passes.sites import ChoiceReport, choose_sites
+    from .plain import is_plain, to_sequential
+    from .pruning.latency_table import LatencyTable
+    from .removal.measured import MeasuredPolicy
+    from .testing.verification import verify
 
 __version__ = "0.1.0"
 
@@ -108,17 +109,68 @@ __all__ = [
 ]
 
 
-_LATER = {
-    "load_compact": "files.compact",
-    "optimize": "passes.optimize",
-    "save_compact": "files.compact",
+# Where the public names stand: each file is imported when it is first asked for one.
+_PLACES = {
+    "files.compact": (
+        "load_compact",
+        "save_compact",
+    ),
+    "frontend": ("trace",),
+    "passes.batch_norm": (
+        "fold_batch_norm",
+        "insert_batch_norm",
+    ),
+    "passes.branches": ("merge_branches",),
+    "passes.carries": ("close_carries",),
+    "passes.dead_channels": ("eliminate_dead_channels",),
+    "passes.layer": (
+        "LayerReport",
+        "fuse_resconv",
+        "insert_resconv",
+        "layer_scales",
+        "prune_layers",
+    ),
+    "passes.linear": ("merge_convs",),
+    "passes.noop": ("remove_noops",),
+    "passes.optimize": ("optimize",),
+    "passes.pruning": (
+        "PruningReport",
+        "prune_channels",
+    ),
+    "passes.recurrent": (
+        "materialize",
+        "share_parameters",
+    ),
+    "passes.reserve": (
+        "ReserveReport",
+        "reserve",
+    ),
+    "passes.residual": ("remove_residuals",),
+    "passes.sites": (
+        "ChoiceReport",
+        "choose_sites",
+    ),
+    "plain": (
+        "is_plain",
+        "to_sequential",
+    ),
+    "pruning.latency_table": ("LatencyTable",),
+    "removal.measured": ("MeasuredPolicy",),
+    "testing.verification": ("verify",),
 }
+_FOLDERS = ("cost", "frontend", "fuzz", "models", "passes", "testing", "training")
 
 
 def __getattr__(name: str) -> Any:
-    """Import what few need, and takes a while to load, when it is first asked for."""
-    if name in ("fuzz", "models", "testing", "training"):
+    """Import what is asked for: `rmfx --help` need not wait for torch."""
+    if name in _FOLDERS:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in _LATER:
-        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place = next((place for place, names in _PLACES.items() if name in names), None)
+    if place is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{place}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_FOLDERS})

@@ -33,21 +33,20 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
+from rmfx.choices import FRONTENDS, PASSES, STRATEGIES
 from rmfx.errors import OptionError, TraceError, first_line
-from rmfx.removal.codes import STRATEGIES
+from rmfx.passes.batch_norm import fold_batch_norm
+from rmfx.passes.branches import merge_branches
+from rmfx.passes.dead_channels import eliminate_dead_channels
+from rmfx.passes.linear import merge_convs
+from rmfx.passes.noop import remove_noops
+from rmfx.passes.residual import remove_residuals
+from rmfx.report import SiteReport
 from rmfx.testing import FEATURES, Equivalence, NetworkSpec, random_block, random_network
 from rmfx.testing.compare import SIZES, TracedOnce, compare, rows_of
 from rmfx.testing.compiled import CHANGES, MOST_CHANGES, MOVED, compare_compiled, compiles
-from rmfx.testing.script import PASSES, Case, script
+from rmfx.testing.script import Case, script
 from rmfx.testing.shrink import shrink
-
-from .passes.batch_norm import fold_batch_norm
-from .passes.branches import merge_branches
-from .passes.dead_channels import eliminate_dead_channels
-from .passes.linear import merge_convs
-from .passes.noop import remove_noops
-from .passes.residual import remove_residuals
-from .report import SiteReport
 
 __all__ = [
     "COUNTED",
@@ -70,9 +69,10 @@ _VERBS: dict[str, Callable[..., Any]] = {
         eliminate_dead_channels,
     )
 }
-FRONTENDS = ("module", "traced", "exported", "compiled")
 WRONG = "wrong numbers"
 COSTLY = ("scale", "odd-pair")  # ways past an activation that cost digits
+
+
 # what is counted: what networks are made of, at which sizes they ran, what changed between calls
 COUNTED = FEATURES | {*SIZES} | {f"{change} between calls" for change in CHANGES}
 
@@ -272,8 +272,6 @@ def _check_options(
 
 
 # ---- passes -------------------------------------------------------------------------------------
-
-
 def load_pass(name: str) -> Callable[..., Any]:
     """The built-in pass of that name, or the function that `package.module:function` names.
 
@@ -301,8 +299,6 @@ def load_pass(name: str) -> Callable[..., Any]:
 
 
 # ---- cases --------------------------------------------------------------------------------------
-
-
 def draw_case(
     example: int,
     seed: int,
@@ -480,8 +476,6 @@ def _failure(case: Case, apply: Callable[..., Any], example: int, kind: str) -> 
 
 
 # ---- counts -------------------------------------------------------------------------------------
-
-
 def _count(report: FuzzReport, trial: _Trial, dtype: str) -> None:
     rows, found, sizes = trial
     report.features.update(sizes)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
-from torch import fx
 
 from rmfx.errors import RmfxError
+
+if TYPE_CHECKING:
+    from torch import fx
 
 META_KEY = "rmfx_report"
 HEADERS = (

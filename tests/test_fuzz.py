@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rmfx
-from rmfx.removal.codes import STRATEGIES
+from rmfx.choices import STRATEGIES
 from rmfx.testing import NetworkSpec, assert_equivalent, residual_networks
 
 WAYS = st.one_of(

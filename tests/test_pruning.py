@@ -33,13 +33,14 @@ from torch.utils._pytree import tree_leaves
 
 import rmfx
 from rmfx.analysis.channel_labels import Channels
+from rmfx.choices import ALLOCATIONS, IMPORTANCES
 from rmfx.errors import OptionError
 from rmfx.frontend import trace
 from rmfx.ir.net import Net
-from rmfx.pruning.allocation import ALLOCATIONS, spare
+from rmfx.pruning.allocation import spare
 from rmfx.pruning.cutting import without
 from rmfx.pruning.families import Widths, multiply_adds, parameters
-from rmfx.pruning.importance import IMPORTANCES, Responses, taylor
+from rmfx.pruning.importance import Responses, taylor
 from rmfx.testing import NetworkSpec, residual_networks
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import rmfx
 from rmfx.ir.net import Net
+from rmfx.ir.reading import sizes_of
 from rmfx.testing import assert_equivalent
 
 
@@ -204,6 +205,68 @@ def test_nothing_passes_a_sum_that_spreads_it_out(size: tuple[int, int]) -> None
     assert_equivalent(model, gm, x)
 
 
+def up_and_down(m: Any, x: Tensor) -> Tensor:
+    """As large as x, rounded up to an even number."""
+    made: Tensor = m.up(m.down(x))
+    return made
+
+
+SPREAD_LATER: dict[str, tuple[Any, nn.Module]] = {
+    "a sum, transposed": (
+        lambda m, x: m.same(x) + (x + up_and_down(m, x)),
+        nn.ConvTranspose2d(4, 4, 2, stride=2, bias=False),
+    ),
+    "a sum, interpolated": (
+        lambda m, x: m.same(x) + (x + up_and_down(m, x)),
+        nn.Upsample(scale_factor=2),
+    ),
+    "a product": (
+        lambda m, x: m.same(x) + x * torch.sigmoid(up_and_down(m, x)),
+        nn.Upsample(scale_factor=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (4, 6)])
+@pytest.mark.parametrize("name", SPREAD_LATER)
+def test_what_may_be_spread_out_at_other_sizes_holds_for_the_example(
+    name: str, size: tuple[int, int]
+) -> None:
+    """One row is spread out over the two of another value, of which no size is known."""
+    forward, up = SPREAD_LATER[name]
+    parts = {"same": nn.Conv2d(4, 4, 3, padding=1), "down": conv(4, 4, 1, stride=2), "up": up}
+    model = ready(Apply(forward, **parts))
+    for example in (image(1, 4, 4, 6), None):
+        gm = rmfx.remove_residuals(model, example)
+        assert rmfx.report(gm).removed == (example is not None)
+        x = image(2, 4, *size)
+        if example is None or size == (4, 6):
+            assert_equivalent(model, gm, x)
+        else:
+            with pytest.raises(rmfx.ShapeError, match="converted for size 4 and size 6"):
+                gm(x)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AdaptiveAvgPool2d(1),
+        nn.AdaptiveMaxPool2d((1, 1)),
+        Apply(lambda m, x: x.mean((2, 3), keepdim=True)),
+        Apply(lambda m, x: x.amax((2, 3), keepdim=True)),
+    ],
+    ids=["average", "maximum", "mean", "amax"],
+)
+def test_gates_of_one_position_leave_all_sizes_open(pool: nn.Module) -> None:
+    gate = chain(pool, conv(4, 2, 1), nn.SiLU(), conv(2, 4, 1), nn.Sigmoid())
+    parts = {"a": conv(4, 4, 3), "b": conv(4, 4, 3), "gate": gate}
+    model = ready(Apply(lambda m, x: x + m.b((lambda y: y * m.gate(y))(m.a(x))), **parts))
+    gm = rmfx.remove_residuals(model, image(1, 4, 8, 8))
+    assert rmfx.report(gm).removed == 1
+    for size in ((8, 8), (1, 1), (1, 5), (7, 3)):
+        assert_equivalent(model, gm, image(2, 4, *size))
+
+
 def test_equal_sizes_of_all_inputs_ask_for_nothing() -> None:
     branch = chain(conv(4, 4, 3, stride=2), nn.ReLU(), conv(4, 4, 1))
     parts = {"b": branch, "s": conv(4, 4, 1, stride=2)}
@@ -272,7 +335,7 @@ def test_the_law_gives_the_size_of_every_value(
         return
     net = Net(rmfx.trace(model, torch.zeros(1, 2, 50)))
     last = next(iter(net.graph.find_nodes(op="output"))).all_input_nodes[0]
-    law = net.sizes.law(last)
+    law = sizes_of(net).law(last)
     assert law is not None
     assert (size + law.growth[0]) // law.stride[0] == expected
 

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 import rmfx
 from rmfx.algebra.activation import Activation
 from rmfx.analysis.ranges import Ranges
+from rmfx.choices import STRATEGIES
 from rmfx.errors import Refusal, RmfxError
 from rmfx.ir.net import Net
-from rmfx.removal.codes import STRATEGIES, _shift_into, scale_into
+from rmfx.removal.codes import _shift_into, scale_into
 from rmfx.removal.columns import Plan, Pointwise
 from rmfx.removal.plan import plans
 from rmfx.removal.site import find_sites

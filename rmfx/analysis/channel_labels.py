@@ -32,9 +32,8 @@ from rmfx.algebra.activation import is_activation
 from rmfx.algebra.affine import MULTIPLYING, TRANSPOSED
 from rmfx.ir.callees import is_touched
 from rmfx.ir.kinds import AVERAGE_POOLS, BATCH_NORMS, BORDERS, MAX_POOLS, PADS, is_a, torch_name
-from rmfx.ir.laterals import MEANS
 from rmfx.ir.net import Net
-from rmfx.ir.nodes import expanded
+from rmfx.ir.nodes import MEANS, expanded
 from rmfx.ir.reasons import reason_for
 from rmfx.modules.activations import OWN_ACTIVATIONS
 from rmfx.modules.factors import Elementwise

@@ -16,10 +16,9 @@ from rmfx.algebra.activation import Activation, is_activation
 from rmfx.algebra.affine import AffineConv
 from rmfx.interval import INF, Interval
 from rmfx.ir.kinds import AVERAGE_POOLS, is_a
-from rmfx.ir.laterals import MEANS, keeps_dims
 from rmfx.ir.memo import on_demand
 from rmfx.ir.net import Net
-from rmfx.ir.nodes import input_of
+from rmfx.ir.nodes import MEANS, input_of, keeps_dims
 from rmfx.ir.reading import read, read_affine
 from rmfx.modules.activations import ChannelClamp, ChannelPReLU, MaskedActivation
 

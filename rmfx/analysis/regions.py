@@ -20,9 +20,8 @@ from rmfx.algebra.activation import Activation
 from rmfx.algebra.affine import AffineConv
 from rmfx.ir.elements import Border, Deferred
 from rmfx.ir.kinds import BATCH_NORMS, is_a
-from rmfx.ir.laterals import keeps_dims
 from rmfx.ir.net import Net
-from rmfx.ir.nodes import input_of
+from rmfx.ir.nodes import input_of, keeps_dims
 from rmfx.ir.reading import read
 from rmfx.ir.weights import weight_types
 from rmfx.modules.activations import OWN_ACTIVATIONS

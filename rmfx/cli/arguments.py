@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-from collections.abc import Callable, Mapping
 
-import torch
-
-from rmfx.fuzz import FRONTENDS, PASSES
-from rmfx.passes.pruning import OF
-from rmfx.pruning.allocation import ALLOCATIONS
-from rmfx.pruning.importance import IMPORTANCES
-from rmfx.removal.codes import STRATEGIES
-from rmfx.timing.runtimes import RUNTIMES
+from rmfx.choices import ALLOCATIONS, COSTS, FRONTENDS, IMPORTANCES, PASSES, RUNTIMES, STRATEGIES
+from rmfx.errors import RmfxError
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 _MODEL_HELP = """\
@@ -33,15 +26,10 @@ _SAFETY = (
 )
 _PASS_HELP = "one of %s, or package.module:function, called as f(model, inputs)"
 _FUZZ_HELP = "Exit codes: 0 if the pass held, 1 if a network broke it, 2 for wrong usage."
-Run = Callable[[argparse.Namespace], None]
 
 
-def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
-    """The parser of the command.
-
-    Args:
-        runs: what each subcommand does; its options get it as `run`.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command; the options say in `command` which one was given."""
     parser = argparse.ArgumentParser(
         prog="rmfx",
         description="Removes residual connections from trained networks, exactly.",
@@ -49,9 +37,8 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     )
     version = importlib.metadata.version("rmfx")
     parser.add_argument("--version", action="version", version=f"rmfx {version}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    demo = commands.add_parser("demo", help="convert a small trained network and show the result")
-    demo.set_defaults(run=runs["demo"])
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("demo", help="convert a small trained network and show the result")
     for name, text, add_options in (
         (
             "convert",
@@ -81,17 +68,14 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
             epilog=_MODEL_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(run=runs[name])
         _add_input_options(command)
         for add in add_options:
             add(command)
-    models = commands.add_parser("models", help="list the networks that come with rmfx")
-    models.set_defaults(run=runs["models"])
+    commands.add_parser("models", help="list the networks that come with rmfx")
     text = "try a pass on random networks; the first that it breaks is made small and shown"
     command = commands.add_parser(
         "fuzz", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_FUZZ_HELP
     )
-    command.set_defaults(run=runs["fuzz"])
     _add_fuzz_options(command)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print one JSON object")
@@ -150,7 +134,7 @@ def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     text = "share of the cost to keep, in (0, 1]; several for a table or a plot"
     add("--target", metavar="SHARE,...", type=_parse_shares, required=True, help=text)
-    add("--of", choices=OF, default=OF[0], help="the cost that is meant (macs)")
+    add("--of", choices=COSTS, default=COSTS[0], help="the cost that is meant (macs)")
     text = "package.module:function that gives batches of (inputs, classes)"
     add("--data", metavar="NAME", help=text)
     text = "how much a filter matters (taylor with --data, else l2)"
@@ -170,7 +154,7 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     names = ",".join(RUNTIMES)
     add("--runtimes", type=_parse_runtimes, default=tuple(RUNTIMES), help=f"some of {names} (all)")
     add("--batch", metavar="N,...", type=_parse_batches, default=(1, 8), help="sizes (1,8)")
-    add("--threads", type=_parse_count, default=torch.get_num_threads(), help="for one inference")
+    add("--threads", type=_parse_count, help="for one inference")
     add("--rounds", type=_parse_count, default=20, help="measurements of each form (20)")
     add("--tolerance", type=float, help="largest relative error accepted of a runtime")
     add("-o", "--output", metavar="FILE.json", help="file to write the measurements to")
@@ -238,3 +222,7 @@ def _parse_runtimes(text: str) -> tuple[str, ...]:
             f"unknown: {', '.join(map(repr, unknown))}; choose from {', '.join(RUNTIMES)}"
         )
     return names
+
+
+class UsageError(RmfxError):
+    """Arguments that do not go together."""

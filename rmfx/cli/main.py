@@ -6,53 +6,17 @@ Exit codes: 0 done, 1 it could not be done (one line on stderr says why), 2 wron
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import dataclasses
-import json
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import Any
 
-import torch
-from tabulate import tabulate
-from torch import Tensor
-from tqdm import tqdm
+from rmfx.errors import RmfxError, reported
 
-from rmfx.conversion import Conversion, convert
-from rmfx.errors import OptionError, RmfxError, reported
-from rmfx.files.figures import PLOT_SUFFIXES, check_plotting
-from rmfx.files.loading import LoadedModel, load_model, named_object
-from rmfx.files.saving import (
-    SUFFIXES,
-    SavedFile,
-    as_function,
-    check_output,
-    check_place,
-    save,
-    whole_file,
-)
-from rmfx.fuzz import fuzz
-from rmfx.latency import LatencyReport, Network, measure_latency, plot
-from rmfx.pruning.importance import BY_DATA
-from rmfx.timing.speed import LatencyError, Settings
-
-from .arguments import make_parser
-from .page import check_packages, page
-from .pruning_curve import plot as draw_curve
-from .pruning_curve import pruning_curve
-
-
-class FoundError(RmfxError):
-    """A random network broke the pass."""
-
-
-class _UsageError(RmfxError):
-    """Arguments that do not go together."""
+from .arguments import UsageError, make_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,21 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; by default those of the process.
     """
-    runs = {
-        "demo": _run_demo,
-        "convert": _run_convert,
-        "report": _run_report,
-        "prune": _run_prune,
-        "bench": _run_bench,
-        "models": _run_models,
-        "fuzz": _run_fuzz,
-    }
-    parser = make_parser(runs)
+    parser = make_parser()
     options = parser.parse_args(arguments)
     try:
         with _terminable(), reported("the command"):
-            options.run(options)
-    except _UsageError as error:
+            commands = importlib.import_module(f"{__package__}.commands")  # which loads torch
+            getattr(commands, f"run_{options.command}")(options)
+    except UsageError as error:
         parser.error(str(error))
     except RmfxError as error:
         if options.traceback:
@@ -92,325 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run_demo(options: argparse.Namespace) -> None:
-    from rmfx.demo.run import run_demo
-
-    with _quiet_stdout(), _progress(4) as step:
-        result = run_demo(step)
-    _show(options, str(result), result.to_dict())
-
-
-def _run_models(options: argparse.Namespace) -> None:
-    from rmfx import models
-
-    functions = {name: getattr(models, name) for name in models.__all__ if name.islower()}
-    rows = {
-        f"rmfx.models:{name}": str(made.__doc__).splitlines()[0] for name, made in functions.items()
-    }
-    _show(options, tabulate(rows.items(), ("MODEL", "what it is")), rows)
-
-
-def _run_report(options: argparse.Namespace) -> None:
-    _check_page(options)
-    steps = 2 + bool(options.html) + len(options.runtimes)
-    with _quiet_stdout(), _progress(steps, width=30) as step:
-        step("load")
-        loaded, inputs = _load(options, options.model)
-        step("convert and verify")
-        conversion = _convert(options, loaded, inputs)
-        if options.html:
-            _write_page(options, loaded, _require(inputs), conversion, step)
-    head = _describe(options, loaded, inputs)
-    _show(options, f"{head}\n{conversion}", {"model": options.model, **conversion.to_dict()})
-
-
-def _check_page(options: argparse.Namespace) -> None:
-    """Finds out early whether a page can be made."""
-    if options.html is None:
-        if options.runtimes:
-            raise _UsageError("argument --runtimes: needs --html")
-        return
-    if not options.html.endswith((".html", ".htm")):
-        raise _UsageError(f"argument --html: {options.html} must end in .html")
-    check_place(options.html, (".html", ".htm"))
-    check_packages()
-
-
-def _write_page(
-    options: argparse.Namespace,
-    loaded: LoadedModel,
-    inputs: tuple[Tensor, ...],
-    conversion: Conversion,
-    step: Callable[[str], object],
-) -> None:
-    latency = None
-    if options.runtimes:
-        settings = Settings(runtimes=options.runtimes, batches=(1,), activation=options.activation)
-        network = Network(options.model, loaded.model, inputs)
-        latency = measure_latency([network], settings, step)
-    step("write the page")
-    with whole_file(Path(options.html)) as path:
-        path.write_text(page(conversion, inputs, options.model, latency), encoding="utf-8")
-
-
-def _run_convert(options: argparse.Namespace) -> None:
-    if not options.output.endswith(SUFFIXES):
-        raise _UsageError(f"argument -o: {options.output} must end in {' or '.join(SUFFIXES)}")
-    check_output(options.output)
-    with _quiet_stdout(), _progress(3, width=30) as step:
-        step("load")
-        loaded, inputs = _load(options, options.model)
-        inputs = _require(inputs)
-        step("convert and verify")
-        conversion = _convert(options, loaded, inputs)
-        step("write and check")
-        saved = save(
-            conversion.after,
-            options.output,
-            inputs,
-            reference=loaded.model,
-            tolerance=options.tolerance,
-        )
-    head = _describe(options, loaded, inputs)
-    result = {
-        "model": options.model,
-        "output": dataclasses.asdict(saved) | {"path": str(saved.path)},
-        **conversion.to_dict(),
-    }
-    _show(options, f"{head}\n{conversion}\n\n{_describe_file(saved)}", result)
-
-
-def _run_prune(options: argparse.Namespace) -> None:
-    _check_pruning_files(options)
-    data = None if options.data is None else _batches(options.data)
-    with _quiet_stdout(), _progress(None, width=40) as step:
-        step("load")
-        loaded, inputs = _load(options, options.model)
-        inputs = _require(inputs)
-        curve = pruning_curve(
-            loaded.model,
-            inputs,
-            options.target,
-            data=data,
-            loss=torch.nn.functional.cross_entropy,
-            step=step,
-            of=options.of,
-            importance=options.importance or ("l2" if data is None else "taylor"),
-            allocation=options.allocation,
-            protect=options.protect,
-            multiple=options.multiple,
-        )
-        if options.output is not None:
-            step("write and check")
-            save(curve.networks[0], options.output, inputs)
-    if options.plot is not None:
-        with whole_file(Path(options.plot)) as path:
-            draw_curve(curve, path, options.model)
-    head = _describe(options, loaded, inputs)
-    _show(options, f"{head}\n{curve}", {"model": options.model, **curve.to_dict()})
-
-
-def _check_pruning_files(options: argparse.Namespace) -> None:
-    """Finds out before anything is measured whether the results can be written."""
-    if options.output is not None:
-        if len(options.target) > 1:
-            raise _UsageError("argument -o: give one --target to write a file")
-        if not options.output.endswith(SUFFIXES):
-            raise _UsageError(f"argument -o: {options.output} must end in {' or '.join(SUFFIXES)}")
-        check_output(options.output)
-    if options.plot is not None:
-        if options.data is None:
-            raise _UsageError("argument --plot: needs --data")
-        if not options.plot.endswith(PLOT_SUFFIXES):
-            text = f"{options.plot} must end in {' or '.join(PLOT_SUFFIXES)}"
-            raise _UsageError(f"argument --plot: {text}")
-        check_place(options.plot, PLOT_SUFFIXES)
-        check_plotting()
-    if options.importance in BY_DATA and options.data is None:
-        raise _UsageError(f"argument --importance: {options.importance} needs --data")
-
-
-def _batches(name: str) -> list[Any]:
-    """What a function gives, as batches of (inputs, classes)."""
-    function = named_object(name)
-    if not callable(function):
-        raise RmfxError(f"{name} is a {type(function).__name__}, not a function")
-    try:
-        batches = list(function())
-    # The caller's own code, which may raise anything.
-    except Exception as error:
-        raise RmfxError(f"{name}() raised {type(error).__name__}: {error}") from error
-    pairs = [isinstance(batch, (tuple, list)) and len(batch) == 2 for batch in batches]
-    if not batches or not all(pairs):
-        raise RmfxError(f"{name}() must give batches of (inputs, classes)")
-    return batches
-
-
-def _describe_file(saved: SavedFile) -> str:
-    batch = "batches of any size" if saved.free_batch else "the batch size of the example"
-    lines = [
-        f"Wrote {saved.path} ({saved.size / 1e6:.1f} MB, for {batch}).",
-        f"Loaded it and ran it on {saved.runs} random inputs: it differs from the original by"
-        f" {saved.error:.1e} at most (accepted up to {saved.tolerance:.0e}).",
-    ]
-    return "\n".join(lines)
-
-
-def _run_bench(options: argparse.Namespace) -> None:
-    _check_bench_files(options)
-    settings = Settings(
-        runtimes=options.runtimes,
-        batches=options.batch,
-        threads=options.threads,
-        rounds=options.rounds,
-        tolerance=options.tolerance,
-        activation=options.activation,
-    )
-    steps = len(options.models) * (1 + len(settings.runtimes) * len(settings.batches))
-    with _quiet_stdout(), _progress(steps, width=50) as step:
-        networks = [_load_network(options, name, step) for name in options.models]
-        report = measure_latency(networks, settings, step)
-    _write_bench_files(options, report)
-    _show(options, str(report), report.to_dict())
-    if report.failures:
-        count = f"{len(report.failures)} of {len(report.rows)}"
-        raise LatencyError(f"{count} measurements failed: {report.failures[0].failure}")
-
-
-def _run_fuzz(options: argparse.Namespace) -> None:
-    examples = options.examples
-    if examples is None and options.time is None:
-        examples = 100
-    with _quiet_stdout(), _progress(examples, width=30) as step:
-        try:
-            report = fuzz(
-                options.transform,
-                examples=examples,
-                seed=options.seed,
-                frontend=options.frontend,
-                activation=options.activation,
-                seconds=options.time,
-                step=step,
-            )
-        except OptionError as error:
-            raise _UsageError(str(error)) from error
-    failure = report.failure
-    text = f"{report}\n\n{failure.script}" if failure else str(report)
-    _show(options, text, report.to_dict())
-    if failure:
-        raise FoundError(f"network {failure.example}: {failure.kind}: {failure.message}")
-
-
-def _load_network(options: argparse.Namespace, name: str, step: Callable[[str], object]) -> Network:
-    step(f"load {name}")
-    loaded, inputs = _load(options, name)
-    return Network(name, loaded.model, _require(inputs))
-
-
-def _check_bench_files(options: argparse.Namespace) -> None:
-    """Finds out before minutes of measuring whether the results can be written."""
-    for option, suffixes in (("output", (".json",)), ("plot", PLOT_SUFFIXES)):
-        path = getattr(options, option)
-        if path is None:
-            continue
-        if not path.endswith(suffixes):
-            raise _UsageError(f"argument --{option}: {path} must end in {' or '.join(suffixes)}")
-        check_place(path, suffixes)
-    if options.plot is not None:
-        check_plotting()
-
-
-def _write_bench_files(options: argparse.Namespace, report: LatencyReport) -> None:
-    if options.output is not None:
-        with whole_file(Path(options.output)) as path:
-            path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    if options.plot is not None:
-        with whole_file(Path(options.plot)) as path:
-            plot(report, path)
-
-
-def _load(options: argparse.Namespace, name: str) -> tuple[LoadedModel, tuple[Tensor, ...] | None]:
-    """The model and its example inputs, after one run of the one on the other."""
-    # Random weights, where no file is given, are the same in every run.
-    torch.manual_seed(0)
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    loaded = load_model(name, weights=options.weights, dtype=dtype)
-    inputs = loaded.inputs
-    if options.input_shape:
-        inputs = tuple(torch.zeros(shape, dtype=loaded.dtype) for shape in options.input_shape)
-    if inputs is not None:
-        _try(loaded, inputs)
-    return loaded, inputs
-
-
-def _require(inputs: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-    if inputs is None:
-        raise _UsageError("this model's inputs are not known: give --input-shape")
-    return inputs
-
-
-def _try(loaded: LoadedModel, inputs: tuple[Tensor, ...]) -> None:
-    """Finds out early, and says plainly, that a model does not take such inputs."""
-    try:
-        with torch.no_grad():
-            as_function(loaded.model)(*inputs)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        reason = f"{type(error).__name__}: {error}"
-        raise RmfxError(
-            f"the model fails on inputs of shape {shapes} ({reason}); give its --input-shape"
-        ) from error
-
-
-def _convert(
-    options: argparse.Namespace, loaded: LoadedModel, inputs: tuple[Tensor, ...] | None
-) -> Conversion:
-    return convert(
-        loaded.model,
-        inputs,
-        strict=options.strict,
-        fold_batch_norm=not options.no_fold_batch_norm,
-        activation=options.activation,
-        policy=options.policy,
-    )
-
-
-def _describe(
-    options: argparse.Namespace, loaded: LoadedModel, inputs: tuple[Tensor, ...] | None
-) -> str:
-    weights = "random weights" if loaded.random else options.weights or "its own weights"
-    shapes = ", ".join(str(tuple(x.shape)) for x in inputs or ())
-    return f"{options.model}, {weights}" + (f", input {shapes}." if shapes else ".")
-
-
-def _show(options: argparse.Namespace, text: str, result: dict[str, Any]) -> None:
-    sys.stdout.write((json.dumps(result, indent=2) if options.json else text) + "\n")
-    sys.stdout.flush()
-
-
 def _complain(message: str) -> None:
     sys.stderr.write(f"rmfx: {message}\n")
-
-
-@contextlib.contextmanager
-def _progress(steps: int | None, width: int = 20) -> Iterator[Callable[[str], None]]:
-    """A function to call with the name of each step as it begins; shown on a terminal only."""
-    form = f"{{desc:{width}}} {{bar:20}} {{n}}/{{total}} {{elapsed}}"
-    with tqdm(total=steps, file=sys.stderr, disable=None, leave=False, bar_format=form) as bar:
-        started = 0
-
-        def step(name: str) -> None:
-            nonlocal started
-            bar.update(1 if started else 0)
-            started += 1
-            bar.set_description_str(name)
-
-        yield step
-
-
-def _quiet_stdout() -> contextlib.redirect_stdout[Any]:
-    """Sends what models and torch print to stderr: stdout is for the result."""
-    return contextlib.redirect_stdout(sys.stderr)
 
 
 @contextlib.contextmanager

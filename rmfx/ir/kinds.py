@@ -23,6 +23,10 @@ MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 SPREADING = (torch.add, torch.sub, torch.mul, torch.div, torch.maximum, torch.minimum)
 KEEP_SIZE = (*SPREADING, torch.cat)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+POOLS_OF_ALL = (
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+)
 AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 PADS = (
     *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),

@@ -17,10 +17,7 @@ from .elements import Deferred
 from .kinds import is_a
 from .net import Net
 from .nodes import is_tensor_node
-from .reading import aten, read_selection
-
-MEANS: tuple[object, ...] = ("mean", torch.mean, aten.mean.dim)
-
+from .reading import read_selection
 
 # ---- operations with other tensors --------------------------------------------------------------
 INF = math.inf
@@ -143,19 +140,3 @@ def _concatenated(net: Net, node: fx.Node) -> list[fx.Node]:
         return []
     parts = [x for x in tensors if isinstance(x, fx.Node) and is_tensor_node(x)]
     return parts if len(parts) == len(tensors) else []
-
-
-def keeps_dims(node: fx.Node, dims: int) -> bool | None:
-    """Whether a mean over space keeps the dimensions; None if a node is no such mean."""
-    if node.target not in MEANS or dims < 1 or set(node.kwargs) - {"dim", "keepdim"}:
-        return None
-    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    axes = (axes,) if isinstance(axes, int) else axes
-    if not isinstance(axes, (list, tuple)) or not all(isinstance(i, int) for i in axes):
-        return None
-    kept = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    places = {int(i) % (dims + 2) for i in axes if isinstance(i, int)}
-    whole = places == set(range(2, dims + 2))
-    if kept not in (True, False) or len(node.args) > 3 or not places or min(places) < 2:
-        return None
-    return bool(kept) if kept or whole else None

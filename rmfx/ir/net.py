@@ -110,6 +110,13 @@ class Net:
             for x, sizes in self._open.sizes_of_inputs(name, axis).items():
                 self._sizes_of_inputs.setdefault(x, {}).update(sizes)
 
+    def fix_sizes(self) -> None:
+        """Take note that the result will hold for inputs of the example's sizes only."""
+        for x in self.graph.find_nodes(op="placeholder"):
+            shape = x.meta.get("shape", ())
+            sizes = {dim: size for dim, size in enumerate(shape) if dim > 1 and size is not None}
+            self._sizes_of_inputs.setdefault(x.name, {}).update(sizes)
+
     # ---- writing ----------------------------------------------------------------------------
 
     def put(self, layer: Virtual | nn.Module, source: fx.Node, name: str, like: fx.Node) -> fx.Node:

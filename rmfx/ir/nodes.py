@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx.node import _side_effectful_functions
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from rmfx.errors import RmfxError, fault
+
+MEANS: tuple[object, ...] = ("mean", torch.mean, torch.ops.aten.mean.dim)
 
 
 def between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
@@ -162,3 +165,30 @@ def attribute(gm: fx.GraphModule, node: fx.Node) -> object:
     for name in str(node.target).split("."):
         value = getattr(value, name)
     return value
+
+
+def averaged_dims(node: fx.Node, dims: int) -> tuple[set[int], bool] | None:
+    """The spatial dimensions over which a node averages, and whether it keeps them.
+
+    None if a node is no such mean.
+    """
+    if node.target not in MEANS or dims < 1 or set(node.kwargs) - {"dim", "keepdim"}:
+        return None
+    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    axes = (axes,) if isinstance(axes, int) else axes
+    if not isinstance(axes, (list, tuple)) or not all(isinstance(i, int) for i in axes):
+        return None
+    kept = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    places = {int(i) % (dims + 2) for i in axes if isinstance(i, int)}
+    if kept not in (True, False) or len(node.args) > 3 or not places or min(places) < 2:
+        return None
+    return places, bool(kept)
+
+
+def keeps_dims(node: fx.Node, dims: int) -> bool | None:
+    """Whether a mean over space keeps the dimensions; None if a node is no such mean."""
+    found = averaged_dims(node, dims)
+    if found is None:
+        return None
+    places, kept = found
+    return kept if kept or len(places) == dims else None

@@ -29,10 +29,10 @@ from rmfx.errors import Refusal
 
 from .conditions import Condition, demand_that, inner_size
 from .elements import Border, Deferred, Element
-from .kinds import AVERAGE_POOLS, KEEP_SIZE, MAX_POOLS, SPREADING
+from .kinds import AVERAGE_POOLS, KEEP_SIZE, MAX_POOLS, POOLS_OF_ALL, SPREADING
 from .memo import on_demand, succeed
 from .net import Net
-from .nodes import each, is_tensor_node
+from .nodes import averaged_dims, each, is_tensor_node
 from .notes import sizes_of_every_call
 
 SUMS = (torch.add, torch.sub)
@@ -284,6 +284,50 @@ def agreements(sizes: Sizes, node: fx.Node) -> tuple[Condition, ...] | Refusal:
             dim = i - len(first.stride)
             found.append(Agreement(first.source, dim, node.name, pairs[0], pairs[1]))
     return tuple(found)
+
+
+def may_spread(sizes: Sizes, node: fx.Node, value: fx.Node) -> bool:
+    """Whether combining a value with others may spread it out over space at some sizes.
+
+    Not where another one has the value's own size, or one position, whatever the network's inputs
+    are, nor where the result demands that sizes agree, or is called at the example's alone.
+    """
+    others = [x for x in node.all_input_nodes if is_tensor_node(x) and x is not value]
+    return any(
+        any(sizes_of_every_call(x) is None for x in (value, other))
+        and not _is_within(sizes, node, value, other)
+        for other in others
+    )
+
+
+def _is_within(sizes: Sizes, node: fx.Node, value: fx.Node, other: fx.Node) -> bool:
+    """Whether a value is never smaller than another one that a node combines it with."""
+    law, found = sizes.law(value), sizes.law(other)
+    if law is None or found is None or len(found.stride) != len(law.stride):
+        return False
+    if found == law:
+        return True
+    at_one = {(1 + a) // s for a, s in zip(found.growth, found.stride, strict=True)}
+    if at_one == {1} and _has_one_position(sizes.net, found.source, len(law.stride)):
+        return True
+    shapes = [x.meta["shape"][2:] for x in (value, other) if "shape" in x.meta]
+    of_inputs = all(one.source.op == "placeholder" for one in (law, found))
+    same_source = law.source is found.source or node.target in SUMS
+    # The result then demands that they agree, unless the example's are not equal themselves.
+    return of_inputs and same_source and (len(shapes) < 2 or shapes[0] == shapes[1])
+
+
+def _has_one_position(net: Net, node: fx.Node, dims: int) -> bool:
+    """Whether a value has one position in space at all sizes of the network's inputs."""
+    module: Any = net.module(node)
+    if type(module) in POOLS_OF_ALL:
+        return set(each(module.output_size, dims)) == {1}
+    if averaged_dims(node, dims) == ({*range(2, dims + 2)}, True):
+        return True
+    shape = node.meta.get("shape")
+    if shape is None or node not in net.values or {*shape[2:]} != {1}:
+        return False
+    return not any(net.is_open(node, dim) for dim in range(2, len(shape)))
 
 
 def _of_two(node: fx.Node, first: SizeLaw, second: SizeLaw) -> list[Condition]:

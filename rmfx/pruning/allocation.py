@@ -24,7 +24,6 @@ from .families import Family, Meter, Widths
 
 Counts = dict[Family, int]  # filters that stay
 Multiple = SupportsIndex | Callable[[int], int]  # how many filters runtimes compute at once
-ALLOCATIONS = ("uniform", "global", "search")
 HALVINGS = 40
 
 

@@ -29,9 +29,6 @@ from rmfx.ir.net import Net
 from .cutting import norm_behind
 from .families import Widths
 
-BY_DATA = ("taylor", "activation")
-BY_WEIGHT = ("bn_scale", "l1", "l2", "geometric_median")
-IMPORTANCES = (*BY_DATA, *BY_WEIGHT, "random")
 Custom = Callable[[fx.GraphModule], Mapping[str, Tensor]]
 
 

@@ -14,12 +14,11 @@ from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.digits import SMALLEST_SCALE, affords, lost_rows, smallest_scale
 from rmfx.algebra.laws import compose
 from rmfx.analysis.ranges import Range
+from rmfx.choices import STRATEGIES
 from rmfx.errors import Refusal
 
 from .columns import Column, Linear, Pointwise
 
-# The simplest first; of those allowed, the first that works is used.
-STRATEGIES = ("identity", "scale", "per-channel", "odd-pair", "shift", "double-relu", "masked")
 BITS_OF_SHIFT = 6  # a shift with few bits is exact itself
 ORDER = ("linear", *STRATEGIES).index
 

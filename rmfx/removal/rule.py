@@ -124,6 +124,8 @@ class ResidualRule:
         labels = [label_of(site, column, i) for i, column in enumerate(columns)]
         net.demand(demands_of(net, site.nodes))
         net.fix_channels(site.fork, site.dims)
+        if site.fixed:
+            net.fix_sizes()
         again = {c.layer.node for c in columns if isinstance(c, Shared)}
         net.release(n for n in old if n not in again)
         new = self._put_columns(net, match, layers, labels, set(old))

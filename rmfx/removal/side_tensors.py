@@ -20,9 +20,9 @@ from torch import fx, nn
 from rmfx.algebra.affine import AffineConv
 from rmfx.ir.elements import Border, MaxPool, Virtual
 from rmfx.ir.kinds import is_a
-from rmfx.ir.laterals import Lateral, added_channels, keeps_dims
+from rmfx.ir.laterals import Lateral, added_channels
 from rmfx.ir.net import Net
-from rmfx.ir.nodes import data_input
+from rmfx.ir.nodes import data_input, keeps_dims
 from rmfx.ir.notes import ORIGIN, Shape, with_channels, without_notes
 from rmfx.ir.reading import read
 

@@ -17,8 +17,9 @@ from rmfx.ir.joins import read_join
 from rmfx.ir.kinds import BATCH_NORMS
 from rmfx.ir.laterals import Lateral, added_channels
 from rmfx.ir.net import Net
+from rmfx.ir.nodes import is_tensor_node
 from rmfx.ir.reading import sizes_of
-from rmfx.ir.sizes import agreements
+from rmfx.ir.sizes import agreements, may_spread
 from rmfx.ir.weights import weight_types
 
 from .paths import Path, walks
@@ -79,6 +80,7 @@ class Site:
         dims: spatial dimensions of its layers.
         dtype, device: of its weights.
         sized: whether the result can demand input sizes at which both branches end in equal ones.
+        fixed: whether the result holds for inputs of the example's sizes only.
     """
 
     join: fx.Node
@@ -89,6 +91,7 @@ class Site:
     dtype: torch.dtype
     device: torch.device
     sized: bool = True
+    fixed: bool = False
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -138,8 +141,8 @@ def _site(
         chain = _simplify(chain)
         out = chain[-1].channels if chain else channels
         chains.append(chain if factor == 1 else _scaled(chain, factor, out, dims))
-    spread = _spread_among_neighbours(chains)
-    if spread is not None:
+    spread = _spread_among_neighbours(net, chains)
+    if isinstance(spread, Refusal):
         return spread
     outs = [chain[-1].channels if chain else channels for chain in chains]
     if outs[0] != outs[1]:
@@ -147,22 +150,35 @@ def _site(
             f"the operands have {outs[0]} and {outs[1]} channels: the add broadcasts", (join.name,)
         )
     sized = not isinstance(agreements(sizes_of(net), join), Refusal)
-    return Site(join, fork, (chains[0], chains[1]), channels, dims, dtype, device, sized)
+    return Site(join, fork, (chains[0], chains[1]), channels, dims, dtype, device, sized, spread)
 
 
-def _spread_among_neighbours(chains: list[tuple[Step, ...]]) -> Refusal | None:
-    """Why no value may pass a combination that spreads it out over space.
+def _spread_among_neighbours(net: Net, chains: list[tuple[Step, ...]]) -> bool | Refusal:
+    """Whether a value may pass a combination that spreads it out over space.
 
     The other path's value would be spread out beside it, and a layer that reads several positions
-    would read others behind the combination than before it.
+    would read others behind the combination than before it. That is refused where it happens at
+    the example's sizes, and where none are known. Where it may happen at others, which is the
+    answer, the result has to be for those of the example only.
     """
     layers = [step.layer for chain in chains for step in chain]
-    spreading = (x for x in layers if isinstance(x, Lateral) and x.spread_dims - {1})
-    lateral = next(spreading, None)
-    if lateral is None or all(map(_reads_one_position, layers)):
-        return None
-    cause = "it spreads out a value of fewer positions, beside layers that read several"
-    return Refusal(cause, (lateral.node.name,))
+    if all(map(_reads_one_position, layers)):
+        return False
+    laterals = [x for x in layers if isinstance(x, Lateral) and not x.is_concatenation]
+    for lateral in laterals:
+        if lateral.spread_dims - {1}:
+            cause = "it spreads out a value of fewer positions, beside layers that read several"
+            return Refusal(cause, (lateral.node.name,))
+    sizes = sizes_of(net)
+    open_ones = [x for x in laterals if may_spread(sizes, x.node, x.value)]
+    inputs = filter(is_tensor_node, net.graph.find_nodes(op="placeholder"))
+    if open_ones and any("shape" not in x.meta for x in inputs):
+        cause = (
+            "it may spread out a value of fewer positions, beside layers that read several, at "
+            "sizes that are not known; pass example_inputs"
+        )
+        return Refusal(cause, (open_ones[0].node.name,))
+    return bool(open_ones)
 
 
 def _reads_one_position(layer: object) -> bool:

@@ -44,11 +44,11 @@ from rmfx.algebra.digits import (
 )
 from rmfx.algebra.laws import chain, direct_sum, join, stack
 from rmfx.analysis.ranges import Ranges
+from rmfx.choices import STRATEGIES
 from rmfx.errors import OptionError, Refusal
 
 from .codes import (
     ORDER,
-    STRATEGIES,
     Bounds,
     Stretch,
     Way,

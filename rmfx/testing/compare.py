@@ -9,15 +9,15 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.digits import AFFORDED, EXACTNESS, bits_of
+from rmfx.errors import VerificationError
 from rmfx.interval import Interval
 from rmfx.report import META_KEY, Report, SiteReport
 
-from .equivalence import Equivalence, Traced, compared, default_tolerance, noise_floor, traced
-from .verification import MOVES, verified
+from .equivalence import Equivalence, Traced, compared, default_tolerance, traced
+from .verification import verified
 
 CALIBRATED = EXACTNESS[-1]
 HALF = 12  # more bits than a half type has
-ROUNDINGS = 5  # of the inputs, whose effect is allowed for
 SHIFTED = 1e-8  # the error that a shift may make: it costs digits
 OTHER_BATCH = "compared at another batch"
 OTHER_SIZE = "compared at other sizes"
@@ -105,12 +105,13 @@ def _at_example(
     tolerance = allowed(before, after, inputs)
     try:
         return compared(before, after, inputs, tolerance, source)
-    except AssertionError:
+    except AssertionError as error:
         # What cancels, as a map minus its own mean, may be nothing but rounding.
-        noise = max(noise_floor(before, after, inputs, seed=seed) for seed in range(MOVES))
-        if not ROUNDINGS * noise > tolerance:
-            raise
-    return compared(before, after, inputs, ROUNDINGS * noise, source)
+        try:
+            verified(before, after, inputs, tolerance, None, source, [inputs])
+        except VerificationError:
+            raise error from None
+    return compared(before, after, inputs, math.inf, source)
 
 
 def _sizes(shapes: tuple[Any, ...], example: tuple[int, ...]) -> Iterator[str]:

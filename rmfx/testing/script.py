@@ -8,14 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from rmfx.choices import PASSES
 from rmfx.testing.networks.node import Node, arguments
 from rmfx.testing.networks.spec import NetworkSpec
 
 _WIDTH = 100
-PASSES = (
-    *("remove_residuals", "fold_batch_norm", "merge_branches", "merge_convs", "remove_noops"),
-    "eliminate_dead_channels",
-)
 _HOLD = {
     "module": ("given, before = model, model", ""),
     "traced": ("given = before = torch.fx.symbolic_trace(model)", "import torch"),

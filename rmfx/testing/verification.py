@@ -126,8 +126,13 @@ def verified(
     tolerance: float | None,
     input_range: Interval | None,
     source_of: Traced,
+    batches: Sequence[Any] = (),
 ) -> Verification:
-    """The same, where `source_of` tells the original's graph, which others may need as well."""
+    """The same, where `source_of` tells the original's graph, which others may need as well.
+
+    Args:
+        batches: inputs on which alone they are compared, if there are any.
+    """
     given = as_tuple(inputs)
     original = before.module() if isinstance(before, ExportedProgram) else before
     names = {row.join for row in report_rows(after)}
@@ -139,7 +144,7 @@ def verified(
     fresh = partial(_original, original, source)
     pair = _Pair("", fresh, source, after, joins, tolerance)
     last = _reads_features(original)
-    return pair.run(Example(given, input_range=input_range, last=last))
+    return pair.run(Example(given, input_range=input_range, last=last), batches)
 
 
 def checked(
