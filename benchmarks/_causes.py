@@ -364,7 +364,7 @@ CAUSES: tuple[Cause, ...] = (
         "roll",
         "a roll along space is the identity",
         (("rmfx/ir/selections.py", "if moved is None or moved - {axis}:", "if moved is None:"),),
-        ("tests/test_selections.py",),
+        ("tests/ir/test_selections.py",),
         {},
     ),
     Cause(
@@ -382,28 +382,28 @@ CAUSES: tuple[Cause, ...] = (
                 "of_type = 1000 * size",
             ),
         ),
-        ("tests/test_border_fill.py",),
+        ("tests/frontend/idioms/test_border_fill.py",),
         {},
     ),
     Cause(
         "fused_optimiser",
         "weights that no version counter moved are the same (fused optimisers)",
         (("rmfx/frontend/freshness.py", READS, ""),),
-        ("tests/test_freshness.py", "tests/test_backend.py"),
+        ("tests/frontend/test_freshness.py", "tests/test_backend.py"),
         COMPILED,
     ),
     Cause(
         "another_process",
         "weights that no version counter moved are the same (collectives, processes)",
         (("rmfx/frontend/freshness.py", READS, ""),),
-        ("tests/test_freshness.py", "tests/test_backend.py"),
+        ("tests/frontend/test_freshness.py", "tests/test_backend.py"),
         COMPILED,
     ),
     Cause(
         "data_twice",
         "memory at the same address is the same memory",
         (("rmfx/frontend/freshness.py", READS, ""), ("rmfx/frontend/freshness.py", EXPIRED, "")),
-        ("tests/test_freshness.py", "tests/test_backend.py"),
+        ("tests/frontend/test_freshness.py", "tests/test_backend.py"),
         COMPILED,
     ),
     Cause(
@@ -420,7 +420,7 @@ CAUSES: tuple[Cause, ...] = (
             ("rmfx/removal/recording.py", "if kind > self._may_leave:", "if kind > 9:"),
             ("rmfx/removal/strategy.py", KINK, "if False:"),
         ),
-        ("tests/test_linked.py", "tests/test_recording.py"),
+        ("tests/removal/test_differentiable.py", "tests/removal/test_recording.py"),
         {},
     ),
     Cause(
@@ -433,7 +433,7 @@ CAUSES: tuple[Cause, ...] = (
                 f"{COPIED}{DETACHED}self._places[node.all_input_nodes[0]]\n{IS_LAYER}",
             ),
         ),
-        ("tests/test_linked.py",),
+        ("tests/removal/test_differentiable.py",),
         {},
     ),
     Cause(
@@ -446,7 +446,7 @@ CAUSES: tuple[Cause, ...] = (
                 "    writes = [n for n in node.args[:1] if written and isinstance(n, fx.Node)]",
             ),
         ),
-        ("tests/test_effects.py",),
+        ("tests/frontend/test_effects.py",),
         {},
     ),
     Cause(
@@ -459,7 +459,7 @@ CAUSES: tuple[Cause, ...] = (
                 "{id(t): id(t) for behind in self._behind.values() for t in behind}",
             ),
         ),
-        ("tests/test_effects.py",),
+        ("tests/frontend/test_effects.py",),
         {},
     ),
     Cause(
@@ -472,7 +472,7 @@ CAUSES: tuple[Cause, ...] = (
                 "    return True",
             ),
         ),
-        ("tests/test_digits.py",),
+        ("tests/algebra/test_digits.py",),
         {"activation": "relu"},
     ),
     Cause(
@@ -485,7 +485,7 @@ CAUSES: tuple[Cause, ...] = (
                 "    if least < SMALLEST_SCALE:",
             ),
         ),
-        ("tests/test_digits.py",),
+        ("tests/algebra/test_digits.py",),
         {},
     ),
     Cause(
@@ -498,7 +498,7 @@ CAUSES: tuple[Cause, ...] = (
                 "        if base is None:",
             ),
         ),
-        ("tests/test_effects.py", "tests/test_noop.py"),
+        ("tests/frontend/test_effects.py", "tests/passes/test_noop.py"),
         {},
     ),
     Cause(
@@ -511,14 +511,14 @@ CAUSES: tuple[Cause, ...] = (
                 "",
             ),
         ),
-        ("tests/test_conditions.py",),
+        ("tests/ir/test_conditions.py",),
         {},
     ),
     Cause(
         "broadcast",
         "operands of equal sizes have equal sizes always",
         (("rmfx/ir/sizes.py", "        return agreements(net, node)\n", "        return ()\n"),),
-        ("tests/test_sizes.py",),
+        ("tests/ir/test_sizes.py",),
         {},
     ),
     Cause(
@@ -531,7 +531,7 @@ CAUSES: tuple[Cause, ...] = (
                 "    return ()",
             ),
         ),
-        ("tests/test_tracing.py",),
+        ("tests/frontend/test_symbolic.py",),
         {},
     ),
     Cause(
@@ -544,7 +544,7 @@ CAUSES: tuple[Cause, ...] = (
                 "(changed := None) is not None",
             ),
         ),
-        ("tests/test_tracing.py",),
+        ("tests/frontend/test_symbolic.py",),
         {},
     ),
     Cause(
@@ -557,7 +557,7 @@ CAUSES: tuple[Cause, ...] = (
                 "return found",
             ),
         ),
-        ("tests/test_probes.py",),
+        ("tests/ir/test_open_sizes.py",),
         {},
         silent=False,
     ),

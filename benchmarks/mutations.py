@@ -45,42 +45,42 @@ class Mutant:
     tests: tuple[str, ...]
 
 
-FUZZ = "tests/test_fuzz.py"
+FUZZ = "tests/testing/test_random_networks.py"
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "Dirac tap: always the kernel's first",
         "rmfx/algebra/affine.py",
         "torch.tensor([(t * d - own + new) // step for t in range(k)]",
         "torch.tensor([(t * d) // step for t in range(k)]",
-        ("tests/test_affine.py", FUZZ),
+        ("tests/algebra/test_affine.py", FUZZ),
     ),
     Mutant(
         "merge: the inner layer's bias is lost",
         "rmfx/algebra/laws.py",
         "bias = bias + _sum_of_taps(outer, inner.bias)",
         "bias = bias + 0 * _sum_of_taps(outer, inner.bias)",
-        ("tests/test_affine.py", FUZZ),
+        ("tests/algebra/test_affine.py", FUZZ),
     ),
     Mutant(
         "carry's sign test: every range is taken to pass the activation unchanged",
         "rmfx/algebra/activation.py",
         "return bool((low >= begin).all() and (high <= end).all())",
         "return True",
-        ("tests/test_activation.py", FUZZ),
+        ("tests/algebra/test_activation.py", FUZZ),
     ),
     Mutant(
         "range analysis: negative weights on x >= 0 are forgotten",
         "rmfx/analysis/ranges.py",
         "least = torch.where(weight.amin(1) < 0, -INF, bias)",
         "least = bias",
-        ("tests/test_range.py",),
+        ("tests/analysis/test_ranges.py",),
     ),
     Mutant(
         "range analysis: zero padding is forgotten",
         "rmfx/analysis/ranges.py",
         "    if layer.pads:\n",
         "    if layer is None:\n",
-        ("tests/test_range.py",),
+        ("tests/analysis/test_ranges.py",),
     ),
 )
 

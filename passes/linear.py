@@ -26,6 +26,8 @@ from rmfx.removal.policy import Policy, check_policy
 from rmfx.rules.linear import LinearRule
 from rmfx.testing.verification import checked
 
+__all__ = ["LinearRule", "merge_convs"]
+
 
 @undisturbed
 def merge_convs(

@@ -18,6 +18,8 @@ from rmfx.ir.undisturbed import undisturbed
 from rmfx.rules.noop import NoopRule
 from rmfx.testing.verification import checked
 
+__all__ = ["NoopRule", "remove_noops"]
+
 
 @undisturbed
 def remove_noops(

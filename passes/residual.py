@@ -40,8 +40,11 @@ from rmfx.ir.undisturbed import undisturbed
 from rmfx.removal.differentiable import linked
 from rmfx.removal.policy import Policy, check_policy
 from rmfx.removal.remove import CalibrationData, is_calibrated, remove
+from rmfx.removal.rule import ResidualRule
 from rmfx.removal.strategy import allowed_ways
 from rmfx.testing.verification import checked
+
+__all__ = ["ResidualRule", "remove_residuals"]
 
 
 # ---- the verb -----------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ settings.register_profile(
     derandomize="CI" in os.environ,
     suppress_health_check=[HealthCheck.too_slow],
 )
-# `pytest tests/test_fuzz.py --hypothesis-profile=ci`: bounded, and the same in every run; two tests
-# of 120 networks each.
+# `pytest tests/testing/test_random_networks.py --hypothesis-profile=ci`: bounded, and the same in
+# every run; two tests of 120 networks each.
 settings.register_profile(
     "ci", settings.get_profile("default"), max_examples=120, derandomize=True, print_blob=True
 )

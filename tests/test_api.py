@@ -16,6 +16,8 @@ from torch import fx, nn
 import rmfx
 from rmfx.testing import assert_equivalent, random_statistics
 
+pytestmark = pytest.mark.oldest
+
 VERBS: list[Callable[..., fx.GraphModule]] = [
     rmfx.remove_residuals,
     rmfx.fold_batch_norm,

@@ -21,6 +21,8 @@ import rmfx
 from rmfx import backend
 from rmfx.frontend import freshness as _freshness
 
+pytestmark = pytest.mark.oldest
+
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:

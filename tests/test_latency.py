@@ -70,6 +70,7 @@ def test_eager_gives_ratios() -> None:
     assert report.failures == report.notes == ()
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_runtimes_that_read_onnx_give_ratios(runtime: str) -> None:
     for package in _runtimes.RUNTIMES[runtime].packages:

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from importlib import resources
@@ -53,6 +54,67 @@ def test_every_module_imports_under_its_installed_name(name: str) -> None:
     assert files <= found
     for module in files - {"__main__"}:
         importlib.import_module(f"{name}.{module}")
+
+
+def test_a_clone_works_from_its_root_without_being_installed(tmp_path: Path) -> None:
+    """There the folder rmfx/ is found before any installed package, with passes/ beside it."""
+    for folder in ("rmfx", "passes"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    code = "import rmfx, rmfx.passes.noop as p; print(rmfx.__file__, p.__file__, rmfx.merge_convs)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    places = done.stdout.split()
+    assert places[:2] == [str(tmp_path / name) for name in ("rmfx/__init__.py", "passes/noop.py")]
+
+
+# What people import; whatever else moves, these paths stay.
+PATHS = {
+    "rmfx": tuple(rmfx.__all__),
+    "rmfx.backend": ("rmfx",),
+    "rmfx.cli": ("main",),
+    "rmfx.conversion": ("Conversion", "convert"),
+    "rmfx.cost": ("Cost", "NodeCost", "Skip", "count", "nodes", "skips", "table"),
+    "rmfx.demo": ("load_digits", "load_model"),
+    "rmfx.frontend": ("trace", "with_constants"),
+    "rmfx.fuzz": tuple(rmfx.fuzz.__all__),
+    "rmfx.latency": (
+        *("Latency", "LatencyError", "LatencyReport", "Network", "Settings"),
+        *("check_plotting", "measure_latency", "plot", "write_figure"),
+    ),
+    "rmfx.models": tuple(rmfx.models.__all__),
+    "rmfx.passes.batch_norm": ("BatchNormRule", "fold", "fold_batch_norm", "insert_batch_norm"),
+    "rmfx.passes.branches": ("merge_branches",),
+    "rmfx.passes.calibration": ("Measured", "Moments", "identity_norm", "measure"),
+    "rmfx.passes.carries": ("close_carries",),
+    "rmfx.passes.dead_channels": ("eliminate_dead_channels",),
+    "rmfx.passes.layer": ("fuse_resconv", "insert_resconv", "layer_scales", "prune_layers"),
+    "rmfx.passes.linear": ("LinearRule", "merge_convs"),
+    "rmfx.passes.noop": ("NoopRule", "remove_noops"),
+    "rmfx.passes.optimize": ("optimize",),
+    "rmfx.passes.pruning": ("PruningReport", "prune_channels"),
+    "rmfx.passes.recurrent": ("materialize", "share_parameters"),
+    "rmfx.passes.reserve": ("ReserveReport", "reserve"),
+    "rmfx.passes.residual": ("ResidualRule", "remove_residuals"),
+    "rmfx.passes.sites": ("ChoiceReport", "choose_sites"),
+    "rmfx.plain": ("is_plain", "to_sequential"),
+    "rmfx.testing": tuple(rmfx.testing.__all__),
+    "rmfx.training": ("Distillation", "Slimming", "freeze_carries", "gradual_targets"),
+}
+
+
+@pytest.mark.parametrize("module", PATHS)
+def test_public_names_stay_where_they_are(module: str) -> None:
+    made = importlib.import_module(module)
+    assert [name for name in PATHS[module] if not hasattr(made, name)] == []
+
+
+def test_starting_the_command_loads_no_torch() -> None:
+    for argument in ("--help", "--version"):
+        command = [sys.executable, "-X", "importtime", "-m", "rmfx", argument]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert not re.search(r"\| +torch\n", done.stderr)
+        assert "rmfx" in done.stdout
 
 
 def test_no_global_package_is_called_passes(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 import rmfx
 
+pytestmark = pytest.mark.oldest
+
 
 class SmallResNet(nn.Module):
     """A resnet in small, with the usual ways to flatten."""

@@ -122,7 +122,7 @@ def page(
     before, after = conversion.cost_before, conversion.cost_after
     figures = _figures(before, after) if before and after else []
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = resources.files("rmfx").joinpath("templates/report.html")
+    template = resources.files("rmfx.cli").joinpath("templates/report.html")
     return environment.from_string(template.read_text(encoding="utf-8")).render(
         title=title,
         summary=_summary(conversion),

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rmfx.algebra.affine import AffineConv, Ints
+from rmfx.algebra.affine import CONVS, AffineConv, Ints
 from rmfx.errors import Refusal
 
+from .callees import is_touched
 from .conditions import Condition, demand_that, inner_size
 from .elements import Border, Deferred, Element
 from .kinds import AVERAGE_POOLS, KEEP_SIZE, MAX_POOLS, POOLS_OF_ALL, SPREADING
@@ -172,6 +173,9 @@ class Sizes:
         laws = sorted((self._known[one] for one in inputs), key=lambda law: bool(law and law.clips))
         if len(set(laws)) == 1 and (node.target is not torch.cat or node.args[1] == 1):
             return laws[0]
+        large = {law for law in laws if law is None or not _is_one_position(self.net, law)}
+        if len(large) == 1 and node.target is not torch.cat:
+            return large.pop()
         shape = node.meta.get("shape", (None,) * 3)
         for one in inputs:
             if None not in shape[2:] and one.meta.get("shape", ())[2:] == shape[2:]:
@@ -184,7 +188,9 @@ class Sizes:
             dims = MAX_POOLS.index(type(module)) + 1
             fits = dims == len(before.stride) and not module.ceil_mode
             return _behind_pool(module, before) if fits else None
-        element = self._read(self.net, node)
+        element: Any = self._read(self.net, node)
+        if isinstance(element, Refusal) and type(module) in CONVS and not is_touched(module):
+            element = AffineConv.from_conv(module)  # which may be shared: its geometry is the same
         if isinstance(element, Deferred):
             dims = len(before.stride)
             channels = self.net.channels(node.all_input_nodes[0], dims)
@@ -307,14 +313,19 @@ def _is_within(sizes: Sizes, node: fx.Node, value: fx.Node, other: fx.Node) -> b
         return False
     if found == law:
         return True
-    at_one = {(1 + a) // s for a, s in zip(found.growth, found.stride, strict=True)}
-    if at_one == {1} and _has_one_position(sizes.net, found.source, len(law.stride)):
+    if _is_one_position(sizes.net, found):
         return True
     shapes = [x.meta["shape"][2:] for x in (value, other) if "shape" in x.meta]
     of_inputs = all(one.source.op == "placeholder" for one in (law, found))
     same_source = law.source is found.source or node.target in SUMS
     # The result then demands that they agree, unless the example's are not equal themselves.
     return of_inputs and same_source and (len(shapes) < 2 or shapes[0] == shapes[1])
+
+
+def _is_one_position(net: Net, law: SizeLaw) -> bool:
+    """Whether values of such a size have one position in space, at all sizes of the inputs."""
+    behind = {(1 + a) // s for a, s in zip(law.growth, law.stride, strict=True)}
+    return behind == {1} and _has_one_position(net, law.source, len(law.stride))
 
 
 def _has_one_position(net: Net, node: fx.Node, dims: int) -> bool:

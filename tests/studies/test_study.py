@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "pruning"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "pruning"))
 
 from _study import FROM_SCRATCH
 from outcomes import UNPRUNED, Job, Outcome, Record, Timing

@@ -12,7 +12,7 @@ import rmfx
 from rmfx.testing import assert_equivalent
 
 pytest.importorskip("PIL", reason="photos need pillow: pip install pillow")
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import _weights
 import real_weights

@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import python_blocks
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "hls4ml.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "hls4ml.md"
 pytestmark = [pytest.mark.hls4ml, pytest.mark.slow]
 
 

@@ -20,6 +20,8 @@ from rmfx.files.saving import (
     save,
 )
 
+pytestmark = pytest.mark.oldest
+
 IMAGE = (torch.zeros(1, 3, 8, 8),)
 
 

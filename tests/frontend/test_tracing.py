@@ -29,6 +29,8 @@ from torch import Tensor, fx, nn
 import rmfx
 from rmfx.testing import assert_equivalent
 
+pytestmark = pytest.mark.oldest
+
 
 def targets(gm: fx.GraphModule) -> list[Any]:
     return [n.target for n in gm.graph.nodes if n.op in ("call_function", "call_method")]

@@ -21,7 +21,7 @@ import rmfx
 import rmfx.cost
 
 pytest.importorskip("torchvision", reason="the zoo needs torchvision: pip install torchvision")
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import _blocked
 import _randomise

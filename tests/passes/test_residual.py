@@ -33,6 +33,8 @@ from torch import Tensor, nn
 import rmfx
 from rmfx.testing import NetworkSpec, assert_equivalent, residual_blocks
 
+pytestmark = pytest.mark.oldest
+
 Make = Callable[[], nn.Module]
 plus_in_place: Callable[[Any, Any], Any] = operator.iadd
 minus_in_place: Callable[[Any, Any], Any] = operator.isub

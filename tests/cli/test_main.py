@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import rmfx
 import rmfx.demo
-from rmfx.cli import main as cli
+from rmfx.cli import main
 from rmfx.models import DigitsNet
 from rmfx.timing import runtimes as _runtimes
 
@@ -96,10 +96,10 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 1) ->
     """Runs a command that must fail; returns its one line on stderr."""
     if code == 2:
         with pytest.raises(SystemExit) as caught:
-            cli.main(arguments)
+            main(arguments)
         assert caught.value.code == 2
     else:
-        assert cli.main(arguments) == code
+        assert main(arguments) == code
     output = capsys.readouterr()
     assert output.out == ""
     assert "Traceback" not in output.err
@@ -109,7 +109,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 1) ->
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert cli.main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert isinstance(found, dict)
     return found
@@ -122,7 +122,7 @@ def test_convert_writes_a_network_without_residuals(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "plain.pt2"
-    assert cli.main(["convert", DIGITS, SHAPE, "--weights", str(weights), "-o", str(out)]) == 0
+    assert main(["convert", DIGITS, SHAPE, "--weights", str(weights), "-o", str(out)]) == 0
     text = capsys.readouterr().out
     assert "5 of 5 residual connections removed" in text
     assert "layer2.0" in text
@@ -199,7 +199,7 @@ def test_convert_a_network_with_two_inputs(capsys: pytest.CaptureFixture[str]) -
 def test_a_network_without_residuals_stays_and_the_report_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.main(["convert", "nets:Chain", SHAPE, "-o", "chain.pt2"]) == 0
+    assert main(["convert", "nets:Chain", SHAPE, "-o", "chain.pt2"]) == 0
     assert "no residual connections" in capsys.readouterr().out
     assert Path("chain.pt2").is_file()
 
@@ -210,7 +210,7 @@ def test_a_network_without_residuals_stays_and_the_report_says_so(
 def test_report_lists_every_site_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["report", DIGITS, SHAPE]) == 0
+    assert main(["report", DIGITS, SHAPE]) == 0
     text = capsys.readouterr().out
     assert all(place in text for place in ("layer1", "layer2.0", "layer2.1", "layer3.0"))
     assert "multiply-adds" in text
@@ -250,7 +250,7 @@ BENCH = ("bench", DIGITS, SHAPE, "--runtimes=eager", "--batch=1", "--threads=1",
 
 
 def test_bench_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(BENCH) == 0
+    assert main(BENCH) == 0
     text = capsys.readouterr().out
     assert "converted/original (quartiles)" in text
     assert "threads 1; rounds 2; precision float32" in text
@@ -270,7 +270,7 @@ def test_bench_of_several_networks_as_json_and_as_a_file(
 
 def test_bench_draws(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    assert cli.main([*BENCH, "--plot", "latency.svg"]) == 0
+    assert main([*BENCH, "--plot", "latency.svg"]) == 0
     assert "<svg" in Path("latency.svg").read_text()
 
 
@@ -281,7 +281,7 @@ def test_bench_shows_what_failed_and_exits_with_1(
         raise ValueError("no such kernel")
 
     monkeypatch.setitem(_runtimes.RUNTIMES, "inductor", _runtimes.Runtime(fail))
-    assert cli.main([*BENCH, "--runtimes=inductor,eager", "--json"]) == 1
+    assert main([*BENCH, "--runtimes=inductor,eager", "--json"]) == 1
     output = capsys.readouterr()
     rows = json.loads(output.out)["rows"]
     assert [bool(row["failure"]) for row in rows] == [True, False]
@@ -298,7 +298,7 @@ def test_demo_without_a_compiler_says_so(
         raise RuntimeError("no C++ compiler\nand a long explanation")
 
     monkeypatch.setattr(torch, "compile", fail)
-    assert cli.main(["demo"]) == 0
+    assert main(["demo"]) == 0
     text = capsys.readouterr().out
     assert "torch.compile did not run: no C++ compiler\n" in text
     assert "5 of 5 residual connections removed" in text
@@ -398,7 +398,7 @@ def test_an_unwritable_place_is_found_before_the_model_is_loaded(
 
 
 def test_prints_of_the_model_stay_out_of_the_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["report", "nets:Talkative", SHAPE, "--json"]) == 0
+    assert main(["report", "nets:Talkative", SHAPE, "--json"]) == 0
     output = capsys.readouterr()
     json.loads(output.out)
     assert "hello from the model" in output.err
@@ -406,7 +406,7 @@ def test_prints_of_the_model_stay_out_of_the_json(capsys: pytest.CaptureFixture[
 
 def test_traceback_shows_where_an_error_arose() -> None:
     with pytest.raises(rmfx.RmfxError):
-        cli.main(["report", "nothing:net", "--traceback"])
+        main(["report", "nothing:net", "--traceback"])
 
 
 def test_an_interruption_while_writing_leaves_nothing(
@@ -433,18 +433,18 @@ def test_version_and_module_form() -> None:
 
 
 def test_models_are_listed_as_other_commands_take_them(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["models", "--json"]) == 0
+    assert main(["models", "--json"]) == 0
     names = json.loads(capsys.readouterr().out)
     assert "rmfx.models:rmnext50x6_32" in names
-    assert cli.main(["models"]) == 0
+    assert main(["models"]) == 0
     assert "CIFAR ResNet of `depth` layers" in capsys.readouterr().out
-    assert cli.main(["report", "rmfx.models:cifar_resnet", "--input-shape", "1,3,32,32"]) == 0
+    assert main(["report", "rmfx.models:cifar_resnet", "--input-shape", "1,3,32,32"]) == 0
     assert "9 of 9 residual connections removed" in capsys.readouterr().out
 
 
 def test_help_names_every_kind_of_model(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["convert", "--help"])
+        main(["convert", "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("torchvision:", "timm:", "module:factory", ".pt2"))
@@ -453,7 +453,7 @@ def test_help_names_every_kind_of_model(capsys: pytest.CaptureFixture[str]) -> N
 def test_help_says_what_is_safe_to_open(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--help"], ["report", "--help"], ["convert", "--help"]):
         with pytest.raises(SystemExit):
-            cli.main(arguments)
+            main(arguments)
         text = capsys.readouterr().out
         assert ".pt2" in text
         assert "code that runs" in " ".join(text.split())

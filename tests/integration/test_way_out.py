@@ -210,6 +210,7 @@ def test_onnx_runs_in_onnxruntime(name: str) -> None:
     assert_runs_in_onnxruntime(name, onnx_bytes(name))
 
 
+@pytest.mark.bench
 @every_network
 def test_onnx_runs_in_openvino(name: str) -> None:
     core = pytest.importorskip("openvino").Core()

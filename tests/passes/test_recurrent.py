@@ -22,6 +22,8 @@ from rmfx.errors import OptionError, TraceError, WeightError
 from rmfx.models import cifar_resnet
 from rmfx.modules.ring import FromRing, Ring, plan
 
+pytestmark = pytest.mark.oldest
+
 RESNET18_RING = 512 * 512 * 9  # one convolution of the last stage
 
 

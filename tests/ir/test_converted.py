@@ -15,6 +15,8 @@ from torch import Tensor, fx, nn
 import rmfx
 from rmfx.ir.converted import share_lookups
 
+pytestmark = pytest.mark.oldest
+
 
 class Scaled(nn.Module):
     def __init__(self) -> None:

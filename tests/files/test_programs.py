@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from rmfx.cli import main as cli
+from rmfx.cli import main
 from rmfx.files.loading import LoadError, load_model
 from rmfx.files.programs import UnsafeFileError, check_condition, check_program, check_size
 
@@ -211,7 +211,7 @@ def test_what_torch_runs_is_refused(
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_says_so_in_one_line(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["report", edited(good, sample)]) == 1
+    assert main(["report", edited(good, sample)]) == 1
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "data/sample_inputs/model.pt" in message

@@ -76,6 +76,7 @@ def test_torchvision_segmentation_model_downloads_no_backbone() -> None:
     assert load_model("torchvision:lraspp_mobilenet_v3_large").random
 
 
+@pytest.mark.bench
 def test_timm_model_knows_its_input_size() -> None:
     pytest.importorskip("timm")
     loaded = load_model("timm:test_resnet")
@@ -101,6 +102,7 @@ def test_a_wrong_model_is_explained(text: str, message: str, here: str) -> None:
         load_model(text.format(here=here))
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("package", ["torchvision", "timm"])
 def test_an_unknown_architecture_is_explained(package: str) -> None:
     pytest.importorskip(package)
@@ -108,6 +110,7 @@ def test_an_unknown_architecture_is_explained(package: str) -> None:
         load_model(f"{package}:resnet19")
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("package", ["torchvision", "timm"])
 def test_a_missing_package_is_named_with_the_command(
     package: str, monkeypatch: pytest.MonkeyPatch

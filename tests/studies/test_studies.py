@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import depth
 import families

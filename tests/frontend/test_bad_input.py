@@ -33,6 +33,8 @@ from torch.nn.utils import parametrizations, parametrize
 import rmfx
 from rmfx.testing import assert_equivalent
 
+pytestmark = pytest.mark.oldest
+
 VERBS: list[Callable[..., Any]] = [
     rmfx.trace,
     rmfx.remove_residuals,
