@@ -480,7 +480,7 @@ CAUSES: tuple[Cause, ...] = (
         "a scale is exact in every type",
         (
             (
-                "rmfx/removal/strategy.py",
+                "rmfx/removal/codes.py",
                 "    if least < smallest_scale(dtype, nearest):",
                 "    if least < SMALLEST_SCALE:",
             ),
@@ -517,7 +517,7 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "broadcast",
         "operands of equal sizes have equal sizes always",
-        (("rmfx/ir/sizes.py", "        return agreements(net, node)\n", "        return ()\n"),),
+        (("rmfx/ir/sizes.py", "        return agreements(sizes, node)\n", "        return ()\n"),),
         ("tests/ir/test_sizes.py",),
         {},
     ),
@@ -553,7 +553,7 @@ CAUSES: tuple[Cause, ...] = (
         (
             (
                 "rmfx/ir/facts.py",
-                "return None if found is None or self._net.is_open(node, axis) else found",
+                "return None if found is None or self._is_open(node, axis) else found",
                 "return found",
             ),
         ),

@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import rmfx
 from rmfx import backend
-from rmfx.frontend import freshness as _freshness
+from rmfx.frontend import freshness
 
 pytestmark = pytest.mark.oldest
 
@@ -507,7 +507,7 @@ def test_fused_optimisers_are_seen_through_inductor(
 def _between_the_samples(model: nn.Module) -> None:
     weight = model.body.branch[2][0].weight
     written = np.ones(weight.numel(), bool)
-    written[_freshness._positions(weight.numel())] = False
+    written[freshness._positions(weight.numel())] = False
     weight.numpy().reshape(-1)[written] += 1
 
 
@@ -681,7 +681,7 @@ def test_weights_are_never_stale_with_inductors_freezing(change: str) -> None:
 
 
 def test_a_broken_guard_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_freshness.Snapshot, "holds", lambda self, tensors: True)
+    monkeypatch.setattr(freshness.Snapshot, "holds", lambda self, tensors: True)
     for way in ("backend", "own backend"):
         with pytest.raises((AssertionError, pytest.fail.Exception)):
             test_weights_are_never_stale("load_state_dict", way)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from rmfx import latency
 from rmfx.files.figures import PlotError
 from rmfx.latency import Latency, LatencyReport, Network, measure_latency
-from rmfx.timing import runtimes as _runtimes
+from rmfx.timing import runtimes
 from rmfx.timing.speed import LatencyError, Settings
 
 FAST = {"batches": (1,), "threads": 1, "rounds": 2, "seconds": 0.001}
@@ -73,7 +73,7 @@ def test_eager_gives_ratios() -> None:
 @pytest.mark.bench
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_runtimes_that_read_onnx_give_ratios(runtime: str) -> None:
-    for package in _runtimes.RUNTIMES[runtime].packages:
+    for package in runtimes.RUNTIMES[runtime].packages:
         pytest.importorskip(package)
     report = measure(runtime)
     (row,) = report.rows
@@ -108,11 +108,11 @@ def test_rounds_alternate_which_form_goes_first() -> None:
 def test_every_batch_size_is_measured_on_that_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def spy(form: _runtimes.Form, threads: int) -> _runtimes.Run:
+    def spy(form: runtimes.Form, threads: int) -> runtimes.Run:
         seen.append(form.inputs[0].shape[0])
-        return _runtimes._eager(form, threads)
+        return runtimes._eager(form, threads)
 
-    monkeypatch.setitem(_runtimes.RUNTIMES, "eager", _runtimes.Runtime(spy))
+    monkeypatch.setitem(runtimes.RUNTIMES, "eager", runtimes.Runtime(spy))
     settings = Settings(**{**FAST, "runtimes": ("eager",), "batches": (1, 3)})
     report = measure_latency([residual()], settings)
     assert [row.batch for row in report.rows] == [1, 3]
@@ -124,11 +124,11 @@ def test_the_original_is_without_batch_norm_and_keeps_its_add(
 ) -> None:
     forms: list[fx.GraphModule] = []
 
-    def spy(form: _runtimes.Form, threads: int) -> _runtimes.Run:
+    def spy(form: runtimes.Form, threads: int) -> runtimes.Run:
         forms.append(form.gm)
-        return _runtimes._eager(form, threads)
+        return runtimes._eager(form, threads)
 
-    monkeypatch.setitem(_runtimes.RUNTIMES, "eager", _runtimes.Runtime(spy))
+    monkeypatch.setitem(runtimes.RUNTIMES, "eager", runtimes.Runtime(spy))
     measure("eager")
     original, converted = forms
     assert not any(isinstance(m, nn.BatchNorm2d) for m in original.modules())
@@ -139,14 +139,14 @@ def test_the_original_is_without_batch_norm_and_keeps_its_add(
 def test_the_number_of_threads_is_used_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
 
-    def spy(form: _runtimes.Form, threads: int) -> _runtimes.Run:
+    def spy(form: runtimes.Form, threads: int) -> runtimes.Run:
         def run() -> object:
             seen.add(torch.get_num_threads())
             return form.gm(*form.inputs)
 
         return run
 
-    monkeypatch.setitem(_runtimes.RUNTIMES, "eager", _runtimes.Runtime(spy))
+    monkeypatch.setitem(runtimes.RUNTIMES, "eager", runtimes.Runtime(spy))
     threads = torch.get_num_threads()
     settings = Settings(**{**FAST, "runtimes": ("eager",), "threads": threads + 1})
     measure_latency([residual()], settings)
@@ -180,10 +180,10 @@ def test_a_runtime_that_is_wrong_for_both_forms_is_an_error_row(
 ) -> None:
     """The reference is the original in eager mode, not what the runtime makes of it."""
 
-    def halve(form: _runtimes.Form, threads: int) -> _runtimes.Run:
+    def halve(form: runtimes.Form, threads: int) -> runtimes.Run:
         return lambda: form.gm(*form.inputs) / 2
 
-    monkeypatch.setitem(_runtimes.RUNTIMES, "inductor", _runtimes.Runtime(halve))
+    monkeypatch.setitem(runtimes.RUNTIMES, "inductor", runtimes.Runtime(halve))
     wrong, right = measure("inductor", "eager").rows
     assert "the original network gives wrong numbers here" in wrong.failure
     assert right.failure == ""
@@ -192,18 +192,18 @@ def test_a_runtime_that_is_wrong_for_both_forms_is_an_error_row(
 def test_a_runtime_that_fails_says_why_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(form: _runtimes.Form, threads: int) -> _runtimes.Run:
+    def fail(form: runtimes.Form, threads: int) -> runtimes.Run:
         raise ValueError("\nno kernel for Residual\nand much more")
 
-    monkeypatch.setitem(_runtimes.RUNTIMES, "inductor", _runtimes.Runtime(fail))
+    monkeypatch.setitem(runtimes.RUNTIMES, "inductor", runtimes.Runtime(fail))
     report = measure("inductor", "eager")
     assert [row.failure for row in report.rows] == ["ValueError: no kernel for Residual", ""]
     assert "failed: ValueError: no kernel for Residual" in str(report)
 
 
 def test_a_missing_runtime_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = _runtimes.Runtime(_runtimes._openvino, ("no_such_package",))
-    monkeypatch.setitem(_runtimes.RUNTIMES, "openvino", absent)
+    absent = runtimes.Runtime(runtimes._openvino, ("no_such_package",))
+    monkeypatch.setitem(runtimes.RUNTIMES, "openvino", absent)
     report = measure("openvino", "eager")
     assert [row.runtime for row in report.rows] == ["eager"]
     (note,) = report.notes

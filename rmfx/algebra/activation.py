@@ -3,9 +3,9 @@
 An activation is f ⊕ id on [main; carry] when the carry's channels pass unchanged. Here are the
 modules for that: the activation as it is where it leaves the carry alone, PReLU with slopes (a on
 main, 1 on carry) for max(x, 0) + a·min(x, 0), a clamp with per-channel bounds, infinite on the
-carry, and `where(carry, x, act(x))` for every other one. `_strategy.py` chooses among them, and
-knows two ways to write a carry so that the activation leaves it alone. A new activation is one new
-row of `TABLE`.
+carry, and `where(carry, x, act(x))` for every other one. `removal/strategy.py` chooses among them,
+and knows two ways to write a carry so that the activation leaves it alone. A new activation is one
+new row of `TABLE`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a type has digits for: how far a carry may be scaled, and what rounding costs it.
 
 A type rounds by up to u = eps / 2 of a value, down to `tiny`, its smallest normal number; below
-that by up to u·tiny. From this follow the laws that `_strategy.py` goes by:
+that by up to u·tiny. From this follow the laws that `removal/strategy.py` goes by:
 
     scaling    x·2⁻ᵏ and back is x bit for bit where |x| ≥ 2ᵏ·tiny; below, it errs by up to
                2ᵏ·tiny·u. Such values may be there wherever a range holds 0, in every type. What is

@@ -8,8 +8,8 @@
 | `FILE.pt2` | a program saved by `torch.export.save` |
 
 Weights come from a safetensors file or from one that `torch.load` reads with `weights_only=True`.
-No code that stands in a file, of weights or of a program, is ever run (see `_files.py`). A factory,
-like any import, is code that runs.
+No code that stands in a file, of weights or of a program, is ever run (see `programs.py`). A
+factory, like any import, is code that runs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Functional, method and aten calls become the modules and operators of one dialect.
 
-`_calls.py` says what means what. A call whose arguments are not constants of the model stays as it
+`calls.py` says what means what. A call whose arguments are not constants of the model stays as it
 is, and is opaque to every rule.
 """
 

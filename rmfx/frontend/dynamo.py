@@ -3,7 +3,7 @@
 Dynamo lifts parameters and buffers to placeholders, mixed with the user's inputs and told apart by
 where they come from: a user may pass an `nn.Parameter` too. It hands the current tensors over at
 every call, so weights that were baked into other weights can be compared with them. It does not
-compile again when a parameter is replaced or written to; whoever bakes must look (`_freshness.py`).
+compile again when a parameter is replaced or written to; whoever bakes must look (`freshness.py`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ nothing else can see the write. Something else can if `b` shares memory with an 
 or another value that is read later. Such a write stays, and the values of its alias class are
 marked `frozen` with the reason; rules treat them as barriers.
 
-`_effects.py` says what a call does. Values share memory where calls may hand it on, and the model's
+`effects.py` says what a call does. Values share memory where calls may hand it on, and the model's
 tensors where their storages overlap; a call of which nothing is known freezes all that it reads.
 """
 

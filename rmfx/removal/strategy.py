@@ -19,8 +19,8 @@ rounding. So a shift is used only where data show how large the values are: with
 that costs little, else with the range of the data and as much again on both sides, outside of which
 the result is wrong.
 
-No way is chosen that the type has no digits for: `_digits.py`. Who asks for "relu" quantises, so
-there a way of a small gain comes before a simpler one of a large gain.
+No way is chosen that the type has no digits for: see `algebra/digits.py`. Who asks for "relu"
+quantises, so there a way of a small gain comes before a simpler one of a large gain.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import rmfx
 import rmfx.demo
 from rmfx.cli import main
 from rmfx.models import DigitsNet
-from rmfx.timing import runtimes as _runtimes
+from rmfx.timing import runtimes
 
 DIGITS = "rmfx.models:DigitsNet"
 SHAPE = "--input-shape=1,1,28,28"
@@ -277,10 +277,10 @@ def test_bench_draws(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_shows_what_failed_and_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(form: object, threads: int) -> _runtimes.Run:
+    def fail(form: object, threads: int) -> runtimes.Run:
         raise ValueError("no such kernel")
 
-    monkeypatch.setitem(_runtimes.RUNTIMES, "inductor", _runtimes.Runtime(fail))
+    monkeypatch.setitem(runtimes.RUNTIMES, "inductor", runtimes.Runtime(fail))
     assert main([*BENCH, "--runtimes=inductor,eager", "--json"]) == 1
     output = capsys.readouterr()
     rows = json.loads(output.out)["rows"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from rmfx.frontend import freshness as _freshness
+from rmfx.frontend import freshness
 from rmfx.frontend.freshness import SAMPLES, Snapshot, weights_are_fresh
 
 LOOKING = ("sampled", "checked")
@@ -98,7 +98,7 @@ def test_a_write_to_a_thirty_second_part_in_one_piece_is_seen(size: int, mode: A
 def test_samples_lie_in_every_row_and_column_of_a_kernel() -> None:
     """At equal distances they could all be of one tap."""
     for shape in ((64, 64, 3, 3), (128, 128, 3, 3), (512, 128, 1, 1), (96, 1, 3, 3)):
-        positions = _freshness._positions(int(np.prod(shape)))
+        positions = freshness._positions(int(np.prod(shape)))
         assert len(set(positions.tolist())) == SAMPLES
         assert positions.max() < np.prod(shape)
         for index, size in zip(np.unravel_index(positions, shape), shape, strict=True):
@@ -128,7 +128,7 @@ def test_ordinary_writes_and_other_memory_are_seen_whatever_the_values(mode: Any
     tensor = torch.randn(1000)
     snapshot = Snapshot([tensor], mode=mode)
     assert not snapshot.holds([tensor.clone()])
-    sampled = set(_freshness._positions(1000).tolist())
+    sampled = set(freshness._positions(1000).tolist())
     tensor[next(i for i in range(1000) if i not in sampled)] += 1  # counted, and not sampled
     assert not snapshot.holds([tensor])
 
@@ -136,7 +136,7 @@ def test_ordinary_writes_and_other_memory_are_seen_whatever_the_values(mode: Any
 def test_an_address_that_was_given_away_again_is_not_the_same_memory() -> None:
     reused = False
     for size in (144, 2304, 36864, 589824, 1327104):
-        sampled = set(_freshness._positions(size).tolist())
+        sampled = set(freshness._positions(size).tolist())
         index = next(i for i in range(size) if i not in sampled)
         tensors = [nn.Parameter(torch.randn(size), False) for _ in range(3)]
         snapshots = [(tensor.data_ptr(), Snapshot([tensor])) for tensor in tensors]
@@ -209,7 +209,7 @@ def test_a_snapshot_keeps_nothing_alive_and_forbids_no_swap(mode: Any) -> None:
 
 def test_the_operator_knows_what_was_baked_under_its_key() -> None:
     weights = [torch.randn(2000), torch.arange(5)]
-    key = _freshness.remember(Snapshot(weights))
+    key = freshness.remember(Snapshot(weights))
     assert weights_are_fresh(weights, key).item() is True
     assert weights_are_fresh(weights, key + 1000).item() is False
     weights[1].numpy()[3] = 0

@@ -15,7 +15,7 @@ from torch.export import export
 
 import rmfx
 from rmfx import conversion
-from rmfx.cli import main as cli
+from rmfx.cli import main
 from rmfx.errors import InternalError, OptionError, RmfxError, TraceError, WeightError
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import between
@@ -352,9 +352,9 @@ def test_the_command_shows_one_line(
 ) -> None:
     monkeypatch.setattr(conversion, "count", fails)
     command = ["report", "rmfx.models:DigitsNet", "--input-shape", "1,1,28,28"]
-    assert cli.main(command) == 1
+    assert main(command) == 1
     message = capsys.readouterr().err
     assert message.startswith("rmfx: the command: KeyError")
     assert message.count("\n") == 1
     with pytest.raises(InternalError):
-        cli.main([*command, "--traceback"])
+        main([*command, "--traceback"])

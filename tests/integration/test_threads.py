@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace as symbolic
 
 import rmfx
-from rmfx.ir import threads as _threads
+from rmfx.ir import threads
 from rmfx.ir.threads import alone, for_this_thread, without_warnings
 from rmfx.testing import assert_equivalent
 
@@ -219,7 +219,7 @@ def test_code_inside_a_trace_may_start_threads() -> None:
 def test_a_conversion_that_the_tracing_thread_waits_for_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_threads, "STUCK", 0.5)
+    monkeypatch.setattr(threads, "STUCK", 0.5)
     other, outcomes = residual_net(), queue.SimpleQueue[str]()  # lists are put back
 
     def convert_another() -> None:
@@ -274,7 +274,7 @@ def test_a_trace_that_has_begun_is_waited_for() -> None:
 def test_a_trace_that_never_ends_is_not_waited_for_without_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_threads, "PATIENCE", 0.05)
+    monkeypatch.setattr(threads, "PATIENCE", 0.05)
     monkeypatch.setattr(symbolic, "CURRENT_PATCHER", symbolic._Patcher())
     with pytest.raises(rmfx.TraceError, match="another thread has been tracing"):
         rmfx.trace(residual_net())

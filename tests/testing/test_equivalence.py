@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import rmfx
+from rmfx import testing
 from rmfx.testing import (
     FEATURES,
     Act,
@@ -38,7 +39,6 @@ from rmfx.testing import (
     residual_blocks,
     residual_networks,
 )
-from rmfx.testing import strategies as testing
 from rmfx.testing.networks.values import pooled
 
 BLOCK = Join(((Conv(3, 3, (3, 3), padding=1), Norm(3), Act("relu"), Conv(3, 3, (1, 1))), ()))

@@ -13,11 +13,10 @@ import pytest
 from torch import nn
 
 import rmfx
-from rmfx import fuzz
-from rmfx.cli import main as cli
+from rmfx import fuzz, testing
+from rmfx.cli import main
 from rmfx.fuzz import WRONG, draw_case, without_names
 from rmfx.testing import Act, Conv, Join, NetworkSpec, Norm, Recall, Save, Split
-from rmfx.testing import strategies as testing
 from rmfx.testing.script import Case, layout, script
 from rmfx.testing.shrink import runs, shrink
 
@@ -66,7 +65,7 @@ def _in_a_folder_of_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:
-    assert cli.main(["fuzz", *arguments, "--json"]) == code
+    assert main(["fuzz", *arguments, "--json"]) == code
     found = json.loads(capsys.readouterr().out)
     assert isinstance(found, dict)
     return found
@@ -105,7 +104,7 @@ def test_networks_are_held_in_every_way(frontend: str, capsys: pytest.CaptureFix
 
 
 def test_the_tables_say_what_occurred(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["fuzz", "--examples", "8", "--activation", "random"]) == 0
+    assert main(["fuzz", "--examples", "8", "--activation", "random"]) == 0
     text = capsys.readouterr().out
     assert "squeeze and excite inside a branch" in text
     assert "sites removed" in text
@@ -153,7 +152,7 @@ def test_a_broken_pass_is_found_and_its_network_made_small(
 
 
 def test_the_program_is_printed_and_one_line_says_why(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["fuzz", "--pass", "own_passes:gives_up", "--seed", "3"]) == 1
+    assert main(["fuzz", "--pass", "own_passes:gives_up", "--seed", "3"]) == 1
     output = capsys.readouterr()
     assert "\nspec = NetworkSpec(" in output.out
     assert "from own_passes import gives_up" in output.out
@@ -181,7 +180,7 @@ def test_wrong_usage_is_told(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["fuzz", *arguments])
+        main(["fuzz", *arguments])
     assert caught.value.code == 2
     output = capsys.readouterr()
     assert output.out == ""

@@ -1,6 +1,6 @@
 """The sampler: draws networks that are valid as drawn.
 
-`Sampler` draws the trees that `_networks.py` describes. It knows the shape of every value while it
+`Sampler` draws the trees that `spec.py` describes. It knows the shape of every value while it
 draws and only ever chooses among what fits, so no drawn network is ever thrown away. It also
 knows which values share memory, so that an in-place operation never reaches the caller's
 inputs and never overlaps with what it reads; every other aliasing is fair game.
