@@ -31,7 +31,6 @@ from .errors import (
 from .report import Report, SiteReport, Verification, report
 
 if TYPE_CHECKING:
-    from . import cost
     from .files.compact import load_compact, save_compact
     from .frontend import trace
     from .passes.batch_norm import fold_batch_norm, insert_batch_norm
