@@ -7,7 +7,7 @@ A row says which targets mean a layer, the names of their arguments in order, an
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,116 +191,93 @@ def _flatten(given: Arguments) -> nn.Module | None:
     return nn.Flatten(given.get("start_dim", 0), given.get("end_dim", -1))
 
 
-def _table() -> dict[Any, Call]:
-    table: dict[Any, Call] = {}
+# ---- the table ----------------------------------------------------------------------------------
+Row = tuple[list[Any], str, Builder]  # targets, the names of their arguments behind the input
 
-    def row(targets: Iterable[Any], names: str, build: Builder) -> None:
-        table.update({t: Call(("input", *names.split()), build) for t in targets if t is not None})
 
+def _rows_of_activations() -> Iterator[Row]:
     for kind, name, names in _ACTIVATIONS:
         in_place = f"{name}_"
         functions = [getattr(m, n, None) for m in (F, torch) for n in (name, in_place)]
         methods = [n for n in (name, in_place) if hasattr(Tensor, n)]
-        row([*functions, *methods, *overloads(name, in_place)], names, _activation(kind, names))
-    row(
-        [torch.clamp, torch.clamp_, torch.clip, "clamp", "clamp_", "clip", "clip_"]
-        + overloads("clamp", "clamp_", "clip", "clip_"),
-        "min max",
-        _clamp,
-    )
-    row(
-        [torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_"]
-        + overloads("clamp_min", "clamp_min_"),
-        "min",
-        _clamp,
-    )
+        yield [*functions, *methods, *overloads(name, in_place)], names, _activation(kind, names)
     for name in POINTWISE:
         forms = (name, f"{name}_")
         functions = [getattr(m, n, None) for m in (torch, operator) for n in forms]
-        names_of_aten = forms if name != "pow" else ("pow.Tensor_Scalar", "pow_.Scalar")
+        operators = overloads(*(forms if name != "pow" else ("pow.Tensor_Scalar", "pow_.Scalar")))
         names = "exponent" if name == "pow" else ""
-        row([*functions, *forms, *overloads(*names_of_aten)], names, _pointwise(name))
-    row([operator.ipow], "exponent", _pointwise("pow"))
-    row(overloads("log_sigmoid"), "", _activation(nn.LogSigmoid, ""))
-    row([F.prelu, torch.prelu, *overloads("prelu")], "weight", _prelu)
-    for dims in (1, 2, 3):
-        names = "weight bias stride padding dilation groups"
-        functions = [getattr(F, f"conv{dims}d"), getattr(torch, f"conv{dims}d")]
-        operators = overloads(f"conv{dims}d", f"conv{dims}d.padding")
-        row([*functions, *operators], names, _conv(dims))
-        for prefix, module, options in (
-            ("max_pool", "MaxPool", "kernel_size stride padding dilation ceil_mode return_indices"),
-            (
-                "avg_pool",
-                "AvgPool",
-                "kernel_size stride padding ceil_mode count_include_pad"
-                + (" divisor_override" if dims > 1 else ""),
-            ),
-            ("adaptive_avg_pool", "AdaptiveAvgPool", "output_size"),
-            ("adaptive_max_pool", "AdaptiveMaxPool", "output_size return_indices"),
-        ):
-            name = f"{prefix}{dims}d"
-            # torch.adaptive_max_pool1d gives the places, too.
-            owners = (F,) if prefix == "adaptive_max_pool" else (F, torch)
-            functions = [getattr(m, name, None) for m in owners]
-            row([*functions, *overloads(name)], options, _pool(getattr(nn, f"{module}{dims}d")))
-    row([F.linear, *overloads("linear")], "weight bias", linear)
-    row(
-        [F.batch_norm],
-        "running_mean running_var weight bias training momentum eps",
-        batch_norm,
-    )
-    row(
-        [F.instance_norm],
-        "running_mean running_var weight bias use_input_stats momentum eps",
-        instance_norm,
-    )
-    row(
+        yield [*functions, *forms, *operators], names, _pointwise(name)
+
+
+def _rows_of_space(dims: int) -> Iterator[Row]:
+    """The layers of so many spatial dimensions."""
+    functions = [getattr(F, f"conv{dims}d"), getattr(torch, f"conv{dims}d")]
+    operators = overloads(f"conv{dims}d", f"conv{dims}d.padding")
+    names = "weight bias stride padding dilation groups"
+    yield [*functions, *operators], names, _conv(dims)
+    divisor = " divisor_override" if dims > 1 else ""
+    for prefix, module, names in (
+        ("max_pool", "MaxPool", "kernel_size stride padding dilation ceil_mode return_indices"),
+        ("avg_pool", "AvgPool", f"kernel_size stride padding ceil_mode count_include_pad{divisor}"),
+        ("adaptive_avg_pool", "AdaptiveAvgPool", "output_size"),
+        ("adaptive_max_pool", "AdaptiveMaxPool", "output_size return_indices"),
+    ):
+        name = f"{prefix}{dims}d"
+        # torch.adaptive_max_pool1d gives the places, too.
+        owners = (F,) if prefix == "adaptive_max_pool" else (F, torch)
+        functions = [getattr(m, name, None) for m in owners]
+        yield [*functions, *overloads(name)], names, _pool(getattr(nn, f"{module}{dims}d"))
+
+
+_CLIPS = [torch.clamp, torch.clamp_, torch.clip, "clamp", "clamp_", "clip", "clip_"]
+_CLAMPS_BELOW = [torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_"]
+_STATISTICS = "running_mean running_var"
+_WINDOW = "kernel_size stride padding dilation ceil_mode"
+_CONVOLUTION = "weight bias stride padding dilation transposed output_padding groups"
+_DROPOUTS = overloads("dropout", "dropout_", "feature_dropout", "feature_dropout_")
+_ROWS: tuple[Row, ...] = (
+    ([*_CLIPS, *overloads("clamp", "clamp_", "clip", "clip_")], "min max", _clamp),
+    ([*_CLAMPS_BELOW, *overloads("clamp_min", "clamp_min_")], "min", _clamp),
+    ([operator.ipow], "exponent", _pointwise("pow")),
+    (overloads("log_sigmoid"), "", _activation(nn.LogSigmoid, "")),
+    ([F.prelu, torch.prelu, *overloads("prelu")], "weight", _prelu),
+    ([F.linear, *overloads("linear")], "weight bias", linear),
+    ([F.batch_norm], f"{_STATISTICS} weight bias training momentum eps", batch_norm),
+    ([F.instance_norm], f"{_STATISTICS} weight bias use_input_stats momentum eps", instance_norm),
+    (
         [torch.instance_norm, *overloads("instance_norm")],
-        "weight bias running_mean running_var use_input_stats momentum eps cudnn_enabled",
+        f"weight bias {_STATISTICS} use_input_stats momentum eps cudnn_enabled",
         instance_norm,
-    )
-    row(
+    ),
+    (
         [torch.batch_norm, *overloads("batch_norm")],
-        "weight bias running_mean running_var training momentum eps cudnn_enabled",
+        f"weight bias {_STATISTICS} training momentum eps cudnn_enabled",
         batch_norm,
-    )
-    row(
+    ),
+    (
         overloads("_native_batch_norm_legit_no_training"),
-        "weight bias running_mean running_var momentum eps",
+        f"weight bias {_STATISTICS} momentum eps",
         batch_norm,
-    )
-    row(
+    ),
+    (
         overloads("native_batch_norm", "_native_batch_norm_legit"),
-        "weight bias running_mean running_var training momentum eps",
+        f"weight bias {_STATISTICS} training momentum eps",
         batch_norm,
-    )
-    row(
-        overloads("max_pool2d_with_indices"),
-        "kernel_size stride padding dilation ceil_mode",
-        _pool(nn.MaxPool2d),
-    )
-    row(
-        overloads("max_pool3d_with_indices"),
-        "kernel_size stride padding dilation ceil_mode",
-        _pool(nn.MaxPool3d),
-    )
-    row(
-        overloads("convolution"),
-        "weight bias stride padding dilation transposed output_padding groups",
-        _convolution,
-    )
-    row([F.dropout, F.dropout2d, F.dropout3d], "p training inplace", _dropout)
-    row(
-        [torch.dropout, *overloads("dropout", "dropout_", "feature_dropout", "feature_dropout_")],
-        "p training",
-        _dropout,
-    )
-    row([torch.flatten, "flatten", *overloads("flatten.using_ints")], "start_dim end_dim", _flatten)
-    return table
-
-
-CALLS = _table()
+    ),
+    (overloads("max_pool2d_with_indices"), _WINDOW, _pool(nn.MaxPool2d)),
+    (overloads("max_pool3d_with_indices"), _WINDOW, _pool(nn.MaxPool3d)),
+    (overloads("convolution"), _CONVOLUTION, _convolution),
+    ([F.dropout, F.dropout2d, F.dropout3d], "p training inplace", _dropout),
+    ([torch.dropout, *_DROPOUTS], "p training", _dropout),
+    ([torch.flatten, "flatten", *overloads("flatten.using_ints")], "start_dim end_dim", _flatten),
+)
+CALLS: dict[Any, Call] = {
+    target: Call(("input", *names.split()), build)
+    for rows in (_rows_of_activations(), *map(_rows_of_space, (1, 2, 3)), _ROWS)
+    for targets, names, build in rows
+    for target in targets
+    if target is not None
+}
 NORMS = (batch_norm, instance_norm)  # which have to know the number of dimensions
 OF_REAL_NUMBERS = (_clamp,)  # modules that do otherwise to integers than the call
 

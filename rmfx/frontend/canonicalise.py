@@ -10,7 +10,7 @@ import copy
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -187,40 +187,11 @@ def _reads_two_tensors(node: fx.Node) -> bool:
 def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> None:
     if any(n.meta.get("container") for n in node.all_input_nodes):
         return
-    if node.target in ARITHMETIC and not {"rounding_mode", "out"} & set(node.kwargs):
-        if any(isinstance(a, (list, tuple)) for a in node.args):  # [x] * 2
-            return
-        node.op, node.target = "call_function", ARITHMETIC[node.target]
-        return
-    if node.target in SELECTIONS and not node.kwargs:
-        node.op, node.target = "call_function", SELECTIONS[node.target]
-        return
-    if node.target in CHOICES_OF_TWO and _reads_two_tensors(node):
-        node.op, node.target = "call_function", CHOICES_OF_TWO[node.target]
-        return
-    if node.target is aten.slice.Tensor:
-        _slice(node)
-        return
-    if node.target is torch._C._nn.pad:  # what F.pad calls, which Dynamo looks through
-        node.target = F.pad
-        return
-    if node.target in CONCATENATIONS:
-        _concatenation(node)
-        return
-    if node.target in (torch.rsub, aten.rsub.Scalar, aten.rsub.Tensor) and len(node.args) == 2:
-        node.target, node.args = torch.sub, node.args[::-1]
-        return
-    if node.target in ADDCMULS:
-        _add_product(node)
+    found = _FORMS.get(node.target)
+    if found is not None and found(node):
         return
     if node.target in (aten.addmm.default, aten.mm.default):
         _linear_by_product(gm, node, taken)
-        return
-    if node.target in (aten.constant_pad_nd.default, aten.pad.default):
-        names = ("input", "pad", *(("mode",) if "pad.def" in str(node.target) else ()), "value")
-        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-        x = given.pop("input")
-        node.target, node.args, node.kwargs = F.pad, (x,), given
         return
     if node.target in VIEWS and _has_sizes(node):
         node.target = VIEWS[node.target]  # layers may give values in another memory format
@@ -234,14 +205,50 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
         _call_module(gm, node, module, _input(node), taken)
 
 
-def _add_product(node: fx.Node) -> None:
+# ---- one node becomes another -------------------------------------------------------------------
+def _calls(node: fx.Node, target: Any) -> bool:
+    node.op, node.target = "call_function", target
+    return True
+
+
+def _arithmetic(node: fx.Node) -> bool:
+    if {"rounding_mode", "out"} & set(node.kwargs):
+        return False
+    if any(isinstance(a, (list, tuple)) for a in node.args):  # [x] * 2
+        return True
+    return _calls(node, ARITHMETIC[node.target])
+
+
+def _selection(node: fx.Node) -> bool:
+    return not node.kwargs and _calls(node, SELECTIONS[node.target])
+
+
+def _choice_of_two(node: fx.Node) -> bool:
+    return _reads_two_tensors(node) and _calls(node, CHOICES_OF_TWO[node.target])
+
+
+def _subtraction_from(node: fx.Node) -> bool:
+    if len(node.args) != 2:
+        return False
+    node.args = node.args[::-1]
+    return _calls(node, torch.sub)
+
+
+def _padding(node: fx.Node) -> bool:
+    names = ("input", "pad", *(("mode",) if node.target is aten.pad.default else ()), "value")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    node.args, node.kwargs = (given.pop("input"),), given
+    return _calls(node, F.pad)
+
+
+def _add_product(node: fx.Node) -> bool:
     """addcmul(x, a, b, value=v) as x + v·(a·b)."""
     names = ("input", "tensor1", "tensor2")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     value = given.pop("value", 1)
     given["input"] = given.pop("self", given.get("input"))
     if set(given) != set(names):
-        return
+        return True
     with node.graph.inserting_before(node):
         product = node.graph.call_function(torch.mul, (given["tensor1"], given["tensor2"]))
     product.meta = without_notes(node, "shape")
@@ -251,6 +258,7 @@ def _add_product(node: fx.Node) -> None:
         product.meta["shape"] = tuple(torch.broadcast_shapes(*shapes))
     node.target, node.args = torch.add, (given["input"], product)
     node.kwargs = {} if value == 1 else {"alpha": value}
+    return True
 
 
 def _sum_of_stack(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -287,13 +295,14 @@ def _are_alike(gm: fx.GraphModule, parts: Sequence[Any]) -> bool:
     return same and all(is_real(gm, node) for node in nodes)
 
 
-def _concatenation(node: fx.Node) -> None:
+def _concatenation(node: fx.Node) -> bool:
     """torch.cat(tensors, dim), both by place."""
     names = ("tensors", "dim")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     dim = given.pop("dim", given.pop("axis", 0))
     if set(given) == {"tensors"}:
         node.target, node.args, node.kwargs = torch.cat, (given["tensors"], dim), {}
+    return True
 
 
 def _call_module(
@@ -414,13 +423,13 @@ def _slice_by_narrow(gm: fx.GraphModule, node: fx.Node) -> None:
     node.args = (x, (*[slice(None)] * dim, slice(start or None, stop)))
 
 
-def _slice(node: fx.Node) -> None:
+def _slice(node: fx.Node) -> bool:
     """aten.slice(x, dim, start, end, step) as x[…, start:end:step]."""
     names = ("input", "dim", "start", "end", "step")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     dim = given.get("dim", 0)
     if not isinstance(dim, int) or dim < 0:
-        return
+        return True
     end = given.get("end")
     end = None if isinstance(end, int) and end >= 2**62 else end
     part = slice(
@@ -428,6 +437,7 @@ def _slice(node: fx.Node) -> None:
     )
     node.target, node.kwargs = operator.getitem, {}
     node.args = (given["input"], (*[slice(None)] * dim, part))
+    return True
 
 
 def _pad_apart(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -489,3 +499,18 @@ def _detach_in_place(gm: fx.GraphModule, node: fx.Node, taken: set[str], *, keep
     else:
         parent, _, name = target.rpartition(".")
         setattr(gm.get_submodule(parent), name, module)
+
+
+# What a call that is one operation of the dialect in another form becomes, by its target; each says
+# whether nothing is left to do for the node.
+_FORMS: dict[Any, Callable[[fx.Node], bool]] = {
+    **dict.fromkeys(ARITHMETIC, _arithmetic),
+    **dict.fromkeys(SELECTIONS, _selection),
+    **dict.fromkeys(CHOICES_OF_TWO, _choice_of_two),
+    **dict.fromkeys(CONCATENATIONS, _concatenation),
+    **dict.fromkeys(ADDCMULS, _add_product),
+    **dict.fromkeys((torch.rsub, aten.rsub.Scalar, aten.rsub.Tensor), _subtraction_from),
+    **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), _padding),
+    aten.slice.Tensor: _slice,
+    torch._C._nn.pad: lambda node: _calls(node, F.pad),  # what F.pad calls: Dynamo looks through
+}
