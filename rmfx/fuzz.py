@@ -35,6 +35,7 @@ from torch import Tensor, fx, nn
 
 from rmfx.choices import FRONTENDS, PASSES, STRATEGIES
 from rmfx.errors import OptionError, TraceError, first_line
+from rmfx.ir.spec import enforced
 from rmfx.passes.batch_norm import fold_batch_norm
 from rmfx.passes.branches import merge_branches
 from rmfx.passes.dead_channels import eliminate_dead_channels
@@ -385,7 +386,8 @@ def _applied(
         _NotHeldError: a pass of rmfx cannot trace it, and nor can torch.
     """
     try:
-        made = apply(*arguments, **options)
+        with enforced():
+            made = apply(*arguments, **options)
         if not callable(made):
             raise OptionError(f"the pass returned {made!r:.40}, which is no network")
         return made

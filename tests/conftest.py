@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from rmfx.ir.spec import enforced
 
 # The first example of a property compiles or traces things and is slow; no deadline then.
 settings.register_profile(
@@ -28,6 +31,13 @@ settings.load_profile("default")
 def _seed() -> None:
     """Random weights are the same whether a test runs alone or with others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _dialect() -> Iterator[None]:
+    """Every rule leaves a graph in the dialect."""
+    with enforced():
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

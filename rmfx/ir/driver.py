@@ -3,7 +3,8 @@
 A rule looks at one node: `match` gives a match, a `Refusal` with the reason, or None where the rule
 has nothing to say. The driver sweeps over the nodes in topological order, so what lies inside a
 site is rewritten before the site itself, and sweeps again until nothing changes. It gives up after
-as many sweeps as the graph has nodes: a rule that makes new work for itself would never end.
+as many sweeps as the graph has nodes: a rule that makes new work for itself would never end. Where
+somebody asks for it (`spec.enforced`), it checks that what a rule leaves is still in the dialect.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import fx
 from rmfx.errors import Refusal, WeightValueError, fault, reported
 
 from .net import Net
+from .spec import check_if_enforced
 
 M = TypeVar("M")
 
@@ -40,13 +42,16 @@ def apply_rule(net: Net, rule: Rule[M]) -> tuple[int, dict[fx.Node, Refusal]]:
     Raises:
         InternalError: the rule raised something unexpected, or does not come to an end.
     """
+    name = type(rule).__name__
+    check_if_enforced(net, f"what came before {name}")
     total = 0
     for _ in range(len(net.graph.nodes) + 1):
         done, refusals = _sweep(net, rule)
         total += len(done)
         if not done:
+            check_if_enforced(net, name)
             return total, refusals
-    raise fault(f"{type(rule).__name__} at {done[-1]}", "it finds something to rewrite for ever")
+    raise fault(f"{name} at {done[-1]}", "it finds something to rewrite for ever")
 
 
 def _sweep(net: Net, rule: Rule[M]) -> tuple[list[str], dict[fx.Node, Refusal]]:

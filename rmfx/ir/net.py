@@ -63,6 +63,7 @@ class Net:
         self.replacement = self._callees.replacement
         self.attribute = self._callees.attribute
         self.guard = self._callees.guard
+        self._of_source = frozenset(self._before)
         self.values: dict[fx.Node, str] = {n: n.name for n in self.graph.nodes}
         # A target freed by a rewrite keeps its module out of the result, its name is reused.
         self._names = set(self._callees.modules) | {n for n, _ in gm.named_parameters()}
@@ -78,6 +79,10 @@ class Net:
         self.resized = False
 
     # ---- reading ----------------------------------------------------------------------------
+
+    def is_of_source(self, name: str) -> bool:
+        """Whether a node of the source has that name."""
+        return name in self._of_source
 
     def is_open(self, node: fx.Node, dim: int) -> bool:
         """Whether a size that was noted of a value is another one at other sizes of the inputs.
