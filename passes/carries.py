@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx.algebra.activation import Activation
+from rmfx.algebra.activation import Activation, Block, Blockwise
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import chain as compose_chain
 from rmfx.algebra.laws import compose, reads_inside
@@ -44,7 +44,7 @@ from rmfx.ir.nodes import input_of
 from rmfx.ir.reading import read
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.ir.weights import weight_types
-from rmfx.modules.activations import OWN_ACTIVATIONS, ChannelClamp, ChannelPReLU, MaskedActivation
+from rmfx.modules.activations import OWN_ACTIVATIONS, ChannelPReLU
 from rmfx.pruning.allocation import spare
 from rmfx.pruning.cutting import without
 from rmfx.pruning.families import Widths
@@ -128,21 +128,14 @@ class _Origins:
         x = self._ranges.of(source).on_axis(last=not dims)
         if x.low.numel() not in (1, count) or not self._is_on_axis(module, source, carry):
             return nothing
-        low, high = x.low.expand(count), x.high.expand(count)
-        if isinstance(module, (nn.PReLU, ChannelPReLU)):
-            slope = module.weight.detach().cpu().flatten()
-            return ((slope == 1) | (low >= 0)) & ~nothing
-        if isinstance(module, ChannelClamp):
-            least, most = (module.get_buffer(n).cpu().flatten() for n in ("low", "high"))
-            return (least <= low) & (high <= most)
-        if isinstance(module, MaskedActivation):
-            masks = [m.cpu().flatten() for m in module.buffers() if m.dtype == torch.bool]
-            return ~torch.stack(masks).any(0) & ~nothing
         element = read(self._net, node)
-        if not isinstance(element, Activation):
+        blocks = element.blocks if isinstance(element, Blockwise) else ()
+        blocks = (Block(count, element),) if isinstance(element, Activation) else blocks
+        widths = [block.width for block in blocks]
+        if sum(widths) != count:
             return nothing
-        begin, end = element.identity
-        return (begin <= low) & (high <= end)
+        ends = (end.expand(count).split(widths) for end in (x.low, x.high))
+        return torch.cat([*map(_left_alone, blocks, *ends)])
 
     def _is_on_axis(self, module: nn.Module | None, source: fx.Node, carry: Carry) -> bool:
         """Whether what an activation has for each channel belongs to the carry's channels."""
@@ -310,23 +303,29 @@ def _is_identity(layer: AffineConv) -> bool:
     return bool((layer.weight.cpu() == weight.cpu()).all())
 
 
+def _left_alone(block: Block, low: Tensor, high: Tensor) -> Tensor:
+    """Which channels of a block between two bounds an activation returns unchanged."""
+    if block.activation is None:
+        return torch.ones_like(low, dtype=torch.bool)
+    if isinstance(block.activation.module, nn.PReLU):
+        slope = block.activation.module.weight.detach().cpu().flatten()
+        return (slope == 1) | (low >= 0)
+    begin, end = block.activation.identity
+    return (begin <= low) & (high <= end)
+
+
 def _uniform(module: nn.Module) -> nn.Module | None:
     """The activation that one per channel amounts to where it is the same for all channels."""
     if is_a(module, (nn.PReLU, ChannelPReLU)):
         weight: Any = module.weight
         slopes = set(weight.detach().flatten().tolist())
         return {0.0: nn.ReLU(), 1.0: nn.Identity()}.get(*slopes) if len(slopes) == 1 else None
-    if isinstance(module, ChannelClamp):
-        low, high = (set(module.get_buffer(n).flatten().tolist()) for n in ("low", "high"))
-        if len(low) > 1 or len(high) > 1:
-            return None
-        bounds = (low.pop(), high.pop())
-        return {(0.0, math.inf): nn.ReLU(), (0.0, 6.0): nn.ReLU6()}.get(
-            bounds, nn.Hardtanh(*bounds)
-        )
-    if isinstance(module, MaskedActivation) and len(module.activations) == 1:
-        return module.activations[0] if bool(module.get_buffer("mask0").all()) else None
-    return None
+    own = Blockwise.of(module)
+    blocks = own.blocks if own is not None else ()
+    if len({block.activation and block.activation.signature for block in blocks}) != 1:
+        return None
+    activation = blocks[0].activation
+    return activation.module if activation is not None else nn.Identity()
 
 
 @undisturbed

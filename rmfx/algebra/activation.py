@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -251,9 +253,38 @@ class Blockwise:
     dims: int
 
     @property
+    def width(self) -> int:
+        """Of all blocks, in channels."""
+        return sum(b.width for b in self.blocks)
+
+    @property
     def signature(self) -> tuple[object, ...]:
         """Equal for two values that are the same function."""
         return tuple((b.width, b.activation and b.activation.signature) for b in self.blocks)
+
+    @staticmethod
+    def of(module: nn.Module) -> Blockwise | None:
+        """What a module was made of that `to_module` has made, None of any other."""
+        if isinstance(module, ChannelClamp):
+            bounds = (module.get_buffer(name).flatten().tolist() for name in ("low", "high"))
+            ends = zip(*bounds, strict=True)
+            blocks = [Block(len(run), _clamp_of(*run[0])) for run in _runs(ends)]
+        elif isinstance(module, ChannelPReLU):
+            blocks = [_part_of(module, slice(0, module.weight.numel()))]
+        elif isinstance(module, MaskedActivation):
+            masks = torch.stack([mask.flatten() for mask in module.buffers(recurse=False)]).cpu()
+            # Where several apply it is the last one; where none does, -1.
+            last = [max((i for i, on in enumerate(m) if on), default=-1) for m in masks.T.tolist()]
+            blocks, start = [], 0
+            for run in _runs(last):
+                own = module.activations[run[0]] if run[0] >= 0 else None
+                blocks.append(_part_of(own, slice(start, start + len(run))))
+                start += len(run)
+        else:
+            return None
+        dims = next(itertools.chain(module.parameters(False), module.buffers(False))).dim() - 1
+        known = all(b.activation is None or is_activation(b.activation.module) for b in blocks)
+        return Blockwise(tuple(blocks), dims) if known else None
 
     def to_module(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """One module that applies each block's activation to its channels."""
@@ -273,6 +304,31 @@ class Blockwise:
             )
         )
         return ChannelClamp(low, high, self.dims).eval()
+
+
+T = TypeVar("T")
+
+
+def _runs(values: Iterable[T]) -> list[list[T]]:
+    """Equal values in a row, together."""
+    return [list(run) for _, run in itertools.groupby(values)]
+
+
+def _clamp_of(low: float, high: float) -> Activation | None:
+    if (low, high) == EVERYWHERE:
+        return None
+    known = {(0.0, INF): nn.ReLU(), (0.0, 6.0): nn.ReLU6()}
+    return Activation(known.get((low, high)) or nn.Hardtanh(low, high))
+
+
+def _part_of(module: nn.Module | None, channels: slice) -> Block:
+    """An activation on some channels, which may have slopes of their own."""
+    shared = isinstance(module, nn.PReLU) and module.weight.numel() == 1
+    if isinstance(module, (nn.PReLU, ChannelPReLU)) and not shared:
+        slopes = module.weight.detach().flatten()[channels]
+        module = nn.PReLU(slopes.numel())
+        module.weight = nn.Parameter(slopes)
+    return Block(channels.stop - channels.start, Activation(module) if module else None)
 
 
 def way_of(blocks: Sequence[Block]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx.algebra.activation import Activation, is_activation
+from rmfx.algebra.activation import Activation
 from rmfx.algebra.affine import AffineConv
 from rmfx.interval import INF, Interval
 from rmfx.ir.kinds import AVERAGE_POOLS, is_a
@@ -20,7 +20,6 @@ from rmfx.ir.memo import on_demand
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import MEANS, input_of, keeps_dims
 from rmfx.ir.reading import read, read_affine
-from rmfx.modules.activations import ChannelClamp, ChannelPReLU, MaskedActivation
 
 from .ranges import ANYTHING, Range, Ranges, activation_range
 
@@ -76,8 +75,6 @@ class PinnedRanges:
     def _refined(self, node: fx.Node, x: Range, found: Range) -> Range | None:
         net = self._net
         module: Any = net.replacement(node) or net.module(node)
-        if is_a(module, (ChannelClamp, ChannelPReLU, MaskedActivation)):
-            return _own_range(module, x) if net.guard(node) is None else None
         if type(module) in AVERAGE_POOLS and module.ceil_mode and net.guard(node) is None:
             return _rounded_up(module, x)
         if type(module) is nn.Flatten and net.guard(node) is None:
@@ -88,9 +85,8 @@ class PinnedRanges:
             return None if kept is None or x.last else Range(x.low, x.high, last=not kept)
         element = read(net, node)
         if isinstance(element, Activation):
-            if element.is_per_channel and x.last and net.rank(node) == 2:
-                return activation_range(element, x)  # the last dimension is dimension 1
-            return _numbers_through(element, x, found)
+            on_features = element.is_per_channel and x.last and net.rank(node) == 2
+            return activation_range(element, x) if on_features else None  # which are dimension 1
         return _zero_rows(net, node) if found.unbounded else None
 
 
@@ -140,55 +136,3 @@ def _zero_rows(net: Net, node: fx.Node) -> Range | None:
     bias = layer.bias.detach().to("cpu", torch.float64)
     low, high = torch.where(reached, -INF, bias), torch.where(reached, INF, bias)
     return Range(low, high, last=not layer.dims)
-
-
-def _numbers_through(activation: Activation, x: Range, found: Range) -> Range | None:
-    """A number's activation is a number, also where the activation is not monotone."""
-    if activation.row.monotone or activation.row.slope is not None:
-        return None
-    same = (x.low == x.high) & x.low.isfinite()
-    if not bool(same.any()):
-        return None
-    value = activation.apply(torch.where(same, x.low, 0.0))
-    same = same & value.isfinite()
-    return Range(torch.where(same, value, found.low), torch.where(same, value, found.high), x.last)
-
-
-def _own_range(module: ChannelClamp | ChannelPReLU | MaskedActivation, x: Range) -> Range | None:
-    """Range behind an activation that differs from channel to channel."""
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    x = x.on_axis(last=tensors[0].dim() == 1)
-    n = tensors[0].numel()
-    if x.low.numel() not in (1, n):
-        return None
-    x = Range(x.low.expand(n), x.high.expand(n), x.last)
-    if isinstance(module, ChannelClamp):
-        low, high = (t.detach().to("cpu", torch.float64).flatten() for t in tensors)
-        return Range(x.low.clamp(low, high), x.high.clamp(low, high), x.last)
-    if isinstance(module, ChannelPReLU):
-        return activation_range(Activation(_as_prelu(module.weight)), x)
-    return _masked_range(module, x)
-
-
-def _as_prelu(slopes: Tensor) -> nn.PReLU:
-    prelu = nn.PReLU(slopes.numel())
-    prelu.weight = nn.Parameter(slopes.detach().flatten().to("cpu", torch.float64))
-    return prelu
-
-
-def _masked_range(module: MaskedActivation, x: Range) -> Range | None:
-    found = x
-    for i, part in enumerate(module.activations):
-        part = _as_prelu(part.weight) if isinstance(part, ChannelPReLU) else part
-        if not is_activation(part):
-            return None
-        activation = Activation(part)
-        behind = activation_range(activation, x)
-        behind = _numbers_through(activation, x, behind) or behind
-        mask = getattr(module, f"mask{i}").cpu().flatten()
-        found = Range(
-            torch.where(mask, behind.low, found.low),
-            torch.where(mask, behind.high, found.high),
-            x.last,
-        )
-    return found

@@ -127,7 +127,12 @@ def activation_range(activation: Activation, x: Range) -> Range:
         return Range(ends[0].clamp(min=low), ends[1].clamp(max=high), x.last)
     if activation.fixes(x.low, x.high):
         return x
-    return Range.of(low, high)
+    same = (x.low == x.high) & x.low.isfinite()
+    if not bool(same.any()):
+        return Range.of(low, high)
+    value = activation.apply(torch.where(same, x.low, 0.0))  # of a number it is a number
+    same = same & value.isfinite()
+    return Range(torch.where(same, value, low), torch.where(same, value, high), x.last)
 
 
 def _blockwise_range(layer: Blockwise, x: Range) -> Range:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rmfx.algebra.activation import Activation, is_activation
+from rmfx.algebra.activation import Activation, Blockwise, is_activation
 from rmfx.algebra.affine import CONVS, TRANSPOSED, AffineConv, Ints, Pads
 from rmfx.errors import Refusal
 
@@ -154,6 +154,9 @@ def _read_module(net: Net, node: fx.Node) -> Element | Refusal:
     module = made or net.module(node)
     if module is None:
         return Refusal(f"there is no module {node.target}")
+    own = Blockwise.of(module)
+    if own is not None:
+        return refusal or own
     if is_activation(module) and (refusal is None or not _blames_sharing(net, node)):
         return Activation(module)
     if refusal:

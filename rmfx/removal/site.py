@@ -253,6 +253,9 @@ def _unfit(net: Net, node: fx.Node, layer: Layer, channels: int, dims: int) -> R
             return Refusal(f"a layer of {layer.dims} spatial dimensions among layers of {dims}")
         if layer.in_channels != channels:
             return Refusal(f"a layer for {layer.in_channels} channels on {channels}")
+    if isinstance(layer, Blockwise) and (layer.width, layer.dims) != (channels, dims):
+        places = f"{layer.width} channels and {layer.dims} spatial dimensions"
+        return Refusal(f"activations for {places} on {channels} and {dims}")
     if isinstance(layer, Activation) and layer.is_per_channel:
         if not dims and net.rank(node) != 2:
             return Refusal(

@@ -247,6 +247,34 @@ def test_without_space_the_channels_come_last(
 
 
 @pytest.mark.parametrize(("strategy", "kind", "parts"), MIXTURES)
+@pytest.mark.parametrize("dims", [0, 2])
+def test_what_is_left_in_a_network_is_read_back(
+    strategy: str, kind: type[nn.Module], parts: tuple[Block, ...], dims: int
+) -> None:
+    whole = Blockwise(parts, dims)
+    module = whole.to_module(torch.float64, CPU)
+    found = Blockwise.of(module)
+    if strategy == "identity" or (strategy == "per-channel" and kind is nn.PReLU and dims):
+        assert found is None  # a module of torch's, which is an activation by itself
+        return
+    assert found is not None
+    assert (found.width, found.dims) == (whole.width, dims)
+    assert sum(b.width for b in found.blocks if b.activation is None) == (
+        0 if kind is nn.PReLU else sum(b.width for b in parts if b.activation is None)
+    )
+    again = found.to_module(torch.float64, CPU)
+    x = 4 * torch.randn(2, 3, *([whole.width] if not dims else []), dtype=torch.float64)
+    x = x if not dims else 4 * torch.randn(2, whole.width, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(again(x), module(x), rtol=0, atol=0)
+
+
+def test_modules_that_are_not_of_our_making_are_not_read_back() -> None:
+    assert Blockwise.of(nn.ReLU()) is None
+    strange = MaskedActivation([nn.Softmax(1)], [torch.tensor([True, False])], 2)
+    assert Blockwise.of(strange) is None
+
+
+@pytest.mark.parametrize(("strategy", "kind", "parts"), MIXTURES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_carry_passes_bit_for_bit(
     strategy: str, kind: type[nn.Module], parts: tuple[Block, ...], dtype: torch.dtype

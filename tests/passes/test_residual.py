@@ -890,3 +890,22 @@ def test_random_blocks_keep_their_function(spec: NetworkSpec) -> None:
     converted = rmfx.remove_residuals(model, inputs)
     assert_equivalent(model, converted, inputs)
     assert not rmfx.report(rmfx.remove_residuals(converted, inputs)).removed
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.PReLU(4)], ids=str)
+@pytest.mark.parametrize("tokens", [False, True], ids=["maps", "tokens"])
+def test_a_block_that_was_converted_alone_stands_in_another_skip(
+    act: nn.Module, tokens: bool
+) -> None:
+    """What rmfx leaves in a network is read back as what it was made of."""
+    if tokens and isinstance(act, nn.PReLU):
+        return  # torch's own takes dimension 1 for the channels
+    layer = (lambda: nn.Linear(4, 4)) if tokens else (lambda: conv(4, 4))
+    x = torch.randn(2, 5, 4).double() if tokens else image(2, 4, 8, 8)
+    inner = ready(Residual(chain(layer(), act, layer())))
+    plain = rmfx.remove_residuals(inner, x)
+    assert rmfx.report(plain).removed == 1
+    later = ready(Residual(chain(plain, layer())))
+    out = rmfx.remove_residuals(later, x)
+    assert rmfx.report(out).removed == 1
+    assert_equivalent(later, out, x)
