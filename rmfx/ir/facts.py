@@ -21,7 +21,7 @@ from rmfx.algebra.affine import CONVS, AffineConv
 from rmfx.errors import Refusal
 
 from .callees import Callees
-from .kinds import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS, is_a
+from .kinds import ADDS, BATCH_NORMS, CHANNELWISE, COMPARISONS, SCALES, SPREADING, SUBS, is_a
 from .memo import on_demand, succeed
 
 _SPATIAL = {
@@ -103,8 +103,10 @@ class Inference:
 
     def _deduce(self, node: fx.Node) -> Facts:
         inputs = [self._known[n] for n in node.all_input_nodes if n.op != "get_attr"]
-        if node.op == "call_function" and node.target in (*ADDS, *SUBS):
-            return _sum(inputs)
+        if len(inputs) > 1 and node.target in SPREADING:
+            return self._among_constants(node, _sum(inputs))
+        if len(inputs) == 1 and node.target in COMPARISONS:
+            return inputs[0]
         layer: Any = self._layer(node)
         if len(inputs) == 1 and node.op == "call_function":
             return self._arithmetic(node, inputs[0])
@@ -131,7 +133,12 @@ class Inference:
         """Facts behind a scale, a shift, a padding or a slice, which keep the dimensions."""
         if node.target is F.pad or (node.target is operator.getitem and _slices(node)):
             return Facts(before.rank)
-        if node.target not in (*ADDS, *SUBS, *SCALES) or before.rank is None:
+        known = node.target in (*ADDS, *SUBS, *SCALES)
+        return self._among_constants(node, before) if known else Facts()
+
+    def _among_constants(self, node: fx.Node, before: Facts) -> Facts:
+        """Facts of a value that is combined with constants of the model, which may be larger."""
+        if before.rank is None:
             return Facts()
         constants = [self._callees.attribute(n) for n in node.all_input_nodes if n.op == "get_attr"]
         sizes = [_channel_size(c, before) for c in constants]

@@ -20,7 +20,11 @@ from rmfx.modules.activations import OWN_ACTIVATIONS
 LIBRARIES = ("aten", "prims")  # of operators, whose names mean what torch means by them
 HOMES = ("_operator", "builtins", "torch")  # the same, of functions
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-SPREADING = (torch.add, torch.sub, torch.mul, torch.div, torch.maximum, torch.minimum)
+# What combines tensors place by place, and spreads out an operand of size 1.
+SPREADING = (
+    *(torch.add, torch.sub, torch.mul, torch.div),
+    *(torch.maximum, torch.minimum, torch.where),
+)
 KEEP_SIZE = (*SPREADING, torch.cat)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 POOLS_OF_ALL = (
@@ -60,6 +64,10 @@ SCALES = (
     *(operator.neg, torch.neg),
 )
 aten = torch.ops.aten
+_COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
+COMPARISONS = frozenset(  # with a number they keep dimensions and sizes
+    [*_COMPARISONS, *(getattr(owner, n) for owner in (torch, operator) for n in _COMPARISONS)]
+)
 IN_PLACE_BY_METHOD: dict[Any, str] = {
     operator.iadd: "add_",
     operator.isub: "sub_",

@@ -30,7 +30,7 @@ from rmfx.errors import Refusal
 from .callees import is_touched
 from .conditions import Condition, demand_that, inner_size
 from .elements import Border, Deferred, Element
-from .kinds import AVERAGE_POOLS, KEEP_SIZE, MAX_POOLS, POOLS_OF_ALL, SPREADING
+from .kinds import AVERAGE_POOLS, COMPARISONS, KEEP_SIZE, MAX_POOLS, POOLS_OF_ALL, SPREADING
 from .memo import on_demand, succeed
 from .net import Net
 from .nodes import averaged_dims, each, is_tensor_node
@@ -188,6 +188,8 @@ class Sizes:
             dims = MAX_POOLS.index(type(module)) + 1
             fits = dims == len(before.stride) and not module.ceil_mode
             return _behind_pool(module, before) if fits else None
+        if node.target in COMPARISONS:
+            return before
         element: Any = self._read(self.net, node)
         if isinstance(element, Refusal) and type(module) in CONVS and not is_touched(module):
             element = AffineConv.from_conv(module)  # which may be shared: its geometry is the same

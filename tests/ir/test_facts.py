@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import Apply, conv, image
+from builders import Apply, conv, image, ready
 from torch import Tensor, fx, nn
 
 import rmfx
@@ -63,6 +63,36 @@ def test_the_first_layer_tells_about_the_input() -> None:
     net, _ = result(lambda m, x: m.conv(x), None)
     x = next(iter(net.graph.nodes))
     assert (net.rank(x), net.channels(x, 2)) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        torch.mul,
+        torch.div,
+        torch.maximum,
+        torch.minimum,
+        lambda a, b: torch.where(a > 0, a, b),
+        lambda a, b: torch.where(a.le(0.5), b, a),
+    ],
+    ids=["mul", "div", "maximum", "minimum", "where", "where by method"],
+)
+def test_what_combines_alike_values_keeps_what_is_known_of_them(join: Any) -> None:
+    model = ready(Apply(lambda m, x: join(m.a(x), m.b(x)), a=conv(), b=conv()))
+    net = Net(rmfx.trace(model))
+    node = net.graph.output_node().all_input_nodes[0]
+    assert (net.rank(node), net.channels(node, 2)) == (4, 4)
+
+
+def test_a_constant_that_adds_a_dimension_is_not_looked_past() -> None:
+    def forward(m: Any, x: Any) -> Any:
+        y = m.a(x)
+        return torch.where(y > 0, y, m.c)
+
+    model = Apply(forward, a=conv())
+    model.register_buffer("c", torch.ones(2, 1, 4, 1, 1))
+    net = Net(rmfx.trace(ready(model)))
+    assert net.rank(net.graph.output_node().all_input_nodes[0]) is None
 
 
 def test_features_have_no_known_rank() -> None:

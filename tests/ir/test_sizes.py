@@ -356,3 +356,30 @@ def test_sizes_of_two_inputs_are_demanded_to_be_equal_where_they_are_added() -> 
     assert rmfx.report(gm).removed >= 1
     with pytest.raises(rmfx.ShapeError, match="combines equal sizes only where"):
         gm(image(2, 4, 3, 8), image(2, 4, 7, 6))  # which the original spreads out
+
+
+@pytest.mark.parametrize(
+    "join",
+    [torch.add, torch.mul, torch.maximum, torch.minimum, lambda a, b: torch.where(a > 0, a, b)],
+    ids=["add", "mul", "maximum", "minimum", "where"],
+)
+def test_sizes_are_known_behind_everything_that_combines_place_by_place(join: Any) -> None:
+    pool = nn.AvgPool2d(2, 2, ceil_mode=True)
+    parts = {
+        "a": conv(),
+        "b": conv(),
+        "f": conv(4, 4, 3, stride=2),
+        "g": conv(),
+        "p": conv(4, 4, 1),
+    }
+
+    def forward(m: Any, x: Tensor) -> Any:
+        y = join(m.a(x), m.b(x))
+        return m.p(m.pool(y)) + m.g(torch.relu(m.f(y)))
+
+    model, x = ready(Apply(forward, pool=pool, **parts)), image(1, 4, 8, 8)
+    gm = rmfx.remove_residuals(model, x)
+    assert rmfx.report(gm).rows[-1].status == "removed"
+    assert_equivalent(model, gm, image(2, 4, 6, 10))
+    with pytest.raises(rmfx.ShapeError):
+        gm(image(2, 4, 7, 10))
