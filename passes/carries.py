@@ -120,7 +120,7 @@ class _Origins:
         """Which channels an activation provably leaves as they are, (channels,) booleans."""
         count, dims = len(carry.rows), carry.first.dims
         nothing = torch.zeros(count, dtype=torch.bool)
-        module: Any = self._net.replacement(node) or self._net.module(node)
+        module: Any = self._net.callee(node)
         if self._net.guard(node) is not None:
             return nothing
         if is_a(module, (nn.Identity, nn.modules.dropout._DropoutNd)):

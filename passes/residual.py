@@ -23,7 +23,7 @@ operations share; layers that are shared, tied, hooked or parametrized.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -129,34 +129,10 @@ def remove_residuals(
     source = trace(model, example_inputs, fold=not differentiable)
     batches = CalibrationData(calibration) if calibration is not None else None
     if differentiable:
-        if not fold_batch_norm:
-            raise OptionError("differentiable=True needs fold_batch_norm=True")
-        if OWN_GRADIENT in source.meta:
-            raise OptionError(
-                f"{source.meta[OWN_GRADIENT]}: here the code switches gradients off, or has one of "
-                "its own, which differentiable=True would lose; convert without it"
-            )
-        if BAKED in source.meta:
-            raise OptionError(
-                f"{source.meta[BAKED]}: the code computes with a parameter that it takes out of a "
-                "list or a dict, so a trace holds the result of today, which differentiable=True "
-                "may not bake; read it as an attribute (self.weight), or export the model first"
-            )
-        rewrite = partial(
-            remove,
-            strict=strict,
-            allowed=allowed,
-            input_range=input_range,
-            weights_vary=True,
-            policy=policy,
-        )
-
-        def convert(generic: fx.GraphModule) -> fx.GraphModule:
-            canonicalise_again(generic)
-            return rewrite(generic)
-
-        lifted = find_lifted(model) if isinstance(model, fx.GraphModule) else ()
-        converted = linked(source, convert, lifted)
+        _check_differentiable(source, fold_batch_norm=fold_batch_norm)
+        rewrite = partial(remove, strict=strict, allowed=allowed, policy=policy)
+        rewrite = partial(rewrite, input_range=input_range, weights_vary=True)
+        converted = _differentiable(model, source, rewrite)
         if verify and example_inputs is not None:
             source = trace(model, example_inputs)  # whose names the report has
     else:
@@ -180,3 +156,33 @@ def remove_residuals(
         batches=batches.first if batches is not None and is_calibrated(converted) else (),
         reports=True,
     )
+
+
+def _check_differentiable(source: fx.GraphModule, *, fold_batch_norm: bool) -> None:
+    """Raise OptionError where gradients of the result could not be those of the model."""
+    if not fold_batch_norm:
+        raise OptionError("differentiable=True needs fold_batch_norm=True")
+    if OWN_GRADIENT in source.meta:
+        raise OptionError(
+            f"{source.meta[OWN_GRADIENT]}: here the code switches gradients off, or has one of "
+            "its own, which differentiable=True would lose; convert without it"
+        )
+    if BAKED in source.meta:
+        raise OptionError(
+            f"{source.meta[BAKED]}: the code computes with a parameter that it takes out of a "
+            "list or a dict, so a trace holds the result of today, which differentiable=True "
+            "may not bake; read it as an attribute (self.weight), or export the model first"
+        )
+
+
+def _differentiable(
+    model: Any, source: fx.GraphModule, rewrite: Callable[[fx.GraphModule], fx.GraphModule]
+) -> fx.GraphModule:
+    """The rewritten network, its weights as functions of the model's."""
+
+    def convert(generic: fx.GraphModule) -> fx.GraphModule:
+        canonicalise_again(generic)
+        return rewrite(generic)
+
+    lifted = find_lifted(model) if isinstance(model, fx.GraphModule) else ()
+    return linked(source, convert, lifted)

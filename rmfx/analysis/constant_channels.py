@@ -74,7 +74,7 @@ class PinnedRanges:
 
     def _refined(self, node: fx.Node, x: Range, found: Range) -> Range | None:
         net = self._net
-        module: Any = net.replacement(node) or net.module(node)
+        module: Any = net.callee(node)
         if type(module) in AVERAGE_POOLS and module.ceil_mode and net.guard(node) is None:
             return _rounded_up(module, x)
         if type(module) is nn.Flatten and net.guard(node) is None:
@@ -108,7 +108,7 @@ def features_behind(net: Net, flatten: fx.Node) -> int | None:
 
 
 def _flattened(net: Net, node: fx.Node, x: Range) -> Range | None:
-    module: Any = net.replacement(node) or net.module(node)
+    module: Any = net.callee(node)
     features = features_behind(net, node)
     whole = (module.start_dim, module.end_dim) == (1, -1)
     if not whole or features is None or x.last or features % x.low.numel():

@@ -183,7 +183,7 @@ def _deferred(
         return None
     if layer.in_channels != units * block:
         return None
-    module = net.replacement(node) or net.module(node)
+    module = net.callee(node)
     if type(module) in BATCH_NORMS:
         return Inner(node, block, dims, module) if isinstance(module, nn.Module) else None
     constants = [net.attribute(n) for n in node.all_input_nodes if n.op == "get_attr"]
@@ -194,7 +194,7 @@ def _deferred(
 def _module(net: Net, node: fx.Node, place: tuple[int, int, int]) -> Inner | None:
     """Pools, dropout, flattening, and the activations that passes make."""
     units, block, dims = place
-    module: Any = net.replacement(node) or net.module(node)
+    module: Any = net.callee(node)
     if not isinstance(module, nn.Module) or net.guard(node) or len(node.args) != 1:
         return None
     if is_a(module, OWN_ACTIVATIONS):

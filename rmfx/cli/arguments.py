@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+from collections.abc import Callable
 
 from rmfx.choices import ALLOCATIONS, COSTS, FRONTENDS, IMPORTANCES, PASSES, RUNTIMES, STRATEGIES
 from rmfx.errors import RmfxError
@@ -39,28 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rmfx {version}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("demo", help="convert a small trained network and show the result")
-    for name, text, add_options in (
-        (
-            "convert",
-            "convert a network, write it to a file and check the file",
-            (_add_model_options, _add_conversion_options, _add_output_options),
-        ),
-        (
-            "report",
-            "say what a conversion would do: as tables, or as a page",
-            (_add_model_options, _add_conversion_options, _add_page_options),
-        ),
-        (
-            "prune",
-            "remove the filters that matter least, until the network is as small as asked for",
-            (_add_model_options, _add_pruning_options),
-        ),
-        (
-            "bench",
-            "time networks before and after the conversion, in several runtimes",
-            (_add_bench_options,),
-        ),
-    ):
+    for name, text, add_options in _commands_for_models():
         command = commands.add_parser(
             name,
             help=text,
@@ -81,6 +61,35 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.add_argument("--traceback", action="store_true", help="show where an error arose")
     return parser
+
+
+AddOptions = Callable[[argparse.ArgumentParser], None]
+
+
+def _commands_for_models() -> tuple[tuple[str, str, tuple[AddOptions, ...]], ...]:
+    """The commands that take a model: name, what it does, and what adds its options."""
+    return (
+        (
+            "convert",
+            "convert a network, write it to a file and check the file",
+            (_add_model_options, _add_conversion_options, _add_output_options),
+        ),
+        (
+            "report",
+            "say what a conversion would do: as tables, or as a page",
+            (_add_model_options, _add_conversion_options, _add_page_options),
+        ),
+        (
+            "prune",
+            "remove the filters that matter least, until the network is as small as asked for",
+            (_add_model_options, _add_pruning_options),
+        ),
+        (
+            "bench",
+            "time networks before and after the conversion, in several runtimes",
+            (_add_bench_options,),
+        ),
+    )
 
 
 def _add_input_options(parser: argparse.ArgumentParser) -> None:

@@ -52,6 +52,10 @@ class Callees:
         """What a rule has put under the node's target, if anything."""
         return self.virtual.get(str(node.target)) if node.op == "call_module" else None
 
+    def callee(self, node: fx.Node) -> Virtual | nn.Module | None:
+        """What stands at a call_module node, made or given."""
+        return self.replacement(node) or self.module(node)
+
     def attribute(self, node: fx.Node) -> object:
         """The value behind a get_attr node."""
         return attribute(self._source, node)

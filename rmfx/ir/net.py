@@ -61,6 +61,7 @@ class Net:
         self.virtual = self._callees.virtual
         self.module = self._callees.module
         self.replacement = self._callees.replacement
+        self.callee = self._callees.callee
         self.attribute = self._callees.attribute
         self.guard = self._callees.guard
         self._of_source = frozenset(self._before)

@@ -162,7 +162,7 @@ def norm_behind(net: Net, node: fx.Node) -> fx.Node | None:
 
 # ---- what is cut --------------------------------------------------------------------------------
 def _current(net: Net, node: fx.Node) -> Any:
-    return net.replacement(node) or net.module(node)
+    return net.callee(node)
 
 
 def _own(net: Net, node: fx.Node) -> Any:

@@ -78,7 +78,7 @@ class LinearRule:
                 net.merge(first, second, Virtual(layer, *kind), demands_of(net, (first, second)))
 
     def _is_linear(self, net: Net, node: fx.Node) -> bool:
-        module = net.replacement(node) or net.module(node)
+        module = net.callee(node)
         if self._keep_norms and type(module) in BATCH_NORMS:
             return False
         if may_select(net, node):  # costs nothing, and would make a grouped layer dense
