@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import singledispatch
 
 from .forms import INTO_A, JOINS, MODULES, NO_OPS, OPAQUE, PRODUCTS, WITHOUT_MODULE
 from .further import Blur, Deconv, Shuffle, Transpose, chains
@@ -67,79 +69,142 @@ FEATURES = frozenset(  # everything that `NetworkSpec.features` may say
 _VIEWS = (Slice, Channels, Drop, Save)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a node stands: between which others, and inside how many joins."""
+
+    previous: Node | None
+    following: Node | None
+    depth: int
+
+
 def chain_features(nodes: Nodes, depth: int) -> Iterator[str]:
     """The features of a chain and of all chains inside it; `depth` counts the joins around it."""
     around = (None, *nodes, None)
     for previous, node, following in zip(around, nodes, around[2:], strict=False):
         yield from unusual_features(node, depth)
-        if isinstance(node, Conv):
-            yield from _conv_features(node)
-            if not isinstance(following, Norm):
-                yield "conv without BN"
-        elif isinstance(node, Linear):
-            yield "linear"
-        elif isinstance(node, Norm):
-            yield f"{'functional' if 'functional' in node.form else 'module'} BN"
-            if isinstance(following, Conv) and not isinstance(previous, Conv):
-                yield "BN before conv"
-        elif isinstance(node, Act):
-            yield f"activation {node.kind}"
-            yield f"activation as {node.form}"
-            if node.shared:
-                yield "shared activation module"
-        elif isinstance(node, Join):
-            yield from _join_features(node, depth)
-        elif isinstance(node, Recall):
-            kind = "input" if node.name.startswith("input") else "value from elsewhere"
-            yield f"{kind} joined by {'cat' if 'cat' in node.form else 'add'}"
-            yield from chain_features(node.chain, depth + 1)
-        elif isinstance(node, Arithmetic):
-            scales = "*" in node.form or "/" in node.form or node.form == "-x"
-            yield "constant scale" if scales else "join with a constant"
-            if node.shape:
-                yield "parameter or buffer as constant"
-        elif isinstance(node, (Opaque, Drop)):
-            yield node.kind
-        elif isinstance(node, Pool):
-            yield f"{node.kind} pool"
-            if depth and node.kind in ("avg", "max"):
-                yield "pool inside a branch"
-            if node.ceil_mode:
-                yield "ceil_mode pool"
-            if node.kind == "max" and node.kernel == 1:
-                yield "max pool of one"
-        elif isinstance(node, Save) and _changes_in_place(following):
-            yield "value changed in place after it was saved"
-        else:
-            yield from _further_features(node, depth)
+        yield from _own_features(node, _Place(previous, following, depth))
+        if not isinstance(node, Join):  # which walks its operands itself
+            for chain in chains(node):
+                yield from chain_features(chain, depth + 1)
 
 
-def _further_features(node: Node, depth: int) -> Iterator[str]:
-    """The features of the nodes in `_network_nodes`, and of padding."""
-    if isinstance(node, Deconv):
-        yield "transposed conv"
-        if node.stride > 1:
-            yield "strided transposed conv"
-    elif isinstance(node, Pad):
-        yield f"{node.mode} padding"
-        if any(before != after for before, after in node.amounts):
-            yield "asymmetric padding"
-    elif isinstance(node, Blur):
-        yield "strided blur pool" if node.stride > 1 else "blur pool"
-        if node.padding_mode == "reflect":
-            yield "reflect blur pool"
-    elif isinstance(node, Shuffle):
-        yield "channel shuffle"
-    elif isinstance(node, Transpose):
-        yield "tokens transposed"
-    elif isinstance(node, Split):
-        yield "channel split" if node.join == "cat" else "gate of two halves"
-        if any(chain and isinstance(chain[0], Recall) for chain in node.operands):
-            yield "partial channel residual"
-    elif isinstance(node, ChannelsLast):
-        yield "linear on channels last"
-    for chain in chains(node):
-        yield from chain_features(chain, depth + 1)
+@singledispatch
+def _own_features(node: Node, place: _Place) -> Iterator[str]:
+    """The features of one node; of a kind that is not registered there are none."""
+    yield from ()
+
+
+@_own_features.register
+def _(node: Conv, place: _Place) -> Iterator[str]:
+    yield from _conv_features(node)
+    if not isinstance(place.following, Norm):
+        yield "conv without BN"
+
+
+@_own_features.register
+def _(node: Linear, place: _Place) -> Iterator[str]:
+    yield "linear"
+
+
+@_own_features.register
+def _(node: Norm, place: _Place) -> Iterator[str]:
+    yield f"{'functional' if 'functional' in node.form else 'module'} BN"
+    if isinstance(place.following, Conv) and not isinstance(place.previous, Conv):
+        yield "BN before conv"
+
+
+@_own_features.register
+def _(node: Act, place: _Place) -> Iterator[str]:
+    yield f"activation {node.kind}"
+    yield f"activation as {node.form}"
+    if node.shared:
+        yield "shared activation module"
+
+
+@_own_features.register
+def _(node: Join, place: _Place) -> Iterator[str]:
+    yield from _join_features(node, place.depth)
+
+
+@_own_features.register
+def _(node: Recall, place: _Place) -> Iterator[str]:
+    kind = "input" if node.name.startswith("input") else "value from elsewhere"
+    yield f"{kind} joined by {'cat' if 'cat' in node.form else 'add'}"
+
+
+@_own_features.register
+def _(node: Arithmetic, place: _Place) -> Iterator[str]:
+    scales = "*" in node.form or "/" in node.form or node.form == "-x"
+    yield "constant scale" if scales else "join with a constant"
+    if node.shape:
+        yield "parameter or buffer as constant"
+
+
+@_own_features.register(Opaque)
+@_own_features.register(Drop)
+def _(node: Opaque | Drop, place: _Place) -> Iterator[str]:
+    yield node.kind
+
+
+@_own_features.register
+def _(node: Pool, place: _Place) -> Iterator[str]:
+    yield f"{node.kind} pool"
+    if place.depth and node.kind in ("avg", "max"):
+        yield "pool inside a branch"
+    if node.ceil_mode:
+        yield "ceil_mode pool"
+    if node.kind == "max" and node.kernel == 1:
+        yield "max pool of one"
+
+
+@_own_features.register
+def _(node: Save, place: _Place) -> Iterator[str]:
+    if _changes_in_place(place.following):
+        yield "value changed in place after it was saved"
+
+
+@_own_features.register
+def _(node: Deconv, place: _Place) -> Iterator[str]:
+    yield "transposed conv"
+    if node.stride > 1:
+        yield "strided transposed conv"
+
+
+@_own_features.register
+def _(node: Pad, place: _Place) -> Iterator[str]:
+    yield f"{node.mode} padding"
+    if any(before != after for before, after in node.amounts):
+        yield "asymmetric padding"
+
+
+@_own_features.register
+def _(node: Blur, place: _Place) -> Iterator[str]:
+    yield "strided blur pool" if node.stride > 1 else "blur pool"
+    if node.padding_mode == "reflect":
+        yield "reflect blur pool"
+
+
+@_own_features.register
+def _(node: Shuffle, place: _Place) -> Iterator[str]:
+    yield "channel shuffle"
+
+
+@_own_features.register
+def _(node: Transpose, place: _Place) -> Iterator[str]:
+    yield "tokens transposed"
+
+
+@_own_features.register
+def _(node: Split, place: _Place) -> Iterator[str]:
+    yield "channel split" if node.join == "cat" else "gate of two halves"
+    if any(chain and isinstance(chain[0], Recall) for chain in node.operands):
+        yield "partial channel residual"
+
+
+@_own_features.register
+def _(node: ChannelsLast, place: _Place) -> Iterator[str]:
+    yield "linear on channels last"
 
 
 def _gate_features(node: Join, depth: int) -> Iterator[str]:
