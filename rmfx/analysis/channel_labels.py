@@ -33,7 +33,7 @@ from rmfx.algebra.affine import MULTIPLYING, TRANSPOSED
 from rmfx.ir.callees import is_touched
 from rmfx.ir.kinds import AVERAGE_POOLS, BATCH_NORMS, BORDERS, MAX_POOLS, PADS, is_a, torch_name
 from rmfx.ir.net import Net
-from rmfx.ir.nodes import MEANS, expanded
+from rmfx.ir.nodes import MEANS, slice_by_slice
 from rmfx.ir.reasons import reason_for
 from rmfx.modules.activations import OWN_ACTIVATIONS
 from rmfx.modules.factors import Elementwise
@@ -419,7 +419,7 @@ class Channels:
             isinstance(i, (slice, type(...))) for i in parts
         ):
             return None
-        whole = expanded(parts, rank)
+        whole = slice_by_slice(parts, rank)
         own = whole[value.axis]
         if own == slice(None):
             return value

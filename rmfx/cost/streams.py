@@ -17,7 +17,6 @@ from rmfx.ir.net import Net
 from rmfx.removal.site import Chain, Norm, Site, find_sites
 
 
-# ---- streams ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Skip:
     """An addition of two tensors, for hardware that streams.

@@ -22,7 +22,6 @@ from .exported import EXPORTED
 from .faithful import as_fakes
 
 
-# ---- shapes -------------------------------------------------------------------------------------
 class _ShapeRecorder(fx.Interpreter):
     """Notes shapes; the common layers are known by their laws, which is far quicker than fakes."""
 

@@ -11,7 +11,6 @@ from rmfx.modules.factors import Elementwise
 from .kinds import ARITHMETIC, SUBS, is_a
 from .nodes import describe, is_tensor_node, two_operands
 
-# ---- joins --------------------------------------------------------------------------------------
 Term = tuple[object, float]
 
 

@@ -19,7 +19,6 @@ from .net import Net
 from .nodes import is_tensor_node
 from .reading import read_selection
 
-# ---- operations with other tensors --------------------------------------------------------------
 INF = math.inf
 
 

@@ -57,14 +57,6 @@ def data_input(node: fx.Node) -> fx.Node:
     return next(n for n in node.all_input_nodes if n.op != "get_attr" and not n.meta.get("number"))
 
 
-def expanded(parts: Sequence[Any], rank: int) -> list[slice]:
-    """One slice for each dimension."""
-    if ... in parts:
-        i = list(parts).index(...)
-        parts = (*parts[:i], *[slice(None)] * (rank - len(parts) + 1), *parts[i + 1 :])
-    return [*parts, *[slice(None)] * (rank - len(parts))]
-
-
 def each(value: Any, dims: int) -> Any:
     """An option for each dimension; text stays as it is."""
     if isinstance(value, int):
@@ -86,7 +78,7 @@ def run_node(
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def slice_by_slice(index: tuple[Any, ...], rank: int) -> list[slice]:
+def slice_by_slice(index: Sequence[Any], rank: int) -> list[slice]:
     """A slice for every dimension, of an index of slices and at most one ellipsis."""
     at = index.index(...) if ... in index else len(index)
     given = [*index[:at], *index[at + 1 :]]

@@ -26,7 +26,7 @@ from rmfx.errors import Refusal, RmfxError
 from rmfx.ir.elements import Virtual
 from rmfx.ir.kinds import BATCH_NORMS
 from rmfx.ir.net import Net
-from rmfx.ir.nodes import expanded
+from rmfx.ir.nodes import slice_by_slice
 from rmfx.report import META_KEY
 
 from .families import Widths
@@ -286,7 +286,7 @@ def _cut_place(place: Cut, keep: Keep) -> None:
         node.args, node.kwargs = (node.args[0],), {**given, "pad": amounts}
         return
     index: Any = node.args[1]
-    parts = expanded(index if isinstance(index, tuple) else (index,), len(node.meta["shape"]))
+    parts = slice_by_slice(index if isinstance(index, tuple) else (index,), len(node.meta["shape"]))
     parts[place.axis] = slice(counts[0], counts[0] + counts[1])
     node.args = (node.args[0], tuple(parts))
 

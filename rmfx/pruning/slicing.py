@@ -17,7 +17,6 @@ from rmfx.ir.nodes import input_of
 from rmfx.ir.weights import weight_types
 
 
-# ---- cutting ------------------------------------------------------------------------------------
 def put(net: Net, node: fx.Node, layer: AffineConv | nn.Module) -> None:
     """Let a node call another layer; its name and its target stay."""
     source, target = input_of(node), str(node.target)

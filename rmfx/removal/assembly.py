@@ -40,7 +40,6 @@ def label_of(site: Site, column: Column, index: int) -> tuple[str, fx.Node]:
     return (f"{place}.{role}" if place else f"{site.join.name}_{role}"), site.join
 
 
-# ---- the report ---------------------------------------------------------------------------------
 def widths_behind(net: Net, column: Column, widths: tuple[int, int], dims: int) -> tuple[int, int]:
     """Channels of both blocks behind a column."""
     if isinstance(column, Linear):

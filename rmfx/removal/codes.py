@@ -28,7 +28,6 @@ ORDER = ("linear", *STRATEGIES).index
 Stretch = tuple[int, list[int], int]
 
 
-# ---- scale and shift ----------------------------------------------------------------------------
 Bounds = tuple[Tensor, Tensor]
 
 

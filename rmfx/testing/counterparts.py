@@ -15,7 +15,6 @@ from .equivalence import operands_of, report_rows
 SUMS = (torch.add, torch.sub)
 
 
-# ---- joins --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Counterpart:
     """A join and its counterpart.

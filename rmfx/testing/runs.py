@@ -83,7 +83,6 @@ def in_float64(values: Any) -> Any:
     return pytree.tree_map_only(Tensor, cast, values)
 
 
-# ---- one pair of networks -----------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Forms:
     """What is run of one side: the network as it is called, and its graph, of which one is enough.
