@@ -1,4 +1,8 @@
-"""What holds for every verb: what is switched on outside stays outside, nothing raw leaves it."""
+"""What holds for every verb: what is switched on outside stays outside, nothing raw leaves it.
+
+The models that it is given are as they were when it returns: their modules, tensors, switches,
+hooks and graphs. What the tensors hold is for the tests to look at.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
+from torch import fx, nn
 
-from rmfx.errors import reported
+from rmfx.errors import fault, reported
 from rmfx.options import P, T, declared_arguments, fitting
 
 from .threads import alone
@@ -41,9 +47,37 @@ def undisturbed(verb: Callable[P, T]) -> Callable[P, T]:
                 stack.enter_context(torch.autocast(device, enabled=False))
             if types:
                 stack.callback(_AUTOCAST.reset, _AUTOCAST.set(types))
-            return verb(*args, **kwargs)
+            models = [value for value in given.values() if isinstance(value, nn.Module)]
+            before = list(map(_outline, models))
+            made = verb(*args, **kwargs)
+            if before != list(map(_outline, models)):
+                raise fault(verb.__name__, "the model that was given to it is another one now")
+            return made
 
     return run
+
+
+def _outline(model: nn.Module) -> tuple[list[Any], ...]:
+    """All of a model that a verb could change by mistake, but for what its tensors hold."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    graphs = [m.graph for m in modules.values() if isinstance(m, fx.GraphModule)]
+    return (
+        [(name, id(m), m.training, *map(len, _hooks(m))) for name, m in modules.items()],
+        [
+            (name, id(t), t.requires_grad)
+            for named in (model.named_parameters, model.named_buffers)
+            for name, t in named(remove_duplicate=False)
+        ],
+        [
+            (n.name, n.op, n.target, [x.name for x in n.all_input_nodes], list(n.meta))
+            for graph in graphs
+            for n in graph.nodes
+        ],
+    )
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
 
 
 def _autocast_types() -> dict[str, torch.dtype]:
