@@ -1,11 +1,10 @@
-"""The demo's network, digits and stop-watch. The command itself is tested in test_cli.py."""
+"""The demo's network and digits. The command itself is tested in tests/cli."""
 
 from __future__ import annotations
 
 import torch
 
 from rmfx.demo import load_digits, load_model
-from rmfx.demo.latency import measure
 
 
 def test_digits_are_500_images_of_ten_kinds() -> None:
@@ -28,12 +27,3 @@ def test_batch_norm_statistics_are_not_fresh() -> None:
     for name, buffer in load_model().named_buffers():
         if name.endswith("running_var"):
             assert (buffer - 1).abs().max() > 0.1, name
-
-
-def test_latency_is_measured_on_one_thread_and_threads_come_back() -> None:
-    seen = set()
-    threads = torch.get_num_threads()
-    found = measure({"probe": lambda: seen.add(torch.get_num_threads())}, rounds=3, seconds=0.001)
-    assert seen == {1}
-    assert torch.get_num_threads() == threads
-    assert 0 < found["probe"].low <= found["probe"].median <= found["probe"].high

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from ..conversion import Conversion, convert
+from rmfx.conversion import Conversion, convert
+from rmfx.timing.speed import LatencyError, Settings, compare_speed, quartiles, ratio_of
+
 from . import load_digits, load_model
-from .latency import Latency, measure
 
 BATCH = 32
+_SETTINGS = Settings(("eager", "inductor"), threads=1, rounds=15, seconds=0.05)
 _TITLE = "A small residual network that reads handwritten digits, before and after the conversion."
 _ADVICE = """\
 Conversion alone does not make a CPU faster: in place of the skips, layers carry extra channels.
@@ -24,12 +26,23 @@ hardware that cannot hold a skip."""
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds per batch of both forms under one way of running, or a note why there are none."""
+    """Seconds per batch of both forms in one runtime, round by round, or a note why there are none.
 
-    runner: str
-    before: Latency | None = None
-    after: Latency | None = None
+    One thread is used, since a busy machine delays several threads far more than one.
+    """
+
+    runtime: str
+    before: tuple[float, ...] = ()
+    after: tuple[float, ...] = ()
     note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Medians and quartiles instead of rounds."""
+        names = ("median", "low", "high")
+        made: dict[str, Any] = {"runtime": self.runtime, "note": self.note}
+        for side in ("before", "after") if not self.note else ():
+            made[side] = dict(zip(names, quartiles(getattr(self, side)), strict=True))
+        return made
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class DemoResult:
         """Plain dicts, lists, numbers and strings; times in seconds for a batch of 32."""
         made = {name: getattr(self, name) for name in self.__dataclass_fields__}
         del made["conversion"]
-        speeds = [asdict(speed) for speed in self.speeds]
+        speeds = [speed.to_dict() for speed in self.speeds]
         return made | self.conversion.to_dict() | {"speeds": speeds, "batch": BATCH}
 
     def __str__(self) -> str:
@@ -81,11 +94,12 @@ class DemoResult:
     def _speed_table(self) -> str:
         rows, notes = [], []
         for speed in self.speeds:
-            if speed.before is None or speed.after is None:
-                notes.append(f"{speed.runner} did not run: {speed.note}")
+            if speed.note:
+                notes.append(f"Not timed: {speed.note}")
                 continue
-            ratio = f"{speed.after.median / speed.before.median:.2f}"
-            rows.append((speed.runner, _text(speed.before), _text(speed.after), ratio))
+            ratio, low, high = ratio_of(speed.before, speed.after)
+            ratios = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+            rows.append((speed.runtime, _text(speed.before), _text(speed.after), ratios))
         headers = ("", "before", "after", "after/before")
         return "\n".join([tabulate(rows, headers, disable_numparse=True), *notes])
 
@@ -119,24 +133,19 @@ def run_demo(step: Callable[[str], object] = lambda _: None) -> DemoResult:
 def _measure_speeds(
     conversion: Conversion, images: Tensor, step: Callable[[str], object]
 ) -> tuple[Speed, ...]:
-    before, after = conversion.before, conversion.after
-    step("time eager")
-    eager = Speed("eager", *_compare(before, after, images))
-    step("time torch.compile")
-    try:
-        compiled = _compare(torch.compile(before), torch.compile(after), images)
-    except RuntimeError as error:  # what Dynamo raises where it finds no working C++ compiler
-        reason = str(error).strip().partition("\n")[0]
-        return eager, Speed("torch.compile", note=reason)
-    return eager, Speed("torch.compile", *compiled)
+    speeds = []
+    for runtime in _SETTINGS.runtimes:
+        step(f"time {runtime}")
+        forms = (conversion.before, conversion.after)
+        try:
+            before, after = compare_speed(forms, (images,), runtime, _SETTINGS)
+        except LatencyError as error:  # inductor, where it finds no working C++ compiler
+            speeds.append(Speed(runtime, note=str(error)))
+        else:
+            speeds.append(Speed(runtime, before, after))
+    return tuple(speeds)
 
 
-def _compare(
-    before: Callable[[Tensor], object], after: Callable[[Tensor], object], images: Tensor
-) -> tuple[Latency, Latency]:
-    found = measure({"before": lambda: before(images), "after": lambda: after(images)})
-    return found["before"], found["after"]
-
-
-def _text(latency: Latency) -> str:
-    return f"{latency.median * 1e3:.2f} ({latency.low * 1e3:.2f} to {latency.high * 1e3:.2f})"
+def _text(seconds: tuple[float, ...]) -> str:
+    median, low, high = quartiles(seconds)
+    return f"{median * 1e3:.2f} ({low * 1e3:.2f} to {high * 1e3:.2f})"

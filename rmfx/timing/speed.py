@@ -107,13 +107,17 @@ def ratios_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, .
     return tuple(b / a for a, b in zip(before, after, strict=True))
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median, the lower and the upper quartile."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return median, low, high
+
+
 def ratio_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
     """after/before: median, lower and upper quartile of the ratios of single rounds."""
-    ratios = ratios_of(before, after)
-    if len(ratios) == 1:
-        return (ratios[0],) * 3
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return median, low, high
+    return quartiles(ratios_of(before, after))
 
 
 def advice(absent: Sequence[str]) -> str:
