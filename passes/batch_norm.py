@@ -26,8 +26,8 @@ from rmfx.ir.kinds import BATCH_NORMS
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.options import is_named, patterns_of
+from rmfx.oracle.verification import checked
 from rmfx.rules.batch_norm import BatchNormRule, fold, identity_norm
-from rmfx.testing.verification import checked
 
 __all__ = ["BatchNormRule", "fold", "fold_batch_norm", "insert_batch_norm"]
 

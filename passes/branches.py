@@ -23,9 +23,9 @@ from torch import fx, nn
 
 from rmfx.frontend.tracing import trace
 from rmfx.ir.undisturbed import undisturbed
+from rmfx.oracle.verification import checked
 from rmfx.removal.merge import merge
 from rmfx.removal.policy import Policy, check_policy
-from rmfx.testing.verification import checked
 
 
 @undisturbed

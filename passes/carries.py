@@ -45,12 +45,12 @@ from rmfx.ir.reading import read
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.ir.weights import weight_types
 from rmfx.modules.activations import OWN_ACTIVATIONS, ChannelPReLU
+from rmfx.oracle.verification import checked
 from rmfx.pruning.allocation import spare
 from rmfx.pruning.cutting import without
 from rmfx.pruning.families import Widths
 from rmfx.pruning.slicing import put
 from rmfx.report import META_KEY
-from rmfx.testing.verification import checked
 
 
 @dataclass(frozen=True, eq=False)

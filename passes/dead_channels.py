@@ -41,6 +41,7 @@ from rmfx.interval import Interval
 from rmfx.ir.converted import copy_graph
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
+from rmfx.oracle.verification import checked
 from rmfx.pruning.slicing import (
     Merge,
     columns,
@@ -52,7 +53,6 @@ from rmfx.pruning.slicing import (
     put,
 )
 from rmfx.report import META_KEY, Report
-from rmfx.testing.verification import checked
 
 NAME_KEY = "rmfx_name_before"
 FAIR = 1 / 64  # how small a constant may be beside those that it stands in for

@@ -39,10 +39,10 @@ from rmfx.ir.reading import read, read_affine
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.modules.factors import Carried, ResConv
 from rmfx.options import is_named, is_number, patterns_of, typed
+from rmfx.oracle.verification import checked
 from rmfx.removal.merge import merge
 from rmfx.report import META_KEY, short
 from rmfx.rules.linear import LinearRule
-from rmfx.testing.verification import checked
 
 PROTECTED = "protected"
 Inserted = tuple[fx.Node, fx.Node]  # a convolution and its batch norm

@@ -21,10 +21,10 @@ from rmfx.frontend.tracing import trace
 from rmfx.ir.driver import apply_rule
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
+from rmfx.oracle.verification import checked
 from rmfx.removal.measured import MeasuredPolicy
 from rmfx.removal.policy import Policy, check_policy
 from rmfx.rules.linear import LinearRule
-from rmfx.testing.verification import checked
 
 __all__ = ["LinearRule", "merge_convs"]
 

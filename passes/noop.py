@@ -15,8 +15,8 @@ from rmfx.frontend.tracing import trace
 from rmfx.ir.driver import apply_rule
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
+from rmfx.oracle.verification import checked
 from rmfx.rules.noop import NoopRule
-from rmfx.testing.verification import checked
 
 __all__ = ["NoopRule", "remove_noops"]
 

@@ -23,6 +23,7 @@ from rmfx.frontend.tracing import trace
 from rmfx.ir.driver import apply_rule
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
+from rmfx.oracle.verification import checked
 from rmfx.removal.plan import plans
 from rmfx.removal.policy import Policy, check_policy
 from rmfx.removal.rule import Arrange, ResidualRule, apply_to_joins, as_one_layer, finish, joins_of
@@ -31,7 +32,6 @@ from rmfx.report import META_KEY, Report, SiteReport, Timing, report
 from rmfx.rules.batch_norm import fold
 from rmfx.rules.linear import LinearRule
 from rmfx.rules.noop import NoopRule
-from rmfx.testing.verification import checked
 from rmfx.timing.speed import Settings, compare_speed, ratio_of
 
 FORMS = ("folded", "merged", "converted")

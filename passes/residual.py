@@ -37,12 +37,12 @@ from rmfx.frontend.tracing import canonicalise_again, trace
 from rmfx.interval import Interval
 from rmfx.ir.notes import OWN_GRADIENT
 from rmfx.ir.undisturbed import undisturbed
+from rmfx.oracle.verification import checked
 from rmfx.removal.differentiable import linked
 from rmfx.removal.policy import Policy, check_policy
 from rmfx.removal.remove import CalibrationData, is_calibrated, remove
 from rmfx.removal.rule import ResidualRule
 from rmfx.removal.strategy import allowed_ways
-from rmfx.testing.verification import checked
 
 __all__ = ["ResidualRule", "remove_residuals"]
 

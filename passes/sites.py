@@ -41,13 +41,13 @@ from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.options import is_number
+from rmfx.oracle.verification import checked
 from rmfx.removal.cut_out import cut_out, looks
 from rmfx.removal.remove import is_calibrated, remove
 from rmfx.removal.site import Site, find_sites
 from rmfx.report import META_KEY
 from rmfx.rules.batch_norm import fold
 from rmfx.rules.noop import NoopRule
-from rmfx.testing.verification import checked
 from rmfx.timing.timer import Timer
 
 CHOICES = ("keep", "open", "cut")

@@ -31,6 +31,8 @@ from .errors import (
 from .report import Report, SiteReport, Verification, report
 
 if TYPE_CHECKING:
+    from rmfx.oracle.verification import verify
+
     from .files.compact import load_compact, save_compact
     from .frontend import trace
     from .passes.batch_norm import fold_batch_norm, insert_batch_norm
@@ -55,7 +57,6 @@ if TYPE_CHECKING:
     from .plain import is_plain, to_sequential
     from .pruning.latency_table import LatencyTable
     from .removal.measured import MeasuredPolicy
-    from .testing.verification import verify
 
 __version__ = "0.1.0"
 
@@ -155,7 +156,7 @@ _PLACES = {
     ),
     "pruning.latency_table": ("LatencyTable",),
     "removal.measured": ("MeasuredPolicy",),
-    "testing.verification": ("verify",),
+    "oracle.verification": ("verify",),
 }
 _FOLDERS = ("cost", "frontend", "fuzz", "models", "passes", "testing", "training")
 

@@ -15,9 +15,9 @@ A property test of a pass of your own:
         assert_equivalent(before, my_pass(before, inputs), inputs)
 """
 
+from rmfx.oracle.equivalence import Equivalence, assert_equivalent, noise_floor
 from rmfx.report import JoinError
 
-from .equivalence import Equivalence, assert_equivalent, noise_floor
 from .networks.features import FEATURES
 from .networks.further import Blur, Deconv, Shuffle, Transpose
 from .networks.joins import ChannelsLast, Join, Recall, Save, Split

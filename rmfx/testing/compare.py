@@ -11,10 +11,9 @@ from torch import Tensor, fx, nn
 from rmfx.algebra.digits import AFFORDED, EXACTNESS, bits_of
 from rmfx.errors import VerificationError
 from rmfx.interval import Interval
+from rmfx.oracle.equivalence import Equivalence, Traced, compared, default_tolerance, traced
+from rmfx.oracle.verification import verified
 from rmfx.report import META_KEY, Report, SiteReport
-
-from .equivalence import Equivalence, Traced, compared, default_tolerance, traced
-from .verification import verified
 
 CALIBRATED = EXACTNESS[-1]
 HALF = 12  # more bits than a half type has

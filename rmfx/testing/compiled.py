@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmfx.oracle.equivalence import Equivalence, assert_equivalent, cloned
 from rmfx.report import Report, SiteReport
 
 from .compare import SHIFTED
-from .equivalence import Equivalence, assert_equivalent, cloned
 
 MOVED = "statistics moved in training mode"
 MOST_CHANGES = 3

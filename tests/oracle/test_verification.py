@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 import rmfx
 from rmfx.errors import ShapeError
 from rmfx.ir.net import Net
+from rmfx.oracle.trial_inputs import SAME, Example, candidates
 from rmfx.testing import random_statistics
-from rmfx.testing.trial_inputs import SAME, Example, candidates
 
 X = torch.randn(2, 4, 8, 8, dtype=torch.float64)
 VERBS = (
