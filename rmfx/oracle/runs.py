@@ -34,7 +34,7 @@ def is_of_dynamo(model: Any) -> bool:
     return any("grapharg" in node.meta for node in model.graph.find_nodes(op="placeholder"))
 
 
-def original(model: Any, source: fx.GraphModule | None) -> nn.Module:
+def copy_of_original(model: Any, source: fx.GraphModule | None) -> nn.Module:
     """A copy of what the caller holds, to be run; its graph where it cannot be copied.
 
     Raises:

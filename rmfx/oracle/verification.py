@@ -37,7 +37,7 @@ from rmfx.report import META_KEY, Verification
 from .counterparts import joins_of_names, joins_of_report
 from .equivalence import Traced, report_rows, traced
 from .pair import Pair
-from .runs import is_of_dynamo, original
+from .runs import copy_of_original, is_of_dynamo
 from .trial_inputs import SAME, Example, Inputs
 
 
@@ -108,7 +108,7 @@ def verified(
     except AssertionError as error:
         raise VerificationError(f"{error}: it was not made of this network") from error
     joins = joins_of_report(after)
-    fresh = partial(original, original, source)
+    fresh = partial(copy_of_original, original, source)
     pair = Pair("", fresh, source, after, joins, tolerance)
     last = _reads_features(original)
     return pair.run(Example(given, input_range=input_range, last=last), batches)
@@ -149,7 +149,7 @@ def checked(
         found = Verification(reason="there are no example inputs")
     else:
         joins = joins_of_report(after) if reports else joins_of_names(source, after)
-        fresh = partial(original, model, source)
+        fresh = partial(copy_of_original, model, source)
         pair = Pair(verb, fresh, source, after, joins)
         example, trials = _example_of(model, inputs, input_range)
         found = pair.run(example, [as_tuple(batch) for batch in batches] or trials)

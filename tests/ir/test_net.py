@@ -161,7 +161,7 @@ def test_the_source_stays_as_it_was() -> None:
     before = snapshot(gm)
     net = Net(gm)
     first, second = node_of(net, "_0"), node_of(net, "_1")
-    net.merge(first, second, virtual(AffineConv.identity(4, 2)))
+    net.merge(first, second, virtual(AffineConv.identity(4, 2)), ())
     net.finish()
     assert_same(before, snapshot(gm))
 
@@ -207,7 +207,7 @@ def test_merge_keeps_the_name_of_the_conv(order: tuple[str, str]) -> None:
     parts = {"conv": nn.Conv2d(4, 4, 1), "bn": nn.BatchNorm2d(4)}
     net = net_of(Apply(lambda m, x: getattr(m, order[1])(getattr(m, order[0])(x)), **parts))
     first, second = (node_of(net, name) for name in order)
-    net.merge(first, second, virtual(AffineConv.identity(4, 2)))
+    net.merge(first, second, virtual(AffineConv.identity(4, 2)), ())
     result = net.finish()
     assert [n.name for n in result.graph.nodes] == ["x", "conv", "output"]
     assert [name for name, _ in result.named_children()] == ["conv"]
@@ -313,7 +313,7 @@ def test_a_merged_layer_has_the_channels_of_its_last() -> None:
     assert isinstance(layers[1], AffineConv)
     merged = compose(layers[1], layers[0])
     assert isinstance(merged, AffineConv)
-    net.merge(first, second, virtual(merged))
+    net.merge(first, second, virtual(merged), ())
     assert net.channels(first, 2) == 5
 
 
