@@ -317,8 +317,11 @@ def _runs(values: Iterable[T]) -> list[list[T]]:
 def _clamp_of(low: float, high: float) -> Activation | None:
     if (low, high) == EVERYWHERE:
         return None
-    known = {(0.0, INF): nn.ReLU(), (0.0, 6.0): nn.ReLU6()}
-    return Activation(known.get((low, high)) or nn.Hardtanh(low, high))
+    if (low, high) in ((0.0, INF), (0.0, 6.0)):
+        return Activation(nn.ReLU() if high == INF else nn.ReLU6())
+    clamp = nn.Hardtanh()  # which is not made with equal bounds, but computes with them
+    clamp.min_val, clamp.max_val = min(low, high), high
+    return Activation(clamp)
 
 
 def _part_of(module: nn.Module | None, channels: slice) -> Block:

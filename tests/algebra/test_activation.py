@@ -268,6 +268,16 @@ def test_what_is_left_in_a_network_is_read_back(
     torch.testing.assert_close(again(x), module(x), rtol=0, atol=0)
 
 
+def test_bounds_that_are_equal_or_crossed_are_read_back() -> None:
+    module = ChannelClamp(
+        torch.tensor([0.0, 1.0, 2.0, -1.0]), torch.tensor([0.0, 1.0, 1.0, 3.0]), 2
+    )
+    found = Blockwise.of(module)
+    assert found is not None
+    x = 4 * torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(found.to_module(torch.float32, CPU)(x), module(x), rtol=0, atol=0)
+
+
 def test_modules_that_are_not_of_our_making_are_not_read_back() -> None:
     assert Blockwise.of(nn.ReLU()) is None
     strange = MaskedActivation([nn.Softmax(1)], [torch.tensor([True, False])], 2)
