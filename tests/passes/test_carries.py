@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from builders import (
     Apply,
     Residual,
@@ -24,6 +23,8 @@ from torch import fx, nn
 
 import rmfx
 from rmfx.testing import NetworkSpec, assert_equivalent, residual_networks
+
+torchvision = pytest.importorskip("torchvision")
 
 BLOCKS: dict[str, nn.Module] = {
     "basic": Residual(chain(conv_bn(4, 6), nn.ReLU(), conv_bn(6, 4))),
