@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import rmfx
-from rmfx import latency
 from rmfx.passes.sites import SiteChoice, _knapsack
+from rmfx.timing import timer
 
 Times = tuple[float, float, float]
 
@@ -53,7 +53,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
             counts.append(len(forms))
             return [(own,) * 3 for own in left.pop(0)[: len(forms)]]
 
-        monkeypatch.setattr(latency, "compare_speed", compare)
+        monkeypatch.setattr(timer, "compare_speed", compare)
         return counts
 
     return install

@@ -12,13 +12,13 @@ from builders import Residual, chain, conv, conv_bn, image, ready
 from torch import nn
 
 import rmfx
-from rmfx import latency
 from rmfx.analysis.channel_labels import Channels
 from rmfx.errors import OptionError
 from rmfx.frontend import trace
 from rmfx.ir.net import Net
 from rmfx.pruning.families import Size, Widths
 from rmfx.pruning.latency_table import _around
+from rmfx.timing import timer
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         timed.extend(form[0] for form in forms)
         return [(float(form[0].weight.numel()),) * 3 for form in forms]
 
-    monkeypatch.setattr(latency, "compare_speed", compare)
+    monkeypatch.setattr(timer, "compare_speed", compare)
     return timed
 
 
