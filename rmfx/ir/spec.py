@@ -40,7 +40,9 @@ def _is_shape(shape: object) -> bool:
 
 
 def _keeps(node: fx.Node) -> bool:
-    """Whether rules leave a node alone, and the dialect says nothing of it."""
+    """Whether a node is no operation, or rules leave it alone: the dialect says nothing of it."""
+    if node.op not in ("call_function", "call_method"):
+        return True  # a module may have any path, as "mul"
     skipped = any(n.meta.get("container") for n in node.all_input_nodes)
     return bool(node.meta.get("frozen") or node.meta.get("number") or skipped)
 
@@ -76,7 +78,7 @@ LAWS: tuple[Law, ...] = (
     ),
     (
         "writes in place and is not marked frozen",
-        lambda net, node: _keeps(node) or node.op == "call_module" or not _writes_by_itself(node),
+        lambda net, node: _keeps(node) or not _writes_by_itself(node),
     ),
     (
         "has a shape that is no tuple of numbers",

@@ -88,3 +88,16 @@ def test_what_a_graph_does_not_hold_is_not_checked_unless_asked_for() -> None:
     of_a_list(net)
     with pytest.raises(rmfx.InternalError, match="has a shape"):
         check(net, "the test")
+
+
+def test_a_module_may_have_the_name_of_an_operation() -> None:
+    class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mul, self.add_ = conv(), conv()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.add_(self.mul(x)) + x
+            return result
+
+    check(Net(rmfx.trace(ready(Named()), image())), "the front-end")

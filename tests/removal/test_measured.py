@@ -19,6 +19,7 @@ from rmfx.removal.cut_out import cut_out
 from rmfx.removal.measured import MeasuredPolicy
 from rmfx.removal.site import find_sites
 from rmfx.testing import assert_equivalent
+from rmfx.timing import timer
 from rmfx.timing.speed import LatencyError
 from rmfx.timing.timer import Timer
 
@@ -41,7 +42,7 @@ def by_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def compare(forms: list[Any], inputs: Any, *rest: Any) -> list[tuple[float, ...]]:
         return [(float(rmfx.cost.count(form, inputs).macs),) * 3 for form in forms]
 
-    monkeypatch.setattr(rmfx.latency, "compare_speed", compare)
+    monkeypatch.setattr(timer, "compare_speed", compare)
 
 
 def test_a_site_is_timed_for_real() -> None:
