@@ -10,7 +10,7 @@ import copy
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -58,8 +58,13 @@ def has_functional_form(gm: fx.GraphModule, node: fx.Node) -> bool:
     return node.target in CALLS and _module_for(gm, node) is not None
 
 
-def canonicalise(gm: fx.GraphModule) -> None:
-    """Rewrite every call that has a form in the dialect, except frozen ones."""
+def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
+    """Rewrite every call that has a form in the dialect, except frozen ones.
+
+    Args:
+        gm: rewritten in place.
+        named: names of nodes that are to be kept; the others get one by their place.
+    """
     taken = {name for name, _ in gm.named_modules(remove_duplicate=False)}
     for node in list(gm.graph.nodes):
         if node.target is operator.getitem:
@@ -89,7 +94,7 @@ def canonicalise(gm: fx.GraphModule) -> None:
     for last, source, shuffle in find_shuffles(gm):
         _call_module(gm, last, shuffle, source, taken)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)
-    name_nodes(gm.graph)
+    name_nodes(gm.graph, named)
 
 
 def _take_first(gm: fx.GraphModule, node: fx.Node) -> None:

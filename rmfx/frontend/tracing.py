@@ -24,7 +24,7 @@ from rmfx.errors import TraceError
 from rmfx.frontend.idioms.border_fill import pad_before
 from rmfx.frontend.idioms.crops import crop_by_numbers
 from rmfx.ir.conditions import put_conditions, take_conditions
-from rmfx.ir.converted import copy_graph
+from rmfx.ir.converted import ConvertedModule, copy_graph
 from rmfx.ir.nodes import has_hooks, replaced_method
 from rmfx.ir.ranks import BY_RANK, Snapshot, demand_ranks
 from rmfx.ir.threads import alone
@@ -73,7 +73,9 @@ def trace(model: Any, example_inputs: Any = None, *, fold: bool = True) -> fx.Gr
 
 
 def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
-    gm = _private_copy(_graph_of(model, inputs))
+    graph = _graph_of(model, inputs)
+    named = {n.name for n in graph.graph.nodes} if isinstance(graph, ConvertedModule) else set()
+    gm = _private_copy(graph)
     conditions = take_conditions(gm.graph)
     check_weights(gm)
     check_functional_mode(gm)
@@ -89,7 +91,7 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     functionalise(gm)
     if fold:
         fold_constants(gm)
-    canonicalise(gm)
+    canonicalise(gm, named)
     crop_by_numbers(gm)
     if before.was_read_by_rank(gm):
         gm.meta[BY_RANK] = True

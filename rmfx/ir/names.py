@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from torch import fx, nn
 
@@ -24,11 +25,16 @@ def _innermost(node: fx.Node) -> tuple[str, str]:
     return re.sub(r"^[LG]\['[^']*'\]\.?", "", str(path)), kind
 
 
-def name_nodes(graph: fx.Graph) -> None:
-    """Name nodes by their place in the model, whoever traced it."""
-    taken = {n.name for n in graph.nodes if _name_by_place(n) is None}
-    for node in graph.nodes:
-        base = _name_by_place(node)
+def name_nodes(graph: fx.Graph, named: Collection[str] = ()) -> None:
+    """Name nodes by their place in the model, whoever traced it, but for those that have names.
+
+    Args:
+        graph: whose nodes are named in place.
+        named: names to be kept. What a pass adds does not renumber what stood there before it.
+    """
+    bases = {node: _name_by_place(node) for node in graph.nodes if node.name not in named}
+    taken = {node.name for node in graph.nodes if bases.get(node) is None}
+    for node, base in bases.items():
         if base is None:
             continue
         name, i = base, 1

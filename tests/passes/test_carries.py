@@ -124,6 +124,23 @@ def test_a_carry_that_an_activation_may_change_stays() -> None:
         assert rmfx.cost.count(closed(rmfx.trace(model), x), x).adds == adds
 
 
+def test_a_sum_that_comes_back_is_not_taken_for_one_that_stayed() -> None:
+    # Both are of the top level: the one that comes back would be the first of that name.
+    def forward(m: Any, x: Any) -> Any:
+        y = x + m.second(torch.relu(m.first(x)))
+        return torch.sigmoid(y + m.last(y))
+
+    names = ("first", "second", "last")
+    model = ready(Apply(forward, **{name: conv(3, 3) for name in names}))
+    x = image(2, 3, 7, 7)
+    plain = rmfx.remove_residuals(model, x, policy=lambda site: site.join != "add_1")
+    assert [n.name for n in plain.graph.nodes if n.target is torch.add] == ["add_1"]
+    again = rmfx.close_carries(plain, x)
+    assert [n.name for n in again.graph.nodes if n.target is torch.add] == ["add", "add_1"]
+    assert {row.join: row.node for row in plain.meta["rmfx_report"].rows}["add_1"] == "add_1"
+    assert_equivalent(plain, again, x)
+
+
 def test_a_network_without_carries_is_the_same() -> None:
     model = ready(chain(conv_bn(3, 4), nn.ReLU(), conv_bn(4, 4)))
     assert types(rmfx.close_carries(model, image(1, 3, 9, 9))) == types(rmfx.trace(model))
