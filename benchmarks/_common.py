@@ -55,6 +55,12 @@ class Spread:
         return f"{self.median:.{digits}f} ({low} to {high})"
 
 
+def quartiles(values: Sequence[float], form: str) -> str:
+    """For a table: median (lower to upper quartile)."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return f"{median:{form}} ({low:{form}} to {high:{form}})"
+
+
 @dataclass(frozen=True)
 class Limit:
     """A measured value that must not exceed a bound."""

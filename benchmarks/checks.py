@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torchvision
-from _common import Limit, each, parser, show
+from _common import Limit, each, parser, quartiles, show
 from freshness import Compiled, in_turns
 from tabulate import tabulate
 
@@ -34,12 +34,6 @@ LOOKED_AT = ("resnet50", "mobilenet_v2")
 VERIFY_LIMIT, LOOK_LIMIT = 0.3, 0.03
 
 Row = dict[str, Any]
-
-
-def quartiles(values: Sequence[float], form: str) -> str:
-    """For a table: median (lower to upper quartile)."""
-    low, median, high = statistics.quantiles(values, n=4)
-    return f"{median:{form}} ({low:{form}} to {high:{form}})"
 
 
 def cost_of_verify(network: str, rounds: int) -> tuple[Row, float]:

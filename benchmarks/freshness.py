@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torchvision
-from _common import Limit, choose_models, parser, show
+from _common import Limit, choose_models, parser, quartiles, show
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
@@ -127,19 +127,13 @@ def measure(network: str, inner: str, rounds: int) -> tuple[list[Row], Limit]:
                 "network": network,
                 "inner backend": inner,
                 "weights": mode,
-                "a call, ms: median (quartiles)": quartiles(calls),
+                "a call, ms: median (quartiles)": quartiles([1000 * t for t in calls], ".2f"),
                 "over frozen": f"{statistics.median(calls) / frozen:.3f}",
-                "the look, ms": quartiles(looks),
+                "the look, ms": quartiles([1000 * t for t in looks], ".2f"),
                 "of a frozen call": f"{shares[mode]:.2%}",
             }
         )
     return rows, Limit(f"{network}, {inner}: the look / a call", shares["sampled"], SHARE_LIMIT)
-
-
-def quartiles(seconds: Sequence[float]) -> str:
-    """For a table, in milliseconds: "median (lower to upper)"."""
-    low, median, high = (1000 * q for q in statistics.quantiles(seconds, n=4))
-    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def write(rows: Sequence[Row], options: argparse.Namespace) -> None:

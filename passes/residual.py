@@ -130,8 +130,14 @@ def remove_residuals(
     batches = CalibrationData(calibration) if calibration is not None else None
     if differentiable:
         _check_differentiable(source, fold_batch_norm=fold_batch_norm)
-        rewrite = partial(remove, strict=strict, allowed=allowed, policy=policy)
-        rewrite = partial(rewrite, input_range=input_range, weights_vary=True)
+        rewrite = partial(
+            remove,
+            strict=strict,
+            allowed=allowed,
+            input_range=input_range,
+            weights_vary=True,
+            policy=policy,
+        )
         converted = _differentiable(model, source, rewrite)
         if verify and example_inputs is not None:
             source = trace(model, example_inputs)  # whose names the report has

@@ -12,6 +12,8 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+INSTALL_COMMAND = "pip install 'rmfx[bench]'"  # what brings the runtimes and the plots
+
 
 class RmfxError(Exception):
     """Base of every error of rmfx; its text names the node, the cause and the way out."""

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -37,10 +37,6 @@ from rmfx.files.figures import check_plotting, write_figure
 from rmfx.files.saving import as_function, default_tolerance, random_like, relative_error
 from rmfx.timing.runtimes import RUNTIMES, Form, RuntimeFailure, as_failure, torch_threads
 from rmfx.timing.speed import LatencyError, Settings, advice, ratio_of, ratios_of
-
-if TYPE_CHECKING:
-    pass
-
 
 # How long idle threads of torch spin before they sleep, and how many there are: both move times.
 _THREAD_VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")

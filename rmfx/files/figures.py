@@ -6,13 +6,12 @@ import importlib.util
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from rmfx.errors import RmfxError
+from rmfx.errors import INSTALL_COMMAND, RmfxError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-INSTALL_COMMAND = "pip install 'rmfx[bench]'"
 PLOT_SUFFIXES = (".svg", ".png")
 
 

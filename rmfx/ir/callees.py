@@ -54,7 +54,8 @@ class Callees:
 
     def callee(self, node: fx.Node) -> Virtual | nn.Module | None:
         """What stands at a call_module node, made or given."""
-        return self.replacement(node) or self.module(node)
+        made = self.replacement(node)
+        return self.module(node) if made is None else made
 
     def attribute(self, node: fx.Node) -> object:
         """The value behind a get_attr node."""

@@ -147,11 +147,10 @@ def read_affine(net: Net, node: fx.Node) -> AffineConv | Refusal:
 
 
 def _read_module(net: Net, node: fx.Node) -> Element | Refusal:
-    made = net.replacement(node)
-    if isinstance(made, Virtual):
-        return made.layer
+    module = net.callee(node)
+    if isinstance(module, Virtual):
+        return module.layer
     refusal = net.guard(node)
-    module = made or net.module(node)
     if module is None:
         return Refusal(f"there is no module {node.target}")
     own = Blockwise.of(module)

@@ -50,11 +50,7 @@ def _keeps(node: fx.Node) -> bool:
 LAWS: tuple[Law, ...] = (
     (
         "calls a module that is not there",
-        lambda net, node: (
-            node.op != "call_module"
-            or net.module(node) is not None
-            or net.replacement(node) is not None
-        ),
+        lambda net, node: node.op != "call_module" or net.callee(node) is not None,
     ),
     (
         "reads a node that stands behind it or is gone",

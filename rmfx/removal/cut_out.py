@@ -65,10 +65,9 @@ def _example(node: fx.Node) -> Tensor | None:
 
 def _modules(net: Net, node: fx.Node) -> tuple[nn.Module, ...]:
     """What a node calls; a virtual layer may be a padding and a conv."""
-    made = net.replacement(node)
+    made = net.callee(node)
     if not isinstance(made, Virtual):
-        module = made or net.module(node)
-        return () if module is None else (module,)
+        return () if made is None else (made,)
     if isinstance(made.layer, Blockwise):
         return (made.layer.to_module(made.dtype, made.device),)
     return made.layer.to_modules(made.dtype, made.device)

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from rmfx.algebra.affine import AffineConv
 from rmfx.ir.elements import Border, MaxPool, Virtual
-from rmfx.ir.kinds import is_a
+from rmfx.ir.kinds import ADAPTIVE_AVERAGES, is_a
 from rmfx.ir.laterals import Lateral, added_channels
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import data_input, keeps_dims
@@ -28,7 +28,6 @@ from rmfx.ir.reading import read
 
 # Far enough to give exactly 1 in every floating type.
 ONE_AT: dict[type[nn.Module], float] = {nn.Sigmoid: 40.0, nn.Hardsigmoid: 4.0}
-POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 Widths = tuple[int, int]
 
 
@@ -154,7 +153,7 @@ def _is_spatial_pool(net: Net, node: fx.Node, dims: int) -> bool:
     """Whether a node pools over all of space, channel by channel."""
     if node.meta.get("frozen") or not dims:
         return False
-    if is_a(net.module(node), POOLS):
+    if is_a(net.module(node), ADAPTIVE_AVERAGES):
         return net.guard(node) is None
     return keeps_dims(node, dims) is True
 

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rmfx.errors import RmfxError
+from rmfx.errors import INSTALL_COMMAND, RmfxError
 from rmfx.options import is_number, is_whole
 
 from .runtimes import RUNTIMES, Form, Run, RuntimeFailure, as_failure, times_of, torch_threads
-
-INSTALL_COMMAND = "pip install 'rmfx[bench]'"
 
 
 class LatencyError(RmfxError):
