@@ -14,7 +14,7 @@ import rmfx
 from rmfx import choices, fuzz
 from rmfx.algebra.activation import TABLE
 from rmfx.frontend.calls import CALLS
-from rmfx.ir.laterals import NEUTRAL
+from rmfx.ir.kinds import NEUTRAL
 from rmfx.passes.pruning import METERS
 from rmfx.timing.runtimes import RUNTIMES
 

@@ -31,7 +31,8 @@ from torch import Tensor, fx, nn
 from rmfx.algebra.activation import is_activation
 from rmfx.algebra.affine import MULTIPLYING, TRANSPOSED
 from rmfx.ir.callees import is_touched
-from rmfx.ir.kinds import AVERAGE_POOLS, BATCH_NORMS, BORDERS, MAX_POOLS, PADS, is_a, torch_name
+from rmfx.ir.functions import torch_name
+from rmfx.ir.kinds import BATCH_NORMS, ELEMENTWISE, SPATIAL, is_a
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import MEANS, slice_by_slice
 from rmfx.ir.reasons import reason_for
@@ -40,16 +41,7 @@ from rmfx.modules.factors import Elementwise
 
 FIXED = 0
 PAD_ARGUMENTS = ("pad", "mode", "value")
-SPATIAL = (  # channel by channel, on dimension 1, by the dimensions in their name
-    *(*AVERAGE_POOLS, *MAX_POOLS, *PADS, *BORDERS),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-)
 PER_CHANNEL = (*BATCH_NORMS, nn.PReLU, *OWN_ACTIVATIONS)
-ELEMENTWISE = (
-    *(torch.add, torch.sub, torch.mul, torch.div, torch.neg),
-    *(torch.maximum, torch.minimum, torch.where),
-)
 UNARY = ("contiguous", "clone", "detach", "float", "double")
 
 
@@ -309,7 +301,7 @@ class Channels:
 
     def _function(self, node: fx.Node) -> Labels | None:
         target = node.target
-        if target in ELEMENTWISE:
+        if target in ELEMENTWISE.values():
             return self._elementwise(node)
         if target is torch.cat:
             return self._concatenation(node)

@@ -21,17 +21,11 @@ from rmfx.errors import Refusal, RmfxError
 from rmfx.interval import INF, Interval
 from rmfx.ir.elements import Border, Deferred
 from rmfx.ir.joins import read_join
+from rmfx.ir.kinds import HULLS
 from rmfx.ir.memo import on_demand
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
 from rmfx.ir.reading import read
-
-HULL_OF_INPUT = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +240,7 @@ class Ranges:
 
     def _passes_values(self, node: fx.Node) -> bool:
         """Whether a node's values lie between those of its input."""
-        known = type(self._net.module(node)) in HULL_OF_INPUT and len(node.all_input_nodes) == 1
+        known = type(self._net.module(node)) in HULLS and len(node.all_input_nodes) == 1
         return known and not node.meta.get("frozen") and self._net.guard(node) is None
 
     def _through(self, node: fx.Node, x: Range) -> Range:

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from rmfx.algebra.activation import is_activation
 from rmfx.frontend.idioms.shuffles import find_shuffles
 from rmfx.frontend.idioms.zero_channels import pad_for_zeros
+from rmfx.ir.functions import SPLIT_ARGUMENTS, SPLITS, torch_name
 from rmfx.ir.kinds import (
     ADDCMULS,
     ARITHMETIC,
@@ -27,13 +28,10 @@ from rmfx.ir.kinds import (
     CONCATENATIONS,
     IN_PLACE_BY_METHOD,
     SELECTIONS,
-    SPLIT_ARGUMENTS,
-    SPLITS,
     STACKS,
     SUMS,
     aten,
     is_a,
-    torch_name,
 )
 from rmfx.ir.layer_facts import is_layers_size, is_real, rank_of
 from rmfx.ir.names import free_name, free_path, name_nodes

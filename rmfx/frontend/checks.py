@@ -15,18 +15,12 @@ from torch._subclasses.fake_tensor import (
 )
 
 from rmfx.errors import ModeError, ShapeError, TraceError, WeightError, first_line
+from rmfx.ir.functions import SWITCHES_OF_GRADIENTS
+from rmfx.ir.kinds import MODE_DEPENDENT
 from rmfx.ir.notes import OWN_GRADIENT
 from rmfx.ir.weights import check_weight
 from rmfx.modules.ring import FromRing
 from rmfx.options import Inputs
-
-SWITCHES_OF_GRADIENTS = ("_set_grad_enabled", "set_grad_enabled", "wrap_with_set_grad_enabled")
-MODE_DEPENDENT = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.modules.dropout._DropoutNd,
-    nn.RReLU,
-)
 
 
 def note_switches(gm: fx.GraphModule) -> None:

@@ -17,7 +17,8 @@ from rmfx.algebra.activation import is_activation
 from rmfx.errors import WeightValueError
 from rmfx.ir.nodes import attribute, run_node
 
-from .effects import Watch, effects_of
+from .effects import effects_of
+from .watches import Watch
 
 TRANSPOSITIONS = (torch.ops.aten.t.default, torch.ops.aten.permute.default)
 

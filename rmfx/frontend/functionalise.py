@@ -19,20 +19,22 @@ import torch
 from torch import Tensor, fx
 
 from rmfx.errors import WeightError
-from rmfx.ir.kinds import CASTS, is_ordinary, torch_name
+from rmfx.ir.functions import (
+    ATTRIBUTES_OF_NUMBERS,
+    GIVING_CONTAINERS,
+    GIVING_NUMBERS,
+    JOINS_OF_CONTAINERS,
+    MODULES_OF_NUMBERS,
+    torch_name,
+)
+from rmfx.ir.kinds import CASTS, is_ordinary
 from rmfx.ir.notes import WRITTEN, noted
 
 from .canonicalise import has_functional_form
-from .effects import Effects, effects_of, memories, storage_of, tensors_behind
+from .effects import effects_of
+from .memory import memories, storage_of, tensors_behind
+from .schemas import Effects
 
-NUMBER_METHODS = ("size", "dim", "numel", "ndimension", "stride", "item", "is_floating_point")
-CONTAINER_METHODS = (
-    *("chunk", "split", "unbind", "tensor_split", "split_with_sizes", "unsafe_chunk", "hsplit"),
-    *("vsplit", "dsplit", "topk", "sort", "unsafe_split"),
-)
-JOINS_OF_CONTAINERS = (operator.add, operator.iadd, operator.mul, operator.imul)
-NUMBER_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda")
-NUMBER_MODULES = ("_operator", "operator", "math", "builtins")
 UNSAFE = "an in-place operation without a functional form"
 
 
@@ -48,10 +50,10 @@ def mark_numbers(graph: fx.Graph) -> None:
 def _is_container(node: fx.Node) -> bool:
     """Whether a node gives a tuple or list of tensors."""
     if node.op == "call_method":
-        return node.target in CONTAINER_METHODS
+        return node.target in GIVING_CONTAINERS
     if node.op != "call_function":
         return False
-    if torch_name(node) in CONTAINER_METHODS:
+    if torch_name(node) in GIVING_CONTAINERS:
         return True
     of_container = any(n.meta.get("container") for n in node.all_input_nodes)
     if node.target is operator.getitem:
@@ -64,18 +66,18 @@ def _is_number(node: fx.Node) -> bool:
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)):
         return True
     if node.op == "call_method":
-        return node.target in NUMBER_METHODS
+        return node.target in GIVING_NUMBERS
     if node.op != "call_function":
         return False
     if node.target is torch._assert:
         return True
     if node.target in (builtins.getattr, getattr):
-        return node.args[1] in NUMBER_ATTRIBUTES
+        return node.args[1] in ATTRIBUTES_OF_NUMBERS
     if torch_name(node).startswith("sym_"):
         return True
     module = getattr(node.target, "__module__", None)
     of_numbers = all(n.meta.get("number") for n in node.all_input_nodes)
-    is_python = module in NUMBER_MODULES or node.target is math.floor
+    is_python = module in MODULES_OF_NUMBERS or node.target is math.floor
     return bool(node.all_input_nodes) and of_numbers and is_python
 
 

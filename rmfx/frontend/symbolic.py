@@ -6,18 +6,16 @@ import contextlib
 import operator
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
-from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmfx.errors import TraceError, first_line
+from rmfx.ir.functions import IN_PLACE_SYMBOLS
 from rmfx.ir.nodes import replaced_method
 from rmfx.ir.notes import OWN_GRADIENT
 from rmfx.ir.threads import alone, for_this_thread, replaced
@@ -25,8 +23,8 @@ from rmfx.modules.activations import OWN_ACTIVATIONS
 
 from .draws import no_draws
 from .kept_state import State, keeps_state, unchanged
+from .watches import Outside
 
-LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)  # by torch.tensor
 BAKED = "baked"  # an operator that ran on the model's tensors while it was traced
 
 
@@ -96,16 +94,11 @@ def _recorded(function: Any) -> Any:
     return lambda self, other: self._record(function, other)
 
 
-IN_PLACE: list[Any] = []
+IN_PLACE = [getattr(operator, name) for name in IN_PLACE_SYMBOLS]
 
 
-# All that tensors have, of which `x @= y` is none.
-for _name in (
-    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
-    *("and", "or", "xor", "lshift", "rshift"),
-):
-    setattr(_InPlaceProxy, f"__i{_name}__", _recorded(getattr(operator, f"i{_name}")))
-    IN_PLACE.append(getattr(operator, f"i{_name}"))
+for _name, _function in zip(IN_PLACE_SYMBOLS, IN_PLACE, strict=True):
+    setattr(_InPlaceProxy, f"__{_name}__", _recorded(_function))
 
 
 class _Tracer(fx.Tracer):
@@ -123,7 +116,7 @@ class _Tracer(fx.Tracer):
 
     def run(self, model: nn.Module) -> fx.Graph:
         """Trace it; raise TraceError for computations that the graph would not hold."""
-        with _Outside(model) as outside, torch.enable_grad(), self._mode_hidden():
+        with Outside(model) as outside, torch.enable_grad(), self._mode_hidden():
             graph = self.trace(model)
         if self._refusal is not None:
             raise TraceError(f"{self._refusal}, and its code catches the error that this raises")
@@ -209,57 +202,6 @@ def _autocast_state() -> tuple[int, bool, bool]:
     depth = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
     return depth, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-
-
-class _Outside(TorchDispatchMode):
-    """Sees what is computed with tensors while proxies are traced, which becomes a constant."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        named = (*model.named_parameters(), *model.named_buffers())
-        self._own = {id(tensor): name for name, tensor in named}
-        real = (tensor for _, tensor in named if isinstance(tensor, Tensor))  # no proxy of a buffer
-        self._parameters = {_memory(tensor) for tensor in real if not is_lazy(tensor)}
-        self.baked: str | None = None
-        self._made: dict[int, Tensor] = {}  # by their memory, which is theirs while they live
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        has_values = not given or not all(tensor.is_meta for tensor in given)
-        if has_values and torch.Tag.nondeterministic_seeded in func.tags:
-            raise TraceError(f"it draws random numbers ({func}), of which a trace makes a constant")
-        for tensor in given:
-            if id(tensor) in self._own:
-                name = self._own[id(tensor)]
-                raise TraceError(f"it computes with {name} itself ({func}), not with a proxy of it")
-        if not all(_memory(tensor) in self._made for tensor in _written(func, args, kwargs)):
-            raise TraceError(f"it writes to a tensor that it keeps ({func}), which leaves no trace")
-        # A parameter in a list is none of the model's; a view is but another name.
-        own = [t for t in given if t.requires_grad or _memory(t) in self._parameters]
-        self._parameters.update(map(_memory, own))
-        if own and not func.is_view:
-            self.baked = self.baked or str(func)
-        result = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        kept = set() if func in LIFTS else {_memory(tensor) for tensor in given}
-        self._made.update((_memory(t), t) for t in made if _memory(t) not in kept)
-        return result
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _written(func: Any, args: Sequence[Any], kwargs: Any) -> list[Tensor]:
-    """The tensors among an operator's arguments that its schema says it writes to."""
-    declared = func._schema.arguments
-    named = dict(zip((argument.name for argument in declared), args, strict=False))
-    named.update(kwargs or {})
-    writes = (a.name for a in declared if a.alias_info is not None and a.alias_info.is_write)
-    leaves = pytree.tree_leaves([named.get(name) for name in writes])
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def trace_symbolically(model: nn.Module, *, twice: bool = True) -> fx.GraphModule:

@@ -1,83 +1,242 @@
-"""What a leaf module computes is told by its class, and a subclass is not its base class.
+"""Kinds of layers and the operations of the dialect, and what is known of each: a row of a table.
 
-A subclass counts as the layer that it derives from where nothing of what runs is its own: it may
-say how it is made and how it is shown, and no more.
+What a leaf module computes is told by its class, and a subclass is not its base class: it counts as
+the layer that it derives from where nothing of what runs is its own. It may say how it is made and
+how it is shown, and no more.
 """
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch._ops import OpOverload, OpOverloadPacket
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from rmfx.algebra.activation import TABLE
+from rmfx.algebra.affine import MULTIPLYING
 from rmfx.modules.activations import OWN_ACTIVATIONS
 
-LIBRARIES = ("aten", "prims")  # of operators, whose names mean what torch means by them
-HOMES = ("_operator", "builtins", "torch")  # the same, of functions
-MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-# What combines tensors place by place, and spreads out an operand of size 1.
-SPREADING = (
-    *(torch.add, torch.sub, torch.mul, torch.div),
-    *(torch.maximum, torch.minimum, torch.where),
-)
-KEEP_SIZE = (*SPREADING, torch.cat)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-ADAPTIVE_AVERAGES = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-POOLS_OF_ALL = (
-    *ADAPTIVE_AVERAGES,
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-)
-AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-PADS = (
-    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
-    *(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
-)
-SPLITS = ("split", "split_with_sizes", "chunk")
-SPLIT_ARGUMENTS = {
-    **dict.fromkeys(("tensor", "self"), "input"),
-    **dict.fromkeys(("split_size_or_sections", "split_size", "split_sizes", "chunks"), "amount"),
-}
-BORDERS = (
-    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
-    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
-    *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
-)
-
-
-# Modules that keep both the number of dimensions and the channels of their input.
-CHANNELWISE = (
-    *BATCH_NORMS,
-    *AVERAGE_POOLS,
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity),
-    *OWN_ACTIVATIONS,
-)
-ADDS = (operator.add, operator.iadd, torch.add)
-SUBS = (operator.sub, operator.isub, torch.sub)
-SCALES = (
-    *(operator.mul, operator.imul, torch.mul, operator.truediv, operator.itruediv, torch.div),
-    *(operator.neg, torch.neg),
-)
+Kinds = tuple[type[nn.Module], ...]
+INF = math.inf
 aten = torch.ops.aten
+
+
+# ---- layers -------------------------------------------------------------------------------------
+def _by_dims(*names: str) -> Kinds:
+    """The classes of torch.nn with a number of spatial dimensions in their names, in order."""
+    return tuple(getattr(nn, f"{name}{dims}d") for name in names for dims in (1, 2, 3))
+
+
+MAX_POOLS = _by_dims("MaxPool")
+AVERAGE_POOLS = _by_dims("AvgPool")
+ADAPTIVE_AVERAGES = _by_dims("AdaptiveAvgPool")
+_ADAPTIVE_MAXIMA = _by_dims("AdaptiveMaxPool")
+POOLS_OF_ALL = (*ADAPTIVE_AVERAGES, *_ADAPTIVE_MAXIMA)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+INSTANCE_NORMS = _by_dims("InstanceNorm")
+PADS = _by_dims("ZeroPad", "ConstantPad")
+BORDERS = _by_dims("ReflectionPad", "ReplicationPad", "CircularPad")
+NOTHINGS = (  # at inference
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+
+
+MODE_DEPENDENT = (  # with whatever derives from them
+    *(nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm),
+    *(nn.modules.dropout._DropoutNd, nn.RReLU),
+)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Kinds of layers, and what all of them do.
+
+    Attributes:
+        kinds: their classes.
+        channelwise: they keep both the number of dimensions and the channels of their input.
+        in_order: they keep the order of the dimensions.
+        spatial: each channel goes its own way, in dimension 1 of those that their name says.
+        hull: what they give lies between the values that they read.
+        fresh: what they give lies in memory of its own.
+        any_rank: they do the same whatever the number of dimensions.
+    """
+
+    kinds: Kinds
+    channelwise: bool = False
+    in_order: bool = False
+    spatial: bool = False
+    hull: bool = False
+    fresh: bool = False
+    any_rank: bool = False
+
+
+LAYERS = (
+    Layers(MAX_POOLS, channelwise=True, spatial=True, hull=True, fresh=True, any_rank=True),
+    Layers(AVERAGE_POOLS, channelwise=True, spatial=True, fresh=True, any_rank=True),
+    Layers(ADAPTIVE_AVERAGES, channelwise=True, spatial=True, hull=True, fresh=True, any_rank=True),
+    Layers(_ADAPTIVE_MAXIMA, spatial=True, hull=True, any_rank=True),
+    Layers(PADS, spatial=True, any_rank=True),
+    Layers(BORDERS, spatial=True),
+    Layers(NOTHINGS, channelwise=True, hull=True, any_rank=True),
+    Layers(BATCH_NORMS, channelwise=True, fresh=True),
+    Layers((nn.BatchNorm2d, nn.BatchNorm3d), any_rank=True),  # which take batches only
+    Layers((*INSTANCE_NORMS, nn.GroupNorm, nn.Softmax), in_order=True, fresh=True),
+    Layers((nn.Softmax2d, nn.Upsample), in_order=True),
+    Layers((nn.LayerNorm, nn.Embedding), fresh=True),
+    Layers(MULTIPLYING, fresh=True, any_rank=True),
+    Layers(tuple(TABLE), fresh=True),
+    Layers(OWN_ACTIVATIONS, channelwise=True),
+)
+
+
+def _kinds(has: Callable[[Layers], bool]) -> Kinds:
+    return tuple(kind for row in LAYERS if has(row) for kind in row.kinds)
+
+
+CHANNELWISE = _kinds(lambda row: row.channelwise)
+KEEPING_ORDER = _kinds(lambda row: row.channelwise or row.in_order)
+SPATIAL = _kinds(lambda row: row.spatial)
+HULLS = _kinds(lambda row: row.hull)
+FRESH = _kinds(lambda row: row.fresh)
+ANY_RANK = _kinds(lambda row: row.any_rank)
+
+
+# ---- operations ---------------------------------------------------------------------------------
+def overloads(*names: str) -> list[Any]:
+    """aten overloads by name, those that this version of PyTorch has."""
+    found = []
+    for name in names:
+        packet, _, overload = name.partition(".")
+        if hasattr(aten, packet):
+            found.append(getattr(getattr(aten, packet), overload or "default"))
+    return found
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation of the dialect, and what is known of it.
+
+    Attributes:
+        function: of torch, by which the graphs of the dialect call it.
+        names: of functions, methods and operators that do the same, in place (`add_`) or not.
+        overloads: of those operators.
+        symbols: of Python: an operator, and the one that works in place. Arithmetic has them.
+        neutral: place of an operand -> what the others must hold for that one to come out
+            unchanged; of what combines tensors place by place, and spreads out those of size 1.
+        has_methods: whether methods of the names do the same, too.
+    """
+
+    function: Any
+    names: str
+    overloads: str = "default"
+    symbols: tuple[Any, ...] = ()
+    neutral: Mapping[int, tuple[float | None, ...]] = field(default_factory=dict)
+    has_methods: bool = True
+
+    def forms(self) -> Iterator[Any]:
+        """Everything that a graph may call for it."""
+        yield from self.symbols
+        for name in self.names.split():
+            for form in (name, f"{name}_"):
+                if hasattr(torch, form):
+                    yield getattr(torch, form)
+                if self.has_methods and hasattr(Tensor, form):
+                    yield form
+                yield from overloads(*(f"{form}.{one}" for one in self.overloads.split()))
+
+
+OPERATIONS = (
+    Operation(
+        *(torch.add, "add", "Tensor"),
+        symbols=(operator.add, operator.iadd),
+        neutral={0: (None, 0.0), 1: (0.0, None)},
+    ),
+    Operation(
+        *(torch.sub, "sub subtract", "Tensor"),
+        symbols=(operator.sub, operator.isub),
+        neutral={0: (None, 0.0)},
+    ),
+    Operation(
+        *(torch.mul, "mul multiply", "Tensor"),
+        symbols=(operator.mul, operator.imul),
+        neutral={0: (None, 1.0), 1: (1.0, None)},
+    ),
+    Operation(
+        *(torch.div, "div divide true_divide", "Tensor"),
+        symbols=(operator.truediv, operator.itruediv),
+        neutral={0: (None, 1.0)},
+    ),
+    Operation(torch.neg, "neg negative", symbols=(operator.neg,)),
+    Operation(torch.maximum, "maximum", neutral={0: (None, -INF), 1: (-INF, None)}),
+    Operation(torch.minimum, "minimum", neutral={0: (None, INF), 1: (INF, None)}),
+    Operation(
+        *(torch.where, "where", "self ScalarOther ScalarSelf"),
+        neutral={1: (True, None, 0.0), 2: (False, 0.0, None)},
+        has_methods=False,  # which take the condition second
+    ),
+    Operation(torch.cat, "cat concat concatenate"),
+)
+
+
+def _forms(has: Callable[[Operation], bool]) -> dict[Any, Any]:
+    """What a graph may call -> what it calls in the dialect."""
+    return {form: row.function for row in OPERATIONS if has(row) for form in row.forms()}
+
+
+ARITHMETIC = _forms(lambda row: bool(row.symbols))
+SELECTIONS = _forms(lambda row: bool(row.neutral) and not row.symbols)  # of values, one by one
+CONCATENATIONS = _forms(lambda row: row.function is torch.cat)
+NEUTRAL = {row.function: row.neutral for row in OPERATIONS if row.neutral}
+SPREADING = tuple(NEUTRAL)
+KEEP_SIZE = (*SPREADING, torch.cat)
+ELEMENTWISE = {**ARITHMETIC, **SELECTIONS}
+
+
+def _calls(*functions: Any) -> tuple[Any, ...]:
+    """What stands for operations in graphs that symbols of Python or the dialect wrote."""
+    rows = [row for row in OPERATIONS if row.function in functions]
+    return tuple(call for row in rows for call in (*row.symbols, row.function))
+
+
+ADDS = _calls(torch.add)
+SUBS = _calls(torch.sub)
+SCALES = _calls(torch.mul, torch.div, torch.neg)
+IN_PLACE_BY_METHOD: dict[Any, str] = {
+    row.symbols[1]: f"{row.function.__name__}_" for row in OPERATIONS if row.symbols[1:]
+}
+
+
+# What is an operation of the dialect with some arguments, or several of them, or none.
+CHOICES_OF_TWO: dict[Any, Any] = {  # with two tensors
+    **dict.fromkeys([torch.max, "max", *overloads("max.other")], torch.maximum),
+    **dict.fromkeys([torch.min, "min", *overloads("min.other")], torch.minimum),
+}
+ADDCMULS = (torch.addcmul, "addcmul", *overloads("addcmul"))
+STACKS = (torch.stack, *overloads("stack"))
+SUMS: dict[Any, str] = {
+    **dict.fromkeys([torch.sum, "sum", *overloads("sum.dim_IntList")], "sum"),
+    **dict.fromkeys([torch.mean, "mean", *overloads("mean.dim")], "mean"),
+}
+VIEWS: dict[Any, Any] = {"view": "reshape", aten.view.default: aten.reshape.default}
+NARROWS = ("narrow", torch.narrow, aten.narrow.default)
+CASTS = ("to", "type", "float", "double", "half", "bfloat16", "int", "long", "bool", "type_as")
+CAST_OPERATORS = overloads(
+    "to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy", "type_as"
+)
 _COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
 COMPARISONS = frozenset(  # with a number they keep dimensions and sizes
     [*_COMPARISONS, *(getattr(owner, n) for owner in (torch, operator) for n in _COMPARISONS)]
 )
-IN_PLACE_BY_METHOD: dict[Any, str] = {
-    operator.iadd: "add_",
-    operator.isub: "sub_",
-    operator.imul: "mul_",
-    operator.itruediv: "div_",
-}
-CASTS = ("to", "type", "float", "double", "half", "bfloat16", "int", "long", "bool", "type_as")
 
 
+# ---- what is of a kind --------------------------------------------------------------------------
 # Libraries whose layers do what their documentation says, to nothing but their input.
 KNOWN = ("torch.nn.modules.", "torch.nn.parallel.data_parallel", "torchvision.ops.", "rmfx.")
 
@@ -134,82 +293,3 @@ def _is_ordinary(kind: type[Tensor]) -> bool:
         or all(name in HARMLESS | OF_KEEPING or not hasattr(Tensor, name) for name in vars(base))
         for base in own
     )
-
-
-def overloads(*names: str) -> list[Any]:
-    """aten overloads by name, those that this version of PyTorch has."""
-    found = []
-    for name in names:
-        packet, _, overload = name.partition(".")
-        if hasattr(aten, packet):
-            found.append(getattr(getattr(aten, packet), overload or "default"))
-    return found
-
-
-ARITHMETIC: dict[Any, Any] = {
-    **dict.fromkeys(
-        [operator.add, operator.iadd, "add", "add_", *overloads("add.Tensor", "add_.Tensor")],
-        torch.add,
-    ),
-    **dict.fromkeys(
-        [operator.sub, operator.isub, "sub", "sub_", "subtract", "subtract_"]
-        + overloads("sub.Tensor", "sub_.Tensor", "subtract.Tensor"),
-        torch.sub,
-    ),
-    **dict.fromkeys(
-        [operator.mul, operator.imul, "mul", "mul_", "multiply", "multiply_", torch.multiply]
-        + overloads("mul.Tensor", "mul_.Tensor", "multiply.Tensor"),
-        torch.mul,
-    ),
-    **dict.fromkeys(
-        [operator.truediv, operator.itruediv, "div", "div_", "true_divide", torch.true_divide]
-        + overloads("div.Tensor", "div_.Tensor", "true_divide.Tensor", "divide.Tensor"),
-        torch.div,
-    ),
-    **dict.fromkeys([operator.neg, "neg", "neg_", *overloads("neg", "neg_")], torch.neg),
-    torch.add: torch.add,
-    torch.sub: torch.sub,
-    torch.subtract: torch.sub,
-    torch.mul: torch.mul,
-    torch.div: torch.div,
-    torch.neg: torch.neg,
-}
-SELECTIONS: dict[Any, Any] = {  # of one of several tensors, value by value
-    **dict.fromkeys([torch.maximum, "maximum", *overloads("maximum")], torch.maximum),
-    **dict.fromkeys([torch.minimum, "minimum", *overloads("minimum")], torch.minimum),
-    **dict.fromkeys(
-        [torch.where, *overloads("where.self", "where.ScalarOther", "where.ScalarSelf")],
-        torch.where,
-    ),
-}
-CHOICES_OF_TWO: dict[Any, Any] = {  # with two tensors
-    **dict.fromkeys([torch.max, "max", *overloads("max.other")], torch.maximum),
-    **dict.fromkeys([torch.min, "min", *overloads("min.other")], torch.minimum),
-}
-ADDCMULS = (torch.addcmul, "addcmul", *overloads("addcmul"))
-CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate, *overloads("cat", "concat"))
-STACKS = (torch.stack, *overloads("stack"))
-SUMS: dict[Any, str] = {
-    **dict.fromkeys([torch.sum, "sum", *overloads("sum.dim_IntList")], "sum"),
-    **dict.fromkeys([torch.mean, "mean", *overloads("mean.dim")], "mean"),
-}
-CAST_OPERATORS = overloads(
-    "to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy", "type_as"
-)
-
-
-def torch_name(node: fx.Node) -> str:
-    """The name of torch's own function, operator or method that a node calls, "" of any other."""
-    target: Any = node.target
-    if node.op == "call_method":
-        return str(target)
-    if node.op != "call_function":
-        return ""
-    if isinstance(target, OpOverload):
-        return str(target.__name__) if target.namespace in LIBRARIES else ""
-    if isinstance(target, OpOverloadPacket):
-        library = target._qualified_op_name.partition("::")[0]
-        return str(target.__name__) if library in LIBRARIES else ""
-    home = str(getattr(target, "__module__", None)).partition(".")[0]
-    is_method = getattr(target, "__objclass__", None) is torch._C.TensorBase
-    return str(getattr(target, "__name__", "")) if home in HOMES or is_method else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,24 +13,10 @@ from torch import fx, nn
 from rmfx.errors import Refusal
 
 from .elements import Deferred
-from .kinds import is_a
+from .kinds import NEUTRAL, is_a
 from .net import Net
 from .nodes import is_tensor_node
 from .reading import read_selection
-
-INF = math.inf
-
-
-# operation -> place of an operand -> what the others must hold for that one to come out unchanged
-NEUTRAL: dict[Any, dict[int, tuple[float | None, ...]]] = {
-    torch.add: {0: (None, 0.0), 1: (0.0, None)},
-    torch.sub: {0: (None, 0.0)},
-    torch.mul: {0: (None, 1.0), 1: (1.0, None)},
-    torch.div: {0: (None, 1.0)},
-    torch.maximum: {0: (None, -INF), 1: (-INF, None)},
-    torch.minimum: {0: (None, INF), 1: (INF, None)},
-    torch.where: {1: (True, None, 0.0), 2: (False, 0.0, None)},
-}
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import fx, nn
 from rmfx.algebra.activation import is_activation
 from rmfx.algebra.affine import MULTIPLYING
 
-from .kinds import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS, is_a
+from .kinds import ADDS, BATCH_NORMS, CHANNELWISE, KEEPING_ORDER, SCALES, SUBS, is_a
 from .notes import shape_of
 from .open_sizes import OpenSizes
 
@@ -22,10 +22,6 @@ KEEPING = (*ADDS, *SUBS, *SCALES)  # operations that keep the type of real numbe
 IN_ORDER = (
     *(*KEEPING, torch.cat, torch.maximum, torch.minimum, operator.getitem, F.pad, F.interpolate),
     *("contiguous", "clone", torch.clone),
-)
-LAYERS_IN_ORDER = (
-    *(*CHANNELWISE, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-    *(nn.Upsample, nn.Softmax, nn.Softmax2d),
 )
 
 
@@ -61,7 +57,7 @@ def is_layers_size(gm: fx.GraphModule, value: fx.Node, dim: int) -> bool:
         if here.op == "placeholder":
             # Channels of an input are fixed where the network runs with no others.
             return dim == 1 and not OpenSizes(gm).sizes_of_inputs(here.name, 1)
-        known = layer is not None and (is_activation(layer) or is_a(layer, LAYERS_IN_ORDER))
+        known = layer is not None and (is_activation(layer) or is_a(layer, KEEPING_ORDER))
         here = _source(here) if known or here.target in IN_ORDER else None
     return False
 

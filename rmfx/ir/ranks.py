@@ -14,31 +14,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.activation import is_activation
-from rmfx.algebra.affine import CONVS
 from rmfx.modules.activations import OWN_ACTIVATIONS
 
 from .conditions import demand_rank, fits
-from .kinds import ARITHMETIC
+from .kinds import ANY_RANK, ARITHMETIC
 
 BY_RANK = "rmfx_by_rank"  # in a graph's metadata: it was read by the numbers of dimensions
 RANKS = ("dim", "ndimension", "ndim")
 VALUE_BY_VALUE = frozenset(ARITHMETIC.values())
 _FLATTENS = (torch.flatten, "flatten", torch.ops.aten.flatten.using_ints)
-_FREE: tuple[type[nn.Module], ...] = (
-    *CONVS,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.padding._ConstantPadNd,
-    nn.modules.dropout._DropoutNd,
-    nn.Identity,
-    nn.BatchNorm2d,  # which takes batches only, as BatchNorm3d does
-    nn.BatchNorm3d,
-)
 
 
 def demand_ranks(conditions: fx.Graph, ranks: Mapping[str, int | None]) -> None:
@@ -106,5 +90,5 @@ def ignores_rank(
 def _is_free(module: nn.Module) -> bool:
     if isinstance(module, nn.PReLU):
         return module.num_parameters == 1
-    kinds = (*_FREE, *OWN_ACTIVATIONS, nn.ModuleList)
+    kinds = (*ANY_RANK, *OWN_ACTIVATIONS, nn.ModuleList)
     return is_activation(module) or isinstance(module, kinds)

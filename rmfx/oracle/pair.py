@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from rmfx.algebra.digits import AFFORDED, bits_of
 from rmfx.errors import VerificationError, first_line
 from rmfx.frontend.checks import does_not_run
-from rmfx.frontend.effects import shares_memory
+from rmfx.frontend.memory import shares_memory
 from rmfx.ir.conditions import refuses
 from rmfx.ir.undisturbed import autocast_of_caller
 from rmfx.report import JoinError, Verification, shape_text

@@ -13,7 +13,8 @@ from builders import Apply, assert_removed, chain, conv, image, ready
 from torch import Tensor, fx, nn
 
 import rmfx
-from rmfx.frontend.effects import effects_of, memories
+from rmfx.frontend.effects import effects_of
+from rmfx.frontend.memory import memories
 from rmfx.ir.kinds import is_a, is_ordinary
 
 Write = Callable[[Any, Tensor, Tensor], Any]
