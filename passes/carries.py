@@ -37,7 +37,7 @@ from rmfx.errors import Refusal, ShapeError
 from rmfx.frontend.tracing import trace
 from rmfx.interval import Interval
 from rmfx.ir.elements import Virtual
-from rmfx.ir.kinds import is_a
+from rmfx.ir.kinds import NO_OPS, is_a
 from rmfx.ir.memo import on_demand
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
@@ -123,7 +123,7 @@ class _Origins:
         module: Any = self._net.callee(node)
         if self._net.guard(node) is not None:
             return nothing
-        if is_a(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
+        if is_a(module, NO_OPS):
             return ~nothing
         x = self._ranges.of(source).on_axis(last=not dims)
         if x.low.numel() not in (1, count) or not self._is_on_axis(module, source, carry):

@@ -32,7 +32,7 @@ from rmfx.algebra.activation import is_activation
 from rmfx.algebra.affine import MULTIPLYING, TRANSPOSED
 from rmfx.ir.callees import is_touched
 from rmfx.ir.functions import torch_name
-from rmfx.ir.kinds import BATCH_NORMS, ELEMENTWISE, SPATIAL, is_a
+from rmfx.ir.kinds import BATCH_NORMS, ELEMENTWISE, NO_OPS, SPATIAL, is_a
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import MEANS, slice_by_slice
 from rmfx.ir.reasons import reason_for
@@ -250,7 +250,7 @@ class Channels:
             return value if (value.axis, len(_shape(source))) == (1, dims + 2) else None
         if is_a(module, nn.Upsample):
             return value if value.axis == 1 else None
-        same = is_a(module, (nn.Identity, nn.modules.dropout._DropoutNd))
+        same = is_a(module, NO_OPS)
         return value if same or is_activation(module) else None
 
     def _per_channel(

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from rmfx.algebra.activation import Activation
 from rmfx.algebra.affine import AffineConv
 from rmfx.ir.elements import Border, Deferred
-from rmfx.ir.kinds import BATCH_NORMS, is_a
+from rmfx.ir.kinds import BATCH_NORMS, NO_OPS, POOL_DIMS, is_a
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of, keeps_dims
 from rmfx.ir.reading import read
@@ -27,12 +27,6 @@ from rmfx.ir.weights import weight_types
 from rmfx.modules.activations import OWN_ACTIVATIONS
 
 from .constant_channels import features_behind
-
-POOL_DIMS = {
-    getattr(nn, f"{kind}{dims}d"): dims
-    for kind in ("MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
-    for dims in (1, 2, 3)
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +198,7 @@ def _module(net: Net, node: fx.Node, place: tuple[int, int, int]) -> Inner | Non
     if type(module) in POOL_DIMS:
         pools = POOL_DIMS[type(module)] == dims and not getattr(module, "return_indices", False)
         return Inner(node, block, dims) if pools else None
-    if is_a(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
+    if is_a(module, NO_OPS):
         return Inner(node, block, dims)
     if type(module) is not nn.Flatten or (module.start_dim, module.end_dim) != (1, -1):
         return None

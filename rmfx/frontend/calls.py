@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rmfx.ir.kinds import overloads
 from rmfx.ir.nodes import each
@@ -286,3 +286,11 @@ def gives_several(target: Any) -> bool:
     """Whether an operator gives several results, of which the layer it amounts to gives one."""
     schema = getattr(target, "_schema", None)
     return schema is not None and len(schema.returns) > 1
+
+
+def arguments_of(node: fx.Node, *names: str) -> Arguments:
+    """What a call is given, by the names of its arguments in order; `self` goes by "input"."""
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if "self" in given:
+        given["input"] = given.pop("self")
+    return given

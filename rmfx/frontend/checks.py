@@ -5,8 +5,6 @@ from __future__ import annotations
 import keyword
 import reprlib
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -21,6 +19,8 @@ from rmfx.ir.notes import OWN_GRADIENT
 from rmfx.ir.weights import check_weight
 from rmfx.modules.ring import FromRing
 from rmfx.options import Inputs
+
+from .calls import CALLS, arguments_of, batch_norm, gives_several
 
 
 def note_switches(gm: fx.GraphModule) -> None:
@@ -77,24 +77,16 @@ def check_weights(gm: fx.GraphModule) -> None:
 
 def check_functional_mode(gm: fx.GraphModule) -> None:
     """Raise ModeError where a graph calls batch norm so that it updates running statistics."""
-    calls = (
-        (F.batch_norm, 1, 5),
-        (torch.batch_norm, 3, 5),
-        (torch.ops.aten.batch_norm.default, 3, 5),
-    )
     for node in gm.graph.nodes:
-        for target, mean, training in calls:
-            if node.target is not target:
-                continue
-            given = dict(enumerate(node.args))
-            is_training = node.kwargs.get("training", given.get(training, False))
-            if is_training is True and isinstance(
-                node.kwargs.get("running_mean", given.get(mean)), fx.Node
-            ):
-                raise ModeError(
-                    f"{node.name}: batch norm is called in training mode; call model.eval() before "
-                    "tracing or exporting"
-                )
+        call = CALLS.get(node.target)
+        if call is None or call.build is not batch_norm or gives_several(node.target):
+            continue
+        given = arguments_of(node, *call.names)
+        if given.get("training") is True and isinstance(given.get("running_mean"), fx.Node):
+            raise ModeError(
+                f"{node.name}: batch norm is called in training mode; call model.eval() before "
+                "tracing or exporting"
+            )
 
 
 def check_rings(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ from rmfx.ir.functions import (
     READING,
     WRITING,
     WRITING_METHODS,
+    is_in_place,
     is_method,
     is_trusted,
 )
@@ -37,7 +38,7 @@ from .memory import tensors_of
 from .schemas import (
     Effects,
     Nodes,
-    arguments_of,
+    by_schema,
     hidden_writes,
     nodes_in,
     of_overload,
@@ -111,11 +112,7 @@ def _of_named(node: fx.Node, name: str, overloads: list[OpOverload]) -> Effects:
     inputs = tuple(node.all_input_nodes)
     if overloads:
         return of_overloads(node, overloads)
-    return Effects(writes=inputs if _writes_by_name(name) else (), aliases=inputs)
-
-
-def _writes_by_name(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__")
+    return Effects(writes=inputs if is_in_place(name) else (), aliases=inputs)
 
 
 def _with_out(node: fx.Node, found: Effects) -> Effects:
@@ -132,11 +129,11 @@ def _of_python(node: fx.Node, target: Any, name: str) -> Effects:
     given = _bound(target, node)
     in_place = given.get("inplace", False)
     written: Nodes = ()
-    if isinstance(in_place, fx.Node) or in_place or _writes_by_name(name):
+    if isinstance(in_place, fx.Node) or in_place or is_in_place(name):
         written = tuple(nodes_in(next(iter(given.values()), None))) or inputs
     overloads = _packet(name)
     if overloads:
-        found = [of_overload(node, op, arguments_of(node, op._schema)) for op in overloads]
+        found = [of_overload(node, op, by_schema(node, op._schema)) for op in overloads]
         aliases = unique((*written, *(n for one in found for n in one.aliases)))
     else:
         aliases = inputs
@@ -184,7 +181,7 @@ def _of_method(node: fx.Node, name: str) -> Effects:
         known = name in METHODS_OF_CONTAINERS
         return _reading(node) if known else _barrier(node, _nobody_knows(name))
     overloads = _packet(name)
-    if not overloads and _writes_by_name(name):
+    if not overloads and is_in_place(name):
         return Effects(own, own)
     return _with_out(node, _of_named(node, name, overloads))
 

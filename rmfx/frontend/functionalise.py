@@ -32,6 +32,7 @@ from rmfx.ir.notes import WRITTEN, noted
 
 from .canonicalise import has_functional_form
 from .effects import effects_of
+from .layers import input_of_call
 from .memory import memories, storage_of, tensors_behind
 from .schemas import Effects
 
@@ -119,13 +120,8 @@ def _why_stays(
     seen = (aliases.why_seen(one, node, order) for one in written)
     reason = next((why for why in seen if why is not None), None)
     reason = reason or types.why_changed(written[0], node)
-    is_safe = written == [_first(node)] and has_functional_form(gm, node)
+    is_safe = written == [input_of_call(node)] and has_functional_form(gm, node)
     return reason or (None if is_safe else UNSAFE)
-
-
-def _first(node: fx.Node) -> object:
-    """The value that an in-place operation with a functional form writes to."""
-    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
 
 
 def _redirect(node: fx.Node, written: fx.Node, order: dict[fx.Node, int]) -> None:

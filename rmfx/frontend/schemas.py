@@ -41,7 +41,7 @@ class Effects:
 
 def of_overloads(node: fx.Node, overloads: Iterable[OpOverload]) -> Effects:
     """What those of an operator's overloads do that can take a call; all, if none seems to."""
-    every = [(op, arguments_of(node, op._schema)) for op in overloads]
+    every = [(op, by_schema(node, op._schema)) for op in overloads]
     fitting = [(op, given) for op, given in every if _takes(op._schema, node, given)]
     found = [of_overload(node, op, given) for op, given in fitting or every]
     return Effects(
@@ -51,7 +51,7 @@ def of_overloads(node: fx.Node, overloads: Iterable[OpOverload]) -> Effects:
     )
 
 
-def arguments_of(node: fx.Node, schema: Any) -> dict[str, Any]:
+def by_schema(node: fx.Node, schema: Any) -> dict[str, Any]:
     """Arguments by the names of a schema; torch's functions say `input` for `self`."""
     names = [a.name for a in schema.arguments]
     by_place = [a.name for a in schema.arguments if not a.kwarg_only]

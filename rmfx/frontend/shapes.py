@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from rmfx.errors import ShapeError
 from rmfx.ir.notes import GUARDED, noted
-from rmfx.ir.shapes import shape_after
+from rmfx.ir.shapes import AsFakes, WithoutValues
 from rmfx.ir.threads import FAKES, without_logs
 from rmfx.options import Inputs
 
@@ -22,26 +22,12 @@ from .exported import EXPORTED
 from .faithful import as_fakes
 
 
-class _ShapeRecorder(fx.Interpreter):
-    """Notes shapes; the common layers are known by their laws, which is far quicker than fakes."""
+class _ShapeRecorder(WithoutValues):
+    """Notes shapes, types and devices."""
 
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
-        super().__init__(gm)
-        self._mode = mode
+        super().__init__(gm, AsFakes(mode))
         self._numbers = numbers_of(gm)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        # A graph may write to a parameter: let it write to a fake.
-        value = super().get_attr(target, args, kwargs)
-        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        module = self.fetch_attr(target)
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            shape = shape_after(module, args[0])
-            if shape is not None:
-                return args[0].new_empty(shape) if shape != args[0].shape else args[0]
-        return super().call_module(target, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is F.batch_norm and isinstance(args[0] if args else None, Tensor):

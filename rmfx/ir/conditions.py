@@ -14,8 +14,10 @@ scripts. While rules run, `take_conditions` keeps them apart, so that a plain gr
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +29,7 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 from rmfx.errors import ShapeError
 
 AGAIN = "convert the network again with example inputs like these"
+WAY_OUT = "use another size, or convert the network again with example inputs of this one"
 
 
 class Condition(Protocol):
@@ -154,6 +157,68 @@ def demand_rank(graph: fx.Graph, x: fx.Node, rank: int) -> None:
         f"{AGAIN}"
     )
     demand_sizes(graph, x, [None] * rank, message)
+
+
+@dataclass(frozen=True)
+class SizeCondition:
+    """What must hold of one size of an input.
+
+    Attributes:
+        source: the input.
+        dim: which of its sizes, counted from the end: a batch dimension may be missing.
+        cause: what demands it.
+    """
+
+    source: fx.Node
+    dim: int
+    cause: str
+
+
+@dataclass(frozen=True)
+class Multiple(SizeCondition):
+    """⌊(size + growth)/stride⌋ must be a multiple of a number."""
+
+    stride: int
+    growth: int
+    multiple: int
+
+    def write(self, graph: fx.Graph, inputs: Mapping[fx.Node, fx.Node]) -> None:
+        """Let a graph demand it of its inputs, which stand for the sources."""
+        x = inputs[self.source]
+        size = graph.call_function(inner_size, (x, self.dim, self.growth, self.stride))
+        rest = graph.call_function(operator.mod, (size, self.multiple))
+        message = (
+            f"{self.cause} averages fewer values at the border, which a convolution cannot do, "
+            f"unless {_floor(self.dim, self.growth, self.stride)} is a multiple of "
+            f"{self.multiple}; {WAY_OUT}"
+        )
+        demand_that(graph, graph.call_function(operator.eq, (rest, 0)), x, message)
+
+
+@dataclass(frozen=True)
+class Agreement(SizeCondition):
+    """Two sizes ⌊(size + growth)/stride⌋, of one input or of two, must be equal."""
+
+    strides: tuple[int, int]
+    growths: tuple[int, int]
+    other: fx.Node | None = None
+
+    def write(self, graph: fx.Graph, inputs: Mapping[fx.Node, fx.Node]) -> None:
+        """Let a graph demand it of its inputs, which stand for the sources."""
+        x = inputs[self.source]
+        of_other = f" of {self.other.name}" if self.other else ""
+        sources = (x, inputs[self.other or self.source])
+        laws = list(zip(sources, self.growths, self.strides, strict=True))
+        sizes = [graph.call_function(inner_size, (y, self.dim, a, s)) for y, a, s in laws]
+        floors = [_floor(self.dim, a, s) for _, a, s in laws]
+        where = f"{' = '.join(floors)}{of_other}"
+        message = f"{self.cause} combines equal sizes only where {where}; {WAY_OUT}"
+        demand_that(graph, graph.call_function(operator.eq, tuple(sizes)), x, message)
+
+
+def _floor(dim: int, growth: int, stride: int) -> str:
+    """⌊(shape[-1] + 2)/2⌋, in words."""
+    return f"(shape[{dim}] {'-' if growth < 0 else '+'} {abs(growth)}) // {stride}"
 
 
 def own_conditions(graph: fx.Graph) -> fx.Graph:

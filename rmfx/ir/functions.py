@@ -49,6 +49,11 @@ def torch_name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", "")) if is_own else ""
 
 
+def is_in_place(name: str) -> bool:
+    """Whether a name says that something is written to: `add_`, not `__add__`."""
+    return name.endswith("_") and not name.endswith("__")
+
+
 # ---- of torch -----------------------------------------------------------------------------------
 SPLITS = ("split", "split_with_sizes", "chunk")
 SPLIT_ARGUMENTS = {

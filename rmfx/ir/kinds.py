@@ -38,11 +38,16 @@ AVERAGE_POOLS = _by_dims("AvgPool")
 ADAPTIVE_AVERAGES = _by_dims("AdaptiveAvgPool")
 _ADAPTIVE_MAXIMA = _by_dims("AdaptiveMaxPool")
 POOLS_OF_ALL = (*ADAPTIVE_AVERAGES, *_ADAPTIVE_MAXIMA)
+POOL_DIMS = {
+    kind: dims
+    for kinds in (MAX_POOLS, AVERAGE_POOLS, ADAPTIVE_AVERAGES, _ADAPTIVE_MAXIMA)
+    for dims, kind in enumerate(kinds, 1)
+}
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 INSTANCE_NORMS = _by_dims("InstanceNorm")
 PADS = _by_dims("ZeroPad", "ConstantPad")
 BORDERS = _by_dims("ReflectionPad", "ReplicationPad", "CircularPad")
-NOTHINGS = (  # at inference
+NO_OPS = (  # at inference
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.AlphaDropout, nn.FeatureAlphaDropout),
 )
@@ -84,7 +89,7 @@ LAYERS = (
     Layers(_ADAPTIVE_MAXIMA, spatial=True, hull=True, any_rank=True),
     Layers(PADS, spatial=True, any_rank=True),
     Layers(BORDERS, spatial=True),
-    Layers(NOTHINGS, channelwise=True, hull=True, any_rank=True),
+    Layers(NO_OPS, channelwise=True, hull=True, any_rank=True),
     Layers(BATCH_NORMS, channelwise=True, fresh=True),
     Layers((nn.BatchNorm2d, nn.BatchNorm3d), any_rank=True),  # which take batches only
     Layers((*INSTANCE_NORMS, nn.GroupNorm, nn.Softmax), in_order=True, fresh=True),

@@ -7,7 +7,6 @@ of sizes that are pairwise coprime and larger than every number that the calls a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -17,23 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from rmfx.algebra.activation import is_activation
 from rmfx.algebra.affine import CONVS, MULTIPLYING
 from rmfx.errors import ShapeError
 
-from .kinds import ADDS, BATCH_NORMS, CHANNELWISE, SCALES, SUBS
+from .kinds import BATCH_NORMS, CHANNELWISE, ELEMENTWISE
 from .memo import on_demand
 from .notes import GUARDED
-from .shapes import shape_after
+from .shapes import AsFakes, OnMeta, Weights, WithoutValues
 from .threads import FAKES, without_logs
 
 LARGEST = 1 << 16  # number in an argument that a probe exceeds; those beyond stand for "to the end"
 NEAR = (1, -1, 2, -2, 3, -3)  # steps to other sizes, of networks that take some near one another
 SMALL = range(1, 8)  # sizes at which maps of one position are spread out
-ARITHMETIC = (*ADDS, *SUBS, *SCALES, torch.maximum, torch.minimum)
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 Sizes = set[tuple[str, int]]  # of which node's value, and of which dimension
@@ -139,7 +136,7 @@ class OpenSizes:
     def _works_in_place(self, node: fx.Node) -> bool:
         module = self._modules.get(str(node.target)) if node.op == "call_module" else None
         if module is None:
-            return node.op == "call_function" and node.target in ARITHMETIC
+            return node.op == "call_function" and node.target in ELEMENTWISE
         return is_activation(module) or type(module) in CHANNELWISE
 
     def _channels_of(self, node: fx.Node, rank: int) -> int | None:
@@ -236,18 +233,18 @@ class OpenSizes:
         return self._run(places, resize, self._weights)
 
     @functools.cached_property
-    def _weights(self) -> _Weights:
+    def _weights(self) -> Weights:
         """Where weights are while the graph runs: on the meta device, which is quicker than fakes.
 
         But not if it does not run there, as where it makes tensors of its own: then as fakes.
         """
-        on_meta = _OnMeta()
+        on_meta = OnMeta()
         found = self._run(set(), lambda size, dim: size, on_meta)
         if found is not None and not any(_differences(self._noted, found)):
             return on_meta
-        return _AsFakes()
+        return AsFakes(FakeTensorMode(allow_non_fake_inputs=True))
 
-    def _run(self, places: Places, resize: Resize, weights: _Weights) -> Shapes | None:
+    def _run(self, places: Places, resize: Resize, weights: Weights) -> Shapes | None:
         def made(shape: torch.Size, kind: Kind) -> Tensor:
             sizes = (
                 resize(size, dim) if (len(shape), dim) in places else size
@@ -263,46 +260,6 @@ class OpenSizes:
         except FAILURES:
             return None
         return recorder.shapes
-
-
-class _AsFakes:
-    """Lets a graph run on fake tensors, which do what real ones do."""
-
-    def __init__(self) -> None:
-        self.mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def device(self, real: torch.device) -> torch.device:
-        return real
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """What stands for a tensor of the model: a graph may write to it."""
-        made: Tensor = self.mode.from_tensor(tensor)
-        return made
-
-    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return module(*args, **kwargs)
-
-
-class _OnMeta:
-    """Lets a graph run on tensors without values, the model's among them."""
-
-    def __init__(self) -> None:
-        self.mode: Any = contextlib.nullcontext()
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def device(self, real: torch.device) -> torch.device:
-        return torch.device("meta")
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """What stands for a tensor of the model."""
-        return self._known.setdefault(id(tensor), (tensor, tensor.detach().to("meta")))[1]
-
-    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        named = itertools.chain(module.named_parameters(), module.named_buffers())
-        return functional_call(module, {name: self.of(x) for name, x in named}, args, kwargs)
-
-
-_Weights = _AsFakes | _OnMeta
 
 
 def _input(node: fx.Node, make: Callable[[torch.Size, Kind], Any]) -> Any:
@@ -361,28 +318,18 @@ def _does_not_fit(module: Any, shape: Shape) -> bool:
     return type(module) in BATCH_NORMS and len(shape) > 1 and bool(shape[1] != module.num_features)
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph on tensors without values and keeps their shapes."""
+class _Recorder(WithoutValues):
+    """Keeps the shapes of all values."""
 
-    def __init__(self, gm: fx.GraphModule, weights: _Weights) -> None:
-        super().__init__(gm)
-        self._weights = weights
+    def __init__(self, gm: fx.GraphModule, weights: Weights) -> None:
+        super().__init__(gm, weights)
         self.shapes: Shapes = {}
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        return self._weights.of(value) if isinstance(value, Tensor) else value
-
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        # The laws of the common layers are far quicker than fakes.
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            module = self.fetch_attr(target)
-            if _does_not_fit(module, args[0].shape):
-                raise ShapeError(f"{target} reads other channels")
-            shape = shape_after(module, args[0])
-            if shape is not None:
-                return args[0].new_empty(shape) if shape != args[0].shape else args[0]
-        return self._weights.call(self.fetch_attr(target), args, kwargs)
+        reads_one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        if reads_one and _does_not_fit(self.fetch_attr(target), args[0].shape):
+            raise ShapeError(f"{target} reads other channels")
+        return super().call_module(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

@@ -1,9 +1,18 @@
-"""The shapes behind common layers by their laws, which is far quicker than running them."""
+"""The shapes of a graph's values, found without computing them.
+
+Those behind common layers follow from their laws, which is far quicker than running them.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+import contextlib
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.func import functional_call
 
 from rmfx.algebra.activation import is_activation
 from rmfx.algebra.affine import CONVS, AffineConv
@@ -35,3 +44,74 @@ def shape_after(module: nn.Module, x: Tensor) -> tuple[int, ...] | None:
         return None
     size = layer.output_size(shape[2:])
     return (shape[0], layer.out_channels, *size) if min(size) > 0 else None
+
+
+class AsFakes:
+    """Lets a graph run on fake tensors, which do what real ones do."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode: Any = mode
+
+    def device(self, real: torch.device) -> torch.device:
+        """Where inputs are."""
+        return real
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """What stands for a tensor of the model: a graph may write to it."""
+        made: Tensor = self.mode.from_tensor(tensor)
+        return made
+
+    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What a module gives."""
+        return module(*args, **kwargs)
+
+
+class OnMeta:
+    """Lets a graph run on tensors without values, the model's among them."""
+
+    def __init__(self) -> None:
+        self.mode: Any = contextlib.nullcontext()
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def device(self, real: torch.device) -> torch.device:
+        """Where inputs are."""
+        return torch.device("meta")
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """What stands for a tensor of the model."""
+        return self._known.setdefault(id(tensor), (tensor, tensor.detach().to("meta")))[1]
+
+    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What a module gives."""
+        named = itertools.chain(module.named_parameters(), module.named_buffers())
+        return functional_call(module, {name: self.of(x) for name, x in named}, args, kwargs)
+
+
+Weights = AsFakes | OnMeta
+
+
+class WithoutValues(fx.Interpreter):
+    """Runs a graph on tensors without values, the common layers by their laws.
+
+    Args:
+        gm: the graph.
+        weights: what stands for the model's tensors.
+    """
+
+    def __init__(self, gm: fx.GraphModule, weights: Weights) -> None:
+        super().__init__(gm)
+        self._weights = weights
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor of the model, or what else it holds."""
+        value = super().get_attr(target, args, kwargs)
+        return self._weights.of(value) if isinstance(value, Tensor) else value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """What a layer gives."""
+        module = self.fetch_attr(target)
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            shape = shape_after(module, args[0])
+            if shape is not None:
+                return args[0].new_empty(shape) if shape != args[0].shape else args[0]
+        return self._weights.call(module, args, kwargs)

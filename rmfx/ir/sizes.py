@@ -15,8 +15,7 @@ Pooling with `ceil_mode` rounds the size up, with a last window that hangs over 
 from __future__ import annotations
 
 import itertools
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from operator import getitem
 from typing import Any
@@ -28,80 +27,23 @@ from rmfx.algebra.affine import CONVS, AffineConv, Ints
 from rmfx.errors import Refusal
 
 from .callees import is_touched
-from .conditions import Condition, demand_that, inner_size
+from .conditions import Agreement, Condition, Multiple
 from .elements import Border, Deferred, Element
-from .kinds import AVERAGE_POOLS, COMPARISONS, KEEP_SIZE, MAX_POOLS, POOLS_OF_ALL, SPREADING
+from .kinds import (
+    AVERAGE_POOLS,
+    COMPARISONS,
+    KEEP_SIZE,
+    MAX_POOLS,
+    POOL_DIMS,
+    POOLS_OF_ALL,
+    SPREADING,
+)
 from .memo import on_demand, succeed
 from .net import Net
 from .nodes import averaged_dims, each, is_tensor_node
 from .notes import sizes_of_every_call
 
 SUMS = (torch.add, torch.sub)
-WAY_OUT = "use another size, or convert the network again with example inputs of this one"
-
-
-@dataclass(frozen=True)
-class SizeCondition:
-    """What must hold of one size of an input.
-
-    Attributes:
-        source: the input.
-        dim: which of its sizes, counted from the end: a batch dimension may be missing.
-        cause: what demands it.
-    """
-
-    source: fx.Node
-    dim: int
-    cause: str
-
-
-@dataclass(frozen=True)
-class Multiple(SizeCondition):
-    """⌊(size + growth)/stride⌋ must be a multiple of a number."""
-
-    stride: int
-    growth: int
-    multiple: int
-
-    def write(self, graph: fx.Graph, inputs: Mapping[fx.Node, fx.Node]) -> None:
-        """Let a graph demand it of its inputs, which stand for the sources."""
-        x = inputs[self.source]
-        size = graph.call_function(inner_size, (x, self.dim, self.growth, self.stride))
-        rest = graph.call_function(operator.mod, (size, self.multiple))
-        message = (
-            f"{self.cause} averages fewer values at the border, which a convolution cannot do, "
-            f"unless {_floor(self.dim, self.growth, self.stride)} is a multiple of "
-            f"{self.multiple}; {WAY_OUT}"
-        )
-        demand_that(graph, graph.call_function(operator.eq, (rest, 0)), x, message)
-
-
-@dataclass(frozen=True)
-class Agreement(SizeCondition):
-    """Two sizes ⌊(size + growth)/stride⌋, of one input or of two, must be equal."""
-
-    strides: tuple[int, int]
-    growths: tuple[int, int]
-    other: fx.Node | None = None
-
-    def write(self, graph: fx.Graph, inputs: Mapping[fx.Node, fx.Node]) -> None:
-        """Let a graph demand it of its inputs, which stand for the sources."""
-        x = inputs[self.source]
-        of_other = f" of {self.other.name}" if self.other else ""
-        sources = (x, inputs[self.other or self.source])
-        laws = list(zip(sources, self.growths, self.strides, strict=True))
-        sizes = [graph.call_function(inner_size, (y, self.dim, a, s)) for y, a, s in laws]
-        floors = [_floor(self.dim, a, s) for _, a, s in laws]
-        where = f"{' = '.join(floors)}{of_other}"
-        message = f"{self.cause} combines equal sizes only where {where}; {WAY_OUT}"
-        demand_that(graph, graph.call_function(operator.eq, tuple(sizes)), x, message)
-
-
-def _floor(dim: int, growth: int, stride: int) -> str:
-    """⌊(shape[-1] + 2)/2⌋, in words."""
-    return f"(shape[{dim}] {'-' if growth < 0 else '+'} {abs(growth)}) // {stride}"
-
-
 UNKNOWN_SIZES = (
     "the sizes of branch and shortcut agree for some input sizes only, and for which is not known"
 )
@@ -185,7 +127,7 @@ class Sizes:
     def _behind(self, node: fx.Node, before: SizeLaw) -> SizeLaw | None:
         module: Any = self.net.module(node)
         if type(module) in MAX_POOLS:
-            dims = MAX_POOLS.index(type(module)) + 1
+            dims = POOL_DIMS[type(module)]
             fits = dims == len(before.stride) and not module.ceil_mode
             return _behind_pool(module, before) if fits else None
         if node.target in COMPARISONS:
@@ -228,7 +170,7 @@ def conditions_of(sizes: Sizes, node: fx.Node) -> tuple[Condition, ...] | Refusa
     pool: Any = sizes.net.module(node)
     if type(pool) not in AVERAGE_POOLS or not pool.ceil_mode:
         return ()
-    dims = AVERAGE_POOLS.index(type(pool)) + 1
+    dims = POOL_DIMS[type(pool)]
     names = ("kernel_size", "stride", "padding")
     kernel, stride, padding = (each(getattr(pool, name), dims) for name in names)
     law = sizes.law(node.all_input_nodes[0])

@@ -15,6 +15,7 @@ from torch import fx
 
 from rmfx.errors import fault
 
+from .functions import is_in_place
 from .kinds import ARITHMETIC, CONCATENATIONS, SELECTIONS
 from .net import Net
 
@@ -31,8 +32,7 @@ def _is_canonical(table: dict[object, object], node: fx.Node) -> bool:
 def _writes_by_itself(node: fx.Node) -> bool:
     """Whether a call has a name that says it writes in place."""
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    name = name.partition(".")[0]
-    return name.endswith("_") and not name.endswith("__")
+    return is_in_place(name.partition(".")[0])
 
 
 def _is_shape(shape: object) -> bool:

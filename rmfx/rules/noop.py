@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from rmfx.errors import Refusal
-from rmfx.ir.kinds import is_a
+from rmfx.ir.kinds import NO_OPS, is_a
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
 
-NOOP_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
 NOOP_METHODS = ("clone", "detach")
 NOOP_FUNCTIONS = (
     *(torch.clone, torch.detach),
@@ -54,7 +53,7 @@ def does_nothing(net: Net, node: fx.Node) -> bool:
     if source is None:
         return False
     if node.op == "call_module":
-        return is_a(net.module(node), NOOP_MODULES)
+        return is_a(net.module(node), NO_OPS)
     if node.op == "call_method":
         return node.target in NOOP_METHODS and not node.kwargs
     if node.op != "call_function":

@@ -1,0 +1,146 @@
+"""Calls that are operations of the dialect in another form become these."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from rmfx.ir.kinds import ARITHMETIC, CHOICES_OF_TWO, SELECTIONS, STACKS, SUMS, aten
+from rmfx.ir.layer_facts import is_real, rank_of
+from rmfx.ir.notes import without_notes
+
+from .calls import arguments_of
+
+
+def becomes(node: fx.Node, target: Any) -> None:
+    """Let a node call a function."""
+    node.op, node.target = "call_function", target
+
+
+def has_options(node: fx.Node) -> bool:
+    """Whether arithmetic has options that the dialect's has not."""
+    return "rounding_mode" in node.kwargs or "out" in node.kwargs
+
+
+def arithmetic(gm: fx.GraphModule, node: fx.Node) -> None:
+    """x + y, torch.add(x, y), x.add(y) and the like as torch.add(x, y), but not [x] * 2."""
+    if not has_options(node) and not any(isinstance(a, (list, tuple)) for a in node.args):
+        becomes(node, ARITHMETIC[node.target])
+
+
+def subtraction_from(gm: fx.GraphModule, node: fx.Node) -> None:
+    """torch.rsub(x, y) as y - x."""
+    if len(node.args) == 2:
+        node.args = node.args[::-1]
+        becomes(node, torch.sub)
+
+
+def selection(gm: fx.GraphModule, node: fx.Node) -> None:
+    """x.maximum(y) and the like as torch.maximum(x, y)."""
+    if not node.kwargs:
+        becomes(node, SELECTIONS[node.target])
+
+
+def choice_of_two(gm: fx.GraphModule, node: fx.Node) -> None:
+    """`torch.max(a, b)`, which has other meanings with a dimension or alone."""
+    tensors = [a for a in node.args if isinstance(a, fx.Node) and not a.meta.get("number")]
+    if len(tensors) == len(node.args) == 2 and not node.kwargs:
+        becomes(node, CHOICES_OF_TWO[node.target])
+
+
+def concatenation(gm: fx.GraphModule, node: fx.Node) -> None:
+    """torch.cat(tensors, dim), both by place."""
+    given = arguments_of(node, "tensors", "dim")
+    dim = given.pop("dim", given.pop("axis", 0))
+    if set(given) == {"tensors"}:
+        node.target, node.args, node.kwargs = torch.cat, (given["tensors"], dim), {}
+
+
+def padding(gm: fx.GraphModule, node: fx.Node) -> None:
+    """aten.pad(x, pad, mode, value) as F.pad(x, pad=…, mode=…, value=…)."""
+    mode = ("mode",) if node.target is aten.pad.default else ()
+    given = arguments_of(node, "input", "pad", *mode, "value")
+    node.args, node.kwargs = (given.pop("input"),), given
+    becomes(node, F.pad)
+
+
+def add_product(gm: fx.GraphModule, node: fx.Node) -> None:
+    """addcmul(x, a, b, value=v) as x + v·(a·b)."""
+    given = arguments_of(node, "input", "tensor1", "tensor2")
+    value = given.pop("value", 1)
+    if set(given) != {"input", "tensor1", "tensor2"}:
+        return
+    with node.graph.inserting_before(node):
+        product = node.graph.call_function(torch.mul, (given["tensor1"], given["tensor2"]))
+    product.meta = without_notes(node, "shape")
+    sources = [n for n in product.all_input_nodes if "shape" in n.meta]
+    if len(sources) == 2:
+        shapes = [[1 if n is None else n for n in s.meta["shape"]] for s in sources]
+        product.meta["shape"] = tuple(torch.broadcast_shapes(*shapes))
+    node.target, node.args = torch.add, (given["input"], product)
+    node.kwargs = {} if value == 1 else {"alpha": value}
+
+
+def sum_of_stack(gm: fx.GraphModule, node: fx.Node) -> None:
+    """torch.stack((a, b, …), d).sum(d) as a + b + …, and a mean as that over their number."""
+    given = arguments_of(node, "input", "dim", "keepdim")
+    stack, dim = given.pop("input", None), given.pop("dim", None)
+    dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+    if given.pop("keepdim", False) or given or not isinstance(stack, fx.Node):
+        return
+    known = arguments_of(stack, "tensors", "dim")
+    parts, same = known.get("tensors"), type(dim) is int and known.get("dim", 0) == dim
+    if stack.target not in STACKS or "frozen" in stack.meta or not same:
+        return
+    if not isinstance(parts, (list, tuple)) or len(parts) < 2 or not _are_alike(gm, parts):
+        return
+    total = parts[0]
+    with node.graph.inserting_before(node):
+        for part in parts[1:]:
+            total = node.graph.call_function(torch.add, (total, part))
+            total.meta = without_notes(node)
+        if SUMS[node.target] == "mean":
+            total = node.graph.call_function(torch.div, (total, len(parts)))
+            total.meta = without_notes(node)
+    node.replace_all_uses_with(total)
+    node.graph.erase_node(node)
+
+
+def _are_alike(gm: fx.GraphModule, parts: Sequence[Any]) -> bool:
+    """Whether tensors hold real numbers of one type; integers are not added as they are summed."""
+    nodes = [part for part in parts if isinstance(part, fx.Node) and "frozen" not in part.meta]
+    same = len(nodes) == len(parts) and len({n.meta.get("dtype") for n in nodes}) == 1
+    return same and all(is_real(gm, node) for node in nodes)
+
+
+def narrow(gm: fx.GraphModule, node: fx.Node) -> None:
+    """A part of one dimension as x[…, start:start + length], for a start that is a number."""
+    if len(node.args) != 4 or node.kwargs:
+        return
+    x, dim, start, length = node.args
+    rank = rank_of(gm, x if isinstance(x, fx.Node) else None)
+    if not isinstance(dim, int) or type(start) is not int or start < 0:
+        return
+    if (dim < 0 and rank is None) or (start and not isinstance(length, int)):
+        return
+    stop: Any = start + length if isinstance(length, int) else length
+    dim = dim + (rank or 0) if dim < 0 else dim
+    node.op, node.target = "call_function", operator.getitem
+    node.args = (x, (*[slice(None)] * dim, slice(start or None, stop)))
+
+
+def strided_slice(gm: fx.GraphModule, node: fx.Node) -> None:
+    """aten.slice(x, dim, start, end, step) as x[…, start:end:step]."""
+    given = arguments_of(node, "input", "dim", "start", "end", "step")
+    dim, end, step = given.get("dim", 0), given.get("end"), given.get("step")
+    if not isinstance(dim, int) or dim < 0:
+        return
+    end = None if isinstance(end, int) and end >= 2**62 else end
+    part = slice(given.get("start") or None, end, None if step == 1 else step)
+    node.target, node.kwargs = operator.getitem, {}
+    node.args = (given["input"], (*[slice(None)] * dim, part))

@@ -1,0 +1,191 @@
+"""Calls that amount to a layer become calls of a module, and layers of other forms plain ones."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from rmfx.algebra.affine import CONVS
+from rmfx.ir.kinds import INSTANCE_NORMS, VIEWS, aten
+from rmfx.ir.layer_facts import is_real, rank_of
+from rmfx.ir.names import free_name, free_path
+from rmfx.ir.nodes import attribute, has_hooks, replaced_method
+from rmfx.ir.notes import without_notes
+
+from .calls import CALLS, NORMS, OF_REAL_NUMBERS, arguments_of, batch_norm, gives_several, linear
+
+MISSING = object()
+
+
+# ---- a call amounts to a module -----------------------------------------------------------------
+def module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that a call amounts to, None if it has no fixed one."""
+    call = CALLS.get(node.target)
+    if gives_several(node.target) and not node.meta.get("first"):
+        return None
+    if call is None or len(node.args) > len(call.names):
+        return None
+    given = arguments_of(node, *call.names)
+    x = given.pop("input", None)
+    if not isinstance(x, fx.Node) or set(given) - set(call.names):
+        return None
+    if call.build in OF_REAL_NUMBERS and not is_real(gm, x):
+        return None
+    resolved = {name: _constant(gm, value) for name, value in given.items()}
+    if any(value is MISSING for value in resolved.values()):
+        return None
+    if call.build in NORMS:
+        resolved["rank"] = rank_of(gm, x)
+    try:
+        return call.build(resolved)
+    # Arguments that the module does not take; some modules check theirs by assertions.
+    except (TypeError, ValueError, AssertionError):
+        return None
+
+
+def _constant(gm: fx.GraphModule, value: Any) -> Any:
+    """A node argument as a constant: numbers as they are, get_attr nodes as tensors."""
+    if isinstance(value, fx.Node):
+        if value.op != "get_attr" or value.meta.get("frozen"):
+            return MISSING
+        found = attribute(gm, value)
+        return found if isinstance(found, Tensor) else MISSING
+    if isinstance(value, (list, tuple)):
+        items = [_constant(gm, v) for v in value]
+        return MISSING if any(v is MISSING for v in items) else type(value)(items)
+    return value
+
+
+def linear_by_product(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """aten.addmm(b, x, wᵀ) and aten.mm(x, wᵀ), which exporting makes of a Linear layer."""
+    bias, x, transposed = node.args if len(node.args) == 3 else (None, *node.args)
+    is_transposed = isinstance(transposed, fx.Node) and (
+        transposed.target is aten.t.default
+        or (transposed.target is aten.permute.default and transposed.args[1] == [1, 0])
+    )
+    if node.kwargs or not is_transposed or not isinstance(x, fx.Node):
+        return None
+    weight, bias = _constant(gm, transposed.args[0]), _constant(gm, bias)  # type: ignore[union-attr]
+    module = None if MISSING in (weight, bias) else linear({"weight": weight, "bias": bias})
+    # A bias of another shape broadcasts over the batch.
+    if module is None or (bias is not None and bias.shape != weight.shape[:1]):
+        return None
+    node.args = (x,)
+    return module
+
+
+def reshaped(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """A view that is a reshape, as layers may give values in another memory format."""
+    if node.target in VIEWS and _has_sizes(node):
+        node.target = VIEWS[node.target]
+    return _flatten_by_view(gm, node)
+
+
+def _flatten_by_view(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """`x.view(x.size(0), -1)` and its relatives are `nn.Flatten(1)`."""
+    if node.target not in ("view", "reshape", torch.reshape) or len(node.args) < 2:
+        return None
+    sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    if len(sizes) != 2 or sizes[1] != -1 or not isinstance(sizes[0], fx.Node):
+        return None
+    x, size = node.args[0], sizes[0]
+    if not isinstance(x, fx.Node) or (rank_of(gm, x) or 0) < 2:
+        return None
+    if size.target == "size" and size.args == (x, 0):
+        return nn.Flatten(1)
+    if size.target is not operator.getitem or size.args[1] != 0:
+        return None
+    shape = size.args[0]
+    if not isinstance(shape, fx.Node):
+        return None
+    by_method = shape.target == "size" and shape.args == (x,)
+    by_attribute = shape.target is getattr and shape.args == (x, "shape")
+    return nn.Flatten(1) if by_method or by_attribute else None
+
+
+def _has_sizes(node: fx.Node) -> bool:
+    """Whether a view is to sizes, not to another type."""
+    sizes: Any = node.args[1:]
+    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)) else sizes
+    return bool(sizes) and not node.kwargs and all(_is_whole(n) for n in sizes)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, fx.Node) and "number" in value.meta)
+
+
+def call_module(
+    gm: fx.GraphModule, node: fx.Node, module: nn.Module, source: Any, taken: set[str]
+) -> None:
+    """Let a node call a module that the graph gets for it."""
+    name = free_path(gm, node, taken, module)
+    gm.add_submodule(name, module.eval())
+    node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
+
+
+def input_of_call(node: fx.Node) -> Any:
+    """The first argument of a call."""
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+
+
+# ---- a module in another form -------------------------------------------------------------------
+def pad_apart(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Let a convolution that pads with other values than zeros be a padding and a convolution."""
+    conv: Any = gm.get_submodule(str(node.target))
+    if type(conv) not in CONVS[1:] or conv.padding_mode == "zeros" or len(node.args) != 1:
+        return
+    touched = has_hooks(conv) or replaced_method(conv) is not None
+    if touched or not any(conv._reversed_padding_repeated_twice):
+        return
+    flat, x = list(conv._reversed_padding_repeated_twice), node.args[0]
+    with gm.graph.inserting_before(node):
+        padded = gm.graph.call_function(F.pad, (x, flat), {"mode": conv.padding_mode})
+    padded.meta = without_notes(node, "shape")
+    shape = x.meta.get("shape") if isinstance(x, fx.Node) else None
+    if shape is not None:
+        pairs = list(zip(flat[::2], flat[1::2], strict=True))[::-1]
+        size = (n if n is None else n + sum(p) for n, p in zip(shape[2:], pairs, strict=True))
+        padded.meta["shape"] = (*shape[:2], *size)
+    bare = copy.copy(conv)
+    bare.padding, bare.padding_mode = (0,) * len(conv.kernel_size), "zeros"
+    bare._reversed_padding_repeated_twice = [0] * len(flat)
+    gm.set_submodule(str(node.target), bare)
+    node.args = (padded,)
+
+
+def batch_norm_for(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Let an instance norm with running statistics be the batch norm that it is at inference."""
+    norm: Any = gm.get_submodule(str(node.target))
+    dims = INSTANCE_NORMS.index(type(norm)) + 1 if type(norm) in INSTANCE_NORMS else None
+    is_linear = dims is not None and norm.track_running_stats and norm.running_mean is not None
+    if dims is None or not is_linear or has_hooks(norm) or replaced_method(norm):
+        return
+    rank = rank_of(gm, input_of_call(node))
+    if len(node.args) != 1 or rank != dims + 2:  # others take inputs without a batch dimension
+        return
+    names = ("running_mean", "running_var", "weight", "bias", "eps")
+    made = batch_norm({name: getattr(norm, name) for name in names} | {"rank": rank})
+    if made is not None:
+        gm.set_submodule(str(node.target), made.eval())
+
+
+def detach_in_place(gm: fx.GraphModule, node: fx.Node, taken: set[str], *, keep: bool) -> None:
+    """Let a node call a copy of its in-place module that does not write.
+
+    Args:
+        keep: whether other calls still need the module as it is.
+    """
+    target = str(node.target)
+    module = copy.copy(gm.get_submodule(target))
+    module.inplace = False  # type: ignore[assignment]
+    if keep:
+        target = free_name(gm, target, taken)
+        gm.add_submodule(target, module)
+        node.target = target
+    else:
+        gm.set_submodule(target, module)
