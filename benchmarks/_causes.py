@@ -441,7 +441,7 @@ CAUSES: tuple[Cause, ...] = (
         "an operator writes to its first argument only",
         (
             (
-                "rmfx/frontend/effects.py",
+                "rmfx/frontend/schemas.py",
                 "    writes = [n for a in written for n in _written(node, a, given)]",
                 "    writes = [n for n in node.args[:1] if written and isinstance(n, fx.Node)]",
             ),

@@ -34,6 +34,7 @@ from rmfx.ir.kinds import (
 from rmfx.ir.layer_facts import rank_of
 from rmfx.ir.names import name_nodes
 from rmfx.ir.nodes import must_stay, replace_by_number
+from rmfx.ir.ranks import asks_for_rank
 
 from . import forms
 from .calls import CALLS
@@ -132,8 +133,7 @@ def _write_by_method(node: fx.Node) -> None:
 
 def _fold_number(gm: fx.GraphModule, node: fx.Node) -> None:
     """Replace a number of dimensions that is known, and comparisons and assertions of constants."""
-    is_rank = node.op == "call_method" and node.target in ("dim", "ndimension")
-    if is_rank or (node.target is getattr and node.args[1:] == ("ndim",)):
+    if asks_for_rank(node):
         rank = rank_of(gm, node.args[0] if isinstance(node.args[0], fx.Node) else None)
         if rank is not None:
             replace_by_number(node, rank)

@@ -38,7 +38,7 @@ class Snapshot:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._calls = {node: _call(node) for node in gm.graph.nodes}
-        self._asked = [node for node in gm.graph.nodes if _asks_for_rank(node)]
+        self._asked = [node for node in gm.graph.nodes if asks_for_rank(node)]
 
     def was_read_by_rank(self, gm: fx.GraphModule) -> bool:
         """Whether the graph as it is now means the same for some numbers of dimensions only."""
@@ -62,7 +62,8 @@ def _call(node: fx.Node) -> tuple[object, ...]:
     return (node.op, node.target, args, kwargs)
 
 
-def _asks_for_rank(node: fx.Node) -> bool:
+def asks_for_rank(node: fx.Node) -> bool:
+    """Whether a node reads a number of dimensions."""
     by_attribute = node.target is getattr and node.args[1:] == ("ndim",)
     return by_attribute or (node.op == "call_method" and node.target in RANKS)
 

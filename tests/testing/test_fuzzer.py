@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 import rmfx
 from rmfx import fuzz
-from rmfx.frontend import effects, freshness, functionalise
+from rmfx.frontend import freshness, functionalise, schemas
 from rmfx.ir import open_sizes, selections, sizes
 from rmfx.removal import strategy
 from rmfx.testing import (
@@ -341,7 +341,7 @@ PLANTED: dict[str, tuple[Any, str, Any, str, Callable[[str], bool], int, int]] =
         *(lambda feature: feature == "roll along space", 3, 100),
     ),
     "writes through second arguments are not seen": (
-        *(effects, "_written", first_arguments_only, "traced"),
+        *(schemas, "_written", first_arguments_only, "traced"),
         *(lambda feature: feature.startswith("write by"), 0, 100),
     ),
     "memory is compared by name": (
