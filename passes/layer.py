@@ -38,7 +38,7 @@ from rmfx.ir.notes import positions
 from rmfx.ir.reading import read, read_affine
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.modules.factors import Carried, ResConv
-from rmfx.options import is_named, is_number, patterns_of, typed
+from rmfx.options import is_named, number_of, patterns_of, typed
 from rmfx.oracle.verification import checked
 from rmfx.removal.merge import merge
 from rmfx.report import META_KEY, short
@@ -146,10 +146,8 @@ def insert_resconv(
         >>> [type(m).__name__ for m in net.children()]
         ['Conv2d', 'BatchNorm2d', 'ResConv', 'ReLU']
     """
-    if not is_number(carry) or not 0 < carry < math.inf:
-        raise OptionError(f"carry={carry!r} must be a number above 0, and finite")
-    if not is_number(scale) or not math.isfinite(scale):
-        raise OptionError(f"scale={scale!r} must be a finite number")
+    carry = number_of("carry", carry, above=0, below=math.inf)
+    scale = number_of("scale", scale, above=-math.inf, below=math.inf)
     net = _net_of(model, example_inputs, "insert_resconv")
     convs = [str(node.target) for node in net.graph.nodes if _is_conv(net, node)]
     if convs:
@@ -311,14 +309,8 @@ def _check(ratio: float | None, threshold: float | None, budget: float | None) -
     if sum(value is not None for value in given.values()) != 1:
         raise OptionError("give one of ratio=, threshold= and budget=")
     for name, value in given.items():
-        if value is not None and not is_number(value):
-            raise OptionError(f"{name}={value!r} must be a number")
-    if ratio is not None and not 0 <= ratio <= 1:
-        raise OptionError(f"ratio={ratio!r} must be from 0 to 1")
-    if threshold is not None and not threshold >= 0:
-        raise OptionError(f"threshold={threshold!r} must not be negative")
-    if budget is not None and not budget >= 0:
-        raise OptionError(f"budget={budget!r} must not be negative")
+        if value is not None:
+            number_of(name, value, least=0, most=1 if name == "ratio" else math.inf)
 
 
 def _gates(net: Net) -> dict[fx.Node, fx.Node]:

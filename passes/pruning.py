@@ -18,10 +18,9 @@ shared, hooked or parametrized.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, SupportsFloat, SupportsIndex
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +35,7 @@ from rmfx.errors import OptionError, ShapeError
 from rmfx.frontend.tracing import trace
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
+from rmfx.options import check_choice, count_of, number_of
 from rmfx.pruning.allocation import Demand, Multiple, allocate
 from rmfx.pruning.cutting import norm_behind, reads_ones, without
 from rmfx.pruning.families import Meter, Part, Size, Widths, multiply_adds, parameters
@@ -234,24 +234,19 @@ def _check(
 ) -> None:
     if (target is None) == (budget is None):
         raise OptionError("give either target, a share of the cost, or budget, a number")
-    for name, number in (("target", target), ("budget", budget), ("floor", floor)):
-        if number is not None and not isinstance(number, SupportsFloat):
-            raise OptionError(f"{name}={number!r} is no number")
-    if target is not None and not 0 < target <= 1:
-        raise OptionError(f"target={target!r}: a share of the cost lies above 0 and not above 1")
-    if budget is not None and not budget > 0:
-        raise OptionError(f"budget={budget!r} must be positive")
-    for name, value, known, other in (
-        ("of", of, COSTS, isinstance(of, LatencyTable)),
-        ("allocation", allocation, ALLOCATIONS, False),
-        ("importance", importance, IMPORTANCES, callable(importance)),
-        ("responses", responses, RESPONSES, False),
-    ):
-        if not other and value not in known:
-            raise OptionError(f"{name}={value!r}: choose from {', '.join(known)}")
-    is_count = isinstance(multiple, SupportsIndex) and operator.index(multiple) > 0
-    if not 0 <= floor <= 1 or not (is_count or callable(multiple)):
-        raise OptionError("floor must lie between 0 and 1, multiple must be 1 or more")
+    if target is not None:
+        number_of("target", target, above=0, most=1)
+    if budget is not None:
+        number_of("budget", budget, above=0)
+    number_of("floor", floor, least=0, most=1)
+    if not callable(multiple):
+        count_of("multiple", multiple)
+    if not isinstance(of, LatencyTable):
+        check_choice("of", of, COSTS)
+    if not callable(importance):
+        check_choice("importance", importance, IMPORTANCES)
+    check_choice("allocation", allocation, ALLOCATIONS)
+    check_choice("responses", responses, RESPONSES)
     if data is None and importance in BY_DATA:
         raise OptionError(f"importance={importance!r} needs data; or choose importance='l2'")
     if data is None and responses == "borders":

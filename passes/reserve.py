@@ -44,7 +44,7 @@ from rmfx.ir.notes import ORIGIN, forget
 from rmfx.ir.reading import read, read_affine
 from rmfx.ir.sizes import SizeLaw
 from rmfx.ir.undisturbed import undisturbed
-from rmfx.options import is_named, is_number, patterns_of
+from rmfx.options import count_of, is_named, number_of, patterns_of
 from rmfx.pruning.slicing import cut_module
 from rmfx.report import META_KEY
 from rmfx.rules.noop import does_nothing
@@ -153,10 +153,8 @@ def reserve(
         >>> [row.reserved for row in report.blocks]
         [0, 0, 0, 32, 0, 64, 0, 64, 0]
     """
-    if not is_number(ratio) or not 0 <= ratio < 1:
-        raise OptionError(f"ratio={ratio!r} must be a number, at least 0 and below 1")
-    if type(every) is not int or every < 1:
-        raise OptionError(f"every={every!r} must be a whole number, 1 or more")
+    ratio = number_of("ratio", ratio, least=0, below=1)
+    every = count_of("every", every)
     net = Net(trace(model, example_inputs))
     net.sweep()
     rows, before, in_a_row = [], None, 0

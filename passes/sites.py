@@ -40,7 +40,7 @@ from rmfx.ir.laterals import Lateral
 from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
-from rmfx.options import is_number
+from rmfx.options import number_of
 from rmfx.oracle.verification import checked
 from rmfx.removal.cut_out import cut_out, looks
 from rmfx.removal.remove import is_calibrated, remove
@@ -170,8 +170,7 @@ def choose_sites(
     unknown = [name for name in choices if name not in CHOICES]
     if unknown or "keep" not in choices:
         raise OptionError(f"choices={choices!r}: 'keep', and any of 'open' and 'cut'")
-    if not is_number(budget) or not budget >= 0:
-        raise OptionError(f"budget={budget!r}: what cutting may add to the loss is not negative")
+    budget = number_of("budget", budget, least=0)
     if example_inputs is None:
         raise ShapeError("choose_sites needs example inputs: it times sites at their sizes")
     check_batches("data", data)

@@ -36,6 +36,7 @@ from torch import Tensor, fx, nn
 from rmfx.choices import FRONTENDS, PASSES, STRATEGIES
 from rmfx.errors import OptionError, TraceError, first_line
 from rmfx.ir.spec import enforced
+from rmfx.options import check_choice, count_of, number_of
 from rmfx.passes.batch_norm import fold_batch_norm
 from rmfx.passes.branches import merge_branches
 from rmfx.passes.dead_channels import eliminate_dead_channels
@@ -257,10 +258,11 @@ def _check_options(
 ) -> None:
     if examples is None and seconds is None:
         raise OptionError("examples and seconds are both None: that would never end")
-    if (examples is not None and examples < 1) or (seconds is not None and not seconds > 0):
-        raise OptionError("examples and seconds must be positive")
-    if frontend not in FRONTENDS:
-        raise OptionError(f"frontend={frontend!r}: choose from {', '.join(FRONTENDS)}")
+    if examples is not None:
+        count_of("examples", examples)
+    if seconds is not None:
+        number_of("seconds", seconds, above=0)
+    check_choice("frontend", frontend, FRONTENDS)
     if frontend == "compiled" and transform != "remove_residuals":
         raise OptionError("frontend='compiled' is for remove_residuals, which the backend runs")
     if activation != "auto" and transform != "remove_residuals":
