@@ -36,7 +36,8 @@ from torch.export import ExportedProgram
 
 from rmfx.errors import RmfxError
 
-from .programs import UnsafeFileError, check_program
+from .expressions import UnsafeFileError
+from .programs import check_program
 
 _IMAGE = (1, 3, 224, 224)
 _VIDEO = (1, 3, 16, 112, 112)
