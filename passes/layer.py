@@ -17,12 +17,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.activation import Activation
@@ -41,8 +40,9 @@ from rmfx.modules.factors import Carried, ResConv
 from rmfx.options import is_named, number_of, patterns_of, typed
 from rmfx.oracle.verification import checked
 from rmfx.removal.merge import merge
-from rmfx.report import META_KEY, short
+from rmfx.report import META_KEY
 from rmfx.rules.linear import LinearRule
+from rmfx.table import Column, Record, short, table
 
 PROTECTED = "protected"
 Inserted = tuple[fx.Node, fx.Node]  # a convolution and its batch norm
@@ -68,7 +68,7 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class LayerReport(Record):
     """What `insert_resconv` or `prune_layers` did. `str()` gives a table, `to_dict` JSON's types.
 
     Attributes:
@@ -87,24 +87,17 @@ class LayerReport:
         """Multiply-adds of those that stay."""
         return sum(row.macs for row in self.layers if not row.removed)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        rows = [
-            (
-                row.place,
-                "" if row.score is None else f"{row.score:.4f}",
-                short(row.macs),
-                "removed" if row.removed else row.reason,
-            )
-            for row in self.layers
-        ]
-        align = ("left", "right", "right", "left")
-        head = ("layer", "score", "multiply-adds", "")
-        table = tabulate(rows, head, disable_numparse=True, colalign=align) if rows else ""
-        return f"{table}\n{self.removed} of {len(rows)} removed, {short(self.macs)} multiply-adds"
+        total = f"{self.removed} of {len(self.layers)} removed, {short(self.macs)} multiply-adds"
+        return f"{table(self.layers, _COLUMNS)}\n{total}"
+
+
+_COLUMNS = (
+    Column("layer", "place"),
+    Column("score", "score", ".4f", right=True),
+    Column("multiply-adds", "macs", short, right=True),
+    Column("", lambda row: "removed" if row.removed else row.reason),
+)
 
 
 # ---- the verbs ----------------------------------------------------------------------------------

@@ -19,12 +19,12 @@ shared, hooked or parametrized.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from rmfx.analysis.channel_labels import Channels
@@ -41,7 +41,7 @@ from rmfx.pruning.cutting import norm_behind, reads_ones, without
 from rmfx.pruning.families import Meter, Part, Size, Widths, multiply_adds, parameters
 from rmfx.pruning.importance import Custom, Responses, activation, by_layer, by_weight, taylor
 from rmfx.pruning.latency_table import LatencyTable
-from rmfx.report import short
+from rmfx.table import Column, Record, change, table
 
 RESPONSES = ("bias", "borders", "none")
 METERS = {"macs": multiply_adds, "parameters": parameters}
@@ -62,7 +62,7 @@ class FamilyReport:
 
 
 @dataclass(frozen=True)
-class PruningReport:
+class PruningReport(Record):
     """What `prune_channels` did. `str()` gives a table, `to_dict` what JSON can hold.
 
     Attributes:
@@ -82,22 +82,27 @@ class PruningReport:
     allocation: str
     held: tuple[tuple[str, str], ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        rows = [(", ".join(f.layers), f.before, f.after) for f in self.families]
-        table = tabulate(rows, ("layers", "filters", "left"), maxcolwidths=[60, None, None])
         macs, size = (
-            f"{short(before)} -> {short(after)} {name} ({after / max(before, 1):.3f})"
+            f"{change(before, after)} {name} ({after / max(before, 1):.3f})"
             for before, after, name in (
                 (self.macs_before, self.macs_after, "multiply-adds"),
                 (self.parameters_before, self.parameters_after, "parameters"),
             )
         )
-        held = tabulate(self.held, ("no channel leaves", "since"), maxcolwidths=[None, 60])
-        return "\n".join([table, *([held] if self.held else []), f"{macs}, {size}"])
+        tables = (table(self.families, _FAMILIES), table(self.held, _HELD))
+        return "\n".join(filter(None, (*tables, f"{macs}, {size}")))
+
+
+_FAMILIES = (
+    Column("layers", "layers", ", ".join, width=60),
+    Column("filters", "before", right=True),
+    Column("left", "after", right=True),
+)
+_HELD = (
+    Column("no channel leaves", itemgetter(0)),
+    Column("since", itemgetter(1), width=60),
+)
 
 
 @undisturbed

@@ -22,12 +22,11 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import fx, nn
 
 from rmfx.algebra.activation import Activation, is_activation
@@ -48,6 +47,7 @@ from rmfx.options import count_of, is_named, number_of, patterns_of
 from rmfx.pruning.slicing import cut_module
 from rmfx.report import META_KEY
 from rmfx.rules.noop import does_nothing
+from rmfx.table import Column, Record, table
 
 Layers = dict[fx.Node, AffineConv | None]  # the linear nodes of a block; sums and no-ops are None
 
@@ -70,7 +70,7 @@ class ReserveRow:
 
 
 @dataclass(frozen=True)
-class ReserveReport:
+class ReserveReport(Record):
     """What `reserve` did. `str()` gives a table, `to_dict` what JSON can hold.
 
     Attributes:
@@ -84,18 +84,17 @@ class ReserveReport:
         """How many blocks let channels pass."""
         return sum(row.reserved > 0 for row in self.blocks)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        rows = [
-            (row.place, "?" if row.channels is None else row.channels, row.reserved, row.reason)
-            for row in self.blocks
-        ]
-        head = ("block", "channels", "reserved", "")
-        table = tabulate(rows, head, disable_numparse=True, colalign=("left", "right", "right"))
-        return f"{table}\n{self.reserving} of {len(rows)} blocks reserve channels"
+        total = f"{self.reserving} of {len(self.blocks)} blocks reserve channels"
+        return f"{table(self.blocks, _COLUMNS)}\n{total}".lstrip()
+
+
+_COLUMNS = (
+    Column("block", "place"),
+    Column("channels", lambda row: "?" if row.channels is None else row.channels, right=True),
+    Column("reserved", "reserved", right=True),
+    Column("", "reason"),
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any
 
-from tabulate import tabulate
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
@@ -16,6 +16,7 @@ from .passes.batch_norm import fold_batch_norm as fold
 from .passes.noop import remove_noops
 from .passes.residual import remove_residuals
 from .report import Report, report
+from .table import Column, table
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,16 @@ class Conversion:
         if not (self.cost_before and self.cost_after):
             return ""
         before, after = asdict(self.cost_before), asdict(self.cost_after)
-        rows = []
-        for name, title in _TITLES.items():
-            a, b = before[name], after[name]
-            rows.append((title, f"{a:,}", f"{b:,}", f"{b / a:.2f}" if a else ""))
-        headers = ("", "before", "after", "after/before")
-        return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 3))
+        rows = [(title, before[name], after[name]) for name, title in _TITLES.items()]
+        return table(rows, _COLUMNS)
 
 
+_COLUMNS = (
+    Column("", itemgetter(0)),
+    Column("before", itemgetter(1), ",", right=True),
+    Column("after", itemgetter(2), ",", right=True),
+    Column("after/before", lambda row: row[2] / row[1] if row[1] else None, ".2f", right=True),
+)
 _TITLES = {
     "layers": "conv and linear layers",
     "adds": "adds",

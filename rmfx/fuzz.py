@@ -25,12 +25,12 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from random import Random
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from rmfx.choices import FRONTENDS, PASSES, STRATEGIES
@@ -44,6 +44,7 @@ from rmfx.passes.linear import merge_convs
 from rmfx.passes.noop import remove_noops
 from rmfx.passes.residual import remove_residuals
 from rmfx.report import SiteReport
+from rmfx.table import Column, table
 from rmfx.testing import FEATURES, Equivalence, NetworkSpec, random_block, random_network
 from rmfx.testing.compare import SIZES, TracedOnce, compare, rows_of
 from rmfx.testing.compiled import CHANGES, MOST_CHANGES, MOVED, compare_compiled, compiles
@@ -170,14 +171,13 @@ class FuzzReport:
         }
 
     def __str__(self) -> str:
+        features = [(name, self.features[name]) for name in sorted(COUNTED)]
+        removed = [(*key, count) for key, count in self.removed.most_common()]
         parts = [
-            _table(("feature", "networks"), [(f, self.features[f]) for f in sorted(COUNTED)]),
-            _table(
-                ("strategy", "exactness", "sites removed"),
-                [(*key, count) for key, count in self.removed.most_common()],
-            ),
-            _table(("reason", "sites refused"), self.refused.most_common()),
-            _table(("why it cannot be traced", "networks"), self.untraced.most_common()),
+            _counts(features, "feature", "networks"),
+            _counts(removed, "strategy", "exactness", "sites removed"),
+            _counts(self.refused.most_common(), "reason", "sites refused"),
+            _counts(self.untraced.most_common(), "why it cannot be traced", "networks"),
             self.summary(),
         ]
         return "\n\n".join(filter(None, parts))
@@ -196,8 +196,11 @@ class FuzzReport:
         )
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    return tabulate(rows, headers, maxcolwidths=[72] + [None] * (len(headers) - 1)) if rows else ""
+def _counts(rows: Sequence[tuple[Any, ...]], *titles: str) -> str:
+    """A table that counts something: what comes first, its number last."""
+    first, *others = (Column(title, itemgetter(i)) for i, title in enumerate(titles))
+    others[-1] = replace(others[-1], right=True)
+    return table(rows, [replace(first, width=72), *others])
 
 
 def fuzz(

@@ -11,11 +11,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,6 +37,7 @@ from rmfx.files.saving import (
 )
 from rmfx.fuzz import fuzz
 from rmfx.latency import LatencyReport, Network, measure_latency, plot
+from rmfx.table import Column, table
 from rmfx.timing.speed import LatencyError, Settings
 
 from .arguments import UsageError
@@ -62,7 +63,8 @@ def run_models(options: argparse.Namespace) -> None:
     rows = {
         f"rmfx.models:{name}": str(made.__doc__).splitlines()[0] for name, made in functions.items()
     }
-    _show(options, tabulate(rows.items(), ("MODEL", "what it is")), rows)
+    columns = (Column("MODEL", itemgetter(0)), Column("what it is", itemgetter(1)))
+    _show(options, table(rows.items(), columns), rows)
 
 
 def run_report(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -25,7 +25,8 @@ from rmfx.files.figures import write_figure
 from rmfx.frontend.tracing import trace
 from rmfx.ir.conditions import nodes_of_conditions
 from rmfx.latency import LatencyReport
-from rmfx.report import SiteReport, exactness_of, gain_of, short
+from rmfx.report import CARRY, GAIN, HEAD, SIZE, SiteReport
+from rmfx.table import Column, short
 
 INSTALL_COMMAND = "pip install 'rmfx[html]'"
 PACKAGES = ("igraph", "jinja2", "matplotlib")
@@ -33,8 +34,13 @@ WIDTH, HEIGHT = 128, 20  # of a box
 ACROSS, DOWN = 144, 36  # from box to box
 MARGIN = 12
 COLUMNS = (
-    *("site", "done", "strategy", "exactness", "layout", "shape", "gain", "carry"),
-    *("multiply-adds before", "after", "parameters before", "after", "reason"),
+    *(*HEAD, Column("layout", "layout"), SIZE),
+    *(replace(column, right=True) for column in (GAIN, CARRY)),
+    Column("multiply-adds before", "macs_before", short, right=True),
+    Column("after", "macs_after", short, right=True),
+    Column("parameters before", "params_before", short, right=True),
+    Column("after", "params_after", short, right=True),
+    Column("reason", "reason"),
 )
 COST_NAMES = {
     "macs": "multiply-adds",
@@ -130,7 +136,7 @@ def page(
         bars=_bars(figures, latency),
         notes=_notes(latency),
         drawings=drawings,
-        columns=COLUMNS,
+        columns=[column.title for column in COLUMNS],
         rows=[{"cells": _cells(row)} for row in conversion.report.rows],
         version=importlib.metadata.version("rmfx"),
     )
@@ -195,23 +201,15 @@ def _bars(figures: Sequence[tuple[str, str, str, str]], latency: LatencyReport |
 
 
 def _cells(row: SiteReport) -> list[dict[str, Any]]:
-    size = "x".join("?" if n is None else str(n) for n in row.shape or ())
-    costs = (row.macs_before, row.macs_after, row.params_before, row.params_after)
-    texts = [
-        (row.place or row.join, ""),
-        (row.status, row.status),
-        *((text, "") for text in (row.strategy, exactness_of(row), row.layout, size)),
-        (gain_of(row), "number"),
-        (str(row.carry or ""), "number"),
-        *(("" if n is None else short(n), "number") for n in costs),
-        (row.reason, ""),
-    ]
-    values = [text for text, _ in texts]
-    values[8:12] = ["" if n is None else str(n) for n in costs]
-    return [
-        {"text": text, "kind": kind, "value": value}
-        for (text, kind), value in zip(texts, values, strict=True)
-    ]
+    """What the page shows of a site, and by what it sorts."""
+    kinds = {"done": row.status}
+    cells = []
+    for column in COLUMNS:
+        kind = kinds.get(column.title, "number" if column.right else "")
+        value = column.value(row)
+        text = "" if value is None else str(value)
+        cells.append({"text": column.cell(row), "kind": kind, "value": text})
+    return cells
 
 
 # ---- drawings -----------------------------------------------------------------------------------

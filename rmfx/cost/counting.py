@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tabulate import tabulate
 from torch import fx, nn
 
 from rmfx.algebra.affine import MULTIPLYING
@@ -18,8 +17,9 @@ from rmfx.ir.joins import adds_itself
 from rmfx.ir.kinds import ADDS, SUBS
 from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
-from rmfx.report import short
 from rmfx.rules.noop import NoopRule
+from rmfx.table import Column, short
+from rmfx.table import table as _table
 
 from .memory import live_bytes, size_of
 from .streams import Skip
@@ -184,8 +184,14 @@ def skips(model: nn.Module | Any, example_inputs: Any) -> tuple[Skip, ...]:
 
 def table(rows: tuple[NodeCost, ...]) -> str:
     """The costs of nodes as a table."""
-    headers = ("node", "kind", "multiply-adds", "parameters", "bytes moved", "bytes alive")
-    cells = [(r.node, r.kind, *map(short, (r.macs, r.parameters, r.moved, r.live))) for r in rows]
-    return tabulate(
-        cells, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)
-    )
+    return _table(rows, _COLUMNS)
+
+
+_COLUMNS = (
+    Column("node", "node"),
+    Column("kind", "kind"),
+    Column("multiply-adds", "macs", short, right=True),
+    Column("parameters", "parameters", short, right=True),
+    Column("bytes moved", "moved", short, right=True),
+    Column("bytes alive", "live", short, right=True),
+)
