@@ -15,10 +15,6 @@ environment lets them sleep instead; it must be there before torch is imported.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import os
-import platform
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,11 +31,9 @@ from rmfx.conversion import Conversion, convert
 from rmfx.files.figures import check_plotting, write_figure
 from rmfx.files.saving import as_function, default_tolerance, random_like, relative_error
 from rmfx.table import Column, spread, table
+from rmfx.timing.machine import machine_of
 from rmfx.timing.runtimes import RUNTIMES, Form, RuntimeFailure, as_failure, torch_threads
 from rmfx.timing.speed import LatencyError, Settings, advice, ratio_of, ratios_of
-
-# How long idle threads of torch spin before they sleep, and how many there are: both move times.
-_THREAD_VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
 
 
 @dataclass(frozen=True)
@@ -297,29 +291,6 @@ def _check(network: Network) -> None:
         raise LatencyError(
             f"{network.name} takes {found}; the runtimes can be compared in float32 only"
         )
-
-
-def machine_of(settings: Settings, runtimes: Iterable[str]) -> dict[str, str]:
-    """What must be known to read measurements: threads, rounds, CPU, versions, as text by name."""
-    packages = ["torch", *(name for name in ("onnxruntime", "openvino") if name in runtimes)]
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {
-        "threads": str(settings.threads),
-        "rounds": str(settings.rounds),
-        "precision": "float32",
-        "CPU": f"{_cpu_name()} ({capability})",
-        **{name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ},
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):  # there on Linux only
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def plot(report: LatencyReport, path: Path) -> None:
