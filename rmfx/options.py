@@ -221,6 +221,12 @@ def check_choice(name: str, given: object, known: Iterable[str]) -> None:
         raise OptionError(f"{name}={shown(given)}: choose from {', '.join(known)}")
 
 
+def shapes_shown(inputs: Iterable[object]) -> str:
+    """Inputs as messages show them: tensors by their shapes."""
+    parts = (str(tuple(x.shape)) if isinstance(x, Tensor) else shown(x) for x in inputs)
+    return f"[{', '.join(parts)}]"
+
+
 def shown(value: object) -> str:
     """A value as messages show it: short, and of arrays the shape alone."""
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim:

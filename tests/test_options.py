@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rmfx.errors import OptionError
-from rmfx.options import check_choice, count_of, number_of, shown
+from rmfx.options import check_choice, count_of, number_of, shapes_shown, shown
 
 
 @pytest.mark.parametrize("given", [0.5, np.float32(0.5), torch.tensor(0.5), np.array(0.5)])
@@ -66,3 +66,8 @@ def test_values_are_shown_briefly() -> None:
     assert shown("a\nb") == "'a\\nb'"
     assert len(shown(list(range(1000)))) == 60
     assert shown(torch.tensor(2)) == "tensor(2)"
+
+
+def test_arrays_are_shown_by_their_shapes_alone() -> None:
+    given = [torch.zeros(2, 3), np.zeros((4, 5)), 1.5]
+    assert shapes_shown(given) == "[(2, 3), ndarray of shape (4, 5), 1.5]"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import keyword
-import reprlib
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -18,7 +17,7 @@ from rmfx.errors import ModeError, ShapeError, TraceError, WeightError, first_li
 from rmfx.ir.notes import OWN_GRADIENT
 from rmfx.ir.weights import check_weight
 from rmfx.modules.ring import FromRing
-from rmfx.options import Inputs
+from rmfx.options import Inputs, shapes_shown
 
 SWITCHES_OF_GRADIENTS = ("_set_grad_enabled", "set_grad_enabled", "wrap_with_set_grad_enabled")
 MODE_DEPENDENT = (
@@ -145,5 +144,5 @@ def does_not_run(inputs: Inputs, error: Exception) -> ShapeError:
             f"the model's sizes or ways depend on values ({first_line(error)}), of which example "
             "inputs are an example only; leave them out, or convert the part before"
         )
-    shapes = [tuple(x.shape) if isinstance(x, Tensor) else reprlib.repr(x) for x in inputs]
-    return ShapeError(f"the model does not run on the example inputs {shapes}: {first_line(error)}")
+    given = shapes_shown(inputs)
+    return ShapeError(f"the model does not run on the example inputs {given}: {first_line(error)}")
