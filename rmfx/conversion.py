@@ -45,14 +45,15 @@ class Conversion:
         return made
 
     def __str__(self) -> str:
-        return "\n\n".join(filter(None, [str(self.report), self._cost_table()]))
+        return "\n\n".join(filter(None, [str(self.report), table(self.costs, _COLUMNS)]))
 
-    def _cost_table(self) -> str:
+    @property
+    def costs(self) -> list[tuple[str, int, int]]:
+        """What is counted, before and after; nothing where the inputs are not known."""
         if not (self.cost_before and self.cost_after):
-            return ""
+            return []
         before, after = asdict(self.cost_before), asdict(self.cost_after)
-        rows = [(title, before[name], after[name]) for name, title in _TITLES.items()]
-        return table(rows, _COLUMNS)
+        return [(title, before[name], after[name]) for name, title in _TITLES.items()]
 
 
 _COLUMNS = (

@@ -12,14 +12,14 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
 from torch import Tensor, fx
 
 from rmfx.conversion import Conversion
-from rmfx.cost.counting import Cost, NodeCost, nodes
+from rmfx.cost.counting import NodeCost, nodes
 from rmfx.errors import RmfxError
 from rmfx.files.figures import write_figure
 from rmfx.frontend.tracing import trace
@@ -42,14 +42,6 @@ COLUMNS = (
     Column("after", "params_after", short, right=True),
     Column("reason", "reason"),
 )
-COST_NAMES = {
-    "macs": "multiply-adds",
-    "parameters": "parameters",
-    "adds": "additions",
-    "layers": "layers with weights",
-    "moved": "bytes moved",
-    "peak": "bytes alive at most",
-}
 
 
 class PageError(RmfxError):
@@ -125,8 +117,10 @@ def page(
         ("before", draw(graphs[0], costs[0], {})),
         ("after", draw(graphs[1], costs[1], own)),
     ]
-    before, after = conversion.cost_before, conversion.cost_after
-    figures = _figures(before, after) if before and after else []
+    figures = [
+        (title, short(before), short(after), f"{after / before:.2f}x" if before else "")
+        for title, before, after in conversion.costs
+    ]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = resources.files("rmfx.cli").joinpath("templates/report.html")
     return environment.from_string(template.read_text(encoding="utf-8")).render(
@@ -155,14 +149,6 @@ def _summary(conversion: Conversion) -> str:
     return f"{', '.join(parts)}. Both forms compute the same; batch norm is folded in both."
 
 
-def _figures(before: Cost, after: Cost) -> list[tuple[str, str, str, str]]:
-    rows = []
-    for name, title in COST_NAMES.items():
-        a, b = asdict(before)[name], asdict(after)[name]
-        rows.append((title, short(a), short(b), f"{b / a:.2f}x" if a else ""))
-    return rows
-
-
 def _notes(latency: LatencyReport | None) -> list[str]:
     if latency is None:
         return []
@@ -174,9 +160,7 @@ def _bars(figures: Sequence[tuple[str, str, str, str]], latency: LatencyReport |
     """Ratios after/before as bars, with a line at 1; SVG."""
     from matplotlib.figure import Figure
 
-    bars = [
-        (name, float(r[:-1]), 0.0, 0.0) for name, _, _, r in figures if r and name != "additions"
-    ]
+    bars = [(name, float(r[:-1]), 0.0, 0.0) for name, _, _, r in figures if r and name != "adds"]
     for row in latency.rows if latency else ():
         if not row.failure:
             median, low, high = row.ratio
