@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from rmfx.cost.counting import Cost, count
+from rmfx.options import as_inputs
 
 from .passes.batch_norm import fold_batch_norm as fold
 from .passes.noop import remove_noops
@@ -97,9 +98,7 @@ def convert(
         >>> conversion.cost_before.adds, conversion.cost_after.adds
         (5, 0)
     """
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    inputs = None if example_inputs is None else tuple(example_inputs)
+    inputs = as_inputs(example_inputs)
     after = remove_residuals(model, inputs, fold_batch_norm=fold_batch_norm, **options)
     before = remove_noops(model, inputs, verify=False)
     if fold_batch_norm:
