@@ -103,9 +103,10 @@ class Distillation:
         temperature: float = 4.0,
         loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
     ) -> None:
-        self.weight = number_of("weight", weight, least=0, most=1)
-        self.temperature = number_of("temperature", temperature, above=0, below=math.inf)
-        self.teacher, self.loss = teacher.eval(), loss
+        number_of("weight", weight, least=0, most=1)
+        number_of("temperature", temperature, above=0, below=math.inf)
+        self.teacher = teacher.eval()
+        self.weight, self.temperature, self.loss = weight, temperature, loss
 
     def __call__(self, inputs: Tensor, output: Tensor, target: Any) -> Tensor:
         """The loss of a batch."""
