@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import rmfx
-from rmfx.latency import machine_of
+from rmfx.timing.machine import machine_of
 from rmfx.timing.speed import Settings, compare_speed, ratio_of
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import rmfx
-from rmfx.latency import machine_of
 from rmfx.testing import assert_equivalent, random_statistics
+from rmfx.timing.machine import machine_of
 from rmfx.timing.speed import Settings, compare_speed, ratio_of
 
 TIMM = (

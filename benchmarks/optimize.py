@@ -27,7 +27,7 @@ from _records import code_version, write
 from branches import TIMM, Ratio, build, markdown
 
 import rmfx
-from rmfx.latency import machine_of
+from rmfx.timing.machine import machine_of
 from rmfx.timing.speed import Settings, compare_speed, ratio_of
 
 OTHERS = (

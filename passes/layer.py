@@ -17,12 +17,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.activation import Activation
@@ -38,11 +37,12 @@ from rmfx.ir.notes import positions
 from rmfx.ir.reading import read, read_affine
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.modules.factors import Carried, ResConv
-from rmfx.options import is_named, is_number, patterns_of, typed
+from rmfx.options import is_named, number_of, patterns_of, typed
 from rmfx.oracle.verification import checked
 from rmfx.removal.merge import merge
-from rmfx.report import META_KEY, short
+from rmfx.report import META_KEY
 from rmfx.rules.linear import LinearRule
+from rmfx.table import Column, Record, short, table
 
 PROTECTED = "protected"
 Inserted = tuple[fx.Node, fx.Node]  # a convolution and its batch norm
@@ -68,7 +68,7 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class LayerReport(Record):
     """What `insert_resconv` or `prune_layers` did. `str()` gives a table, `to_dict` JSON's types.
 
     Attributes:
@@ -87,24 +87,17 @@ class LayerReport:
         """Multiply-adds of those that stay."""
         return sum(row.macs for row in self.layers if not row.removed)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        rows = [
-            (
-                row.place,
-                "" if row.score is None else f"{row.score:.4f}",
-                short(row.macs),
-                "removed" if row.removed else row.reason,
-            )
-            for row in self.layers
-        ]
-        align = ("left", "right", "right", "left")
-        head = ("layer", "score", "multiply-adds", "")
-        table = tabulate(rows, head, disable_numparse=True, colalign=align) if rows else ""
-        return f"{table}\n{self.removed} of {len(rows)} removed, {short(self.macs)} multiply-adds"
+        total = f"{self.removed} of {len(self.layers)} removed, {short(self.macs)} multiply-adds"
+        return f"{table(self.layers, _COLUMNS)}\n{total}"
+
+
+_COLUMNS = (
+    Column("layer", "place"),
+    Column("score", "score", ".4f", right=True),
+    Column("multiply-adds", "macs", short, right=True),
+    Column("", lambda row: "removed" if row.removed else row.reason),
+)
 
 
 # ---- the verbs ----------------------------------------------------------------------------------
@@ -146,10 +139,8 @@ def insert_resconv(
         >>> [type(m).__name__ for m in net.children()]
         ['Conv2d', 'BatchNorm2d', 'ResConv', 'ReLU']
     """
-    if not is_number(carry) or not 0 < carry < math.inf:
-        raise OptionError(f"carry={carry!r} must be a number above 0, and finite")
-    if not is_number(scale) or not math.isfinite(scale):
-        raise OptionError(f"scale={scale!r} must be a finite number")
+    carry = number_of("carry", carry, above=0, below=math.inf)
+    scale = number_of("scale", scale, above=-math.inf, below=math.inf)
     net = _net_of(model, example_inputs, "insert_resconv")
     convs = [str(node.target) for node in net.graph.nodes if _is_conv(net, node)]
     if convs:
@@ -311,14 +302,8 @@ def _check(ratio: float | None, threshold: float | None, budget: float | None) -
     if sum(value is not None for value in given.values()) != 1:
         raise OptionError("give one of ratio=, threshold= and budget=")
     for name, value in given.items():
-        if value is not None and not is_number(value):
-            raise OptionError(f"{name}={value!r} must be a number")
-    if ratio is not None and not 0 <= ratio <= 1:
-        raise OptionError(f"ratio={ratio!r} must be from 0 to 1")
-    if threshold is not None and not threshold >= 0:
-        raise OptionError(f"threshold={threshold!r} must not be negative")
-    if budget is not None and not budget >= 0:
-        raise OptionError(f"budget={budget!r} must not be negative")
+        if value is not None:
+            number_of(name, value, least=0, most=1 if name == "ratio" else math.inf)
 
 
 def _gates(net: Net) -> dict[fx.Node, fx.Node]:

@@ -18,14 +18,13 @@ shared, hooked or parametrized.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, SupportsFloat, SupportsIndex
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from rmfx.analysis.channel_labels import Channels
@@ -36,12 +35,13 @@ from rmfx.errors import OptionError, ShapeError
 from rmfx.frontend.tracing import trace
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
+from rmfx.options import check_choice, count_of, number_of
 from rmfx.pruning.allocation import Demand, Multiple, allocate
 from rmfx.pruning.cutting import norm_behind, reads_ones, without
 from rmfx.pruning.families import Meter, Part, Size, Widths, multiply_adds, parameters
 from rmfx.pruning.importance import Custom, Responses, activation, by_layer, by_weight, taylor
 from rmfx.pruning.latency_table import LatencyTable
-from rmfx.report import short
+from rmfx.table import Column, Record, change, table
 
 RESPONSES = ("bias", "borders", "none")
 METERS = {"macs": multiply_adds, "parameters": parameters}
@@ -62,7 +62,7 @@ class FamilyReport:
 
 
 @dataclass(frozen=True)
-class PruningReport:
+class PruningReport(Record):
     """What `prune_channels` did. `str()` gives a table, `to_dict` what JSON can hold.
 
     Attributes:
@@ -82,22 +82,27 @@ class PruningReport:
     allocation: str
     held: tuple[tuple[str, str], ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        rows = [(", ".join(f.layers), f.before, f.after) for f in self.families]
-        table = tabulate(rows, ("layers", "filters", "left"), maxcolwidths=[60, None, None])
         macs, size = (
-            f"{short(before)} -> {short(after)} {name} ({after / max(before, 1):.3f})"
+            f"{change(before, after)} {name} ({after / max(before, 1):.3f})"
             for before, after, name in (
                 (self.macs_before, self.macs_after, "multiply-adds"),
                 (self.parameters_before, self.parameters_after, "parameters"),
             )
         )
-        held = tabulate(self.held, ("no channel leaves", "since"), maxcolwidths=[None, 60])
-        return "\n".join([table, *([held] if self.held else []), f"{macs}, {size}"])
+        tables = (table(self.families, _FAMILIES), table(self.held, _HELD))
+        return "\n".join(filter(None, (*tables, f"{macs}, {size}")))
+
+
+_FAMILIES = (
+    Column("layers", "layers", ", ".join, width=60),
+    Column("filters", "before", right=True),
+    Column("left", "after", right=True),
+)
+_HELD = (
+    Column("no channel leaves", itemgetter(0)),
+    Column("since", itemgetter(1), width=60),
+)
 
 
 @undisturbed
@@ -234,24 +239,19 @@ def _check(
 ) -> None:
     if (target is None) == (budget is None):
         raise OptionError("give either target, a share of the cost, or budget, a number")
-    for name, number in (("target", target), ("budget", budget), ("floor", floor)):
-        if number is not None and not isinstance(number, SupportsFloat):
-            raise OptionError(f"{name}={number!r} is no number")
-    if target is not None and not 0 < target <= 1:
-        raise OptionError(f"target={target!r}: a share of the cost lies above 0 and not above 1")
-    if budget is not None and not budget > 0:
-        raise OptionError(f"budget={budget!r} must be positive")
-    for name, value, known, other in (
-        ("of", of, COSTS, isinstance(of, LatencyTable)),
-        ("allocation", allocation, ALLOCATIONS, False),
-        ("importance", importance, IMPORTANCES, callable(importance)),
-        ("responses", responses, RESPONSES, False),
-    ):
-        if not other and value not in known:
-            raise OptionError(f"{name}={value!r}: choose from {', '.join(known)}")
-    is_count = isinstance(multiple, SupportsIndex) and operator.index(multiple) > 0
-    if not 0 <= floor <= 1 or not (is_count or callable(multiple)):
-        raise OptionError("floor must lie between 0 and 1, multiple must be 1 or more")
+    if target is not None:
+        number_of("target", target, above=0, most=1)
+    if budget is not None:
+        number_of("budget", budget, above=0)
+    number_of("floor", floor, least=0, most=1)
+    if not callable(multiple):
+        count_of("multiple", multiple)
+    if not isinstance(of, LatencyTable):
+        check_choice("of", of, COSTS)
+    if not callable(importance):
+        check_choice("importance", importance, IMPORTANCES)
+    check_choice("allocation", allocation, ALLOCATIONS)
+    check_choice("responses", responses, RESPONSES)
     if data is None and importance in BY_DATA:
         raise OptionError(f"importance={importance!r} needs data; or choose importance='l2'")
     if data is None and responses == "borders":

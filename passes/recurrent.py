@@ -28,7 +28,7 @@ from rmfx.errors import OptionError, WeightError, first_line
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.modules.parametrized import make_ordinary
 from rmfx.modules.ring import FromRing, Ring, Rings
-from rmfx.options import is_named, is_number, is_whole, patterns_of
+from rmfx.options import count_of, is_named, number_of, patterns_of
 
 Model = TypeVar("Model", bound=nn.Module)
 Scope = str | Callable[[str], str]
@@ -82,8 +82,7 @@ def share_parameters(
         raise OptionError(
             f"the model has {RINGS} already; materialize(model) makes weights of them"
         )
-    if type(seed) is not int or not 0 <= seed < 2**62:
-        raise OptionError(f"seed={seed!r} must be a whole number from 0 to 2^62 - 1")
+    seed = count_of("seed", seed, least=0, most=2**62 - 1)
     _check(model, _included(model, include))
     made = _copy(model)
     by_ring = _by_ring(_included(made, include), scope)
@@ -225,14 +224,11 @@ def _sizes(totals: dict[str, int], budget: int | None, ratio: float | None) -> d
     total = sum(totals.values())
     if (budget is None) == (ratio is None):
         raise OptionError("give either budget=, a number, or ratio=, a share")
-    if ratio is not None and not (is_number(ratio) and 0 < ratio <= 1):
-        raise OptionError(f"ratio={ratio!r} must be a number above 0 and at most 1")
-    wanted = budget if budget is not None else max(len(totals), round(total * cast(float, ratio)))
-    if not is_whole(wanted) or not len(totals) <= wanted <= total:
-        raise OptionError(
-            f"budget={wanted!r} must be a whole number from {len(totals)}, one for each ring, to "
-            f"{total}, what the layers need"
-        )
+    if ratio is not None:
+        share = number_of("ratio", ratio, above=0, most=1)
+        budget = max(len(totals), round(total * share))
+    # One for each ring at least, and at most what the layers need.
+    wanted = count_of("budget", budget, len(totals), total)
     # A number at least; then down to whole numbers, and what is left to those that lost most.
     spare = wanted - len(totals)
     shares = {name: spare * (own - 1) / max(1, total - len(totals)) for name, own in totals.items()}

@@ -22,12 +22,11 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import fx, nn
 
 from rmfx.algebra.activation import Activation, is_activation
@@ -44,10 +43,11 @@ from rmfx.ir.notes import ORIGIN, forget
 from rmfx.ir.reading import read, read_affine
 from rmfx.ir.sizes import SizeLaw
 from rmfx.ir.undisturbed import undisturbed
-from rmfx.options import is_named, is_number, patterns_of
+from rmfx.options import count_of, is_named, number_of, patterns_of
 from rmfx.pruning.slicing import cut_module
 from rmfx.report import META_KEY
 from rmfx.rules.noop import does_nothing
+from rmfx.table import Column, Record, table
 
 Layers = dict[fx.Node, AffineConv | None]  # the linear nodes of a block; sums and no-ops are None
 
@@ -70,7 +70,7 @@ class ReserveRow:
 
 
 @dataclass(frozen=True)
-class ReserveReport:
+class ReserveReport(Record):
     """What `reserve` did. `str()` gives a table, `to_dict` what JSON can hold.
 
     Attributes:
@@ -84,18 +84,17 @@ class ReserveReport:
         """How many blocks let channels pass."""
         return sum(row.reserved > 0 for row in self.blocks)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        rows = [
-            (row.place, "?" if row.channels is None else row.channels, row.reserved, row.reason)
-            for row in self.blocks
-        ]
-        head = ("block", "channels", "reserved", "")
-        table = tabulate(rows, head, disable_numparse=True, colalign=("left", "right", "right"))
-        return f"{table}\n{self.reserving} of {len(rows)} blocks reserve channels"
+        total = f"{self.reserving} of {len(self.blocks)} blocks reserve channels"
+        return f"{table(self.blocks, _COLUMNS)}\n{total}".lstrip()
+
+
+_COLUMNS = (
+    Column("block", "place"),
+    Column("channels", lambda row: "?" if row.channels is None else row.channels, right=True),
+    Column("reserved", "reserved", right=True),
+    Column("", "reason"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,10 +152,8 @@ def reserve(
         >>> [row.reserved for row in report.blocks]
         [0, 0, 0, 32, 0, 64, 0, 64, 0]
     """
-    if not is_number(ratio) or not 0 <= ratio < 1:
-        raise OptionError(f"ratio={ratio!r} must be a number, at least 0 and below 1")
-    if type(every) is not int or every < 1:
-        raise OptionError(f"every={every!r} must be a whole number, 1 or more")
+    ratio = number_of("ratio", ratio, least=0, below=1)
+    every = count_of("every", every)
     net = Net(trace(model, example_inputs))
     net.sweep()
     rows, before, in_a_row = [], None, 0

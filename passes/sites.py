@@ -19,13 +19,12 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import update_bn
 
@@ -40,7 +39,7 @@ from rmfx.ir.laterals import Lateral
 from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
-from rmfx.options import is_number
+from rmfx.options import number_of
 from rmfx.oracle.verification import checked
 from rmfx.removal.cut_out import cut_out, looks
 from rmfx.removal.remove import is_calibrated, remove
@@ -48,6 +47,7 @@ from rmfx.removal.site import Site, find_sites
 from rmfx.report import META_KEY
 from rmfx.rules.batch_norm import fold
 from rmfx.rules.noop import NoopRule
+from rmfx.table import Column, Record, table
 from rmfx.timing.timer import Timer
 
 CHOICES = ("keep", "open", "cut")
@@ -76,7 +76,7 @@ class SiteChoice:
 
 
 @dataclass(frozen=True)
-class ChoiceReport:
+class ChoiceReport(Record):
     """What `choose_sites` did. `str()` gives a table, `to_dict` what JSON can hold.
 
     Attributes:
@@ -90,29 +90,25 @@ class ChoiceReport:
     loss_after: float
     runtime: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        headers = ("site", "choice", "as it is", "open", "cut", "loss by cutting")
-        rows = [
-            (
-                site.place or site.join,
-                site.choice,
-                *map(_microseconds, (site.seconds, site.seconds_open, site.seconds_cut)),
-                "" if site.loss_cut is None else f"{site.loss_cut:+.4f}",
-            )
-            for site in self.sites
-        ]
-        align = ("left", "left", *["right"] * 4)
-        table = tabulate(rows, headers, disable_numparse=True, colalign=align) if rows else ""
+        if not self.sites:
+            return "no residual connections"
         loss = f"loss {self.loss_before:.4f} -> {self.loss_after:.4f}, times in {self.runtime}"
-        return f"{table}\n{loss}" if rows else "no residual connections"
+        return f"{table(self.sites, _COLUMNS)}\n{loss}"
 
 
-def _microseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e6:.0f} us"
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} us"
+
+
+_COLUMNS = (
+    Column("site", lambda row: row.place or row.join),
+    Column("choice", "choice"),
+    Column("as it is", "seconds", _microseconds, right=True),
+    Column("open", "seconds_open", _microseconds, right=True),
+    Column("cut", "seconds_cut", _microseconds, right=True),
+    Column("loss by cutting", "loss_cut", "+.4f", right=True),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,8 +166,7 @@ def choose_sites(
     unknown = [name for name in choices if name not in CHOICES]
     if unknown or "keep" not in choices:
         raise OptionError(f"choices={choices!r}: 'keep', and any of 'open' and 'cut'")
-    if not is_number(budget) or not budget >= 0:
-        raise OptionError(f"budget={budget!r}: what cutting may add to the loss is not negative")
+    budget = number_of("budget", budget, least=0)
     if example_inputs is None:
         raise ShapeError("choose_sites needs example inputs: it times sites at their sizes")
     check_batches("data", data)

@@ -23,7 +23,7 @@ from rmfx.errors import OptionError, RmfxError, WeightError
 from rmfx.frontend.dynamo import Lifted, can_be_seen, find_lifted, snapshot, with_weights
 from rmfx.frontend.freshness import MODES, Mode, Snapshot
 from rmfx.interval import Interval
-from rmfx.options import check_classes
+from rmfx.options import check_choice, check_classes
 from rmfx.removal.policy import Policy, check_policy
 from rmfx.removal.strategy import allowed_ways
 
@@ -84,8 +84,7 @@ class Options:
         options = Options(**given)
         if options.backend == "rmfx":
             raise OptionError("backend='rmfx' cannot compile with itself; name another backend")
-        if options.weights not in MODES:
-            raise OptionError(f"weights={options.weights!r}: pass one of {', '.join(MODES)}")
+        check_choice("weights", options.weights, MODES)
         check_policy(options.policy)
         check_range(options.input_range)
         allowed_ways(options.activation)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any
 
-from tabulate import tabulate
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from rmfx.cost.counting import Cost, count
+from rmfx.options import as_inputs
 
 from .passes.batch_norm import fold_batch_norm as fold
 from .passes.noop import remove_noops
 from .passes.residual import remove_residuals
 from .report import Report, report
+from .table import Column, table
 
 
 @dataclass(frozen=True)
@@ -44,20 +46,23 @@ class Conversion:
         return made
 
     def __str__(self) -> str:
-        return "\n\n".join(filter(None, [str(self.report), self._cost_table()]))
+        return "\n\n".join(filter(None, [str(self.report), table(self.costs, _COLUMNS)]))
 
-    def _cost_table(self) -> str:
+    @property
+    def costs(self) -> list[tuple[str, int, int]]:
+        """What is counted, before and after; nothing where the inputs are not known."""
         if not (self.cost_before and self.cost_after):
-            return ""
+            return []
         before, after = asdict(self.cost_before), asdict(self.cost_after)
-        rows = []
-        for name, title in _TITLES.items():
-            a, b = before[name], after[name]
-            rows.append((title, f"{a:,}", f"{b:,}", f"{b / a:.2f}" if a else ""))
-        headers = ("", "before", "after", "after/before")
-        return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 3))
+        return [(title, before[name], after[name]) for name, title in _TITLES.items()]
 
 
+_COLUMNS = (
+    Column("", itemgetter(0)),
+    Column("before", itemgetter(1), ",", right=True),
+    Column("after", itemgetter(2), ",", right=True),
+    Column("after/before", lambda row: row[2] / row[1] if row[1] else None, ".2f", right=True),
+)
 _TITLES = {
     "layers": "conv and linear layers",
     "adds": "adds",
@@ -93,9 +98,7 @@ def convert(
         >>> conversion.cost_before.adds, conversion.cost_after.adds
         (5, 0)
     """
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    inputs = None if example_inputs is None else tuple(example_inputs)
+    inputs = as_inputs(example_inputs)
     after = remove_residuals(model, inputs, fold_batch_norm=fold_batch_norm, **options)
     before = remove_noops(model, inputs, verify=False)
     if fold_batch_norm:

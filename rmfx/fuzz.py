@@ -25,17 +25,18 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from random import Random
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from rmfx.choices import FRONTENDS, PASSES, STRATEGIES
 from rmfx.errors import OptionError, TraceError, first_line
 from rmfx.ir.spec import enforced
+from rmfx.options import check_choice, count_of, number_of
 from rmfx.passes.batch_norm import fold_batch_norm
 from rmfx.passes.branches import merge_branches
 from rmfx.passes.dead_channels import eliminate_dead_channels
@@ -43,6 +44,7 @@ from rmfx.passes.linear import merge_convs
 from rmfx.passes.noop import remove_noops
 from rmfx.passes.residual import remove_residuals
 from rmfx.report import SiteReport
+from rmfx.table import Column, table
 from rmfx.testing import FEATURES, Equivalence, NetworkSpec, random_block, random_network
 from rmfx.testing.compare import SIZES, TracedOnce, compare, rows_of
 from rmfx.testing.compiled import CHANGES, MOST_CHANGES, MOVED, compare_compiled, compiles
@@ -169,14 +171,13 @@ class FuzzReport:
         }
 
     def __str__(self) -> str:
+        features = [(name, self.features[name]) for name in sorted(COUNTED)]
+        removed = [(*key, count) for key, count in self.removed.most_common()]
         parts = [
-            _table(("feature", "networks"), [(f, self.features[f]) for f in sorted(COUNTED)]),
-            _table(
-                ("strategy", "exactness", "sites removed"),
-                [(*key, count) for key, count in self.removed.most_common()],
-            ),
-            _table(("reason", "sites refused"), self.refused.most_common()),
-            _table(("why it cannot be traced", "networks"), self.untraced.most_common()),
+            _counts(features, "feature", "networks"),
+            _counts(removed, "strategy", "exactness", "sites removed"),
+            _counts(self.refused.most_common(), "reason", "sites refused"),
+            _counts(self.untraced.most_common(), "why it cannot be traced", "networks"),
             self.summary(),
         ]
         return "\n\n".join(filter(None, parts))
@@ -195,8 +196,11 @@ class FuzzReport:
         )
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    return tabulate(rows, headers, maxcolwidths=[72] + [None] * (len(headers) - 1)) if rows else ""
+def _counts(rows: Sequence[tuple[Any, ...]], *titles: str) -> str:
+    """A table that counts something: what comes first, its number last."""
+    first, *others = (Column(title, itemgetter(i)) for i, title in enumerate(titles))
+    others[-1] = replace(others[-1], right=True)
+    return table(rows, [replace(first, width=72), *others])
 
 
 def fuzz(
@@ -257,10 +261,11 @@ def _check_options(
 ) -> None:
     if examples is None and seconds is None:
         raise OptionError("examples and seconds are both None: that would never end")
-    if (examples is not None and examples < 1) or (seconds is not None and not seconds > 0):
-        raise OptionError("examples and seconds must be positive")
-    if frontend not in FRONTENDS:
-        raise OptionError(f"frontend={frontend!r}: choose from {', '.join(FRONTENDS)}")
+    if examples is not None:
+        count_of("examples", examples)
+    if seconds is not None:
+        number_of("seconds", seconds, above=0)
+    check_choice("frontend", frontend, FRONTENDS)
     if frontend == "compiled" and transform != "remove_residuals":
         raise OptionError("frontend='compiled' is for remove_residuals, which the backend runs")
     if activation != "auto" and transform != "remove_residuals":

@@ -15,19 +15,14 @@ environment lets them sleep instead; it must be there before torch is imported.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import os
-import platform
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -35,11 +30,10 @@ from torch.utils import _pytree as pytree
 from rmfx.conversion import Conversion, convert
 from rmfx.files.figures import check_plotting, write_figure
 from rmfx.files.saving import as_function, default_tolerance, random_like, relative_error
+from rmfx.table import Column, spread, table
+from rmfx.timing.machine import machine_of
 from rmfx.timing.runtimes import RUNTIMES, Form, RuntimeFailure, as_failure, torch_threads
 from rmfx.timing.speed import LatencyError, Settings, advice, ratio_of, ratios_of
-
-# How long idle threads of torch spin before they sleep, and how many there are: both move times.
-_THREAD_VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
 
 
 @dataclass(frozen=True)
@@ -134,15 +128,9 @@ class LatencyReport:
         return LatencyReport(rows, tuple(values["notes"]), dict(values["machine"]))
 
     def __str__(self) -> str:
-        headers = (
-            *("network", "batch", "runtime", "original, ms", "converted, ms"),
-            *("converted/original (quartiles)", "multiply-adds", "error"),
-        )
-        align = ("left", "right", "left", "right", "right", "left", "right", "left")
-        cells = [_cells(row) for row in self.rows]
-        table = tabulate(cells, headers, disable_numparse=True, colalign=align)
         machine = "; ".join(f"{name} {value}" for name, value in self.machine.items())
-        return "\n".join([table, "", *self.notes, f"{_EXPLANATION}\n{machine}."])
+        text = table(self.rows, _COLUMNS)
+        return "\n".join([text, "", *self.notes, f"{_EXPLANATION}\n{machine}."])
 
 
 _EXPLANATION = """\
@@ -151,15 +139,24 @@ Multiply-adds are converted/original. The error is the larger one of both forms,
 the original in eager mode."""
 
 
-def _cells(row: Latency) -> tuple[str, ...]:
-    name = (row.network, str(row.batch), row.runtime)
-    macs = "" if row.macs is None else f"{row.macs:.2f}"
-    error = "" if row.error is None else f"{row.error:.0e}"
-    if row.failure:
-        return (*name, "", "", f"failed: {row.failure}", macs, error)
-    times = (f"{statistics.median(side) * 1e3:.2f}" for side in (row.original, row.converted))
-    ratio, low, high = row.ratio
-    return (*name, *times, f"{ratio:.2f} ({low:.2f} to {high:.2f})", macs, error)
+def _milliseconds(side: Sequence[float]) -> str:
+    return f"{statistics.median(side) * 1e3:.2f}" if side else ""
+
+
+def _ratio(row: Latency) -> str:
+    return f"failed: {row.failure}" if row.failure else spread(row.ratio)
+
+
+_COLUMNS = (
+    Column("network", "network"),
+    Column("batch", "batch", right=True),
+    Column("runtime", "runtime"),
+    Column("original, ms", "original", _milliseconds, right=True),
+    Column("converted, ms", "converted", _milliseconds, right=True),
+    Column("converted/original (quartiles)", _ratio),
+    Column("multiply-adds", "macs", ".2f", right=True),
+    Column("error", "error", ".0e"),
+)
 
 
 def measure_latency(
@@ -294,29 +291,6 @@ def _check(network: Network) -> None:
         raise LatencyError(
             f"{network.name} takes {found}; the runtimes can be compared in float32 only"
         )
-
-
-def machine_of(settings: Settings, runtimes: Iterable[str]) -> dict[str, str]:
-    """What must be known to read measurements: threads, rounds, CPU, versions, as text by name."""
-    packages = ["torch", *(name for name in ("onnxruntime", "openvino") if name in runtimes)]
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {
-        "threads": str(settings.threads),
-        "rounds": str(settings.rounds),
-        "precision": "float32",
-        "CPU": f"{_cpu_name()} ({capability})",
-        **{name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ},
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):  # there on Linux only
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def plot(report: LatencyReport, path: Path) -> None:

@@ -5,12 +5,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import UnionType
-from typing import Any, ParamSpec, SupportsIndex, TypeVar, Union, get_args, get_origin
+from typing import (
+    Any,
+    ParamSpec,
+    SupportsFloat,
+    SupportsIndex,
+    TypeGuard,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +32,7 @@ from rmfx.errors import OptionError, RmfxError
 P = ParamSpec("P")
 T = TypeVar("T")
 Inputs = tuple[Any, ...]
+_TRUTH = (bool, np.bool_)  # which Python takes for numbers
 
 
 def typed(verb: Callable[P, T]) -> Callable[P, T]:
@@ -78,9 +91,8 @@ def _misfits(made: Callable[..., Any], given: Mapping[str, Any]) -> list[str]:
 
 def _misfit(verb: Callable[..., Any], given: Mapping[str, Any], names: list[str]) -> OptionError:
     name = names[0]
-    text = " ".join(repr(given[name]).split())[:60]
     wanted = inspect.formatannotation(_signature(verb).parameters[name].annotation)
-    return OptionError(f"{verb.__name__}: {name}={text}: it takes {wanted}")
+    return OptionError(f"{verb.__name__}: {name}={shown(given[name])}: it takes {wanted}")
 
 
 @functools.cache
@@ -102,7 +114,7 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, Iterable) or hasattr(value, "__getitem__")
     if kind is Any or not isinstance(kind, type):
         return True
-    classes: dict[type, Any] = {bool: (bool, np.bool_), Path: os.PathLike}
+    classes: dict[type, Any] = {bool: _TRUTH, Path: os.PathLike}
     return isinstance(value, classes.get(kind, kind))
 
 
@@ -142,11 +154,81 @@ def as_inputs(example_inputs: Any) -> Inputs | None:
     return None if example_inputs is None else as_tuple(example_inputs)
 
 
+# ---- numbers and words --------------------------------------------------------------------------
 def is_number(value: object) -> bool:
     """Whether an option is a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[SupportsIndex]:
     """Whether an option is a whole number."""
-    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return not isinstance(value, _TRUTH)
+
+
+def number_of(
+    name: str,
+    given: object,
+    *,
+    least: float = -math.inf,
+    above: float | None = None,
+    most: float = math.inf,
+    below: float | None = None,
+) -> float:
+    """The number that an option holds, which may be one of numpy or a tensor without dimensions.
+
+    Args:
+        name: of the option.
+        given: its value.
+        least, above, most, below: its bounds; `below=math.inf` asks for a finite number.
+
+    Raises:
+        OptionError: it is no number, NaN, or out of bounds.
+    """
+    value = math.nan
+    is_array = getattr(given, "ndim", 0) > 0
+    if isinstance(given, SupportsFloat) and not isinstance(given, _TRUTH) and not is_array:
+        value = float(given)
+    inside = (above is None or value > above) and (below is None or value < below)
+    if not (inside and least <= value <= most):
+        bounds = {"at least": least, "above": above, "at most": most, "below": below}
+        known = {word: n for word, n in bounds.items() if n is not None and math.isfinite(n)}
+        told = " and ".join(f"{word} {n:g}" for word, n in known.items())
+        kind = "a finite number" if below == math.inf else "a number"
+        raise OptionError(f"{name}={shown(given)} must be {kind}{told and ' '}{told}")
+    return value
+
+
+def count_of(name: str, given: object, least: int = 1, most: int | None = None) -> int:
+    """The whole number that an option holds.
+
+    Raises:
+        OptionError: it holds something else, or one out of bounds.
+    """
+    value = operator.index(given) if is_whole(given) else None
+    if value is None or value < least or (most is not None and value > most):
+        told = "" if most is None else f" and at most {most}"
+        raise OptionError(f"{name}={shown(given)} must be a whole number, at least {least}{told}")
+    return value
+
+
+def check_choice(name: str, given: object, known: Iterable[str]) -> None:
+    """Raise OptionError unless an option is one of some words."""
+    if not isinstance(given, str) or given not in known:
+        raise OptionError(f"{name}={shown(given)}: choose from {', '.join(known)}")
+
+
+def shapes_shown(inputs: Iterable[object]) -> str:
+    """Inputs as messages show them: tensors by their shapes."""
+    parts = (str(tuple(x.shape)) if isinstance(x, Tensor) else shown(x) for x in inputs)
+    return f"[{', '.join(parts)}]"
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: short, and of arrays the shape alone."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    return " ".join(repr(value).split())[:60]

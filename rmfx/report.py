@@ -10,18 +10,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
-
 from rmfx.errors import RmfxError
+
+from .table import Column, change, spread, table
 
 if TYPE_CHECKING:
     from torch import fx
 
 META_KEY = "rmfx_report"
-HEADERS = (
-    *("site", "done", "strategy", "exactness", "shape"),
-    *("gain", "carry", "multiply-adds", "parameters", "reason"),
-)
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ class Timing:
     chosen: bool = False
 
     def __str__(self) -> str:
-        text = f"{self.form}: {self.ratio:.2f} ({self.low:.2f} to {self.high:.2f})"
+        text = f"{self.form}: {spread((self.ratio, self.low, self.high))}"
         return f"{text}, returned" if self.chosen else text
 
 
@@ -224,24 +220,9 @@ class Report:
     def _table(self) -> str:
         if not self.rows:
             return "no residual connections: the graph adds no two tensors"
-        table = [
-            (
-                row.place or row.join,
-                row.status,
-                row.strategy,
-                exactness_of(row),
-                "x".join("?" if n is None else str(n) for n in row.shape or ()),
-                gain_of(row),
-                row.carry or "",
-                _change(row.macs_before, row.macs_after),
-                _change(row.params_before, row.params_after),
-                f"{row.reason} [{row.source}]" if row.reason and row.source else row.reason,
-            )
-            for row in self.rows
-        ]
         total = f"{self.removed} of {len(self.rows)} residual connections removed"
         total += f", {self.kept} kept by choice" if self.kept else ""
-        return f"{tabulate(table, HEADERS, disable_numparse=True, maxcolwidths=60)}\n{total}"
+        return f"{table(self.rows, _COLUMNS)}\n{total}"
 
 
 def _lists(value: Any) -> Any:
@@ -251,32 +232,35 @@ def _lists(value: Any) -> Any:
     return [_lists(part) for part in value] if isinstance(value, (tuple, list)) else value
 
 
-def exactness_of(row: SiteReport) -> str:
+def _exactness(row: SiteReport) -> str:
     """How exactly a carry arrives, with the bits that it costs."""
     return f"{row.exactness} (-{row.bits:.1f} bits)" if row.bits else row.exactness
 
 
-def gain_of(row: SiteReport) -> str:
-    """The gain for people; empty where nothing was rewritten."""
-    return "" if row.gain is None else f"{row.gain:.3g}"
+def _size(row: SiteReport) -> str:
+    return "x".join("?" if n is None else str(n) for n in row.shape or ())
 
 
-def _change(before: int | None, after: int | None) -> str:
-    if before is None or after is None:
-        return ""
-    return f"{short(before)} -> {short(after)}"
+def _reason(row: SiteReport) -> str:
+    return f"{row.reason} [{row.source}]" if row.reason and row.source else row.reason
 
 
-def short(n: int) -> str:
-    """A number for people.
-
-    >>> short(2_300_000)
-    '2.3 M'
-    """
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return str(n)
+WIDTH = 60  # of a column at most
+HEAD = (  # what every table of sites begins with
+    Column("site", lambda row: row.place or row.join, width=WIDTH),
+    Column("done", "status"),
+    Column("strategy", "strategy"),
+    Column("exactness", _exactness),
+)
+SIZE = Column("shape", _size)
+GAIN = Column("gain", "gain", ".3g")
+CARRY = Column("carry", lambda row: row.carry or None)
+_COLUMNS = (
+    *(*HEAD, SIZE, GAIN, CARRY),
+    Column("multiply-adds", lambda row: change(row.macs_before, row.macs_after)),
+    Column("parameters", lambda row: change(row.params_before, row.params_after)),
+    Column("reason", _reason, width=WIDTH),
+)
 
 
 def report(gm: fx.GraphModule) -> Report:

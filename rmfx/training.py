@@ -25,7 +25,7 @@ from rmfx.errors import OptionError, WeightError
 from rmfx.ir.kinds import BATCH_NORMS
 from rmfx.modules.activations import ChannelPReLU
 from rmfx.modules.parametrized import make_ordinary
-from rmfx.options import is_number, is_whole
+from rmfx.options import count_of, number_of
 
 
 class Slimming:
@@ -42,11 +42,9 @@ class Slimming:
     def __init__(
         self, model: nn.Module, strength: float, *, scales: Iterable[Tensor] | None = None
     ) -> None:
-        if not is_number(strength) or not 0 <= strength < math.inf:
-            raise OptionError(f"strength={strength!r} must be a number, finite and not negative")
+        self.strength = number_of("strength", strength, least=0, below=math.inf)
         if isinstance(scales, Tensor):
             raise OptionError("scales is a tensor; pass a list of parameters")
-        self.strength = strength
         norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
         found = [m.weight for m in norms if m.weight is not None] if scales is None else scales
         self.scales: list[Tensor] = list(found)
@@ -61,8 +59,7 @@ class Slimming:
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """γ ← sign(γ)·max(|γ| − learning_rate·strength, 0); to be called after the optimiser."""
-        if not 0 <= learning_rate < math.inf:
-            raise OptionError(f"learning_rate={learning_rate!r} must be finite and not negative")
+        learning_rate = number_of("learning_rate", learning_rate, least=0, below=math.inf)
         for scale in self.scales:
             scale.copy_(F.softshrink(scale, learning_rate * self.strength))
 
@@ -79,10 +76,9 @@ def gradual_targets(final: float, steps: int, start: float = 1.0) -> Iterator[fl
     >>> [round(share, 3) for share in gradual_targets(0.5, 3)]
     [0.648, 0.519, 0.5]
     """
-    if not is_whole(steps) or steps < 1 or not 0 < final <= start <= 1:
-        raise OptionError(
-            "gradual_targets needs a whole number of steps, 1 or more, and 0 < final <= start <= 1"
-        )
+    steps = count_of("steps", steps)
+    start = number_of("start", start, above=0, most=1)
+    final = number_of("final", final, above=0, most=start)
     done = (step / steps for step in range(1, steps + 1))
     return (final + (start - final) * (1 - share) ** 3 for share in done)
 
@@ -107,10 +103,8 @@ class Distillation:
         temperature: float = 4.0,
         loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
     ) -> None:
-        if not 0 <= weight <= 1 or not 0 < temperature < math.inf:
-            raise OptionError(
-                "weight must lie between 0 and 1, temperature must be positive and finite"
-            )
+        number_of("weight", weight, least=0, most=1)
+        number_of("temperature", temperature, above=0, below=math.inf)
         self.teacher = teacher.eval()
         self.weight, self.temperature, self.loss = weight, temperature, loss
 

@@ -547,7 +547,7 @@ def test_frozen_weights_are_not_looked_at_but_numbers_are() -> None:
 
 
 def test_modes_are_checked_by_name() -> None:
-    with pytest.raises(Exception, match="weights='thawed': pass one of sampled, checked, frozen"):
+    with pytest.raises(Exception, match="weights='thawed': choose from sampled, checked, frozen"):
         compiled(net(), options={"weights": "thawed"})(image())
 
 

@@ -17,6 +17,7 @@ from rmfx import latency
 from rmfx.files.figures import PlotError
 from rmfx.latency import Latency, LatencyReport, Network, measure_latency
 from rmfx.timing import runtimes
+from rmfx.timing.machine import _cpu_name
 from rmfx.timing.speed import LatencyError, Settings
 
 FAST = {"batches": (1,), "threads": 1, "rounds": 2, "seconds": 0.001}
@@ -317,4 +318,4 @@ def test_a_plot_without_matplotlib_says_how_to_get_it(
 
 
 def test_cpu_has_a_name() -> None:
-    assert latency._cpu_name().strip()
+    assert _cpu_name().strip()

@@ -63,6 +63,14 @@ def test_work_of_the_sites_agrees_with_the_cost_of_the_network() -> None:
     assert row.params_after == cost.count(gm, image()).parameters
 
 
+def test_a_transposed_convolution_works_where_it_reads() -> None:
+    branch = chain(nn.ConvTranspose2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    model = ready(Residual(branch))
+    (row,) = rmfx.report(rmfx.remove_residuals(model, image())).rows
+    assert row.status == "removed"
+    assert row.macs_before == cost.count(model, image()).macs
+
+
 def test_totals() -> None:
     report = rmfx.report(converted())
     assert (report.removed, report.refused, report.adds_left) == (2, 1, 1)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from rmfx.algebra.activation import Blockwise
-from rmfx.algebra.affine import MULTIPLYING
+from rmfx.algebra.affine import MULTIPLYING, TRANSPOSED, AffineConv
 from rmfx.ir.elements import Virtual
 from rmfx.ir.net import Net
 from rmfx.ir.notes import Shape, positions
@@ -31,37 +31,39 @@ class Expense:
     parameters: int
 
 
-def expense_of(net: Net, nodes: Iterable[fx.Node], dims: int) -> Expense:
+def expense_of(net: Net, nodes: Iterable[fx.Node]) -> Expense:
     """What some nodes of a net cost."""
     macs: int | None = 0
     moved: int | None = 0
     size = 0
     for node in nodes:
-        taps, own = _weights(net, node)
+        work, own = work_of(node, net.callee(node))
         size += own
-        if taps and macs is not None:
-            count = positions(node.meta.get("shape"), dims)
-            macs = None if count is None else macs + taps * count
+        macs = None if macs is None or work is None else macs + work
         sizes = [_numel(n.meta.get("shape")) for n in (*node.all_input_nodes, node)]
         known = [n for n in sizes if n is not None]
         moved = None if moved is None or len(known) < len(sizes) else moved + sum(known)
     return Expense(macs, moved, size)
 
 
-def _weights(net: Net, node: fx.Node) -> tuple[int, int]:
-    """Multiply-adds of a node per position, and its parameters."""
-    made, module = net.replacement(node), net.module(node)
-    layer = made.layer if isinstance(made, Virtual) else None
-    if isinstance(layer, Blockwise):
-        return 0, sum(b.width for b in layer.blocks)
-    if layer is not None:
-        taps = layer.weight.numel()
-        return taps, taps + (layer.out_channels if layer.has_bias else 0)
-    own = made if isinstance(made, nn.Module) else module
-    if own is None:
+def work_of(node: fx.Node, callee: Virtual | nn.Module | None) -> tuple[int | None, int]:
+    """Multiply-adds of a node, None where its shape is unknown, and parameters of what it calls."""
+    layer = callee.layer if isinstance(callee, Virtual) else callee
+    if layer is None:
         return 0, 0
-    taps = cast("Tensor", own.weight).numel() if isinstance(own, MULTIPLYING) else 0
-    return taps, sum(p.numel() for p in own.parameters())
+    if isinstance(layer, Blockwise):
+        return 0, sum(block.width for block in layer.blocks)
+    if isinstance(layer, AffineConv):
+        size = layer.weight.numel() + (layer.out_channels if layer.has_bias else 0)
+    else:
+        size = sum(p.numel() for p in layer.parameters())
+        if not isinstance(layer, MULTIPLYING):
+            return 0, size
+    # Where a transposed convolution is computed: at the positions that it reads.
+    at = node.all_input_nodes[0] if isinstance(layer, TRANSPOSED) else node
+    weight: Any = layer.weight
+    count = positions(at.meta.get("shape"), weight.dim() - 2)
+    return None if count is None else weight.numel() * count, size
 
 
 def _numel(shape: Shape | None) -> int | None:

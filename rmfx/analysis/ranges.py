@@ -26,6 +26,7 @@ from rmfx.ir.memo import on_demand
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
 from rmfx.ir.reading import read
+from rmfx.options import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +159,7 @@ def check_range(input_range: Interval | None) -> None:
     is_pair = isinstance(input_range, (tuple, list)) and len(input_range) == 2
     numbers = is_pair and all(isinstance(v, (int, float)) for v in input_range)
     if not numbers or not input_range[0] <= input_range[1]:
-        raise RmfxError(f"input_range={input_range!r}: pass (low, high) with low <= high")
+        raise RmfxError(f"input_range={shown(input_range)}: pass (low, high) with low <= high")
 
 
 class Ranges:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 from collections.abc import Callable
+from typing import TypeVar
 
 from rmfx.choices import ALLOCATIONS, COSTS, FRONTENDS, IMPORTANCES, PASSES, RUNTIMES, STRATEGIES
 from rmfx.errors import RmfxError
 
+N = TypeVar("N", int, float)
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 _MODEL_HELP = """\
 MODEL is one of
@@ -185,11 +188,15 @@ def _add_fuzz_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse_shape(text: str) -> tuple[int, ...]:
-    return _parse_sizes(text, "1,3,224,224")
+    return _parse_list(text, int, "sizes like 1,3,224,224")
 
 
 def _parse_batches(text: str) -> tuple[int, ...]:
-    return _parse_sizes(text, "1,8")
+    return _parse_list(text, int, "sizes like 1,8")
+
+
+def _parse_shares(text: str) -> tuple[float, ...]:
+    return _parse_list(text, float, "shares like 0.75,0.5", most=1.0)
 
 
 def _parse_count(text: str) -> int:
@@ -198,24 +205,14 @@ def _parse_count(text: str) -> int:
     return int(text)
 
 
-def _parse_sizes(text: str, example: str) -> tuple[int, ...]:
+def _parse_list(text: str, kind: type[N], what: str, most: float = math.inf) -> tuple[N, ...]:
     try:
-        sizes = tuple(int(size) for size in text.split(","))
+        numbers = tuple(kind(number) for number in text.split(","))
     except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes like {example}")
-    return sizes
-
-
-def _parse_shares(text: str) -> tuple[float, ...]:
-    try:
-        shares = tuple(float(share) for share in text.split(","))
-    except ValueError:
-        shares = ()
-    if not shares or not all(0 < share <= 1 for share in shares):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of shares like 0.75,0.5")
-    return shares
+        numbers = ()
+    if not numbers or not all(0 < number <= most for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {what}")
+    return numbers
 
 
 def _parse_ways(text: str) -> str | tuple[str, ...]:

@@ -11,11 +11,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,11 +25,10 @@ from rmfx.conversion import Conversion, convert
 from rmfx.demo import run as demo
 from rmfx.errors import OptionError, RmfxError
 from rmfx.files.figures import PLOT_SUFFIXES, check_plotting
-from rmfx.files.loading import LoadedModel, load_model, named_object
+from rmfx.files.loading import LoadedModel
 from rmfx.files.saving import (
     SUFFIXES,
     SavedFile,
-    as_function,
     check_output,
     check_place,
     save,
@@ -37,9 +36,11 @@ from rmfx.files.saving import (
 )
 from rmfx.fuzz import fuzz
 from rmfx.latency import LatencyReport, Network, measure_latency, plot
+from rmfx.table import Column, table
 from rmfx.timing.speed import LatencyError, Settings
 
 from .arguments import UsageError
+from .given import batches_of, describe, load, required
 from .page import check_packages, page
 from .pruning_curve import plot as draw_curve
 from .pruning_curve import pruning_curve
@@ -62,7 +63,8 @@ def run_models(options: argparse.Namespace) -> None:
     rows = {
         f"rmfx.models:{name}": str(made.__doc__).splitlines()[0] for name, made in functions.items()
     }
-    _show(options, tabulate(rows.items(), ("MODEL", "what it is")), rows)
+    columns = (Column("MODEL", itemgetter(0)), Column("what it is", itemgetter(1)))
+    _show(options, table(rows.items(), columns), rows)
 
 
 def run_report(options: argparse.Namespace) -> None:
@@ -71,12 +73,12 @@ def run_report(options: argparse.Namespace) -> None:
     steps = 2 + bool(options.html) + len(options.runtimes)
     with _quiet_stdout(), _progress(steps, width=30) as step:
         step("load")
-        loaded, inputs = _load(options, options.model)
+        loaded, inputs = load(options, options.model)
         step("convert and verify")
         conversion = _convert(options, loaded, inputs)
         if options.html:
-            _write_page(options, loaded, _require(inputs), conversion, step)
-    head = _describe(options, loaded, inputs)
+            _write_page(options, loaded, required(inputs), conversion, step)
+    head = describe(options, loaded, inputs)
     _show(options, f"{head}\n{conversion}", {"model": options.model, **conversion.to_dict()})
 
 
@@ -86,10 +88,20 @@ def _check_page(options: argparse.Namespace) -> None:
         if options.runtimes:
             raise UsageError("argument --runtimes: needs --html")
         return
-    if not options.html.endswith((".html", ".htm")):
-        raise UsageError(f"argument --html: {options.html} must end in .html")
-    check_place(options.html, (".html", ".htm"))
+    _check_file("--html", options.html, (".html", ".htm"))
     check_packages()
+
+
+def _check_file(option: str, path: str, suffixes: tuple[str, ...]) -> None:
+    """Finds out, before minutes of work, whether a file that an option names can be written."""
+    if not path.endswith(suffixes):
+        raise UsageError(f"argument {option}: {path} must end in {' or '.join(suffixes)}")
+    if suffixes == SUFFIXES:
+        check_output(path)
+    else:
+        check_place(path, suffixes)
+    if suffixes == PLOT_SUFFIXES:
+        check_plotting()
 
 
 def _write_page(
@@ -111,13 +123,11 @@ def _write_page(
 
 def run_convert(options: argparse.Namespace) -> None:
     """Convert a network, write it to a file and check the file."""
-    if not options.output.endswith(SUFFIXES):
-        raise UsageError(f"argument -o: {options.output} must end in {' or '.join(SUFFIXES)}")
-    check_output(options.output)
+    _check_file("-o", options.output, SUFFIXES)
     with _quiet_stdout(), _progress(3, width=30) as step:
         step("load")
-        loaded, inputs = _load(options, options.model)
-        inputs = _require(inputs)
+        loaded, inputs = load(options, options.model)
+        inputs = required(inputs)
         step("convert and verify")
         conversion = _convert(options, loaded, inputs)
         step("write and check")
@@ -128,7 +138,7 @@ def run_convert(options: argparse.Namespace) -> None:
             reference=loaded.model,
             tolerance=options.tolerance,
         )
-    head = _describe(options, loaded, inputs)
+    head = describe(options, loaded, inputs)
     result = {
         "model": options.model,
         "output": dataclasses.asdict(saved) | {"path": str(saved.path)},
@@ -140,11 +150,11 @@ def run_convert(options: argparse.Namespace) -> None:
 def run_prune(options: argparse.Namespace) -> None:
     """Prune a network to the sizes asked for."""
     _check_pruning_files(options)
-    data = None if options.data is None else _batches(options.data)
+    data = None if options.data is None else batches_of(options.data)
     with _quiet_stdout(), _progress(None, width=40) as step:
         step("load")
-        loaded, inputs = _load(options, options.model)
-        inputs = _require(inputs)
+        loaded, inputs = load(options, options.model)
+        inputs = required(inputs)
         curve = pruning_curve(
             loaded.model,
             inputs,
@@ -164,44 +174,22 @@ def run_prune(options: argparse.Namespace) -> None:
     if options.plot is not None:
         with whole_file(Path(options.plot)) as path:
             draw_curve(curve, path, options.model)
-    head = _describe(options, loaded, inputs)
+    head = describe(options, loaded, inputs)
     _show(options, f"{head}\n{curve}", {"model": options.model, **curve.to_dict()})
 
 
 def _check_pruning_files(options: argparse.Namespace) -> None:
-    """Finds out before anything is measured whether the results can be written."""
+    """Finds out before anything is measured whether the options go together."""
     if options.output is not None:
         if len(options.target) > 1:
             raise UsageError("argument -o: give one --target to write a file")
-        if not options.output.endswith(SUFFIXES):
-            raise UsageError(f"argument -o: {options.output} must end in {' or '.join(SUFFIXES)}")
-        check_output(options.output)
+        _check_file("-o", options.output, SUFFIXES)
     if options.plot is not None:
         if options.data is None:
             raise UsageError("argument --plot: needs --data")
-        if not options.plot.endswith(PLOT_SUFFIXES):
-            text = f"{options.plot} must end in {' or '.join(PLOT_SUFFIXES)}"
-            raise UsageError(f"argument --plot: {text}")
-        check_place(options.plot, PLOT_SUFFIXES)
-        check_plotting()
+        _check_file("--plot", options.plot, PLOT_SUFFIXES)
     if options.importance in BY_DATA and options.data is None:
         raise UsageError(f"argument --importance: {options.importance} needs --data")
-
-
-def _batches(name: str) -> list[Any]:
-    """What a function gives, as batches of (inputs, classes)."""
-    function = named_object(name)
-    if not callable(function):
-        raise RmfxError(f"{name} is a {type(function).__name__}, not a function")
-    try:
-        batches = list(function())
-    # The caller's own code, which may raise anything.
-    except Exception as error:
-        raise RmfxError(f"{name}() raised {type(error).__name__}: {error}") from error
-    pairs = [isinstance(batch, (tuple, list)) and len(batch) == 2 for batch in batches]
-    if not batches or not all(pairs):
-        raise RmfxError(f"{name}() must give batches of (inputs, classes)")
-    return batches
 
 
 def _describe_file(saved: SavedFile) -> str:
@@ -216,7 +204,9 @@ def _describe_file(saved: SavedFile) -> str:
 
 def run_bench(options: argparse.Namespace) -> None:
     """Time networks before and after the conversion."""
-    _check_bench_files(options)
+    for option, suffixes in (("output", (".json",)), ("plot", PLOT_SUFFIXES)):
+        if getattr(options, option) is not None:
+            _check_file(f"--{option}", getattr(options, option), suffixes)
     settings = Settings(
         runtimes=options.runtimes,
         batches=options.batch,
@@ -227,7 +217,7 @@ def run_bench(options: argparse.Namespace) -> None:
     )
     steps = len(options.models) * (1 + len(settings.runtimes) * len(settings.batches))
     with _quiet_stdout(), _progress(steps, width=50) as step:
-        networks = [_load_network(options, name, step) for name in options.models]
+        networks = [_network(options, name, step) for name in options.models]
         report = measure_latency(networks, settings, step)
     _write_bench_files(options, report)
     _show(options, str(report), report.to_dict())
@@ -261,23 +251,10 @@ def run_fuzz(options: argparse.Namespace) -> None:
         raise FoundError(f"network {failure.example}: {failure.kind}: {failure.message}")
 
 
-def _load_network(options: argparse.Namespace, name: str, step: Callable[[str], object]) -> Network:
+def _network(options: argparse.Namespace, name: str, step: Callable[[str], object]) -> Network:
     step(f"load {name}")
-    loaded, inputs = _load(options, name)
-    return Network(name, loaded.model, _require(inputs))
-
-
-def _check_bench_files(options: argparse.Namespace) -> None:
-    """Finds out before minutes of measuring whether the results can be written."""
-    for option, suffixes in (("output", (".json",)), ("plot", PLOT_SUFFIXES)):
-        path = getattr(options, option)
-        if path is None:
-            continue
-        if not path.endswith(suffixes):
-            raise UsageError(f"argument --{option}: {path} must end in {' or '.join(suffixes)}")
-        check_place(path, suffixes)
-    if options.plot is not None:
-        check_plotting()
+    loaded, inputs = load(options, name)
+    return Network(name, loaded.model, required(inputs))
 
 
 def _write_bench_files(options: argparse.Namespace, report: LatencyReport) -> None:
@@ -287,39 +264,6 @@ def _write_bench_files(options: argparse.Namespace, report: LatencyReport) -> No
     if options.plot is not None:
         with whole_file(Path(options.plot)) as path:
             plot(report, path)
-
-
-def _load(options: argparse.Namespace, name: str) -> tuple[LoadedModel, tuple[Tensor, ...] | None]:
-    """The model and its example inputs, after one run of the one on the other."""
-    # Random weights, where no file is given, are the same in every run.
-    torch.manual_seed(0)
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    loaded = load_model(name, weights=options.weights, dtype=dtype)
-    inputs = loaded.inputs
-    if options.input_shape:
-        inputs = tuple(torch.zeros(shape, dtype=loaded.dtype) for shape in options.input_shape)
-    if inputs is not None:
-        _try(loaded, inputs)
-    return loaded, inputs
-
-
-def _require(inputs: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-    if inputs is None:
-        raise UsageError("this model's inputs are not known: give --input-shape")
-    return inputs
-
-
-def _try(loaded: LoadedModel, inputs: tuple[Tensor, ...]) -> None:
-    """Finds out early, and says plainly, that a model does not take such inputs."""
-    try:
-        with torch.no_grad():
-            as_function(loaded.model)(*inputs)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        reason = f"{type(error).__name__}: {error}"
-        raise RmfxError(
-            f"the model fails on inputs of shape {shapes} ({reason}); give its --input-shape"
-        ) from error
 
 
 def _convert(
@@ -333,14 +277,6 @@ def _convert(
         activation=options.activation,
         policy=options.policy,
     )
-
-
-def _describe(
-    options: argparse.Namespace, loaded: LoadedModel, inputs: tuple[Tensor, ...] | None
-) -> str:
-    weights = "random weights" if loaded.random else options.weights or "its own weights"
-    shapes = ", ".join(str(tuple(x.shape)) for x in inputs or ())
-    return f"{options.model}, {weights}" + (f", input {shapes}." if shapes else ".")
 
 
 def _show(options: argparse.Namespace, text: str, result: dict[str, Any]) -> None:

@@ -12,20 +12,21 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
 from torch import Tensor, fx
 
 from rmfx.conversion import Conversion
-from rmfx.cost.counting import Cost, NodeCost, nodes
+from rmfx.cost.counting import NodeCost, nodes
 from rmfx.errors import RmfxError
 from rmfx.files.figures import write_figure
 from rmfx.frontend.tracing import trace
 from rmfx.ir.conditions import nodes_of_conditions
 from rmfx.latency import LatencyReport
-from rmfx.report import SiteReport, exactness_of, gain_of, short
+from rmfx.report import CARRY, GAIN, HEAD, SIZE, SiteReport
+from rmfx.table import Column, short
 
 INSTALL_COMMAND = "pip install 'rmfx[html]'"
 PACKAGES = ("igraph", "jinja2", "matplotlib")
@@ -33,17 +34,14 @@ WIDTH, HEIGHT = 128, 20  # of a box
 ACROSS, DOWN = 144, 36  # from box to box
 MARGIN = 12
 COLUMNS = (
-    *("site", "done", "strategy", "exactness", "layout", "shape", "gain", "carry"),
-    *("multiply-adds before", "after", "parameters before", "after", "reason"),
+    *(*HEAD, Column("layout", "layout"), SIZE),
+    *(replace(column, right=True) for column in (GAIN, CARRY)),
+    Column("multiply-adds before", "macs_before", short, right=True),
+    Column("after", "macs_after", short, right=True),
+    Column("parameters before", "params_before", short, right=True),
+    Column("after", "params_after", short, right=True),
+    Column("reason", "reason"),
 )
-COST_NAMES = {
-    "macs": "multiply-adds",
-    "parameters": "parameters",
-    "adds": "additions",
-    "layers": "layers with weights",
-    "moved": "bytes moved",
-    "peak": "bytes alive at most",
-}
 
 
 class PageError(RmfxError):
@@ -119,8 +117,10 @@ def page(
         ("before", draw(graphs[0], costs[0], {})),
         ("after", draw(graphs[1], costs[1], own)),
     ]
-    before, after = conversion.cost_before, conversion.cost_after
-    figures = _figures(before, after) if before and after else []
+    figures = [
+        (title, short(before), short(after), f"{after / before:.2f}x" if before else "")
+        for title, before, after in conversion.costs
+    ]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = resources.files("rmfx.cli").joinpath("templates/report.html")
     return environment.from_string(template.read_text(encoding="utf-8")).render(
@@ -130,7 +130,7 @@ def page(
         bars=_bars(figures, latency),
         notes=_notes(latency),
         drawings=drawings,
-        columns=COLUMNS,
+        columns=[column.title for column in COLUMNS],
         rows=[{"cells": _cells(row)} for row in conversion.report.rows],
         version=importlib.metadata.version("rmfx"),
     )
@@ -149,14 +149,6 @@ def _summary(conversion: Conversion) -> str:
     return f"{', '.join(parts)}. Both forms compute the same; batch norm is folded in both."
 
 
-def _figures(before: Cost, after: Cost) -> list[tuple[str, str, str, str]]:
-    rows = []
-    for name, title in COST_NAMES.items():
-        a, b = asdict(before)[name], asdict(after)[name]
-        rows.append((title, short(a), short(b), f"{b / a:.2f}x" if a else ""))
-    return rows
-
-
 def _notes(latency: LatencyReport | None) -> list[str]:
     if latency is None:
         return []
@@ -168,9 +160,7 @@ def _bars(figures: Sequence[tuple[str, str, str, str]], latency: LatencyReport |
     """Ratios after/before as bars, with a line at 1; SVG."""
     from matplotlib.figure import Figure
 
-    bars = [
-        (name, float(r[:-1]), 0.0, 0.0) for name, _, _, r in figures if r and name != "additions"
-    ]
+    bars = [(name, float(r[:-1]), 0.0, 0.0) for name, _, _, r in figures if r and name != "adds"]
     for row in latency.rows if latency else ():
         if not row.failure:
             median, low, high = row.ratio
@@ -195,23 +185,15 @@ def _bars(figures: Sequence[tuple[str, str, str, str]], latency: LatencyReport |
 
 
 def _cells(row: SiteReport) -> list[dict[str, Any]]:
-    size = "x".join("?" if n is None else str(n) for n in row.shape or ())
-    costs = (row.macs_before, row.macs_after, row.params_before, row.params_after)
-    texts = [
-        (row.place or row.join, ""),
-        (row.status, row.status),
-        *((text, "") for text in (row.strategy, exactness_of(row), row.layout, size)),
-        (gain_of(row), "number"),
-        (str(row.carry or ""), "number"),
-        *(("" if n is None else short(n), "number") for n in costs),
-        (row.reason, ""),
-    ]
-    values = [text for text, _ in texts]
-    values[8:12] = ["" if n is None else str(n) for n in costs]
-    return [
-        {"text": text, "kind": kind, "value": value}
-        for (text, kind), value in zip(texts, values, strict=True)
-    ]
+    """What the page shows of a site, and by what it sorts."""
+    kinds = {"done": row.status}
+    cells = []
+    for column in COLUMNS:
+        kind = kinds.get(column.title, "number" if column.right else "")
+        value = column.value(row)
+        text = "" if value is None else str(value)
+        cells.append({"text": column.cell(row), "kind": kind, "value": text})
+    return cells
 
 
 # ---- drawings -----------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
@@ -17,7 +16,7 @@ from rmfx.data.batches import Batches, loss_on, output_on
 from rmfx.files.figures import check_plotting, write_figure
 from rmfx.files.saving import as_function
 from rmfx.passes.pruning import PruningReport, prune_channels
-from rmfx.report import short
+from rmfx.table import Column, short, table
 
 
 @dataclass(frozen=True)
@@ -61,19 +60,16 @@ class PruningCurve:
         }
 
     def __str__(self) -> str:
-        rows = [
-            (
-                f"{point.target:.2f}",
-                short(point.macs),
-                short(point.parameters),
-                "" if point.loss is None else f"{point.loss:.4f}",
-                "" if point.accuracy is None else f"{point.accuracy:.2%}",
-            )
-            for point in self.points
-        ]
-        headers = ("target", "multiply-adds", "parameters", "loss", "accuracy")
-        table = tabulate(rows, headers, disable_numparse=True, colalign=["right"] * 5)
-        return f"{self.reports[-1]}\n\n{table}"
+        return f"{self.reports[-1]}\n\n{table(self.points, _COLUMNS)}"
+
+
+_COLUMNS = (
+    Column("target", "target", ".2f", right=True),
+    Column("multiply-adds", "macs", short, right=True),
+    Column("parameters", "parameters", short, right=True),
+    Column("loss", "loss", ".4f", right=True),
+    Column("accuracy", "accuracy", ".2%", right=True),
+)
 
 
 def pruning_curve(

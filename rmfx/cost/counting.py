@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from tabulate import tabulate
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from rmfx.algebra.affine import MULTIPLYING, TRANSPOSED
+from rmfx.algebra.affine import MULTIPLYING
+from rmfx.analysis.expense import work_of
 from rmfx.errors import ShapeError
 from rmfx.frontend.tracing import trace
 from rmfx.ir.conditions import nodes_of_conditions
@@ -17,9 +17,9 @@ from rmfx.ir.joins import adds_itself
 from rmfx.ir.kinds import ADDS, SUBS
 from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
-from rmfx.ir.notes import positions
-from rmfx.report import short
 from rmfx.rules.noop import NoopRule
+from rmfx.table import Column, short
+from rmfx.table import table as _table
 
 from .memory import live_bytes, size_of
 from .streams import Skip
@@ -97,23 +97,17 @@ def _computing(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _cost_of(gm: fx.GraphModule, node: fx.Node, live: int) -> NodeCost:
-    macs = size = weights = 0
-    kind = str(getattr(node.target, "__name__", node.target))
-    if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    macs, size = work_of(node, module)
+    moved = 0
+    kind = node.op
+    if node.op.startswith("call"):
+        kind = str(getattr(node.target, "__name__", node.target))
+        moved = sum(map(size_of, (*node.all_input_nodes, node)))
+    if module is not None:
         kind = type(module).__name__
-        size = sum(p.numel() for p in module.parameters())
-        weights = sum(p.numel() * p.itemsize for p in module.parameters())
-        if isinstance(module, MULTIPLYING):
-            weight = cast("Tensor", module.weight)
-            # Where a transposed convolution is computed: at the positions that it reads.
-            at = node.all_input_nodes[0] if isinstance(module, TRANSPOSED) else node
-            macs = weight.numel() * (positions(at.meta.get("shape"), weight.dim() - 2) or 0)
-    elif node.op in ("placeholder", "output", "get_attr"):
-        kind = node.op
-    calls = node.op.startswith("call")
-    values = sum(map(size_of, (*node.all_input_nodes, node))) if calls else 0
-    return NodeCost(node.name, module_path(node), kind, macs, size, values + weights, live)
+        moved += sum(p.numel() * p.itemsize for p in module.parameters())
+    return NodeCost(node.name, module_path(node), kind, macs or 0, size, moved, live)
 
 
 def count(model: nn.Module | Any, example_inputs: Any) -> Cost:
@@ -190,8 +184,14 @@ def skips(model: nn.Module | Any, example_inputs: Any) -> tuple[Skip, ...]:
 
 def table(rows: tuple[NodeCost, ...]) -> str:
     """The costs of nodes as a table."""
-    headers = ("node", "kind", "multiply-adds", "parameters", "bytes moved", "bytes alive")
-    cells = [(r.node, r.kind, *map(short, (r.macs, r.parameters, r.moved, r.live))) for r in rows]
-    return tabulate(
-        cells, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)
-    )
+    return _table(rows, _COLUMNS)
+
+
+_COLUMNS = (
+    Column("node", "node"),
+    Column("kind", "kind"),
+    Column("multiply-adds", "macs", short, right=True),
+    Column("parameters", "parameters", short, right=True),
+    Column("bytes moved", "moved", short, right=True),
+    Column("bytes alive", "live", short, right=True),
+)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from rmfx.errors import OptionError, ShapeError
-from rmfx.options import as_tuple
+from rmfx.errors import OptionError, ShapeError, first_line
+from rmfx.options import as_tuple, shapes_shown, shown
 
 Loss = Callable[[Any, Any], Tensor]
 Batches = Iterable[tuple[Any, Any]]
@@ -28,7 +28,7 @@ def check_batches(name: str, given: object, *, pairs: bool = True, twice: bool =
     if isinstance(given, Tensor):  # its first dimension would be taken for the batches
         raise OptionError(f"{name} is a tensor; pass a list of batches of {wanted}")
     if not isinstance(given, Iterable):
-        raise OptionError(f"{name}={given!r}: pass a list of batches of {wanted}")
+        raise OptionError(f"{name}={shown(given)}: pass a list of batches of {wanted}")
     if twice and iter(given) is given:
         raise OptionError(f"{name} is an iterator, which can be gone through once; pass a list")
 
@@ -64,8 +64,9 @@ def output_on(network: Callable[..., Any], inputs: Any, what: str = "batch of da
         raise
     # The network runs the model's own operations, which may raise anything.
     except Exception as error:
-        shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in given]
-        raise ShapeError(f"the model does not run on a {what} {shapes}: {error}") from error
+        raise ShapeError(
+            f"the model does not run on a {what} {shapes_shown(given)}: {first_line(error)}"
+        ) from error
 
 
 def loss_on(loss: Loss, output: Any, target: Any) -> Tensor:

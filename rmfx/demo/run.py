@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 from rmfx.conversion import Conversion, convert
+from rmfx.table import Column, spread, table
 from rmfx.timing.speed import LatencyError, Settings, compare_speed, quartiles, ratio_of
 
 from . import load_digits, load_model
@@ -92,16 +92,9 @@ class DemoResult:
         return "\n\n".join(parts)
 
     def _speed_table(self) -> str:
-        rows, notes = [], []
-        for speed in self.speeds:
-            if speed.note:
-                notes.append(f"Not timed: {speed.note}")
-                continue
-            ratio, low, high = ratio_of(speed.before, speed.after)
-            ratios = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
-            rows.append((speed.runtime, _text(speed.before), _text(speed.after), ratios))
-        headers = ("", "before", "after", "after/before")
-        return "\n".join([tabulate(rows, headers, disable_numparse=True), *notes])
+        timed = [speed for speed in self.speeds if not speed.note]
+        notes = [f"Not timed: {speed.note}" for speed in self.speeds if speed.note]
+        return "\n".join([table(timed, _COLUMNS), *notes])
 
 
 def run_demo(step: Callable[[str], object] = lambda _: None) -> DemoResult:
@@ -146,6 +139,13 @@ def _measure_speeds(
     return tuple(speeds)
 
 
-def _text(seconds: tuple[float, ...]) -> str:
-    median, low, high = quartiles(seconds)
-    return f"{median * 1e3:.2f} ({low * 1e3:.2f} to {high * 1e3:.2f})"
+def _milliseconds(seconds: tuple[float, ...]) -> str:
+    return spread(quartiles([1e3 * each for each in seconds]))
+
+
+_COLUMNS = (
+    Column("", "runtime"),
+    Column("before", "before", _milliseconds),
+    Column("after", "after", _milliseconds),
+    Column("after/before", lambda speed: spread(ratio_of(speed.before, speed.after))),
+)

@@ -34,9 +34,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from rmfx.errors import RmfxError
+from rmfx.errors import RmfxError, first_line
 
-from .programs import UnsafeFileError, check_program
+from .expressions import UnsafeFileError
+from .programs import check_program
 
 _IMAGE = (1, 3, 224, 224)
 _VIDEO = (1, 3, 16, 112, 112)
@@ -161,7 +162,7 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
             f"{path} is damaged, or holds more than weights (only tensors are read, never code)"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise LoadError(f"{path} is damaged or no weights file: {_first_line(error)}") from error
+        raise LoadError(f"{path} is damaged or no weights file: {first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -201,9 +202,7 @@ def _read_program(path: Path) -> ExportedProgram:
         ) from error
     # A text that is no program fails in torch wherever it is read first.
     except (*_DAMAGED, zipfile.BadZipFile, OSError) as error:
-        raise LoadError(
-            f"{path} is damaged or no exported program: {_first_line(error)}"
-        ) from error
+        raise LoadError(f"{path} is damaged or no exported program: {first_line(error)}") from error
 
 
 def _load_torchvision(name: str) -> tuple[nn.Module, tuple[int, ...]]:
@@ -291,9 +290,4 @@ def _call(factory: Callable[[], object], text: str) -> nn.Module:
 
 
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}"

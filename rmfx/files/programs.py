@@ -19,7 +19,6 @@ for harm.
 
 from __future__ import annotations
 
-import ast
 import io
 import json
 import os
@@ -32,11 +31,7 @@ from typing import IO, Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 
-from rmfx.errors import RmfxError
-
-
-class UnsafeFileError(RmfxError):
-    """A file holds what could run code while it is opened; the text names the entry."""
+from .expressions import UnsafeFileError, check_condition, check_size, quoted
 
 
 def check_program(file: IO[bytes]) -> None:
@@ -148,7 +143,7 @@ def _check_text(name: str, data: bytes) -> None:
             _check_structure(text, takes_names=key == "in_spec")
         elif key in _IDENTIFIERS:
             if text and not text.isidentifier():
-                raise UnsafeFileError(f"the entry {name} has {_short(text)} for a name")
+                raise UnsafeFileError(f"the entry {name} has {quoted(text)} for a name")
         elif key not in _PROSE:
             _check_label(name, text)
 
@@ -170,11 +165,7 @@ def _strings(value: Any) -> Iterator[tuple[str, str]]:
 
 def _check_label(name: str, text: str) -> None:
     if _QUOTES.search(text) or _BREAKS.search(text):
-        raise UnsafeFileError(f"the entry {name} has {_short(text)} for a name")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+        raise UnsafeFileError(f"the entry {name} has {quoted(text)} for a name")
 
 
 # ---- operators ----------------------------------------------------------------------------------
@@ -213,7 +204,7 @@ def _check_operator(text: str) -> None:
         found = _looked_up(parts[2:])
         if found is None:
             raise UnsafeFileError(
-                f"the operator {_short(text)} is not known here; import the package that has it"
+                f"the operator {quoted(text)} is not known here; import the package that has it"
             )
         if isinstance(found, HigherOrderOperator) and found.name() in _CONTROL:
             return
@@ -223,7 +214,7 @@ def _check_operator(text: str) -> None:
         [n] for n in _LEVELS
     ):
         return
-    raise UnsafeFileError(f"the program calls {_short(text)}, which is no operator of a network")
+    raise UnsafeFileError(f"the program calls {quoted(text)}, which is no operator of a network")
 
 
 def _looked_up(names: list[str]) -> object | None:
@@ -258,7 +249,7 @@ def _check_structure(text: str, *, takes_names: bool) -> None:
             if "__enum__" in part or (
                 "default_factory_module" in part and factory not in _FACTORIES
             ):
-                raise UnsafeFileError(f"a structure names code to import: {_short(text)}")
+                raise UnsafeFileError(f"a structure names code to import: {quoted(text)}")
             waiting += [*part, *part.values()]
         elif isinstance(part, list):
             waiting += part
@@ -267,145 +258,4 @@ def _check_structure(text: str, *, takes_names: bool) -> None:
         elif isinstance(part, str):
             _check_label("of a structure", part)
             if takes_names and not re.fullmatch(r"[\w.-]*", part):
-                raise UnsafeFileError(f"an input has {_short(part)} for a name")
-
-
-# ---- expressions --------------------------------------------------------------------------------
-_SYNTAX = (
-    *(ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Tuple),
-    *(ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Load),
-)
-_NUMBERS = ("Integer", "Rational", "Float")
-_POWERS = ("Pow", "PowByNatural", "FloatPow", "LShift")
-_SIZE_FUNCTIONS = {
-    *("FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "Add"),
-    *("FloorToInt", "CeilDiv", "RShift", "FloatTrueDiv", "IntTrueDiv", "TruncToFloat", "Mul"),
-    *("IsNonOverlappingAndDenseIndicator", "TruncToInt", "RoundToInt", "RoundDecimal", "ToFloat"),
-    *("Identity", "Max", "Min", "Abs", "floor", "ceiling", "sqrt", "Piecewise", "ExprCondPair"),
-    *("Eq", "Ne", "Gt", "Ge", "Lt", "Le", "Equality", "Unequality", "StrictGreaterThan"),
-    *("StrictLessThan", "GreaterThan", "LessThan", "And", "Or", "Not", "Xor", "Symbol", "Tuple"),
-    *("BitwiseFn_bitwise_and", "BitwiseFn_bitwise_or", "BitwiseFn_bitwise_xor"),
-    *(*_NUMBERS, *_POWERS),
-}
-_UNARY = re.compile(r"OpaqueUnaryFn_\w+")
-_CONDITION_FUNCTIONS = {
-    *("abs", "max", "min", "round", "IsNonOverlappingAndDenseIndicator", "torch._sym_sqrt"),
-    *(f"torch.sym_{name}" for name in ("float", "int", "max", "min", "ite", "not", "sqrt")),
-    *(f"math.{name}" for name in ("trunc", "floor", "ceil", "isnan", "sqrt", "log2", "cos")),
-    *(f"math.{name}" for name in ("cosh", "acos", "sin", "sinh", "asin", "tan", "tanh", "atan")),
-    "cast_symbool_to_symint_guardless",
-}
-_CONDITION_VALUES = {"L", "inf", "math.inf", "math.nan", "math", "torch"}
-_METHODS = ("size", "stride", "storage_offset", "dim", "numel", "item")
-_HIGHEST_POWER = 64
-_HIGHEST_NUMBER = 1e300
-
-
-def check_size(text: str) -> None:
-    """Refuse what is no expression of sizes, as `sympy.sympify` evaluates them.
-
-    Raises:
-        UnsafeFileError: it holds other things than numbers, names and functions of sizes, or a
-            power that could take for ever.
-    """
-    tree = _tree(text)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            fits = _is_size_function(node.func)
-        elif isinstance(node, ast.keyword):
-            fits = _is_number(node.value) and node.value.value <= _HIGHEST_POWER  # type: ignore[attr-defined]
-        elif isinstance(node, ast.Name):
-            fits = not node.id.startswith("__")
-        else:
-            fits = isinstance(node, _SYNTAX) or _is_number(node) or _is_word(node)
-        _demand(fits and _is_bounded(node), text)
-
-
-def check_condition(text: str) -> None:
-    """Refuse what is no condition on inputs `L`, as an exported program runs them.
-
-    Raises:
-        UnsafeFileError: it holds other things than comparisons and arithmetic of sizes.
-    """
-    tree = _tree(text)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            fits = not node.keywords and _is_condition_function(node.func)
-        elif isinstance(node, (ast.Name, ast.Attribute)):
-            fits = ast.unparse(node) in _CONDITION_VALUES or _is_condition_function(node)
-        else:
-            known = isinstance(node, (*_SYNTAX, ast.Subscript))
-            fits = known or _is_number(node) or _is_word(node)
-        _demand(fits and _is_bounded(node), text)
-
-
-def _is_size_function(node: ast.expr) -> bool:
-    if not isinstance(node, ast.Name):
-        return False
-    return node.id in _SIZE_FUNCTIONS or _UNARY.fullmatch(node.id) is not None
-
-
-def _is_condition_function(node: ast.expr) -> bool:
-    if isinstance(node, ast.Attribute) and node.attr in _METHODS:
-        return True
-    return ast.unparse(node) in _CONDITION_FUNCTIONS
-
-
-def _is_number(node: ast.AST) -> bool:
-    if not isinstance(node, ast.Constant) or not isinstance(node.value, (int, float)):
-        return False
-    return node.value <= _HIGHEST_NUMBER or node.value == float("inf")
-
-
-def _is_word(node: ast.AST) -> bool:
-    """Whether a node is None or a text that is no code: a name, or a number in digits."""
-    if not isinstance(node, ast.Constant) or not isinstance(node.value, (str, type(None))):
-        return False
-    word = node.value or ""
-    if re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", word):
-        return len(word) <= 60 and abs(float(word)) <= _HIGHEST_NUMBER
-    return re.fullmatch(r"[A-Za-z_][\w.-]*|", word) is not None
-
-
-def _is_bounded(node: ast.AST) -> bool:
-    """Whether a node is no power, or one of a small number of something that has none.
-
-    Powers of powers of numbers would take for ever.
-    """
-    if not _is_power(node):
-        return True
-    parts = node.args if isinstance(node, ast.Call) else [node.left, node.right]  # type: ignore[attr-defined]
-    if len(parts) != 2 or any(_is_power(inner) for inner in ast.walk(parts[0])):
-        return False
-    return all(_is_small(inner) for inner in ast.walk(parts[1]))
-
-
-def _is_power(node: ast.AST) -> bool:
-    if isinstance(node, ast.BinOp):
-        return isinstance(node.op, (ast.Pow, ast.LShift))
-    return isinstance(node, ast.Call) and ast.unparse(node.func) in _POWERS
-
-
-def _is_small(node: ast.AST) -> bool:
-    """Whether a node may stand in an exponent: a small number, written in whatever way."""
-    if isinstance(node, ast.Constant):
-        number = _is_number(node) or (isinstance(node.value, str) and _is_word(node))
-        return number and abs(float(node.value)) <= _HIGHEST_POWER  # type: ignore[arg-type]
-    if isinstance(node, ast.BinOp):
-        return isinstance(node.op, ast.Div)
-    written = (ast.UnaryOp, ast.USub, ast.Div, ast.Call, ast.keyword, ast.Load)
-    return isinstance(node, written) or (isinstance(node, ast.Name) and node.id in _NUMBERS)
-
-
-def _tree(text: str) -> ast.Expression:
-    """A text as an expression, without what torch and sympy would read as something else."""
-    _demand(not re.search(r'[#\\"\n]', text), text)
-    try:
-        return ast.parse(text.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UnsafeFileError(f"{_short(text)} is no expression of sizes") from error
-
-
-def _demand(fits: bool, text: str) -> None:
-    if not fits:
-        raise UnsafeFileError(f"{_short(text)} does more than compute with sizes")
+                raise UnsafeFileError(f"an input has {quoted(part)} for a name")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import keyword
-import reprlib
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -18,7 +17,7 @@ from rmfx.ir.kinds import MODE_DEPENDENT
 from rmfx.ir.notes import OWN_GRADIENT
 from rmfx.ir.weights import check_weight
 from rmfx.modules.ring import FromRing
-from rmfx.options import Inputs
+from rmfx.options import Inputs, shapes_shown
 
 from .calls import CALLS, arguments_of, batch_norm, gives_several
 
@@ -131,5 +130,5 @@ def does_not_run(inputs: Inputs, error: Exception) -> ShapeError:
             f"the model's sizes or ways depend on values ({first_line(error)}), of which example "
             "inputs are an example only; leave them out, or convert the part before"
         )
-    shapes = [tuple(x.shape) if isinstance(x, Tensor) else reprlib.repr(x) for x in inputs]
-    return ShapeError(f"the model does not run on the example inputs {shapes}: {first_line(error)}")
+    given = shapes_shown(inputs)
+    return ShapeError(f"the model does not run on the example inputs {given}: {first_line(error)}")

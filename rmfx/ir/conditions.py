@@ -188,9 +188,9 @@ class Multiple(SizeCondition):
         size = graph.call_function(inner_size, (x, self.dim, self.growth, self.stride))
         rest = graph.call_function(operator.mod, (size, self.multiple))
         message = (
-            f"{self.cause} averages fewer values at the border, which a convolution cannot do, "
-            f"unless {_floor(self.dim, self.growth, self.stride)} is a multiple of "
-            f"{self.multiple}; {WAY_OUT}"
+            f"{self.cause} averages fewer values where its last window hangs over the border, as "
+            f"ceil_mode=True lets it, unless {_floor(self.dim, self.growth, self.stride)} is a "
+            f"multiple of {self.multiple}; {WAY_OUT}"
         )
         demand_that(graph, graph.call_function(operator.eq, (rest, 0)), x, message)
 

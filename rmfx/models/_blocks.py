@@ -18,3 +18,11 @@ def conv_bn(
     padding = kernel // 2
     conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(channels_out), *([act] if act is not None else []))
+
+
+def blocks_of(depth: int) -> int:
+    """How many blocks each of the three stages has in a CIFAR network of 6n + 2 layers."""
+    blocks, remainder = divmod(depth - 2, 6)
+    if remainder or blocks < 1:
+        raise ValueError(f"depth must be 6n + 2 with n >= 1 (20, 32, 56, 110, ...), not {depth}")
+    return blocks

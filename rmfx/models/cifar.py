@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._blocks import conv_bn
+from ._blocks import blocks_of, conv_bn
 
 Shortcut = Literal["A", "B"]
 
@@ -130,9 +130,7 @@ def cifar_resnet(
         >>> sum(p.numel() for p in net.parameters())
         269722
     """
-    blocks, remainder = divmod(depth - 2, 6)
-    if remainder or blocks < 1:
-        raise ValueError(f"depth must be 6n + 2 with n >= 1 (20, 32, 56, 110, ...), not {depth}")
+    blocks = blocks_of(depth)
     if shortcut not in ("A", "B"):
         raise ValueError(f'shortcut must be "A" or "B", not {shortcut!r}')
     if len(widths) != 3 or min(widths) < 1 or any(a > b for a, b in pairwise(widths)):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._blocks import blocks_of
+
 _WIDTHS = (16, 32, 64)
 
 
@@ -73,10 +75,7 @@ def preactivation_resnet(depth: int = 110, num_classes: int = 10) -> PreActivati
         >>> preactivation_resnet(20).eval()(torch.zeros(1, 3, 32, 32)).shape
         torch.Size([1, 10])
     """
-    blocks, remainder = divmod(depth - 2, 6)
-    if remainder or blocks < 1:
-        raise ValueError(f"depth must be 6n + 2 with n >= 1 (20, 32, 56, 110, ...), not {depth}")
-    return PreActivationResNet(blocks, num_classes)
+    return PreActivationResNet(blocks_of(depth), num_classes)
 
 
 def _make_stage(channels_in: int, channels_out: int, blocks: int) -> nn.Sequential:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,38 +15,18 @@ from rmfx.errors import VerificationError, first_line
 from rmfx.frontend.checks import does_not_run
 from rmfx.frontend.memory import shares_memory
 from rmfx.ir.conditions import refuses
-from rmfx.ir.undisturbed import autocast_of_caller
 from rmfx.report import JoinError, Verification, shape_text
 
 from .counterparts import Counterpart
-from .equivalence import (
-    Recorder,
-    cloned,
-    default_tolerance,
-    moved_by_one_rounding,
-    operands_of,
-    structure_change,
-)
+from .equivalence import default_tolerance, operands_of, structure_change
 from .places import ROUNDINGS, Place, difference, has_empty, has_numbers, scale_of, told
-from .runs import (
-    Forms,
-    Run,
-    Shape,
-    call,
-    in_float64,
-    is_of_dynamo,
-    may_write,
-    positions_of,
-    seeded,
-    shapes_of,
-)
+from .runs import Run, Shape, is_of_dynamo, positions_of
+from .sides import Sides
 from .trial_inputs import LARGE, SAME, Example, Inputs, candidates
 
-SMALL = 1 << 21  # parameters up to which a network is run at further sizes, and is called
 ONCE = 2  # times that of rounding the weights, which are rounded once
 COARSE = 100  # times the tolerance: what nobody takes for rounding
 MOVES = 4  # of a few numbers one rounding may do little by chance
-CALLED = 1 << 11  # positions up to which a small network with a graph is called as well
 
 
 class Pair:
@@ -72,25 +50,13 @@ class Pair:
         joins: Sequence[Counterpart] = (),
         tolerance: float | None = None,
     ) -> None:
-        self._fresh, self._verb, self._tolerance = fresh, verb, tolerance
-        self._joins = joins
-        self._fixed: frozenset[int] = frozenset()
-        self._operands: dict[str, list[tuple[fx.Node, float]]] = {}
-        graphs: tuple[fx.GraphModule | None, ...] = (None, None)
-        if source is not None and isinstance(after, fx.GraphModule):
-            names = {join.name for join in joins}
-            nodes = [node for node in source.graph.nodes if node.name in names]
-            self._operands = {node.name: operands_of(node) for node in nodes}
-            graphs = source, after
-        self._writes = may_write(source)
-        self._is_small = sum(p.numel() for p in after.parameters()) <= SMALL
-        calls = self._is_small or graphs[0] is None
-        self._forms = (
-            Forms(fresh() if calls else None, graphs[0]),
-            Forms(after if calls else None, graphs[1], not isinstance(after, fx.GraphModule)),
-        )
-        # What holds the original's tensors.
-        self._kept: Any = self._forms[0].module if source is None else source
+        self._verb, self._tolerance, self._joins = verb, tolerance, joins
+        names = {join.name for join in joins}
+        nodes = [] if source is None else [n for n in source.graph.nodes if n.name in names]
+        self._operands = {node.name: operands_of(node) for node in nodes}
+        operands = (node.name for found in self._operands.values() for node, _ in found)
+        noted = ({*self._operands, *operands}, {join.node for join in joins})
+        self._sides = Sides(fresh, source, after, noted)
         self._reason = "the original gives no finite values to compare with"
         self._shapes: list[tuple[Shape, ...]] = []
         self._error, self._limit, self._magnified = 0.0, 0.0, 0.0
@@ -102,14 +68,14 @@ class Pair:
         Raises:
             VerificationError: the result is another function.
         """
-        self._fixed = example.fixed
+        self._sides.fixed = example.fixed
         for batch in batches:
             self._compare(batch)
         if not batches and not self._run_at(example):
             self._run_at(replace(example, last=not example.last))
         if not self._shapes:
             self._compare(example.inputs)
-        if not is_of_dynamo(self._kept):
+        if not is_of_dynamo(self._sides.kept):
             self._check_example(example.inputs)
         if not self._shapes:
             return Verification(reason=self._reason)
@@ -123,16 +89,17 @@ class Pair:
 
     def _check_example(self, inputs: Inputs) -> None:
         """Raise ShapeError if nothing was compared at the example's size as the original fails."""
-        if self._shapes_of(inputs) in self._shapes or positions_of(inputs) > LARGE:
+        if self._sides.shapes_of(inputs) in self._shapes or positions_of(inputs) > LARGE:
             return
-        failure = self._again(self._forms[0], inputs).failure
+        self._sides.begin()
+        failure = self._sides.again(inputs).failure
         if failure is not None:
             raise does_not_run(inputs, failure) from failure
 
     def _run_at(self, example: Example) -> bool:
         """Whether both ran at another size than the example's."""
         several = False
-        for seed, choices in enumerate(candidates(example, further=self._is_small)):
+        for seed, choices in enumerate(candidates(example, further=self._sides.is_small)):
             for sizes in choices:
                 if self._compare(example.resized(sizes, seed)):
                     several = several or any(size != SAME for size in sizes)
@@ -147,20 +114,18 @@ class Pair:
         Raises:
             VerificationError: both run and give something else, or only the original runs.
         """
-        start = self._forms
-        if self._writes:
-            self._forms = (start[0].apart(), start[1].apart())
-        counts = self._counts(start[0], inputs)
+        self._sides.begin()
+        counts = self._counts(inputs)
         if not counts:
-            self._forms = start
+            self._sides.undo()
         return counts
 
-    def _counts(self, start: Forms, inputs: Inputs) -> bool:
-        """The same, where the original was `start` before."""
-        after = self._run(1, inputs)
+    def _counts(self, inputs: Inputs) -> bool:
+        """The same, whatever they write."""
+        after = self._sides.run(1, inputs)
         if after.failure is not None and refuses(after.failure):
             return False
-        before = self._run(0, inputs)
+        before = self._sides.run(0, inputs)
         if before.failure is not None or not has_numbers(before.output):
             return False
         if self._depends_on_calls(inputs, before, after):
@@ -170,90 +135,11 @@ class Pair:
         if after.failure is not None:
             kind, text = type(after.failure).__name__, first_line(after.failure)
             raise self._error_at(inputs, f"the original runs and the result raises {kind}: {text}")
-        if self._agree(start, inputs, before, after):
-            self._shapes.append(self._shapes_of(inputs))
+        if self._agree(inputs, before, after):
+            self._shapes.append(self._sides.shapes_of(inputs))
         return True
 
-    def _run(self, side: int, inputs: Inputs) -> Run:
-        """Run one side, 0 for the original and 1 for the result."""
-        return self._run_forms(self._forms[side], inputs, self._names(side))
-
-    def _again(
-        self,
-        start: Forms,
-        inputs: Inputs,
-        *,
-        precise: bool = False,
-        weights: int | None = None,
-        seed: int = 0,
-    ) -> Run:
-        """Run the original once more from where it was.
-
-        Args:
-            start: what it was like.
-            inputs: which may be others than before.
-            precise: whether in float64.
-            weights: a seed, with which its weights are moved by one rounding.
-            seed: of the numbers that it draws at random.
-        """
-        as_it_was = not (self._writes or precise or weights is not None)
-        forms = start if as_it_was else start.apart(precise=precise)
-        if weights is not None:
-            forms.move(weights)
-        inputs = in_float64(inputs) if precise else inputs
-        return self._run_forms(forms, inputs, self._names(0), precise=precise, seed=seed)
-
-    def _run_forms(
-        self,
-        forms: Forms,
-        inputs: Inputs,
-        names: set[str],
-        *,
-        precise: bool = False,
-        seed: int = 0,
-    ) -> Run:
-        """Run a network as it is called, unless that takes long, and for the values its graph."""
-        output, values = None, dict[str, Any]()
-        module, graph = forms.module, forms.graph
-        if graph is not None and positions_of(inputs) > CALLED:
-            module = None
-        casts = contextlib.nullcontext() if precise else self._autocast()
-        try:
-            with torch.no_grad(), casts:
-                if module is not None:
-                    with seeded(seed):
-                        output = call(module, self._copies(inputs))
-                if graph is not None:
-                    recorder = Recorder(graph, names)
-                    with seeded(seed):
-                        found = recorder.run(*self._copies(inputs))
-                    output, values = found if output is None else output, recorder.values
-        # Both run the model's own operations, which may raise anything.
-        except Exception as failure:  # noqa: BLE001
-            return Run(failure=failure)
-        return Run(output, values)
-
-    def _copies(self, inputs: Inputs) -> Inputs:
-        """Copies of inputs, which a network may write to, and weights as they are."""
-        return tuple(x if i in self._fixed else cloned(x) for i, x in enumerate(inputs))
-
-    def _moved(self, inputs: Inputs, seed: int) -> Inputs:
-        """Inputs, without weights, moved by one rounding."""
-        moved = moved_by_one_rounding(inputs, seed)
-        return tuple(inputs[i] if i in self._fixed else x for i, x in enumerate(moved))
-
-    def _autocast(self) -> contextlib.AbstractContextManager[dict[str, torch.dtype]]:
-        """Autocast as the caller has it, where the original is a graph that was made under it."""
-        return autocast_of_caller() if is_of_dynamo(self._kept) else contextlib.nullcontext({})
-
-    def _names(self, side: int) -> set[str]:
-        """The nodes whose values are compared."""
-        if side:
-            return {join.node for join in self._joins}
-        operands = (node.name for found in self._operands.values() for node, _ in found)
-        return {*self._operands, *operands}
-
-    def _agree(self, start: Forms, inputs: Inputs, before: Run, after: Run) -> bool:
+    def _agree(self, inputs: Inputs, before: Run, after: Run) -> bool:
         """Whether joins and outputs are the same; False where chance decides what they are.
 
         Raises:
@@ -261,18 +147,19 @@ class Pair:
         """
         limit = self._tolerance
         if limit is None:
-            with self._autocast() as types:
+            with self._sides.autocast() as types:
                 used = [torch.empty(0, dtype=dtype) for dtype in types.values()]
-            limit = default_tolerance(self._kept, (inputs, before.output, used))
+            limit = default_tolerance(self._sides.kept, (inputs, before.output, used))
             limit *= 2 ** self._bits(before)
         places = list(self._places(inputs, before, after))
         wrong = [place for place in places if not place.error() <= limit * place.scale]
         allowances: dict[str | int, float] = {}
         if wrong:
-            roundings = [self._again(start, self._moved(inputs, seed)) for seed in range(MOVES)]
-            if not (self._writes and shares_memory(self._kept)):  # which a cast takes apart
-                roundings.append(self._again(start, inputs, precise=True))
-            rounded = [self._again(start, inputs, weights=seed) for seed in range(MOVES)]
+            sides = self._sides
+            roundings = [sides.again(sides.moved(inputs, seed)) for seed in range(MOVES)]
+            if not (sides.writes and shares_memory(sides.kept)):  # which a cast takes apart
+                roundings.append(sides.again(inputs, precise=True))
+            rounded = [sides.again(inputs, weights=seed) for seed in range(MOVES)]
             for whole in wrong:
                 place = whole.where_finite(roundings)
                 places[places.index(whole)] = place
@@ -282,7 +169,7 @@ class Pair:
                 allowances[place.key] = allowed
                 if place.error() <= allowed:
                     continue
-                if self._is_random(start, inputs, before):
+                if self._is_random(inputs, before):
                     self._reason = "the original draws numbers at random"
                     return False
                 raise self._error_at(inputs, told(place, allowed))
@@ -338,40 +225,33 @@ class Pair:
         sensitivity = place.least / scale if place.least > allowed else 0.0
         return JoinError(place.module, max(known.error, error), max(known.sensitivity, sensitivity))
 
-    def _shapes_of(self, inputs: Inputs) -> tuple[Shape, ...]:
-        """The shapes of what the caller gives, without weights."""
-        return shapes_of(tuple(x for i, x in enumerate(inputs) if i not in self._fixed))
-
     def _depends_on_calls(self, inputs: Inputs, before: Run, after: Run) -> bool:
         """Whether the original has kept something of another size, and gives what it fits to.
 
         A cache of positions, say. At equal sizes two calls have to agree.
         """
-        is_other = self._shapes and self._shapes[0] != self._shapes_of(inputs)
+        is_other = self._shapes and self._shapes[0] != self._sides.shapes_of(inputs)
         if not is_other or after.failure is not None or self._outputs_agree(before, after):
             return False
-        if self._forms[0].module is None:
-            return False
-        fresh = replace(self._forms[0], module=self._fresh())
-        again = self._run_forms(fresh, inputs, self._names(0))
-        return again.failure is None and self._outputs_agree(again, after)
+        again = self._sides.anew(inputs)
+        return again is not None and again.failure is None and self._outputs_agree(again, after)
 
     def _outputs_agree(self, before: Run, after: Run) -> bool:
         """Whether two outputs are the same up to coarse rounding."""
         if structure_change(before.output, after.output) is not None:
             return False
-        limit = COARSE * default_tolerance(self._kept, before.output)
+        limit = COARSE * default_tolerance(self._sides.kept, before.output)
         leaves = (pytree.tree_leaves(run.output) for run in (before, after))
         return all(difference(a, b) <= limit * scale_of(a) for a, b in zip(*leaves, strict=True))
 
-    def _is_random(self, start: Forms, inputs: Inputs, before: Run) -> bool:
+    def _is_random(self, inputs: Inputs, before: Run) -> bool:
         """Whether the original draws numbers at random: then two runs need not agree."""
-        again = self._again(start, inputs, seed=1)
+        again = self._sides.again(inputs, seed=1)
         pairs = zip(*(pytree.tree_leaves(run.output) for run in (before, again)), strict=True)
         return any(difference(a, b) > 0 for a, b in pairs)
 
     def _error_at(self, inputs: Inputs, what: str) -> VerificationError:
-        sizes = shape_text(self._shapes_of(inputs))
+        sizes = shape_text(self._sides.shapes_of(inputs))
         if not self._verb:
             return VerificationError(f"the networks differ: on random inputs of {sizes} {what}")
         return VerificationError(

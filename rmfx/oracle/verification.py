@@ -28,10 +28,10 @@ from torch.export import ExportedProgram
 
 from rmfx.algebra.affine import CONVS
 from rmfx.analysis.ranges import check_range
-from rmfx.errors import OptionError, VerificationError
+from rmfx.errors import VerificationError
 from rmfx.frontend.dynamo import find_lifted
 from rmfx.interval import Interval
-from rmfx.options import as_tuple, is_number, typed
+from rmfx.options import as_tuple, number_of, typed
 from rmfx.report import META_KEY, Verification
 
 from .counterparts import joins_of_names, joins_of_report
@@ -80,8 +80,8 @@ def verify(
     >>> verify(net, net, torch.randn(1, 1, 9, 9)).error
     0.0
     """
-    if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
-        raise OptionError(f"tolerance={tolerance!r}: it is a number, not negative")
+    if tolerance is not None:
+        tolerance = number_of("tolerance", tolerance, least=0)
     check_range(input_range)
     return verified(before, after, inputs, tolerance, input_range, traced)
 

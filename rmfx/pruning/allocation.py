@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rmfx.errors import OptionError
+from rmfx.options import is_whole
 
 from .families import Family, Meter, Widths
 
@@ -58,7 +59,7 @@ class Demand:
         """
         total = len(family.members)
         found = self.multiple(total) if callable(self.multiple) else self.multiple
-        if not isinstance(found, SupportsIndex) or operator.index(found) < 1:
+        if not is_whole(found) or operator.index(found) < 1:
             raise OptionError(f"multiple gives {found!r} for {total} filters: return 1 or more")
         return operator.index(found)
 

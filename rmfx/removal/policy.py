@@ -7,7 +7,8 @@ from typing import Literal
 
 from rmfx.errors import OptionError, Refusal
 from rmfx.ir.net import Net
-from rmfx.report import SiteReport, short
+from rmfx.report import SiteReport
+from rmfx.table import short
 
 from .measured import BothForms, MeasuredPolicy
 from .site import Site

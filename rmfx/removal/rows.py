@@ -51,7 +51,7 @@ def row_of_match(net: Net, site: Site, settled: Settled, nodes: Sequence[fx.Node
     Args:
         nodes: those that go.
     """
-    before = expense_of(net, [*nodes], site.dims)
+    before = expense_of(net, nodes)
     after = expected_expense(site, settled.plan.columns)
     carries = [c.carry.out_channels for c in settled.plan.columns[:-1] if isinstance(c, Linear)]
     return SiteReport(

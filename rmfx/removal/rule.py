@@ -133,7 +133,7 @@ class ResidualRule:
         if may_reorder([step for column in columns for step in column.steps]):
             # The last node stands where the join stood; what followed it may be replaced by now.
             put_in_order(site.fork, new[-1].next)
-        self.rows[row.join] = with_expense(row, expense_of(net, new, site.dims))
+        self.rows[row.join] = with_expense(row, expense_of(net, new))
 
     def _put_columns(
         self,

@@ -135,7 +135,7 @@ def _row(net: Net, nodes: Sequence[fx.Node], segments: Sequence[Segment]) -> Sit
     """A chain as a row of the report: what it costs, and what its segments would."""
     last = nodes[-1]
     dims = segments[0][2].dims
-    before = expense_of(net, nodes, dims)
+    before = expense_of(net, nodes)
     after = [
         (layer, positions(nodes[end - 1].meta.get("shape"), dims)) for _, end, layer in segments
     ]

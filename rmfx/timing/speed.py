@@ -50,16 +50,20 @@ class Settings:
         return times_of(runs, threads=self.threads, rounds=self.rounds, seconds=self.seconds)
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.runtimes if name not in RUNTIMES]
-        if unknown or not self.runtimes:
-            raise LatencyError(
-                f"no runtime {', '.join(unknown) or 'is named'}; known are {', '.join(RUNTIMES)}"
-            )
+        _check_runtimes(self.runtimes)
         counts = (*self.batches, self.threads, self.rounds)
         if not self.batches or not all(is_whole(n) and n >= 1 for n in counts):
             raise LatencyError("batches, threads and rounds must be whole numbers, at least 1")
         if not is_number(self.seconds) or not 0 <= self.seconds < math.inf:
             raise LatencyError(f"seconds={self.seconds!r} must be a number, at least 0")
+
+
+def _check_runtimes(names: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in RUNTIMES]
+    if unknown or not names:
+        raise LatencyError(
+            f"no runtime {', '.join(unknown) or 'is named'}; known are {', '.join(RUNTIMES)}"
+        )
 
 
 @torch.no_grad()
@@ -82,8 +86,7 @@ def compare_speed(
     Raises:
         LatencyError: the runtime is not installed or fails.
     """
-    if runtime not in RUNTIMES:
-        raise LatencyError(f"no runtime {runtime}; known are {', '.join(RUNTIMES)}")
+    _check_runtimes((runtime,))
     kind = RUNTIMES[runtime]
     if kind.missing:
         raise LatencyError(f"{runtime} cannot be measured: {advice(kind.missing)}")

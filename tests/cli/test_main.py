@@ -318,6 +318,11 @@ def test_demo_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 # ---- bad input ----------------------------------------------------------------------------------
 
 
+def test_a_report_without_inputs_says_how_to_give_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", DIGITS]) == 0
+    assert "give --input-shape, such as 1,3,224,224." in capsys.readouterr().out
+
+
 def test_bad_input_shapes_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     for shape in ("", "1,x", "1,0,28", "-1,3", "1,,3", "1x3"):
         message = fails(capsys, "report", DIGITS, f"--input-shape={shape}", code=2)

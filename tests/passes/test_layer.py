@@ -351,7 +351,7 @@ def test_other_wrong_calls() -> None:
         ({"scale": float("nan")}, "scale=nan"),
         ({"layers": ["layer9.*"]}, "layers='layer9"),
         ({"layers": 3}, "layers=3 must be a pattern"),
-        ({"carry": "a"}, "carry='a' must be a number"),
+        ({"carry": "a"}, "carry='a' must be a finite number"),
         ({"scale": True}, "scale=True must be a finite number"),
     ):
         with pytest.raises(OptionError, match=message):

@@ -176,7 +176,7 @@ def test_a_network_without_sites() -> None:
         ({"choices": ("open",)}, "'keep', and any of"),
         ({"choices": ("keep", "burn")}, "'keep', and any of"),
         ({"runtime": "sundial"}, "sundial"),
-        ({"budget": -0.1}, "not negative"),
+        ({"budget": -0.1}, "must be a number at least 0"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

@@ -169,7 +169,7 @@ def test_the_program_is_printed_and_one_line_says_why(capsys: pytest.CaptureFixt
         (["--pass", "own_passes:not_a_function"], "not a function"),
         (["--examples", "0"], "0"),
         (["--examples", "many"], "many"),
-        (["--time", "0"], "positive"),
+        (["--time", "0"], "seconds=0.0 must be a number above 0"),
         (["--frontend", "onnx"], "onnx"),
         (["--activation", "nonsense"], "nonsense"),
         (["--activation", "auto,masked"], "auto"),

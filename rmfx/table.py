@@ -1,0 +1,85 @@
+"""Tables of reports: columns as data, drawn in one way; and how numbers look in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        title: its head.
+        of: what of a row it shows: an attribute, or a function of the row. None is left empty.
+        form: how that looks: as `format` takes it, or a function.
+        right: whether it stands to the right, as numbers do.
+        width: at which its text is broken.
+    """
+
+    title: str
+    of: str | Callable[[Any], object]
+    form: str | Callable[[Any], str] = ""
+    right: bool = False
+    width: int | None = None
+
+    def value(self, row: object) -> object:
+        """What of a row is shown."""
+        return self.of(row) if callable(self.of) else getattr(row, self.of)
+
+    def cell(self, row: object) -> str:
+        """The same as text."""
+        value = self.value(row)
+        if value is None:
+            return ""
+        return self.form(value) if callable(self.form) else format(value, self.form)
+
+
+def table(rows: Iterable[object], columns: Sequence[Column]) -> str:
+    """Rows as text for people, "" where there are none."""
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    if not cells:
+        return ""
+    return tabulate(
+        cells,
+        [column.title for column in columns],
+        disable_numparse=True,
+        colalign=["right" if column.right else "left" for column in columns],
+        maxcolwidths=[column.width for column in columns],
+    )
+
+
+@dataclass(frozen=True)
+class Record:
+    """A report that holds nothing but what JSON can hold; `str()` gives it as a table."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists."""
+        return asdict(self)
+
+
+def short(n: int) -> str:
+    """A number for people.
+
+    >>> short(2_300_000)
+    '2.3 M'
+    """
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return str(n)
+
+
+def change(before: int | None, after: int | None) -> str | None:
+    """What becomes of a number, None where it is not known."""
+    return None if before is None or after is None else f"{short(before)} -> {short(after)}"
+
+
+def spread(quartiles: tuple[float, float, float]) -> str:
+    """A median with its lower and upper quartile."""
+    median, low, high = quartiles
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
