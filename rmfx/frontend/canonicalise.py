@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from rmfx.algebra.activation import is_activation
 from rmfx.frontend.idioms.shuffles import find_shuffles
 from rmfx.frontend.idioms.zero_channels import pad_for_zeros
+from rmfx.ir.facts import Inference, facts_of
 from rmfx.ir.kinds import (
     ADDCMULS,
     ARITHMETIC,
@@ -35,10 +36,9 @@ from rmfx.ir.kinds import (
     is_a,
     torch_name,
 )
-from rmfx.ir.layer_facts import is_layers_size, is_real, rank_of
 from rmfx.ir.names import free_name, free_path, name_nodes
 from rmfx.ir.nodes import attribute, has_hooks, must_stay, replace_by_number, replaced_method
-from rmfx.ir.notes import shape_of, sizes_of_every_call, without_notes
+from rmfx.ir.notes import without_notes
 
 from .calls import CALLS, NORMS, OF_REAL_NUMBERS, batch_norm, gives_several, linear
 
@@ -88,8 +88,9 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
             _batch_norm_for(gm, node)
         elif node.op in ("call_function", "call_method"):
             _canonicalise_call(gm, node, taken)
+    facts = facts_of(gm)
     for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
-        _slice_of_split(gm, node)  # once the layers are modules, which say what sizes they fix
+        _slice_of_split(facts, node)  # once the layers are modules, which say what sizes they fix
     pad_for_zeros(gm)
     for last, source, shuffle in find_shuffles(gm):
         _call_module(gm, last, shuffle, source, taken)
@@ -120,7 +121,7 @@ def _take_first(gm: fx.GraphModule, node: fx.Node) -> None:
     node.graph.erase_node(call)
 
 
-def _slice_of_split(gm: fx.GraphModule, node: fx.Node) -> None:
+def _slice_of_split(facts: Inference, node: fx.Node) -> None:
     """Let a part of a split be a slice: split(x, 4, dim=1)[1] is x[:, 4:8]."""
     if node.target is not operator.getitem or node.meta.get("frozen"):
         return
@@ -135,16 +136,13 @@ def _slice_of_split(gm: fx.GraphModule, node: fx.Node) -> None:
         return
     if not isinstance(dim, int):
         return
-    shape = shape_of(x)
-    dim = dim + len(shape) if dim < 0 and shape is not None else dim
+    dim = dim + (facts.rank(x) or 0) if dim < 0 else dim
     if dim < 0:  # which one that is, nobody knows
         return
-    size = shape[dim] if shape is not None and dim < len(shape) else None
-    if not is_layers_size(gm, x, dim):
-        size = (sizes_of_every_call(x) or (None,) * (dim + 1))[dim]
+    size = facts.size(x, dim)
     if size is None and "chunk" not in name and isinstance(amount, int) and index >= 0:
         size = (index + 1) * amount  # where all before it end
-    ends = _ends_of_parts("chunk" in name, amount, size if isinstance(size, int) else None)
+    ends = _ends_of_parts("chunk" in name, amount, size)
     if ends is None or not -len(ends) <= index < len(ends):
         return
     start, stop = ends[index]
@@ -174,7 +172,7 @@ def _fold_number(gm: fx.GraphModule, node: fx.Node) -> None:
     """Replace a number of dimensions that is known, and comparisons and assertions of constants."""
     is_rank = node.op == "call_method" and node.target in ("dim", "ndimension")
     if is_rank or (node.target is getattr and node.args[1:] == ("ndim",)):
-        rank = rank_of(gm, node.args[0] if isinstance(node.args[0], fx.Node) else None)
+        rank = facts_of(gm).rank(node.args[0]) if isinstance(node.args[0], fx.Node) else None
         if rank is not None:
             replace_by_number(node, rank)
     elif node.target in (operator.eq, operator.ne) and not node.all_input_nodes:
@@ -297,7 +295,7 @@ def _are_alike(gm: fx.GraphModule, parts: Sequence[Any]) -> bool:
     """Whether tensors hold real numbers of one type; integers are not added as they are summed."""
     nodes = [part for part in parts if isinstance(part, fx.Node) and "frozen" not in part.meta]
     same = len(nodes) == len(parts) and len({n.meta.get("dtype") for n in nodes}) == 1
-    return same and all(is_real(gm, node) for node in nodes)
+    return same and all(facts_of(gm).is_real(node) for node in nodes)
 
 
 def _concatenation(node: fx.Node) -> bool:
@@ -352,13 +350,13 @@ def _module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     x = given.pop("input", None)
     if not isinstance(x, fx.Node) or set(given) - set(call.names):
         return None
-    if call.build in OF_REAL_NUMBERS and not is_real(gm, x):
+    if call.build in OF_REAL_NUMBERS and not facts_of(gm).is_real(x):
         return None
     resolved = {name: _constant(gm, value) for name, value in given.items()}
     if any(value is MISSING for value in resolved.values()):
         return None
     if call.build in NORMS:
-        resolved["rank"] = rank_of(gm, x)
+        resolved["rank"] = facts_of(gm).rank(x)
     try:
         return call.build(resolved)
     # Arguments that the module does not take; some modules check theirs by assertions.
@@ -387,7 +385,7 @@ def _flatten_by_view(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     if len(sizes) != 2 or sizes[1] != -1 or not isinstance(sizes[0], fx.Node):
         return None
     x, size = node.args[0], sizes[0]
-    if not isinstance(x, fx.Node) or (rank_of(gm, x) or 0) < 2:
+    if not isinstance(x, fx.Node) or (facts_of(gm).rank(x) or 0) < 2:
         return None
     if size.target == "size" and size.args == (x, 0):
         return nn.Flatten(1)
@@ -417,7 +415,7 @@ def _slice_by_narrow(gm: fx.GraphModule, node: fx.Node) -> None:
     if len(node.args) != 4 or node.kwargs:
         return
     x, dim, start, length = node.args
-    rank = rank_of(gm, x if isinstance(x, fx.Node) else None)
+    rank = facts_of(gm).rank(x) if isinstance(x, fx.Node) else None
     if not isinstance(dim, int) or type(start) is not int or start < 0:
         return
     if (dim < 0 and rank is None) or (start and not isinstance(length, int)):
@@ -478,8 +476,9 @@ def _batch_norm_for(gm: fx.GraphModule, node: fx.Node) -> None:
     is_linear = dims is not None and norm.track_running_stats and norm.running_mean is not None
     if dims is None or not is_linear or has_hooks(norm) or replaced_method(norm):
         return
-    rank = rank_of(gm, _input(node))
-    if len(node.args) != 1 or rank != dims + 2:  # others take inputs without a batch dimension
+    x = _input(node) if len(node.args) == 1 else None
+    rank = facts_of(gm).rank(x) if isinstance(x, fx.Node) else None
+    if rank != dims + 2:  # others take inputs without a batch dimension
         return
     names = ("running_mean", "running_var", "weight", "bias", "eps")
     made = batch_norm({name: getattr(norm, name) for name in names} | {"rank": rank})
