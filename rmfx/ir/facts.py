@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from rmfx.errors import Refusal
 
 from .callees import Calls
-from .kinds import ADDS, BATCH_NORMS, COMPARISONS, SCALES, SPREADING, SUBS, aten, is_a, kind_of
+from .kinds import ADDS, COMPARISONS, SCALES, SPREADING, SUBS, aten, is_a, kind_of
 from .layers import Layer, channels_in, channels_out, dims_of, is_on_last, keeps_values
 from .memo import on_demand, succeed
 from .notes import shape_of, sizes_of_every_call
@@ -196,13 +196,13 @@ class Inference:
         if len(inputs) > 1:
             spread = node.target in SPREADING
             return self._among_constants(node, _sum(inputs)) if spread else Facts()
-        if node.target in KEEPING:
+        if node.target in KEEPING or node.target in COMPARISONS:
             return self._among_constants(node, before)
         if node.target is operator.getitem:
             return self._sliced(node, before)
         if node.target is F.pad:
             return self._padded(node, before)
-        return before if node.target in (*COMPARISONS, *LIKE, *COPIES) else Facts()
+        return before if node.target in (*LIKE, *COPIES) else Facts()
 
     def _read_by(self, node: fx.Node) -> Facts:
         """What the layers that read an input of the network demand of it."""
@@ -220,7 +220,8 @@ class Inference:
         rank = dims + 2 if dims else before.rank if is_on_last(layer) else found.rank
         if out is None:
             return replace(found, rank=rank)
-        return Facts(rank, out, is_on_last(layer) or (found.last and is_a(layer, BATCH_NORMS)))
+        # A batch norm of other channels than the last dimension has normalises the second one.
+        return Facts(rank, out, is_on_last(layer) or (found.last and found.channels == out))
 
     def _of_size(self, node: fx.Node) -> Facts:
         """`zeros((n, c, h, w))`, `zeros(n, c, h, w)`, and the same as methods of a tensor."""
@@ -244,19 +245,16 @@ class Inference:
         return replace(before, channels=len(range(before.channels)[chosen]))
 
     def _padded(self, node: fx.Node, before: Facts) -> Facts:
-        amounts = self.with_numbers(node.args[1] if len(node.args) > 1 else node.kwargs["pad"])
+        amounts = self.with_numbers(node.args[1] if len(node.args) > 1 else node.kwargs.get("pad"))
         if before.dims is None or before.channels is None or not isinstance(amounts, (list, tuple)):
             return Facts(before.rank)
         more = amounts[2 * before.dims : 2 * before.dims + 2]
-        known = all(isinstance(n, int) for n in more)
-        return (
-            replace(before, channels=before.channels + sum(more)) if known else Facts(before.rank)
-        )
+        if not all(isinstance(n, int) for n in more):
+            return Facts(before.rank)
+        return replace(before, channels=before.channels + sum(more))
 
     def _among_constants(self, node: fx.Node, before: Facts) -> Facts:
         """Facts of a value that is combined with constants of the model, which may be larger."""
-        if before.rank is None:
-            return Facts()
         constants = [self._callees.attribute(n) for n in node.all_input_nodes if n.op == "get_attr"]
         sizes = [_channel_size(c, before) for c in constants]
         if None in sizes:
@@ -330,5 +328,7 @@ def _sum(inputs: list[Facts]) -> Facts:
     """Facts of a sum, which may broadcast: certain only where the operands agree."""
     ranks = {f.rank for f in inputs}
     channels = {(f.channels, f.last) for f in inputs}
-    agreed = channels.pop() if len(channels) == 1 else (None, False)
-    return Facts(ranks.pop() if len(ranks) == 1 else None, *agreed)
+    rank = ranks.pop() if len(ranks) == 1 else None
+    found, last = channels.pop() if len(channels) == 1 else (None, False)
+    # Dimensions are aligned at the last one.
+    return Facts(rank, found, last) if rank is not None or last else Facts()

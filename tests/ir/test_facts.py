@@ -129,10 +129,12 @@ def test_a_size_that_inputs_change_is_not_fixed() -> None:
     assert [facts.size(node, dim) for dim in range(4)] == [None, 6, None, None]
 
 
-def test_a_constant_that_adds_a_dimension_is_not_looked_past() -> None:
+@pytest.mark.parametrize(
+    "join", [lambda y, c: torch.where(y > 0, y, c), lambda y, c: torch.where(y > c, y, 0.0)]
+)
+def test_a_constant_that_adds_a_dimension_is_not_looked_past(join: Any) -> None:
     def forward(m: Any, x: Any) -> Any:
-        y = m.a(x)
-        return torch.where(y > 0, y, m.c)
+        return join(m.a(x), m.c)
 
     model = Apply(forward, a=conv())
     model.register_buffer("c", torch.ones(2, 1, 4, 1, 1))
@@ -143,6 +145,20 @@ def test_a_constant_that_adds_a_dimension_is_not_looked_past() -> None:
 def test_features_have_no_known_rank() -> None:
     net, node = result(lambda m, x: m.linear(x), None)
     assert (net.rank(node), net.channels(node, 0)) == (None, 5)
+
+
+@pytest.mark.parametrize("features", [3, 5])
+def test_batch_norm_behind_features_names_no_others(features: int) -> None:
+    """BatchNorm1d takes tokens for channels where the features come in tokens."""
+    model = ready(chain(nn.Linear(4, 5), nn.BatchNorm1d(features)))
+    net = Net(rmfx.trace(model))
+    node = net.graph.output_node().all_input_nodes[0]
+    assert net.channels(node, 0) in (None, model(image(2, features, 4)).shape[-1])
+
+
+def test_sums_of_features_keep_them() -> None:
+    net, node = result(lambda m, x: 2 * m.linear(x) + m.linear(x), None)
+    assert (net.rank(node), net.channels(node, 0), net.channels(node, 1)) == (None, 5, None)
 
 
 def test_shapes_tell_more() -> None:
