@@ -288,7 +288,7 @@ def _close(net: Net, node: fx.Node, split: _Split, source: fx.Node) -> fx.Node:
         total = net.graph.call_function(torch.add, (node, beside))
     total.meta = dict(node.meta)
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-    net.values.pop(node, None)
+    net.make_stand_for(node, None)
     return total
 
 
@@ -442,7 +442,7 @@ def _tidied(net: Net) -> fx.GraphModule:
             continue
         plain = _uniform(module)
         if plain is not None:
-            net.virtual[str(node.target)] = plain.eval()
+            net.set(node, plain.eval())
         layer, source = read(net, node), input_of(node)
         grouped = layer.split_into_groups() if isinstance(layer, AffineConv) else None
         if grouped is not layer and isinstance(grouped, AffineConv):

@@ -363,7 +363,7 @@ def _cut(net: Net, node: fx.Node, start: int, channels: int) -> tuple[int, int]:
     forget(node)
     node.meta.pop("shape", None)
     if start and module is not None:
-        net.virtual[str(node.target)] = _from(module, start, channels)
+        net.set(node, _from(module, start, channels))
     return start, needed
 
 

@@ -195,7 +195,7 @@ class Ranges:
 
     def measured(self, node: fx.Node, *, last: bool) -> Range | None:
         """The extremes of a node's value on the data that were given, None if none were."""
-        found = self._measured.get(self._net.values.get(node, ""))
+        found = self._measured.get(self._net.stands_for(node) or "")
         return found and found[last]
 
     def set(self, node: fx.Node, value: Range) -> None:

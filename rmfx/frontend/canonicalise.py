@@ -18,6 +18,7 @@ from torch import fx, nn
 from rmfx.algebra.activation import is_activation
 from rmfx.frontend.idioms.shuffles import find_shuffles
 from rmfx.frontend.idioms.zero_channels import pad_for_zeros
+from rmfx.ir.facts import facts_of
 from rmfx.ir.kinds import (
     ADDCMULS,
     ARITHMETIC,
@@ -31,7 +32,6 @@ from rmfx.ir.kinds import (
     aten,
     is_a,
 )
-from rmfx.ir.layer_facts import rank_of
 from rmfx.ir.names import name_nodes
 from rmfx.ir.nodes import must_stay, replace_by_number
 from rmfx.ir.ranks import asks_for_rank
@@ -108,8 +108,9 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
             batch_norm_for(gm, node)
         elif node.op in ("call_function", "call_method"):
             _canonicalise_call(gm, node, taken)
+    facts = facts_of(gm)
     for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
-        slice_of_split(gm, node)  # once the layers are modules, which say what sizes they fix
+        slice_of_split(facts, node)  # once the layers are modules, which say what sizes they fix
     pad_for_zeros(gm)
     for last, source, shuffle in find_shuffles(gm):
         call_module(gm, last, shuffle, source, taken)
@@ -134,7 +135,7 @@ def _write_by_method(node: fx.Node) -> None:
 def _fold_number(gm: fx.GraphModule, node: fx.Node) -> None:
     """Replace a number of dimensions that is known, and comparisons and assertions of constants."""
     if asks_for_rank(node):
-        rank = rank_of(gm, node.args[0] if isinstance(node.args[0], fx.Node) else None)
+        rank = facts_of(gm).rank(node.args[0]) if isinstance(node.args[0], fx.Node) else None
         if rank is not None:
             replace_by_number(node, rank)
     elif node.target in (operator.eq, operator.ne) and not node.all_input_nodes:

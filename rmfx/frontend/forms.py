@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from rmfx.ir.facts import facts_of
 from rmfx.ir.kinds import ARITHMETIC, CHOICES_OF_TWO, SELECTIONS, STACKS, SUMS, aten
-from rmfx.ir.layer_facts import is_real, rank_of
 from rmfx.ir.notes import without_notes
 
 from .calls import arguments_of
@@ -115,7 +115,7 @@ def _are_alike(gm: fx.GraphModule, parts: Sequence[Any]) -> bool:
     """Whether tensors hold real numbers of one type; integers are not added as they are summed."""
     nodes = [part for part in parts if isinstance(part, fx.Node) and "frozen" not in part.meta]
     same = len(nodes) == len(parts) and len({n.meta.get("dtype") for n in nodes}) == 1
-    return same and all(is_real(gm, node) for node in nodes)
+    return same and all(facts_of(gm).is_real(node) for node in nodes)
 
 
 def narrow(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -123,7 +123,7 @@ def narrow(gm: fx.GraphModule, node: fx.Node) -> None:
     if len(node.args) != 4 or node.kwargs:
         return
     x, dim, start, length = node.args
-    rank = rank_of(gm, x if isinstance(x, fx.Node) else None)
+    rank = facts_of(gm).rank(x) if isinstance(x, fx.Node) else None
     if not isinstance(dim, int) or type(start) is not int or start < 0:
         return
     if (dim < 0 and rank is None) or (start and not isinstance(length, int)):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.affine import CONVS
+from rmfx.ir.facts import facts_of
 from rmfx.ir.kinds import INSTANCE_NORMS, VIEWS, aten
-from rmfx.ir.layer_facts import is_real, rank_of
 from rmfx.ir.names import free_name, free_path
 from rmfx.ir.nodes import attribute, has_hooks, replaced_method
 from rmfx.ir.notes import without_notes
@@ -34,13 +34,13 @@ def module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     x = given.pop("input", None)
     if not isinstance(x, fx.Node) or set(given) - set(call.names):
         return None
-    if call.build in OF_REAL_NUMBERS and not is_real(gm, x):
+    if call.build in OF_REAL_NUMBERS and not facts_of(gm).is_real(x):
         return None
     resolved = {name: _constant(gm, value) for name, value in given.items()}
     if any(value is MISSING for value in resolved.values()):
         return None
     if call.build in NORMS:
-        resolved["rank"] = rank_of(gm, x)
+        resolved["rank"] = facts_of(gm).rank(x)
     try:
         return call.build(resolved)
     # Arguments that the module does not take; some modules check theirs by assertions.
@@ -94,7 +94,7 @@ def _flatten_by_view(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     if len(sizes) != 2 or sizes[1] != -1 or not isinstance(sizes[0], fx.Node):
         return None
     x, size = node.args[0], sizes[0]
-    if not isinstance(x, fx.Node) or (rank_of(gm, x) or 0) < 2:
+    if not isinstance(x, fx.Node) or (facts_of(gm).rank(x) or 0) < 2:
         return None
     if size.target == "size" and size.args == (x, 0):
         return nn.Flatten(1)
@@ -165,7 +165,8 @@ def batch_norm_for(gm: fx.GraphModule, node: fx.Node) -> None:
     is_linear = dims is not None and norm.track_running_stats and norm.running_mean is not None
     if dims is None or not is_linear or has_hooks(norm) or replaced_method(norm):
         return
-    rank = rank_of(gm, input_of_call(node))
+    x = input_of_call(node)
+    rank = facts_of(gm).rank(x) if isinstance(x, fx.Node) else None
     if len(node.args) != 1 or rank != dims + 2:  # others take inputs without a batch dimension
         return
     names = ("running_mean", "running_var", "weight", "bias", "eps")

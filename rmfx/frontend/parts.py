@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import fx
 
+from rmfx.ir.facts import Inference
 from rmfx.ir.functions import SPLIT_ARGUMENTS, SPLITS, torch_name
-from rmfx.ir.layer_facts import is_layers_size
-from rmfx.ir.notes import shape_of, sizes_of_every_call
 
 from .calls import CALLS, arguments_of, gives_several
 from .layers import module_for
@@ -39,7 +38,7 @@ def take_first(gm: fx.GraphModule, node: fx.Node) -> None:
     node.graph.erase_node(call)
 
 
-def slice_of_split(gm: fx.GraphModule, node: fx.Node) -> None:
+def slice_of_split(facts: Inference, node: fx.Node) -> None:
     """Let a part of a split be a slice: split(x, 4, dim=1)[1] is x[:, 4:8]."""
     if node.target is not operator.getitem or node.meta.get("frozen"):
         return
@@ -54,16 +53,13 @@ def slice_of_split(gm: fx.GraphModule, node: fx.Node) -> None:
         return
     if not isinstance(dim, int):
         return
-    shape = shape_of(x)
-    dim = dim + len(shape) if dim < 0 and shape is not None else dim
+    dim = dim + (facts.rank(x) or 0) if dim < 0 else dim
     if dim < 0:  # which one that is, nobody knows
         return
-    size = shape[dim] if shape is not None and dim < len(shape) else None
-    if not is_layers_size(gm, x, dim):
-        size = (sizes_of_every_call(x) or (None,) * (dim + 1))[dim]
+    size = facts.size(x, dim)
     if size is None and "chunk" not in name and isinstance(amount, int) and index >= 0:
         size = (index + 1) * amount  # where all before it end
-    ends = _ends_of_parts("chunk" in name, amount, size if isinstance(size, int) else None)
+    ends = _ends_of_parts("chunk" in name, amount, size)
     if ends is None or not -len(ends) <= index < len(ends):
         return
     start, stop = ends[index]

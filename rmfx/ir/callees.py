@@ -14,7 +14,31 @@ from .elements import Virtual
 from .nodes import attribute, has_hooks, replaced_method
 
 
-class Callees:
+class Calls:
+    """The modules and tensors that the nodes of a graph module read, as they are now."""
+
+    def __init__(self, source: fx.GraphModule) -> None:
+        self._source = source
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The existing module that a node calls, None for other nodes and for virtual layers."""
+        return self._source.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def replacement(self, node: fx.Node) -> Virtual | nn.Module | None:
+        """What a rule has put under the node's target, if anything."""
+        return None
+
+    def callee(self, node: fx.Node) -> Virtual | nn.Module | None:
+        """What stands at a call_module node, made or given."""
+        made = self.replacement(node)
+        return self.module(node) if made is None else made
+
+    def attribute(self, node: fx.Node) -> object:
+        """The value behind a get_attr node."""
+        return attribute(self._source, node)
+
+
+class Callees(Calls):
     """The modules that the nodes of a graph call: those of its source, and those that rules made.
 
     Attributes:
@@ -23,7 +47,7 @@ class Callees:
     """
 
     def __init__(self, source: fx.GraphModule, graph: fx.Graph) -> None:
-        self._source = source
+        super().__init__(source)
         self.modules = dict(source.named_modules(remove_duplicate=False))
         self.virtual: dict[str, Virtual | nn.Module] = {}
         self._calls: Counter[int] = Counter()  # of each module, by identity
@@ -43,23 +67,12 @@ class Callees:
             self._owners.setdefault(id(value), set()).add(id(node))
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        """The existing module that a node calls, None for other nodes and for virtual layers."""
         if node.op != "call_module" or node.target in self.virtual:
             return None
         return self.modules.get(str(node.target))
 
     def replacement(self, node: fx.Node) -> Virtual | nn.Module | None:
-        """What a rule has put under the node's target, if anything."""
         return self.virtual.get(str(node.target)) if node.op == "call_module" else None
-
-    def callee(self, node: fx.Node) -> Virtual | nn.Module | None:
-        """What stands at a call_module node, made or given."""
-        made = self.replacement(node)
-        return self.module(node) if made is None else made
-
-    def attribute(self, node: fx.Node) -> object:
-        """The value behind a get_attr node."""
-        return attribute(self._source, node)
 
     def weights(self, node: fx.Node) -> int:
         """How many numbers the layer that a node calls has."""

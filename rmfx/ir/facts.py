@@ -2,13 +2,15 @@
 
 With example inputs the front-end leaves a shape at every node. Without them the layers themselves
 tell: a `Conv2d` gives 4 dimensions (inputs are taken as batched) and its output channels, and
-channelwise operations hand both on. The answers are kept per node, so a graph is walked once.
+channelwise operations hand both on. What a graph reads of sizes that layers fix are numbers, too.
+The answers are kept per node, so a graph is walked once.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,31 +18,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rmfx.algebra.activation import Blockwise, is_activation
-from rmfx.algebra.affine import CONVS, AffineConv
 from rmfx.errors import Refusal
 
-from .callees import Callees
-from .kinds import ADDS, BATCH_NORMS, CHANNELWISE, COMPARISONS, SCALES, SPREADING, SUBS, is_a
+from .callees import Calls
+from .kinds import ADDS, COMPARISONS, SCALES, SPREADING, SUBS, aten, is_a, kind_of
+from .layers import Layer, channels_in, channels_out, dims_of, is_on_last, keeps_values
 from .memo import on_demand, succeed
+from .notes import shape_of, sizes_of_every_call
+from .numbers import computed, size_read
+from .open_sizes import OpenSizes
 
-_SPATIAL = {
-    1: (nn.Conv1d, nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d),
-    2: (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm2d),
-    3: (nn.Conv3d, nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.BatchNorm3d),
-}
+KEEPING = (*ADDS, *SUBS, *SCALES)  # operations that keep the type of real numbers
+LIKE = (torch.zeros_like, aten.zeros_like.default)
+OF_SIZE = (torch.zeros, aten.zeros.default)
+BY_METHOD = ("new_zeros", aten.new_zeros.default)
+COPIES = (torch.clone, aten.clone.default, aten.detach.default, "clone", "detach", "contiguous")
 
 
 @dataclass(frozen=True)
 class Facts:
     """What the layers tell of a value: number of dimensions and channels, None if unknown.
 
-    `last` says that the channels are the last dimension, as behind a Linear layer.
+    `last` says that the channels are the last dimension, as behind a Linear layer. Of a number it
+    is the number itself.
     """
 
     rank: int | None = None
     channels: int | None = None
     last: bool = False
+    number: float | None = None
+
+    @property
+    def dims(self) -> int | None:
+        """Dimensions behind the channels, which are the second one; None if that is not known."""
+        if self.rank is None or self.channels is None or (self.last and self.rank != 2):
+            return None
+        return self.rank - 2
+
+    def has_channels_in(self, dim: object) -> bool:
+        """Whether a dimension, counted from either end, is known to hold the channels."""
+        return self.dims is not None and dim in (1, -1 - self.dims)
+
+    def in_shape(self, shape: tuple[int | None, ...]) -> Facts:
+        """The facts of a value of which a shape was noted, too: what disagrees is not known."""
+        agree = self.rank in (None, len(shape)) and self.channels is not None
+        found = replace(self, rank=len(shape))
+        axis = len(shape) - 1 if self.last else 1
+        agree = agree and axis < len(shape) and shape[axis] in (None, self.channels)
+        return found if agree else Facts(len(shape))
+
+
+def facts_of(gm: fx.GraphModule, *, by_readers: bool = False) -> Inference:
+    """What is known of the values of a graph as it is now, at all sizes of its inputs.
+
+    Args:
+        by_readers: what a layer demands of an input of the network is known of that, too.
+    """
+    sizes = functools.cache(lambda: OpenSizes(gm))
+
+    def is_open(node: fx.Node, dim: int) -> bool:
+        return sizes()(node.name, dim) or bool(sizes().sizes_of_inputs(node.name, dim))
+
+    return Inference(Calls(gm), is_open, by_readers=by_readers)
 
 
 class Inference:
@@ -50,12 +89,24 @@ class Inference:
         callees: what its nodes call.
         is_open: whether a size that was noted of a node's value, by its dimension, is another one
             at other sizes of the inputs.
+        by_readers: whether the layers that read an input of the network tell about that.
     """
 
-    def __init__(self, callees: Callees, is_open: Callable[[fx.Node, int], bool]) -> None:
+    def __init__(
+        self,
+        callees: Calls,
+        is_open: Callable[[fx.Node, int], bool],
+        *,
+        by_readers: bool = True,
+    ) -> None:
         self._callees = callees
         self._is_open = is_open
+        self._by_readers = by_readers
         self._known: dict[fx.Node, Facts] = {}
+
+    def __call__(self, node: fx.Node) -> Facts:
+        """What the layers tell of a node's value."""
+        return on_demand(node, self._known, self._deduce, self._asked)
 
     def succeed(self, node: fx.Node, other: fx.Node) -> None:
         """Take note that a node holds another one's value from now on."""
@@ -66,11 +117,13 @@ class Inference:
         known = self._known.get(node)
         if known is not None and known.channels is not None:
             self._known[node] = replace(known, channels=channels)
+            # Numbers may have been read of it.
+            self._known = {n: facts for n, facts in self._known.items() if facts.number is None}
 
     def rank(self, node: fx.Node) -> int | None:
         """Number of dimensions of a node's value, None if unknown."""
-        shape = node.meta.get("shape")
-        return len(shape) if shape is not None else self._facts(node).rank
+        shape = shape_of(node)
+        return len(shape) if shape is not None else self(node).rank
 
     def channels(self, node: fx.Node, dims: int) -> int | None:
         """Channels of a value that layers of `dims` spatial dimensions read, None if unknown.
@@ -82,9 +135,28 @@ class Inference:
             axis = 1 if dims else len(shape) - 1
             found: int | None = shape[axis]
             return None if found is None or self._is_open(node, axis) else found
-        facts = self._facts(node)
+        facts = self(node)
         same_axis = facts.last == (dims == 0) or facts.rank == 2
         return facts.channels if same_axis else None
+
+    def size(self, node: fx.Node, dim: int) -> int | None:
+        """A size that was noted of a value and that it has at all sizes of the inputs, if any."""
+        every, shape = sizes_of_every_call(node), node.meta.get("shape")
+        if every is not None:
+            return every[dim] if dim < len(every) and isinstance(every[dim], int) else None
+        if shape is None or dim >= len(shape) or self._is_open(node, dim):
+            return None
+        found: int | None = shape[dim]
+        return found
+
+    def with_numbers(self, value: Any) -> Any:
+        """Arguments with the numbers that layers fix in the places of their nodes."""
+
+        def number(node: fx.Node) -> Any:
+            found = self(node).number
+            return node if found is None else found
+
+        return fx.map_arg(value, number)
 
     def without_channels(self, node: fx.Node) -> Refusal:
         """Why the channels of a value are not known."""
@@ -98,59 +170,107 @@ class Inference:
             )
         return Refusal(cause, (node.name,))
 
-    def _facts(self, node: fx.Node) -> Facts:
-        return on_demand(node, self._known, self._deduce)
+    # ---- one node -----------------------------------------------------------------------------
+
+    def _asked(self, node: fx.Node) -> list[fx.Node]:
+        """Of which values the facts of a node's own follow; some layers tell all themselves."""
+        layer = self._layer(node)
+        return [] if dims_of(layer) and channels_out(layer) else node.all_input_nodes
 
     def _deduce(self, node: fx.Node) -> Facts:
-        inputs = [self._known[n] for n in node.all_input_nodes if n.op != "get_attr"]
-        if len(inputs) > 1 and node.target in SPREADING:
-            return self._among_constants(node, _sum(inputs))
-        if len(inputs) == 1 and node.target in COMPARISONS:
-            return inputs[0]
-        layer: Any = self._layer(node)
-        if len(inputs) == 1 and node.op == "call_function":
-            return self._arithmetic(node, inputs[0])
-        if is_a(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
-            return Facts(rank=2)
-        before = inputs[0] if len(inputs) == 1 else Facts()
-        if self._keeps(layer) or is_a(layer, nn.Linear):
-            rank, channels, last = before.rank, before.channels, before.last
-        else:
-            rank, channels, last = None, None, False
-        dims = _dims_of(layer)
-        if node.op == "placeholder":
-            dims = next((d for d in map(_dims_of, map(self._layer, node.users)) if d), None)
-            readers = [r for r in map(self._layer, node.users) if _channels_in(r)]
-            channels, last = _channels_in(readers[0] if readers else None), _on_last(readers[:1])
-        if isinstance(layer, AffineConv) and not layer.dims:
-            rank = before.rank
-        out = _channels_out(layer)
-        if out is not None:
-            channels, last = out, _on_last([layer]) or (last and type(layer) in BATCH_NORMS)
-        return Facts(dims + 2 if dims else rank, channels, last)
+        if node.meta.get("number"):
+            return Facts(number=self._number(node))
+        found, shape = self._tensor(node), node.meta.get("shape")
+        return found if shape is None else found.in_shape(shape)
 
-    def _arithmetic(self, node: fx.Node, before: Facts) -> Facts:
-        """Facts behind a scale, a shift, a padding or a slice, which keep the dimensions."""
-        if node.target is F.pad or (node.target is operator.getitem and _slices(node)):
+    def _tensor(self, node: fx.Node) -> Facts:
+        if node.op == "placeholder":
+            return self._read_by(node) if self._by_readers else Facts()
+        tensors = [n for n in self._asked(node) if n.op != "get_attr" and not n.meta.get("number")]
+        inputs = [self._known[n] for n in tensors]
+        before = inputs[0] if len(inputs) == 1 else Facts()
+        if node.op == "call_module":
+            return self._behind(self._layer(node), before)
+        if node.target in (*OF_SIZE, *BY_METHOD):
+            return self._of_size(node)
+        if len(inputs) > 1:
+            spread = node.target in SPREADING
+            return self._among_constants(node, _sum(inputs)) if spread else Facts()
+        if node.target in KEEPING or node.target in COMPARISONS:
+            return self._among_constants(node, before)
+        if node.target is operator.getitem:
+            return self._sliced(node, before)
+        if node.target is F.pad:
+            return self._padded(node, before)
+        return before if node.target in (*LIKE, *COPIES) else Facts()
+
+    def _read_by(self, node: fx.Node) -> Facts:
+        """What the layers that read an input of the network demand of it."""
+        layers = [self._layer(user) for user in node.users]
+        dims = next((d for d in map(dims_of, layers) if d), None)
+        reader = next((layer for layer in layers if channels_in(layer)), None)
+        return Facts(dims + 2 if dims else None, channels_in(reader), is_on_last(reader))
+
+    def _behind(self, layer: Layer, before: Facts) -> Facts:
+        """Facts of what a layer gives."""
+        if is_a(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):  # type: ignore[union-attr]
+            return Facts(rank=2)
+        dims, out = dims_of(layer), channels_out(layer)
+        found = before if keeps_values(layer) else Facts()
+        rank = dims + 2 if dims else before.rank if is_on_last(layer) else found.rank
+        if out is None:
+            return replace(found, rank=rank)
+        # A batch norm of other channels than the last dimension has normalises the second one.
+        return Facts(rank, out, is_on_last(layer) or (found.last and found.channels == out))
+
+    def _of_size(self, node: fx.Node) -> Facts:
+        """`zeros((n, c, h, w))`, `zeros(n, c, h, w)`, and the same as methods of a tensor."""
+        sizes: Any = node.args[1:] if node.target in BY_METHOD else node.args
+        if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)):
+            sizes = sizes[0]
+        channels = self.with_numbers(sizes[1]) if len(sizes) > 2 else None
+        return Facts(len(sizes), channels) if isinstance(channels, int) else Facts()
+
+    def _sliced(self, node: fx.Node, before: Facts) -> Facts:
+        """Facts behind slices, which keep every dimension."""
+        index = self.with_numbers(node.args[1])
+        if not isinstance(index, tuple) or not all(isinstance(i, slice) or i is ... for i in index):
+            return Facts()
+        if before.dims is None or before.channels is None or ... in index:
             return Facts(before.rank)
-        known = node.target in (*ADDS, *SUBS, *SCALES)
-        return self._among_constants(node, before) if known else Facts()
+        chosen = index[1] if len(index) > 1 else slice(None)
+        bounds = (chosen.start, chosen.stop, chosen.step)
+        if not all(b is None or isinstance(b, int) for b in bounds):
+            return Facts(before.rank)
+        return replace(before, channels=len(range(before.channels)[chosen]))
+
+    def _padded(self, node: fx.Node, before: Facts) -> Facts:
+        amounts = self.with_numbers(node.args[1] if len(node.args) > 1 else node.kwargs.get("pad"))
+        if before.dims is None or before.channels is None or not isinstance(amounts, (list, tuple)):
+            return Facts(before.rank)
+        more = amounts[2 * before.dims : 2 * before.dims + 2]
+        if not all(isinstance(n, int) for n in more):
+            return Facts(before.rank)
+        return replace(before, channels=before.channels + sum(more))
 
     def _among_constants(self, node: fx.Node, before: Facts) -> Facts:
         """Facts of a value that is combined with constants of the model, which may be larger."""
-        if before.rank is None:
-            return Facts()
         constants = [self._callees.attribute(n) for n in node.all_input_nodes if n.op == "get_attr"]
         sizes = [_channel_size(c, before) for c in constants]
         if None in sizes:
             return Facts()
         return before if set(sizes) <= {1, before.channels} else Facts(before.rank)
 
-    def _keeps(self, layer: nn.Module | AffineConv | Blockwise | None) -> bool:
-        """Whether a layer keeps the dimensions and channels of its input."""
-        if isinstance(layer, Blockwise):
-            return True
-        return isinstance(layer, nn.Module) and (is_activation(layer) or is_a(layer, CHANNELWISE))
+    def _number(self, node: fx.Node) -> float | None:
+        """What a number is if layers fix it."""
+        value, index = size_read(node)
+        if value is not None:
+            facts = self._known[value]
+            return facts.channels if facts.has_channels_in(index) else None
+        given = [self._known[a].number if isinstance(a, fx.Node) else a for a in node.args]
+        return computed(node, given)
+
+    # ---- types --------------------------------------------------------------------------------
 
     def dtype(self, node: fx.Node) -> tuple[torch.dtype, torch.device] | None:
         """Type and device of a node's value, None if unknown."""
@@ -169,16 +289,31 @@ class Inference:
             here = self._source(here)
         return None
 
-    def _source(self, node: fx.Node) -> fx.Node | None:
-        """The one input of a layer that keeps its input's type."""
-        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        return inputs[0] if self._keeps(self._layer(node)) and len(inputs) == 1 else None
+    def is_real(self, node: fx.Node) -> bool:
+        """Whether a value is known to hold floating point numbers."""
+        here: fx.Node | None = node
+        while here is not None:
+            if "dtype" in here.meta:
+                found: bool = here.meta["dtype"][0].is_floating_point
+                return found
+            layer = self._layer(here)
+            if any(channels_in(one) for one in (layer, *map(self._layer, here.users))):
+                return True
+            known = isinstance(layer, nn.Module) and kind_of(layer) is not None
+            if known and any(p.is_floating_point() for p in layer.parameters()):  # type: ignore[union-attr]
+                return True
+            here = self._source(here, KEEPING)
+        return False
 
-    def _layer(self, node: fx.Node) -> nn.Module | AffineConv | Blockwise | None:
-        made = self._callees.replacement(node)
-        if made is not None:
-            return made if isinstance(made, nn.Module) else made.layer
-        return self._callees.module(node)
+    def _source(self, node: fx.Node, keeping: tuple[object, ...] = ()) -> fx.Node | None:
+        """The first tensor that a layer reads which keeps its type, or one of some operations."""
+        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        keeps = keeps_values(self._layer(node)) and len(inputs) == 1
+        return next(iter(inputs), None) if keeps or node.target in keeping else None
+
+    def _layer(self, node: fx.Node) -> Layer:
+        made = self._callees.callee(node)
+        return made if made is None or isinstance(made, nn.Module) else made.layer
 
 
 def _channel_size(constant: object, x: Facts) -> int | None:
@@ -189,42 +324,11 @@ def _channel_size(constant: object, x: Facts) -> int | None:
     return int(constant.shape[-axis]) if constant.dim() >= axis else 1
 
 
-def _slices(node: fx.Node) -> bool:
-    """Whether an index is made of slices, which keep every dimension."""
-    index = node.args[1]
-    return isinstance(index, tuple) and all(isinstance(i, slice) or i is ... for i in index)
-
-
 def _sum(inputs: list[Facts]) -> Facts:
     """Facts of a sum, which may broadcast: certain only where the operands agree."""
     ranks = {f.rank for f in inputs}
     channels = {(f.channels, f.last) for f in inputs}
-    agreed = channels.pop() if len(channels) == 1 else (None, False)
-    return Facts(ranks.pop() if len(ranks) == 1 else None, *agreed)
-
-
-def _on_last(layers: Sequence[nn.Module | AffineConv | Blockwise | None]) -> bool:
-    """Whether some layer's channels are the last dimension."""
-    return any(
-        isinstance(f, nn.Linear) or (isinstance(f, AffineConv) and not f.dims) for f in layers
-    )
-
-
-def _dims_of(layer: nn.Module | AffineConv | Blockwise | None) -> int | None:
-    if isinstance(layer, AffineConv):
-        return layer.dims or None
-    return next((d for d, kinds in _SPATIAL.items() if type(layer) in kinds), None)
-
-
-def _channels_out(layer: nn.Module | AffineConv | Blockwise | None) -> int | None:
-    return _size(layer, "out_channels", "out_features", "num_features")
-
-
-def _channels_in(layer: nn.Module | AffineConv | Blockwise | None) -> int | None:
-    return _size(layer, "in_channels", "in_features", "num_features")
-
-
-def _size(layer: nn.Module | AffineConv | Blockwise | None, *names: str) -> int | None:
-    if isinstance(layer, (AffineConv, *CONVS, *BATCH_NORMS)):
-        return next((int(getattr(layer, n)) for n in names if hasattr(layer, n)), None)
-    return None
+    rank = ranks.pop() if len(ranks) == 1 else None
+    found, last = channels.pop() if len(channels) == 1 else (None, False)
+    # Dimensions are aligned at the last one.
+    return Facts(rank, found, last) if rank is not None or last else Facts()

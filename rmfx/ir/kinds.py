@@ -66,7 +66,6 @@ class Layers:
     Attributes:
         kinds: their classes.
         channelwise: they keep both the number of dimensions and the channels of their input.
-        in_order: they keep the order of the dimensions.
         spatial: each channel goes its own way, in dimension 1 of those that their name says.
         hull: what they give lies between the values that they read.
         fresh: what they give lies in memory of its own.
@@ -75,7 +74,6 @@ class Layers:
 
     kinds: Kinds
     channelwise: bool = False
-    in_order: bool = False
     spatial: bool = False
     hull: bool = False
     fresh: bool = False
@@ -92,9 +90,7 @@ LAYERS = (
     Layers(NO_OPS, channelwise=True, hull=True, any_rank=True),
     Layers(BATCH_NORMS, channelwise=True, fresh=True),
     Layers((nn.BatchNorm2d, nn.BatchNorm3d), any_rank=True),  # which take batches only
-    Layers((*INSTANCE_NORMS, nn.GroupNorm, nn.Softmax), in_order=True, fresh=True),
-    Layers((nn.Softmax2d, nn.Upsample), in_order=True),
-    Layers((nn.LayerNorm, nn.Embedding), fresh=True),
+    Layers((*INSTANCE_NORMS, nn.GroupNorm, nn.Softmax, nn.LayerNorm, nn.Embedding), fresh=True),
     Layers(MULTIPLYING, fresh=True, any_rank=True),
     Layers(tuple(TABLE), fresh=True),
     Layers(OWN_ACTIVATIONS, channelwise=True),
@@ -106,7 +102,6 @@ def _kinds(has: Callable[[Layers], bool]) -> Kinds:
 
 
 CHANNELWISE = _kinds(lambda row: row.channelwise)
-KEEPING_ORDER = _kinds(lambda row: row.channelwise or row.in_order)
 SPATIAL = _kinds(lambda row: row.spatial)
 HULLS = _kinds(lambda row: row.hull)
 FRESH = _kinds(lambda row: row.fresh)

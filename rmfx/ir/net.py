@@ -1,7 +1,7 @@
 """A working copy of a graph on which rules act, and the guards that all rules share.
 
 The dialect: layers are `call_module` nodes. While rules run, a layer may be *virtual*: an
-`AffineConv` or a finished module that stands under a target in `Net.virtual`. Only `Net.finish`
+`AffineConv` or a finished module that `Net.set` puts under a target. Only `Net.finish`
 makes modules out of them and copies what was left untouched, so weights are cast and copied once
 and the caller's model is never written to.
 """
@@ -46,8 +46,6 @@ class Net:
 
     Attributes:
         graph: a private copy of the source's graph.
-        virtual: target -> layer or module that is to stand there.
-        values: node -> name of the source's node whose value it holds, where it holds one.
         resized: whether a value has other channels than it had.
     """
 
@@ -58,14 +56,13 @@ class Net:
         self._given = take_conditions(self.graph)
         self._before = {node.name: before[node] for node in self.graph.nodes}
         self._callees = Callees(gm, self.graph)
-        self.virtual = self._callees.virtual
         self.module = self._callees.module
         self.replacement = self._callees.replacement
         self.callee = self._callees.callee
         self.attribute = self._callees.attribute
         self.guard = self._callees.guard
         self._of_source = frozenset(self._before)
-        self.values: dict[fx.Node, str] = {n: n.name for n in self.graph.nodes}
+        self._values = {n: n.name for n in self.graph.nodes}  # whose of the source's each holds
         # A target freed by a rewrite keeps its module out of the result, its name is reused.
         self._names = set(self._callees.modules) | {n for n, _ in gm.named_parameters()}
         self._inference = Inference(self._callees, self.is_open)
@@ -73,6 +70,7 @@ class Net:
         self.channels = self._inference.channels
         self.without_channels = self._inference.without_channels
         self.dtype = self._inference.dtype
+        self.is_real = self._inference.is_real
         self._analyses: dict[type[Analysis], Analysis] = {}
         self._open = OpenSizes(gm)
         self._sizes_of_inputs: dict[str, dict[int, int]] = {}
@@ -85,13 +83,21 @@ class Net:
         """Whether a node of the source has that name."""
         return name in self._of_source
 
+    def stands_for(self, node: fx.Node) -> str | None:
+        """The name of the source's node whose value a node holds, None if it holds another one."""
+        return self._values.get(node)
+
+    def places(self) -> dict[str, str]:
+        """The names of the nodes that hold values of the source, by the names of its nodes."""
+        return {name: node.name for node, name in self._values.items() if not node._erased}
+
     def is_open(self, node: fx.Node, dim: int) -> bool:
         """Whether a size that was noted of a value is another one at other sizes of the inputs.
 
         Args:
             dim: of the size, counted from the front.
         """
-        name = self.values.get(node)
+        name = self.stands_for(node)
         return name is not None and self._open(name, dim)
 
     def analysis(self, kind: type[A], make: Callable[[], A]) -> A:
@@ -110,7 +116,7 @@ class Net:
 
         Where no layer fixes it, the result then demands the sizes of its inputs that do.
         """
-        name, rank = self.values.get(node), self.rank(node)
+        name, rank = self.stands_for(node), self.rank(node)
         if name is not None and rank is not None:
             axis = 1 if dims else rank - 1
             for x, sizes in self._open.sizes_of_inputs(name, axis).items():
@@ -140,8 +146,18 @@ class Net:
     def claim(self, name: str, layer: Virtual | nn.Module) -> str:
         """Give a layer a target: the name, made unique if taken."""
         target = self._unique(name)
-        self.virtual[target] = layer
+        self._callees.virtual[target] = layer
         return target
+
+    def set(self, node: fx.Node, layer: Virtual | nn.Module) -> None:
+        """Let a call_module node call another layer."""
+        self._callees.virtual[str(node.target)] = layer
+
+    def make_stand_for(self, node: fx.Node, name: str | None) -> None:
+        """Take note that a node holds the value of the source's node of that name, or of none."""
+        self._values.pop(node, None)
+        if name is not None:
+            self._values[node] = name
 
     def release(self, nodes: Iterable[fx.Node]) -> None:
         """Free the targets of call_module nodes that are about to be erased."""
@@ -159,7 +175,7 @@ class Net:
 
     def drop(self, node: fx.Node, value: fx.Node) -> None:
         """Erase a node that does nothing to a value, whatever the number of its dimensions."""
-        self._before.pop(self.values.get(node, ""), None)
+        self._before.pop(self.stands_for(node) or "", None)
         self.replace(node, value)
 
     def merge(
@@ -188,11 +204,11 @@ class Net:
         self.graph.erase_node(second)
         first.op, first.target, first.name = "call_module", self._unique(target), name
         first.args, first.kwargs = (source,), {}
-        self.virtual[str(first.target)] = layer
+        self.set(first, layer)
         first.meta = {**like, **shape}
         for known in (self._inference, *self._analyses.values()):
             known.succeed(first, second)
-        succeed(self.values, first, second)
+        succeed(self._values, first, second)
 
     def resize(self, node: fx.Node, axis: int, channels: int) -> None:
         """Take note that a node's value has other channels now: what tracing noted is no more."""
@@ -235,7 +251,7 @@ class Net:
                 root[target] = copied_value(
                     self.attribute(node), memo, written="frozen" in node.meta
                 )
-            elif target in self.virtual:
+            elif target in self._callees.virtual:
                 self._materialise(node, root)
             else:
                 module = self._callees.modules[target]
@@ -255,7 +271,7 @@ class Net:
         before = self.source.meta.get(META_KEY)
         if not isinstance(before, Report):
             return {}
-        where = {name: node.name for node, name in self.values.items() if not node._erased}
+        where = self.places()
         rows = (replace(row, node=where.get(row.node or "")) for row in before.rows)
         return {META_KEY: replace(before, rows=tuple(rows))}
 
@@ -266,9 +282,9 @@ class Net:
         """
         held = set()
         for node in self.graph.nodes:
-            old = self._before.get(self.values.get(node, ""))
+            old = self._before.get(self.stands_for(node) or "")
             same = old is not None and (old.op, old.target) == (node.op, node.target)
-            if self.resized or not same or node.target in self.virtual:
+            if self.resized or not same or node.target in self._callees.virtual:
                 yield node
             elif old is not None:
                 held.add(old)
@@ -302,7 +318,7 @@ class Net:
 
     def _materialise(self, node: fx.Node, root: dict[str, object]) -> None:
         target = str(node.target)
-        layer = self.virtual.pop(target)
+        layer = self._callees.virtual.pop(target)
         if isinstance(layer, nn.Module):
             root[target] = layer
             return

@@ -82,7 +82,7 @@ LAWS: tuple[Law, ...] = (
     ),
     (
         "stands for a value that the source has not",
-        lambda net, node: node not in net.values or net.is_of_source(net.values[node]),
+        lambda net, node: (name := net.stands_for(node)) is None or net.is_of_source(name),
     ),
 )
 

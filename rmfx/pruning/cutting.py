@@ -167,13 +167,12 @@ def _current(net: Net, node: fx.Node) -> Any:
 
 def _own(net: Net, node: fx.Node) -> Any:
     """The module that a node calls, as a copy that may be changed."""
-    target = str(node.target)
-    if target not in net.virtual:
+    if net.replacement(node) is None:
         module = net.module(node)
         if module is None:
             raise RmfxError(f"{node.name} calls no module")
-        net.virtual[target] = copy.deepcopy(module)
-    return net.virtual[target]
+        net.set(node, copy.deepcopy(module))
+    return net.replacement(node)
 
 
 def _cut_table(net: Net, table: Table, keep: Tensor, constants: dict[str, Tensor]) -> None:
@@ -186,7 +185,7 @@ def _cut_table(net: Net, table: Table, keep: Tensor, constants: dict[str, Tensor
             value.detach().index_select(table.axis, rows), value
         )
     else:
-        net.virtual[str(table.node.target)] = cut_module(_current(net, table.node), keep)
+        net.set(table.node, cut_module(_current(net, table.node), keep))
 
 
 def _like(value: Tensor, model: Tensor) -> Tensor:
@@ -238,7 +237,7 @@ def _cut_carrying(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
     else:
         made = _direct_sum_of_runs(layer, whole, ins, outs)
     kind = (module.weight.dtype, module.weight.device)
-    net.virtual[str(layer.node.target)] = Virtual(made, *kind)
+    net.set(layer.node, Virtual(made, *kind))
 
 
 def _direct_sum_of_runs(layer: Layer, whole: AffineConv, ins: Tensor, outs: Tensor) -> AffineConv:

@@ -184,8 +184,7 @@ class ResidualRule:
         readers = [user for user in value.users if user not in old]
         slices = tap(net, wide, value, channels, sum(widths), readers, site.dims)
         self.made.update(slices.values())
-        if value in net.values:
-            net.values[slices[value]] = net.values[value]
+        net.make_stand_for(slices[value], net.stands_for(value))
         return slices
 
     def _make(self, net: Net, site: Site, layer: AffineConv | Column) -> Virtual | nn.Module:
@@ -199,7 +198,7 @@ class ResidualRule:
             return Virtual(whole, site.dtype, site.device)
         if not isinstance(layer, Normalised):
             raise TypeError(f"a {type(layer).__name__} column is no module")
-        moments = self._moments.get(net.values.get(site.fork, ""))
+        moments = self._moments.get(net.stands_for(site.fork) or "")
         return identity_norm(layer.main.module, layer.carried, moments, layer.runs)
 
     def _take_place(
@@ -217,14 +216,13 @@ class ResidualRule:
         last = in_type_of(site.join, new[-1])
         site.join.replace_all_uses_with(last)
         for node in reversed(old):
-            net.values.pop(node, None)
             self.made.discard(node)
             net.graph.erase_node(node)
         for node, (_, like) in zip(new, labels, strict=True):
             if like in old and like is not site.join:
                 node.name = like.name
         if site.join.name not in self.widened:
-            net.values[last] = site.join.name
+            net.make_stand_for(last, site.join.name)
         self.made.update(new)
 
 
@@ -263,7 +261,7 @@ def finish(
         for node, refusal in refusals.items()
     }
     net.sweep()
-    where = {name: node.name for node, name in net.values.items() if not node._erased}
+    where = net.places()
     rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}
     report = Report(tuple(rows[name] for name in joins if name in rows))
     return net.finish({META_KEY: report})

@@ -144,7 +144,7 @@ class TokenNormRule:
         net.merge(linear, match.norm, match.layer, demands_of(net, (linear, match.norm)))
         node.replace_all_uses_with(linear)
         linear.meta |= {key: node.meta[key] for key in ("shape", "dtype") if key in node.meta}
-        net.values[linear] = net.values.pop(node, node.name)
+        net.make_stand_for(linear, net.stands_for(node))
         net.release([match.flatten])
         net.graph.erase_node(node)
         net.graph.erase_node(match.flatten)

@@ -77,7 +77,6 @@ class ConcatenationRule:
             made = net.put(match.layer, match.fork, target, node)
         made.meta |= {key: node.meta[key] for key in ("shape", "dtype") if key in node.meta}
         node.replace_all_uses_with(made)
-        net.values.pop(node, None)
         for old in (node, *reversed(match.nodes)):
             net.graph.erase_node(old)
         made.name = name

@@ -61,15 +61,9 @@ def does_nothing(net: Net, node: fx.Node) -> bool:
     if node.target in NOOP_FUNCTIONS:
         return not node.kwargs  # memory_format=… puts values where a view expects them
     if node.target in NEUTRAL:
-        return _is_neutral(node, source) and _is_floating(net, source)
+        return _is_neutral(node, source) and net.is_real(source)  # of truth values 1 makes numbers
     training = node.kwargs.get("training", node.args[3] if len(node.args) > 3 else True)
     return getattr(node.target, "__module__", None) == STOCHASTIC_DEPTH and training is False
-
-
-def _is_floating(net: Net, source: fx.Node) -> bool:
-    """Whether a value holds floating numbers: of truth values 1 makes whole numbers."""
-    known = net.dtype(source)
-    return known is not None and known[0].is_floating_point
 
 
 def _is_neutral(node: fx.Node, source: fx.Node) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import Apply, conv, image, ready
+from builders import Apply, chain, conv, image, ready
 from torch import Tensor, fx, nn
 
 import rmfx
+from rmfx.ir.facts import facts_of
 from rmfx.ir.net import Net
 
 Forward = Callable[[Any, Tensor], Any]
@@ -84,10 +85,56 @@ def test_what_combines_alike_values_keeps_what_is_known_of_them(join: Any) -> No
     assert (net.rank(node), net.channels(node, 2)) == (4, 4)
 
 
-def test_a_constant_that_adds_a_dimension_is_not_looked_past() -> None:
+@pytest.mark.parametrize(
+    "join", [torch.mul, torch.maximum, lambda a, b: torch.maximum(-a, 2 * b) * b]
+)
+def test_the_number_of_dimensions_behind_a_join_is_known_where_calls_are_read(join: Any) -> None:
+    def forward(m: Any, x: Any) -> Any:
+        y = join(m.a(x), m.b(x))
+        return m.c(y.view(y.size(0), -1)) * y.dim()
+
+    model = ready(Apply(forward, a=conv(), b=conv(), c=nn.Linear(4 * 6 * 6, 3)))
+    gm = rmfx.trace(model)
+    assert any(isinstance(m, nn.Flatten) for m in gm.modules())
+    assert not any(n.target == "dim" for n in gm.graph.nodes)
+    torch.testing.assert_close(gm(image(2, 4, 6, 6)), model(image(2, 4, 6, 6)))
+
+
+def test_the_first_operand_does_not_tell_the_number_of_dimensions_of_a_product() -> None:
     def forward(m: Any, x: Any) -> Any:
         y = m.a(x)
-        return torch.where(y > 0, y, m.c)
+        z = torch.flatten(y, 1) * y
+        return z * z.dim()
+
+    model = ready(Apply(forward, a=conv(4, 1)))
+    gm = rmfx.trace(model)
+    assert any(n.target == "dim" for n in gm.graph.nodes)
+    x = image(3, 4, 1, 3)
+    torch.testing.assert_close(gm(x), model(x))
+
+
+def test_layers_fix_numbers_and_channels_behind_slices_paddings_and_zeros() -> None:
+    def forward(m: Any, x: Any) -> Any:
+        y = m.conv(x)
+        y = F.pad(y[:, 1:], (1, 1, 0, 0, 0, y.size(1) - x.shape[1:][0]))
+        return torch.zeros_like(y).clone() + y.new_zeros(y.size(0), y.size(1), 1, 1)
+
+    net, node = result(forward, None)
+    assert (net.rank(node), net.channels(node, 2)) == (4, 7)
+
+
+def test_a_size_that_inputs_change_is_not_fixed() -> None:
+    gm = rmfx.trace(ready(chain(conv(4, 6))), image(2, 4, 6, 6))
+    facts, node = facts_of(gm), gm.graph.output_node().all_input_nodes[0]
+    assert [facts.size(node, dim) for dim in range(4)] == [None, 6, None, None]
+
+
+@pytest.mark.parametrize(
+    "join", [lambda y, c: torch.where(y > 0, y, c), lambda y, c: torch.where(y > c, y, 0.0)]
+)
+def test_a_constant_that_adds_a_dimension_is_not_looked_past(join: Any) -> None:
+    def forward(m: Any, x: Any) -> Any:
+        return join(m.a(x), m.c)
 
     model = Apply(forward, a=conv())
     model.register_buffer("c", torch.ones(2, 1, 4, 1, 1))
@@ -98,6 +145,20 @@ def test_a_constant_that_adds_a_dimension_is_not_looked_past() -> None:
 def test_features_have_no_known_rank() -> None:
     net, node = result(lambda m, x: m.linear(x), None)
     assert (net.rank(node), net.channels(node, 0)) == (None, 5)
+
+
+@pytest.mark.parametrize("features", [3, 5])
+def test_batch_norm_behind_features_names_no_others(features: int) -> None:
+    """BatchNorm1d takes tokens for channels where the features come in tokens."""
+    model = ready(chain(nn.Linear(4, 5), nn.BatchNorm1d(features)))
+    net = Net(rmfx.trace(model))
+    node = net.graph.output_node().all_input_nodes[0]
+    assert net.channels(node, 0) in (None, model(image(2, features, 4)).shape[-1])
+
+
+def test_sums_of_features_keep_them() -> None:
+    net, node = result(lambda m, x: 2 * m.linear(x) + m.linear(x), None)
+    assert (net.rank(node), net.channels(node, 0), net.channels(node, 1)) == (None, 5, None)
 
 
 def test_shapes_tell_more() -> None:

@@ -37,7 +37,7 @@ def node_of(net: Net, name: str) -> fx.Node:
 
 
 def put_there(net: Net, name: str, layer: Virtual) -> None:
-    net.virtual[str(node_of(net, name).target)] = layer
+    net.set(node_of(net, name), layer)
 
 
 def virtual(layer: AffineConv | Blockwise) -> Virtual:

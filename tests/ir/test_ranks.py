@@ -76,7 +76,7 @@ def test_what_counts_dimensions_demands_them(name: str, shapes: bool) -> None:
     model = ready(COUNTING[name]())
     gm = rmfx.remove_residuals(model, image(2, 4, 8, 6) if shapes else None)
     torch.testing.assert_close(gm(image(3, 4, 4, 5)), model(image(3, 4, 4, 5)))
-    demanding = shapes or name in ("a slope per channel", "a scale per channel")
+    demanding = shapes or name in ("a slope per channel", "a slice", "a scale per channel")
     if demanding and name != "a mean over space":  # counted from the end, as it was written
         with pytest.raises(rmfx.ShapeError, match="converted for 4 dimensions"):
             gm(image(4, 4, 4))

@@ -38,7 +38,7 @@ def of_nothing(net: Net) -> None:
 
 
 def of_elsewhere(net: Net) -> None:
-    net.values[next(iter(net.graph.nodes))] = "nothing"
+    net.make_stand_for(next(iter(net.graph.nodes)), "nothing")
 
 
 def of_a_list(net: Net) -> None:

@@ -21,9 +21,8 @@ from rmfx.ir.memo import on_demand
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import must_stay, slice_by_slice
 from rmfx.ir.notes import GUARDED, noted, sizes_of_every_call
+from rmfx.ir.numbers import size_read
 from rmfx.ir.reading import sizes_of
-
-from .zero_channels import size_read
 
 Sum = dict[object, int]  # sizes and how often each is added; under None, a constant
 

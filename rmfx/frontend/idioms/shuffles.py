@@ -19,13 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from rmfx.ir.facts import Inference, facts_of
 from rmfx.ir.kinds import is_a
 from rmfx.ir.memo import on_demand
 from rmfx.ir.nodes import run_node
 from rmfx.ir.notes import noted, sizes_of_every_call
-from rmfx.ir.open_sizes import FAILURES, LARGEST, OpenSizes, coprime_sizes, largest_number
-
-from .zero_channels import Fixed, Given
+from rmfx.ir.open_sizes import FAILURES, LARGEST, coprime_sizes, largest_number
 
 aten = torch.ops.aten
 
@@ -46,15 +45,12 @@ COPIES = _every_form("contiguous", "clone")
 
 def find_shuffles(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, nn.Module]]:
     """The last node of each such chain, what it begins with, and the module that does the same."""
-    fixed, sizes = Fixed(gm), OpenSizes(gm)
+    facts = facts_of(gm, by_readers=True)
     found: list[tuple[fx.Node, fx.Node, nn.Module]] = []
     for node in gm.graph.nodes:
         chain = _chain(gm, node)
         source = _input(chain[0]) if chain else None
-        if source is None or sizes(source.name, 1) or sizes.sizes_of_inputs(source.name, 1):
-            continue
-        groups = _groups(gm, chain, source, fixed)
-        if groups is not None:
+        if source is not None and (groups := _groups(gm, chain, source, facts)) is not None:
             found.append((node, source, nn.ChannelShuffle(groups)))
     return found
 
@@ -85,11 +81,13 @@ def _input(node: fx.Node) -> fx.Node | None:
     return None if apart else x  # type: ignore[return-value]
 
 
-def _groups(gm: fx.GraphModule, chain: list[fx.Node], source: fx.Node, fixed: Fixed) -> int | None:
+def _groups(
+    gm: fx.GraphModule, chain: list[fx.Node], source: fx.Node, facts: Inference
+) -> int | None:
     """Of the shuffle that a chain amounts to, None if it does something else."""
     first, *swaps, last = chain
     found = set()
-    for sizes in _sizes(chain, source, fixed):
+    for sizes in _sizes(chain, source, facts):
         x = torch.empty(sizes, device="meta")
         try:
             grouped, y = _run(gm, first, source, x), _run(gm, last, source, x)
@@ -131,16 +129,15 @@ def _groups_of(sizes: Sequence[int], grouped: Sequence[int], order: Sequence[int
     return groups if shuffled is not None and torch.equal(shuffled.flatten(), rows) else None
 
 
-def _sizes(chain: list[fx.Node], source: fx.Node, fixed: Fixed) -> set[tuple[int, ...]]:
+def _sizes(chain: list[fx.Node], source: fx.Node, facts: Inference) -> set[tuple[int, ...]]:
     """Two sizes of a value, which differ in all that the graph leaves open."""
-    shape = source.meta.get("shape")
-    if shape is None and isinstance(given := fixed(source), Given):
-        shape = (None, given.channels, *[None] * given.dims)
-    if shape is None or len(shape) < 3 or shape[1] is None:
+    told, rank = facts(source), facts.rank(source)
+    channels = told.channels if told.has_channels_in(1) else facts.size(source, 1)
+    if channels is None or rank is None or rank < 3:
         return set()
-    known = sizes_of_every_call(source) or (None, shape[1], *[None] * len(shape[2:]))
+    known = sizes_of_every_call(source) or (None, channels, *[None] * (rank - 2))
     numbers = [n for n in known if type(n) is int]
-    above = max(largest_number(_behind(source, chain)), *numbers, shape[1])
+    above = max(largest_number(_behind(source, chain)), *numbers, channels)
     if above > LARGEST:
         return set()
     others = coprime_sizes(above)
