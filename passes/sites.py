@@ -29,14 +29,11 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import update_bn
 
-from rmfx.algebra.activation import Activation, Blockwise
 from rmfx.data.batches import Batches, Loss, check_batches, inputs_of, loss_on, output_on
 from rmfx.errors import OptionError, Refusal, ShapeError
 from rmfx.frontend.tracing import trace
 from rmfx.ir.driver import apply_rule
-from rmfx.ir.elements import CHANNEL_BY_CHANNEL
 from rmfx.ir.joins import read_join
-from rmfx.ir.laterals import Lateral
 from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
@@ -240,10 +237,7 @@ def _main_operand(net: Net, site: Site) -> int | None:
     terms = read_join(site.join)
     if terms is None or isinstance(terms, Refusal) or any(factor != 1 for _, factor in terms):
         return None
-    curved = (Activation, Blockwise, Lateral, *CHANNEL_BY_CHANNEL)
-    linear = [
-        not any(isinstance(layer.layer, curved) for layer in chain) for chain in site.branches
-    ]
+    linear = [all(step.layer.is_linear for step in chain) for chain in site.branches]
     return linear.index(False) if linear[0] != linear[1] else None
 
 

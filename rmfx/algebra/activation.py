@@ -16,12 +16,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rmfx.errors import WeightValueError
+from rmfx.errors import Refusal, WeightValueError
 from rmfx.interval import EVERYWHERE, INF, Interval
 from rmfx.modules.activations import (
     POINTWISE,
@@ -30,6 +30,8 @@ from rmfx.modules.activations import (
     MaskedActivation,
     Pointwise,
 )
+
+from .layer import Layer
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ TABLE: dict[type[nn.Module], Row] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Activation:
+class Activation(Layer):
     """One pointwise activation of a graph, as a value."""
 
     module: nn.Module
@@ -201,6 +203,25 @@ class Activation:
         options = {k: v for k, v in vars(module).items() if k[0] != "_" and k not in ignored}
         return (type(module), *sorted(options.items()))
 
+    @property
+    def has_parameters(self) -> bool:
+        return next(self.module.parameters(), None) is not None
+
+    def over(self, width: int) -> tuple[Block, ...]:
+        """As blocks of some channels."""
+        return (Block(width, self),)
+
+    def unfit(self, channels: int, dims: int, rank: int | None) -> Refusal | None:
+        if not self.is_per_channel:
+            return None
+        if not dims and rank != 2:
+            return Refusal(
+                "PReLU with a slope per channel acts on dimension 1, not on the features"
+            )
+        if self.module.num_parameters != channels:
+            return Refusal(f"a PReLU for other than {channels} channels")
+        return None
+
     def apply(self, x: Tensor) -> Tensor:
         """Value at x: (channels,) float64, computed in float64."""
         module = copy.deepcopy(self.module).to("cpu", torch.float64)
@@ -241,7 +262,7 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
-class Blockwise:
+class Blockwise(Layer):
     """An activation that differs from block to block of channels, as a value.
 
     Attributes:
@@ -251,6 +272,7 @@ class Blockwise:
 
     blocks: tuple[Block, ...]
     dims: int
+    is_per_channel: ClassVar[bool] = True
 
     @property
     def width(self) -> int:
@@ -261,6 +283,20 @@ class Blockwise:
     def signature(self) -> tuple[object, ...]:
         """Equal for two values that are the same function."""
         return tuple((b.width, b.activation and b.activation.signature) for b in self.blocks)
+
+    @property
+    def has_parameters(self) -> bool:
+        return any(b.activation is not None and b.activation.has_parameters for b in self.blocks)
+
+    def over(self, width: int) -> tuple[Block, ...]:
+        """As blocks of its channels."""
+        return self.blocks
+
+    def unfit(self, channels: int, dims: int, rank: int | None) -> Refusal | None:
+        if (self.width, self.dims) == (channels, dims):
+            return None
+        places = f"{self.width} channels and {self.dims} spatial dimensions"
+        return Refusal(f"activations for {places} on {channels} and {dims}")
 
     @staticmethod
     def of(module: nn.Module) -> Blockwise | None:

@@ -19,13 +19,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmfx.errors import Refusal, WeightError
+
+from .layer import Layer
 
 Ints = tuple[int, ...]
 Pads = tuple[tuple[int, int], ...]
@@ -38,7 +40,7 @@ CONV_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
 @dataclass(frozen=True, eq=False)
-class AffineConv:
+class AffineConv(Layer):
     """A linear layer as an immutable value.
 
     Attributes:
@@ -56,6 +58,8 @@ class AffineConv:
     padding: Pads
     dilation: Ints
     groups: int = 1
+    is_linear: ClassVar[bool] = True
+    keeps_channels: ClassVar[bool] = False
 
     # ---- what it is -------------------------------------------------------------------------
 
@@ -134,6 +138,25 @@ class AffineConv:
         convolve: Callable[..., Tensor] = CONV_FUNCTIONS[self.dims]
         padded = F.pad(x, flat)
         return convolve(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    # ---- among other layers -----------------------------------------------------------------
+
+    @property
+    def reads_one_position(self) -> bool:
+        return math.prod((*self.kernel, *self.stride)) == 1
+
+    def unfit(self, channels: int, dims: int, rank: int | None) -> Refusal | None:
+        if self.dims != dims:
+            return Refusal(f"a layer of {self.dims} spatial dimensions among layers of {dims}")
+        if self.in_channels != channels:
+            return Refusal(f"a layer for {self.in_channels} channels on {channels}")
+        return None
+
+    def channels_behind(self, channels: int, dims: int) -> int:
+        return self.out_channels
+
+    def geometry(self, channels: int) -> AffineConv:
+        return self
 
     # ---- making one -------------------------------------------------------------------------
 

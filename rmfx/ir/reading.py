@@ -26,11 +26,12 @@ from torch import Tensor, fx, nn
 
 from rmfx.algebra.activation import Activation, Blockwise, is_activation
 from rmfx.algebra.affine import CONVS, TRANSPOSED, AffineConv, Ints, Pads
+from rmfx.algebra.layer import Layer
 from rmfx.errors import Refusal
 
 from .callees import is_touched
 from .conditions import Condition
-from .elements import Border, Deferred, Element, MaxPool, Virtual
+from .elements import Border, Deferred, MaxPool, Virtual
 from .joins import operands
 from .kinds import (
     ADDS,
@@ -55,7 +56,7 @@ CONTIGUOUS = ("contiguous", aten.contiguous.default)
 LARGEST_NUMBER = 1e18  # of what is padded with: beyond it stands for infinity, as beside a maximum
 
 
-def read(net: Net, node: fx.Node) -> Element | Refusal:
+def read(net: Net, node: fx.Node) -> Layer | Refusal:
     """The meaning of a node that takes one tensor and gives one tensor."""
     frozen = node.meta.get("frozen")
     if frozen:
@@ -146,7 +147,16 @@ def read_affine(net: Net, node: fx.Node) -> AffineConv | Refusal:
     return built.at(node.name) if isinstance(built, Refusal) else built
 
 
-def _read_module(net: Net, node: fx.Node) -> Element | Refusal:
+def resolve(net: Net, node: fx.Node, channels: int | None, dims: int) -> Layer | Refusal:
+    """The meaning of a node, with everything known, that reads a value of some channels."""
+    element = read(net, node)
+    if isinstance(element, Refusal):
+        return element
+    found = element.resolved(channels, dims)
+    return found.at(node.name) if isinstance(found, Refusal) else found
+
+
+def _read_module(net: Net, node: fx.Node) -> Layer | Refusal:
     module = net.callee(node)
     if isinstance(module, Virtual):
         return module.layer
@@ -194,7 +204,7 @@ def _blames_sharing(net: Net, node: fx.Node) -> bool:
     return module is not None and is_touched(module)
 
 
-def _read_function(net: Net, node: fx.Node) -> Element | Refusal:
+def _read_function(net: Net, node: fx.Node) -> Layer | Refusal:
     target = node.target
     if target in SCALES:
         return _read_scale(net, node)

@@ -31,7 +31,8 @@ from rmfx.algebra.digits import affords
 from rmfx.algebra.laws import compose
 from rmfx.errors import Refusal
 
-from .columns import Column, Linear, Plan, Pointwise, work_of
+from .assembly import work_of
+from .columns import Column, Linear, Plan, Pointwise
 
 RELU = Activation(nn.ReLU())
 

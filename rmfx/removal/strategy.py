@@ -47,6 +47,7 @@ from rmfx.analysis.ranges import Ranges
 from rmfx.choices import STRATEGIES
 from rmfx.errors import OptionError, Refusal
 
+from .assembly import work_of
 from .codes import (
     ORDER,
     Bounds,
@@ -65,7 +66,7 @@ from .codes import (
     shift_codes,
     uniform_activation,
 )
-from .columns import Column, Linear, Normalised, Plan, Pointwise, work_of
+from .columns import Column, Linear, Normalised, Plan, Pointwise, linear_of
 from .double_relu import bits_of_clamps, without_clamps
 
 # Those that pass every carry bit for bit at its own width.
@@ -178,9 +179,10 @@ def _settle(
 
 def _exactness_of_rest(plan: Plan, dtype: torch.dtype) -> str:
     """Of what the columns do to a carry beside its ways past activations."""
-    linear = sum(isinstance(column, Linear) for column in plan.columns)
     # An identity batch norm takes a mean away and adds it; a single layer adds 1 to weights.
-    if linear == 1 or any(isinstance(column, Normalised) for column in plan.columns):
+    if len(linear_of(plan.columns)) == 1 or any(
+        isinstance(column, Normalised) for column in plan.columns
+    ):
         return "rounding"
     return exactness_of_taps(dtype)
 
