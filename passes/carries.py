@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx.algebra.activation import Activation, Block, Blockwise
+from rmfx.algebra.activation import Activation, Block
 from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.blockwise import Blockwise
 from rmfx.algebra.laws import chain as compose_chain
 from rmfx.algebra.laws import compose, reads_inside
 from rmfx.analysis.channel_labels import Channels

@@ -178,7 +178,7 @@ def _deferred(
 ) -> Inner | None:
     """Batch norm; scales, shifts, crops and zero padding that are the same for all channels."""
     units, block, dims = place
-    layer = element.build(units * block, dims)
+    layer = element.resolved(units * block, dims)
     if not isinstance(layer, AffineConv) or layer.block != (1, 1):
         return None
     if layer.in_channels != units * block:

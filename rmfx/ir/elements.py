@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-from rmfx.algebra.activation import Blockwise
 from rmfx.algebra.affine import AffineConv, Pads
+from rmfx.algebra.blockwise import Blockwise
 from rmfx.algebra.layer import Layer
+from rmfx.algebra.modules import to_modules
 from rmfx.errors import Refusal
 
 
@@ -22,6 +23,12 @@ class Virtual:
     layer: AffineConv | Blockwise
     dtype: torch.dtype
     device: torch.device
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What it becomes: a module, or a padding and a convolution."""
+        if isinstance(self.layer, Blockwise):
+            return (self.layer.to_module(self.dtype, self.device),)
+        return to_modules(self.layer, self.dtype, self.device)
 
 
 @dataclass(frozen=True, eq=False)

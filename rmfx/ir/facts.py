@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rmfx.algebra.activation import Blockwise, is_activation
+from rmfx.algebra.activation import is_activation
 from rmfx.algebra.affine import CONVS, AffineConv
+from rmfx.algebra.blockwise import Blockwise
 from rmfx.errors import Refusal
 
 from .callees import Callees

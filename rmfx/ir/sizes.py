@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rmfx.algebra.affine import CONVS, AffineConv, Ints
+from rmfx.algebra.affine import CONVS, Ints
 from rmfx.algebra.layer import Layer
+from rmfx.algebra.modules import from_conv
 from rmfx.errors import Refusal
 
 from .callees import is_touched
@@ -192,7 +193,7 @@ class Sizes:
             return before
         element: Any = self._read(self.net, node)
         if isinstance(element, Refusal) and type(module) in CONVS and not is_touched(module):
-            element = AffineConv.from_conv(module)  # which may be shared: its geometry is the same
+            element = from_conv(module)  # which may be shared: its geometry is the same
         if not isinstance(element, Refusal):
             dims = len(before.stride)
             channels = self.net.channels(node.all_input_nodes[0], dims)

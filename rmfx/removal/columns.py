@@ -23,8 +23,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from rmfx.algebra.activation import Activation, Block, Blockwise, way_of
+from rmfx.algebra.activation import Activation, Block
 from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.blockwise import Blockwise, way_of
 from rmfx.algebra.laws import window_of
 from rmfx.algebra.layer import Layer
 from rmfx.data.moments import Moments
