@@ -46,7 +46,7 @@ from rmfx.ir.reading import read
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.ir.weights import weight_types
 from rmfx.modules.activations import OWN_ACTIVATIONS, ChannelPReLU
-from rmfx.oracle.verification import checked
+from rmfx.oracle.verification import Domain, checked
 from rmfx.pruning.allocation import spare
 from rmfx.pruning.cutting import without
 from rmfx.pruning.families import Widths
@@ -384,7 +384,7 @@ def close_carries(
         closed,
         example_inputs,
         wanted=verify,
-        input_range=input_range,
+        domain=Domain(input_range),
     )
 
 

@@ -37,7 +37,7 @@ from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.options import is_number
-from rmfx.oracle.verification import checked
+from rmfx.oracle.verification import Domain, checked
 from rmfx.removal.cut_out import cut_out, looks
 from rmfx.removal.remove import is_calibrated, remove
 from rmfx.removal.shortcuts import Candidate, branch_alone, candidates_of, without
@@ -213,7 +213,8 @@ def _with_choices(
         traced, fold_batch_norm=False, calibration=data, policy=lambda row: row.join in names
     )
     seen = data[:1] if is_calibrated(opened) else []
-    checked("choose_sites", gm, traced, opened, example_inputs, batches=seen, reports=True)
+    domain = Domain(batches=seen)
+    checked("choose_sites", gm, traced, opened, example_inputs, domain=domain, reports=True)
     opened.meta.pop(META_KEY, None)  # the report of this pass is another one
     return opened
 
