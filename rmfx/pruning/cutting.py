@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 from rmfx.algebra.affine import TRANSPOSED, AffineConv
 from rmfx.algebra.laws import direct_sum
 from rmfx.algebra.modules import from_conv
-from rmfx.analysis.channel_labels import PAD_ARGUMENTS, Channels, Cut, Layer, Table
+from rmfx.analysis.channel_labels import Channels
+from rmfx.analysis.labels import PAD_ARGUMENTS, Cut, Layer, Table
 from rmfx.errors import Refusal, RmfxError
 from rmfx.ir.elements import Virtual
 from rmfx.ir.kinds import BATCH_NORMS
