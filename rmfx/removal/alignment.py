@@ -13,8 +13,8 @@ from rmfx.errors import Refusal
 from rmfx.ir.laterals import Lateral
 from rmfx.ir.nodes import between
 
-from .assembly import work_of
-from .columns import Column, Linear, Pair, Plan, column_of, price_of
+from .assembly import Plan, work_of
+from .columns import Column, Linear, Pair, column_of, price_of
 from .site import Chain, Norm, Site, Step
 
 Waits = tuple[Sequence[int], Sequence[int]]

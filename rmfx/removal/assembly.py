@@ -1,12 +1,13 @@
-"""The layers that the columns of a plain chain become, and what they cost."""
+"""Plans: the columns of a plain chain, the layers that they become, and what they cost."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from rmfx.algebra.laws import (
     area_after,
@@ -20,7 +21,24 @@ from rmfx.algebra.laws import (
 )
 from rmfx.errors import Refusal
 
-from .columns import Built, Column, Linear, Pointwise, Sided, linear_of
+from .columns import Built, Column, Linear, linear_of
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """An arrangement of a site.
+
+    Attributes:
+        columns: the layers of the plain chain.
+        work: its multiply-adds per position of the fork.
+        kept: nodes of the shortcut that stay, because others read what they give.
+        layout: what sets it apart from the others.
+    """
+
+    columns: tuple[Column, ...]
+    work: float
+    kept: frozenset[fx.Node] = frozenset()
+    layout: str = ""
 
 
 def work_of(columns: Sequence[Column]) -> float | Refusal:
@@ -84,9 +102,8 @@ def runs_of(columns: Sequence[Column]) -> int:
     if len(linear) > 2 and groups_of(end) is not None:
         return 1
     between = columns[first:second]
-    if not start.main.dims or any(c.taps or isinstance(c, Sided) for c in between):
-        return 1
-    if not all(c.may_take_turns for c in between if isinstance(c, Pointwise)):
+    alone = all(c.may_take_turns and not (c.taps or c.combination) for c in between)
+    if not start.main.dims or not alone:
         return 1
     return math.gcd(start.main.groups, start.carry.groups)
 

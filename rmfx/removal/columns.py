@@ -94,6 +94,11 @@ class Column(ABC):
         """Of a layer beside none, or beside another one; None where that would not be exact."""
         return None
 
+    @property
+    def may_take_turns(self) -> bool:
+        """Whether it does the same to all channels of a block."""
+        return True
+
     def padded(self, before: int, behind: int) -> Column:
         """The same with more channels of the carry before and behind it."""
         return self
@@ -218,15 +223,13 @@ class Pointwise(Column):
 
     @property
     def may_take_turns(self) -> bool:
-        """Whether the same function applies to all channels of a block."""
         return not any(f.is_per_channel for f in (self.main, self.carry) if f is not None)
 
     def _callee(self, spot: Spot) -> Virtual | nn.Module:
-        whole = Blockwise(self.blocks, spot.site.dims)
-        dtype, device = spot.site.dtype, spot.site.device
+        site, whole = spot.site, Blockwise(self.blocks, spot.site.dims)
         if way_of(whole.blocks) == "identity":
-            return whole.to_module(dtype, device)
-        return Virtual(whole, dtype, device)
+            return whole.to_module(site.dtype, site.device)
+        return Virtual(whole, site.dtype, site.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -345,20 +348,3 @@ def price_of(pair: Pair) -> float | None:
 def linear_of(columns: Iterable[Column]) -> list[Linear]:
     """The linear ones among some columns."""
     return [column for column in columns if isinstance(column, Linear)]
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """An arrangement of a site.
-
-    Attributes:
-        columns: the layers of the plain chain.
-        work: its multiply-adds per position of the fork.
-        kept: nodes of the shortcut that stay, because others read what they give.
-        layout: what sets it apart from the others.
-    """
-
-    columns: tuple[Column, ...]
-    work: float
-    kept: frozenset[fx.Node] = frozenset()
-    layout: str = ""

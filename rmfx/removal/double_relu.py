@@ -31,8 +31,8 @@ from rmfx.algebra.digits import affords
 from rmfx.algebra.laws import compose
 from rmfx.errors import Refusal
 
-from .assembly import work_of
-from .columns import Column, Linear, Plan, Pointwise
+from .assembly import Plan, work_of
+from .columns import Column, Linear, Pointwise
 
 RELU = Activation(nn.ReLU())
 

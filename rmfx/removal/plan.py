@@ -14,8 +14,8 @@ from rmfx.errors import Refusal
 from rmfx.ir.elements import MaxPool
 
 from .alignment import aligned
-from .assembly import groups_of, runs_of, work_of
-from .columns import Column, Linear, Plan, column_of, linear_of
+from .assembly import Plan, groups_of, runs_of, work_of
+from .columns import Column, Linear, column_of, linear_of
 from .placement import fitted, placements
 from .site import Chain, Norm, Site, Step
 

@@ -21,8 +21,8 @@ from rmfx.report import META_KEY, Report, SiteReport
 from rmfx.rules.concatenation import ConcatenationRule
 
 from .alignment import may_reorder
-from .assembly import build
-from .columns import Column, Label, Plan, Shared, Spot
+from .assembly import Plan, build
+from .columns import Column, Label, Shared, Spot
 from .plan import merge, plans
 from .policy import Policy, reason_to_keep
 from .rows import row_of_match, row_of_refusal, with_expense

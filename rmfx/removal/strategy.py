@@ -42,7 +42,7 @@ from rmfx.analysis.ranges import Ranges
 from rmfx.choices import STRATEGIES
 from rmfx.errors import OptionError, Refusal
 
-from .assembly import work_of
+from .assembly import Plan, work_of
 from .codes import (
     ORDER,
     Stretch,
@@ -55,7 +55,7 @@ from .codes import (
     shift_codes,
     uniform_activation,
 )
-from .columns import Column, Linear, Normalised, Plan, Pointwise, linear_of
+from .columns import Column, Linear, Normalised, Pointwise, linear_of
 from .double_relu import bits_of_clamps, without_clamps
 from .odd_pairs import Values, as_pair
 

@@ -16,8 +16,8 @@ import rmfx
 from rmfx.algebra.affine import AffineConv
 from rmfx.errors import Refusal
 from rmfx.ir.net import Net
-from rmfx.removal.assembly import build
-from rmfx.removal.columns import Built, Linear, Normalised, Plan, Pointwise
+from rmfx.removal.assembly import Plan, build
+from rmfx.removal.columns import Built, Linear, Normalised, Pointwise
 from rmfx.removal.plan import plans
 from rmfx.removal.site import Site, find_sites
 
