@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 
 from rmfx.algebra.affine import MULTIPLYING
 from rmfx.algebra.blockwise import Blockwise
-from rmfx.ir.elements import Virtual
 from rmfx.ir.net import Net
 from rmfx.ir.notes import Shape, positions
 
@@ -50,18 +49,17 @@ def expense_of(net: Net, nodes: Iterable[fx.Node], dims: int) -> Expense:
 
 def _weights(net: Net, node: fx.Node) -> tuple[int, int]:
     """Multiply-adds of a node per position, and its parameters."""
-    made, module = net.replacement(node), net.module(node)
-    layer = made.layer if isinstance(made, Virtual) else None
-    if isinstance(layer, Blockwise):
-        return 0, sum(b.width for b in layer.blocks)
-    if layer is not None:
-        taps = layer.weight.numel()
-        return taps, taps + (layer.out_channels if layer.has_bias else 0)
-    own = made if isinstance(made, nn.Module) else module
-    if own is None:
+    callee = net.callee(node)
+    if callee is None:
         return 0, 0
-    taps = cast("Tensor", own.weight).numel() if isinstance(own, MULTIPLYING) else 0
-    return taps, sum(p.numel() for p in own.parameters())
+    if isinstance(callee, nn.Module):
+        taps = cast("Tensor", callee.weight).numel() if isinstance(callee, MULTIPLYING) else 0
+        return taps, sum(p.numel() for p in callee.parameters())
+    layer = callee.layer
+    if isinstance(layer, Blockwise):
+        return 0, layer.width
+    taps = layer.weight.numel()
+    return taps, taps + (layer.out_channels if layer.has_bias else 0)
 
 
 def _numel(shape: Shape | None) -> int | None:
