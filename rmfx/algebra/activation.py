@@ -142,6 +142,11 @@ class Activation(Layer):
         return self.row.image(self.module)
 
     @property
+    def bounds(self) -> Interval | None:
+        """(low, high) of a clamp, None of any other."""
+        return None if self.row.bounds is None else self.row.bounds(self.module)
+
+    @property
     def odd(self) -> float:
         """κ in act(x) − act(−x) = κ·x for |x| up to `reach`; 0 if there is none."""
         if self.row.odd is None or self.is_per_channel:

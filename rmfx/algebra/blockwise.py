@@ -182,6 +182,4 @@ def _slope_of(block: Block) -> Tensor:
 
 
 def _bounds_of(block: Block) -> Interval:
-    if block.activation is None or block.activation.row.bounds is None:
-        return EVERYWHERE
-    return block.activation.row.bounds(block.activation.module)
+    return (block.activation and block.activation.bounds) or EVERYWHERE

@@ -17,7 +17,7 @@ from .alignment import aligned
 from .assembly import Plan, groups_of, runs_of, work_of
 from .columns import Column, Linear, column_of, linear_of
 from .placement import fitted, placements
-from .site import Chain, Norm, Site, Step
+from .site import Chain, Norm, Site, Step, merged
 
 
 def plans(site: Site) -> list[Plan] | Refusal:
@@ -34,9 +34,9 @@ def plans(site: Site) -> list[Plan] | Refusal:
             refusals.append(found)
         else:
             options += found
-    merged = merge(site)
-    if isinstance(merged, Plan):
-        options.append(merged)
+    single = merge(site)
+    if isinstance(single, Plan):
+        options.append(single)
     if not options:
         beside = aligned(site, f, g)
         if isinstance(beside, Refusal):
@@ -158,12 +158,8 @@ def _framed(site: Site, chain: Chain) -> Chain:
     steps = list(chain)
     if steps and isinstance(steps[-1].layer, Norm):
         steps[-1] = replace(steps[-1], layer=steps[-1].layer.affine)
-        before = steps[-2] if len(steps) > 1 else None
-        if before and isinstance(before.layer, AffineConv) and not before.tapped:
-            merged = compose_chain([before.layer, steps[-1].affine])
-            if isinstance(merged, AffineConv):
-                nodes = before.nodes + steps[-1].nodes
-                steps[-2:] = [replace(steps[-1], layer=merged, nodes=nodes)]
+        whole = merged(*steps[-2:]) if len(steps) > 1 else None
+        steps[-2:] = [whole] if whole else steps[-2:]
     if not steps or not isinstance(steps[0].layer, AffineConv):
         steps.insert(0, _identity_step(site.channels, site.dims))
     # A value that is read elsewhere must be there before ∇ adds to it.

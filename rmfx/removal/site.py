@@ -237,23 +237,26 @@ def _simplify(chain: Chain) -> Chain:
     """Merge neighbouring linear layers where that is exact and not dearer."""
     result: list[Step] = []
     for step in chain:
-        merged = _merge(result[-1], step) if result else None
-        if merged is None:
+        whole = merged(result[-1], step) if result and _absorbs(result[-1], step) else None
+        if whole is None:
             result.append(step)
         else:
-            result[-1] = merged
+            result[-1] = whole
     return tuple(result)
 
 
-def _merge(first: Step, second: Step) -> Step | None:
-    if not (isinstance(first.layer, AffineConv) and isinstance(second.layer, AffineConv)):
+def _absorbs(first: Step, second: Step) -> bool:
+    """Whether one is a scale, a crop or a stride, which needs no new weight beside the other's."""
+    layers = (first.layer, second.layer)
+    return any(isinstance(f, AffineConv) and f.is_depthwise and f.is_pointwise for f in layers)
+
+
+def merged(first: Step, second: Step) -> Step | None:
+    """Two linear steps as one, None where that is not exact or the first is read elsewhere too."""
+    layers = (second.layer, first.layer)
+    if first.tapped or not all(isinstance(layer, AffineConv) for layer in layers):
         return None
-    if first.tapped:
-        return None
-    # A scale, a crop or a stride is absorbed without a new weight; other merges cost work.
-    if not any(f.is_depthwise and f.is_pointwise for f in (first.layer, second.layer)):
-        return None
-    layer = compose(second.layer, first.layer)
+    layer = compose(second.affine, first.affine)
     if isinstance(layer, Refusal):
         return None
     return replace(second, layer=layer, nodes=first.nodes + second.nodes)
@@ -262,9 +265,6 @@ def _merge(first: Step, second: Step) -> Step | None:
 def _scaled(chain: Chain, factor: float, channels: int, dims: int) -> Chain:
     """The chain times a constant, merged into its last layer if that is linear."""
     scale = AffineConv.scale(torch.full((channels,), factor, dtype=torch.float64), dims=dims)
-    last = chain[-1] if chain else None
-    if last is not None and isinstance(last.layer, AffineConv) and not last.tapped:
-        merged = compose(scale, last.layer)
-        if isinstance(merged, AffineConv):
-            return (*chain[:-1], replace(last, layer=merged, value=None))
-    return (*chain, Step(scale, (), None, channels))
+    step = Step(scale, (), None, channels)
+    whole = merged(chain[-1], step) if chain else None
+    return (*chain[:-1], whole) if whole else (*chain, step)
