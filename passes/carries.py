@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx.algebra.activation import Activation, Block, Blockwise
+from rmfx.algebra.activation import Activation, Block
 from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.blockwise import Blockwise
 from rmfx.algebra.laws import chain as compose_chain
 from rmfx.algebra.laws import compose, reads_inside
 from rmfx.analysis.channel_labels import Channels
@@ -45,7 +46,7 @@ from rmfx.ir.reading import read
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.ir.weights import weight_types
 from rmfx.modules.activations import OWN_ACTIVATIONS, ChannelPReLU
-from rmfx.oracle.verification import checked
+from rmfx.oracle.verification import Domain, checked
 from rmfx.pruning.allocation import spare
 from rmfx.pruning.cutting import without
 from rmfx.pruning.families import Widths
@@ -383,7 +384,7 @@ def close_carries(
         closed,
         example_inputs,
         wanted=verify,
-        input_range=input_range,
+        domain=Domain(input_range),
     )
 
 

@@ -41,7 +41,7 @@ from rmfx.interval import Interval
 from rmfx.ir.converted import copy_graph
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
-from rmfx.oracle.verification import checked
+from rmfx.oracle.verification import Domain, checked
 from rmfx.pruning.slicing import (
     Merge,
     columns,
@@ -398,5 +398,5 @@ def eliminate_dead_channels(
         net.finish(_report_after(net, cleaner.changed)),
         example_inputs,
         wanted=verify,
-        input_range=input_range,
+        domain=Domain(input_range),
     )

@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from rmfx.algebra.activation import Activation
 from rmfx.algebra.affine import CONVS, AffineConv
+from rmfx.algebra.modules import from_batch_norm
 from rmfx.analysis.ranges import Ranges
 from rmfx.errors import OptionError, Refusal, ShapeError
 from rmfx.frontend.tracing import trace
@@ -331,7 +332,7 @@ def _score(net: Net, gate: fx.Node | None) -> float | None:
     if gate is None:
         return None
     factors: Any = net.module(gate)
-    layer = AffineConv.from_batch_norm(net.module(gate.args[0]), 0)  # type: ignore[arg-type]
+    layer = from_batch_norm(net.module(gate.args[0]), 0)  # type: ignore[arg-type]
     if isinstance(layer, Refusal):
         raise OptionError(f"{gate.args[0]}: {layer.reason}")
     scale = float(factors.scale.detach().double().abs())

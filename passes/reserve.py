@@ -266,7 +266,7 @@ def _is_conv(net: Net, node: fx.Node) -> bool:
 def _layer(net: Net, node: fx.Node) -> AffineConv | Refusal:
     """A node as a linear layer; what fills borders counts as one."""
     layer = read(net, node)
-    return layer.affine(1) if isinstance(layer, Border) else read_affine(net, node)
+    return layer.geometry(1) if isinstance(layer, Border) else read_affine(net, node)
 
 
 def _keeps_size(net: Net, fork: fx.Node, layers: Layers, dims: int) -> bool:

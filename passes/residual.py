@@ -37,7 +37,7 @@ from rmfx.frontend.tracing import canonicalise_again, trace
 from rmfx.interval import Interval
 from rmfx.ir.notes import OWN_GRADIENT
 from rmfx.ir.undisturbed import undisturbed
-from rmfx.oracle.verification import checked
+from rmfx.oracle.verification import Domain, checked
 from rmfx.removal.differentiable import linked
 from rmfx.removal.policy import Policy, check_policy
 from rmfx.removal.remove import CalibrationData, is_calibrated, remove
@@ -128,29 +128,17 @@ def remove_residuals(
     check_policy(policy)
     source = trace(model, example_inputs, fold=not differentiable)
     batches = CalibrationData(calibration) if calibration is not None else None
+    rewrite = partial(
+        remove, strict=strict, allowed=allowed, input_range=input_range, policy=policy
+    )
     if differentiable:
         _check_differentiable(source, fold_batch_norm=fold_batch_norm)
-        rewrite = partial(
-            remove,
-            strict=strict,
-            allowed=allowed,
-            input_range=input_range,
-            weights_vary=True,
-            policy=policy,
-        )
-        converted = _differentiable(model, source, rewrite)
+        converted = _differentiable(model, source, partial(rewrite, weights_vary=True))
         if verify and example_inputs is not None:
             source = trace(model, example_inputs)  # whose names the report has
     else:
-        converted = remove(
-            source,
-            strict=strict,
-            allowed=allowed,
-            input_range=input_range,
-            fold_batch_norm=fold_batch_norm,
-            calibration=batches,
-            policy=policy,
-        )
+        converted = rewrite(source, fold_batch_norm=fold_batch_norm, calibration=batches)
+    seen = batches.first if batches is not None and is_calibrated(converted) else ()
     return checked(
         "remove_residuals",
         model,
@@ -158,8 +146,7 @@ def remove_residuals(
         converted,
         example_inputs,
         wanted=verify,
-        input_range=input_range,
-        batches=batches.first if batches is not None and is_calibrated(converted) else (),
+        domain=Domain(input_range, seen),
         reports=True,
     )
 

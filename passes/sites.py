@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,22 +28,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import update_bn
 
-from rmfx.algebra.activation import Activation, Blockwise
 from rmfx.data.batches import Batches, Loss, check_batches, inputs_of, loss_on, output_on
-from rmfx.errors import OptionError, Refusal, ShapeError
+from rmfx.errors import OptionError, ShapeError
 from rmfx.frontend.tracing import trace
 from rmfx.ir.driver import apply_rule
-from rmfx.ir.elements import CHANNEL_BY_CHANNEL
-from rmfx.ir.joins import read_join
-from rmfx.ir.laterals import Lateral
 from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.options import number_of
-from rmfx.oracle.verification import checked
+from rmfx.oracle.verification import Domain, checked
 from rmfx.removal.cut_out import cut_out, looks
 from rmfx.removal.remove import is_calibrated, remove
-from rmfx.removal.site import Site, find_sites
+from rmfx.removal.shortcuts import Candidate, branch_alone, candidates_of, without
 from rmfx.report import META_KEY
 from rmfx.rules.batch_norm import fold
 from rmfx.rules.noop import NoopRule
@@ -111,14 +107,6 @@ _COLUMNS = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class _Candidate:
-    """A site, and which operand of its join is left when it is cut, None if it cannot be."""
-
-    site: Site
-    main: int | None
-
-
 # ---- the verb -----------------------------------------------------------------------------------
 
 
@@ -163,22 +151,15 @@ def choose_sites(
         ShapeError: there are no example inputs, or the model does not run on a batch.
         RmfxError: the model cannot be traced or its weights cannot be used.
     """
-    unknown = [name for name in choices if name not in CHOICES]
-    if unknown or "keep" not in choices:
-        raise OptionError(f"choices={choices!r}: 'keep', and any of 'open' and 'cut'")
+    _check_choices(choices)
     budget = number_of("budget", budget, least=0)
     if example_inputs is None:
         raise ShapeError("choose_sites needs example inputs: it times sites at their sizes")
-    check_batches("data", data)
-    batches = [*data]
-    for batch in batches:
-        inputs_of(batch)
-    if not batches:
-        raise OptionError("data holds no batches")
+    batches = _checked_batches(data)
     source = trace(model, example_inputs)
     net = Net(source)
     apply_rule(net, NoopRule())
-    candidates = _candidates(net, can_cut="cut" in choices)
+    candidates = candidates_of(net, can_cut="cut" in choices)
     timer = Timer(runtime, cache, threads, rounds, seconds, step)
     before = _loss_of(_reestimated(copy.deepcopy(source), batches), batches, loss)
     rows = []
@@ -192,71 +173,45 @@ def choose_sites(
     return gm, ChoiceReport(tuple(rows), before, after, runtime)
 
 
+def _check_choices(choices: Sequence[str]) -> None:
+    unknown = [name for name in choices if name not in CHOICES]
+    if unknown or "keep" not in choices:
+        raise OptionError(f"choices={choices!r}: 'keep', and any of 'open' and 'cut'")
+
+
+def _checked_batches(data: Batches) -> list[Any]:
+    check_batches("data", data)
+    batches = [*data]
+    for batch in batches:
+        inputs_of(batch)
+    if not batches:
+        raise OptionError("data holds no batches")
+    return batches
+
+
 def _with_choices(
     source: fx.GraphModule,
-    candidates: Sequence[_Candidate],
+    candidates: Sequence[Candidate],
     rows: Sequence[SiteChoice],
     example_inputs: Any,
     batches: Sequence[Any],
 ) -> fx.GraphModule:
-    by_choice: dict[str, list[_Candidate]] = {choice: [] for choice in CHOICES}
+    by_choice: dict[str, list[Candidate]] = {choice: [] for choice in CHOICES}
     for candidate, row in zip(candidates, rows, strict=True):
         by_choice[row.choice].append(candidate)
     gm = source
     if by_choice["cut"]:
-        gm = _reestimated(_without(source, by_choice["cut"]), batches)
+        gm = _reestimated(without(source, by_choice["cut"]), batches)
     names = {candidate.site.join.name for candidate in by_choice["open"]}
     traced, data = trace(gm, example_inputs), [inputs for inputs, _ in batches]
     opened = remove(
         traced, fold_batch_norm=False, calibration=data, policy=lambda row: row.join in names
     )
     seen = data[:1] if is_calibrated(opened) else []
-    checked("choose_sites", gm, traced, opened, example_inputs, batches=seen, reports=True)
+    domain = Domain(batches=seen)
+    checked("choose_sites", gm, traced, opened, example_inputs, domain=domain, reports=True)
     opened.meta.pop(META_KEY, None)  # the report of this pass is another one
     return opened
-
-
-# ---- what can be done ---------------------------------------------------------------------------
-
-
-def _candidates(net: Net, *, can_cut: bool) -> list[_Candidate]:
-    """The sites of a net, the innermost of each join."""
-    found = []
-    for node in net.graph.nodes:
-        sites = find_sites(net, node, keep_norms=False)
-        if isinstance(sites, list):
-            site = min(sites, key=lambda site: len(site.nodes))
-            found.append(_Candidate(site, _main_operand(net, site) if can_cut else None))
-    return found
-
-
-def _main_operand(net: Net, site: Site) -> int | None:
-    """Which operand of a join is its branch, where the other one is a shortcut."""
-    terms = read_join(site.join)
-    if terms is None or isinstance(terms, Refusal) or any(factor != 1 for _, factor in terms):
-        return None
-    curved = (Activation, Blockwise, Lateral, *CHANNEL_BY_CHANNEL)
-    linear = [
-        not any(isinstance(layer.layer, curved) for layer in chain) for chain in site.branches
-    ]
-    return linear.index(False) if linear[0] != linear[1] else None
-
-
-def _without(source: fx.GraphModule, candidates: Iterable[_Candidate]) -> fx.GraphModule:
-    """A graph with the shortcuts of some sites cut."""
-    net = Net(source)
-    nodes = {node.name: node for node in net.graph.nodes}
-    for candidate in candidates:
-        join = nodes[candidate.site.join.name]
-        join.replace_all_uses_with(_operands(join)[candidate.main or 0])
-    gm = net.finish()
-    gm.meta.pop(META_KEY, None)
-    return gm
-
-
-def _operands(join: fx.Node) -> list[fx.Node]:
-    given = (*join.args, *(join.kwargs.get(name) for name in ("input", "other")))
-    return [value for value in given if isinstance(value, fx.Node)]
 
 
 # ---- what it costs ------------------------------------------------------------------------------
@@ -265,7 +220,7 @@ def _operands(join: fx.Node) -> list[fx.Node]:
 def _measure(
     net: Net,
     source: fx.GraphModule,
-    candidate: _Candidate,
+    candidate: Candidate,
     timer: Timer,
     batches: Sequence[Any],
     baseline: tuple[Loss, float],
@@ -283,9 +238,9 @@ def _measure(
         forms |= {"open": opened} if opened.meta[META_KEY].removed else {}
     loss_cut = None
     if candidate.main is not None:
-        forms["cut"] = _folded(_branch_alone(graph, candidate.main), inputs)
+        forms["cut"] = _folded(branch_alone(graph, candidate.main), inputs)
         loss, before = baseline
-        gm = _reestimated(_without(source, [candidate]), batches)
+        gm = _reestimated(without(source, [candidate]), batches)
         loss_cut = _loss_of(gm, batches, loss) - before
 
     def medians() -> list[float]:
@@ -308,15 +263,6 @@ def _folded(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> fx.GraphModule
     """A graph as it would be deployed, with its batch norm folded."""
     net = Net(trace(graph, inputs))
     fold(net)
-    return net.finish()
-
-
-def _branch_alone(graph: fx.GraphModule, main: int) -> fx.GraphModule:
-    """A site that was cut out, without its shortcut."""
-    net = Net(graph)
-    (output,) = (node for node in net.graph.nodes if node.op == "output")
-    join = output.all_input_nodes[0]
-    join.replace_all_uses_with(_operands(join)[main])
     return net.finish()
 
 

@@ -19,26 +19,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmfx.errors import Refusal, WeightError
+from rmfx.errors import Refusal
+
+from .layer import Layer
 
 Ints = tuple[int, ...]
 Pads = tuple[tuple[int, int], ...]
 CONVS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 MULTIPLYING = (*CONVS, *TRANSPOSED)  # whose weights are multiplied at every position
-ZERO_PADS: tuple[type[nn.Module], ...] = (nn.Identity, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
-SMALLEST_OF_USE = 1e-30  # no network depends on what is smaller
 CONV_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
 @dataclass(frozen=True, eq=False)
-class AffineConv:
+class AffineConv(Layer):
     """A linear layer as an immutable value.
 
     Attributes:
@@ -56,6 +56,8 @@ class AffineConv:
     padding: Pads
     dilation: Ints
     groups: int = 1
+    is_linear: ClassVar[bool] = True
+    keeps_channels: ClassVar[bool] = False
 
     # ---- what it is -------------------------------------------------------------------------
 
@@ -80,6 +82,11 @@ class AffineConv:
     def block(self) -> tuple[int, int]:
         """(input channels, output channels) of one group."""
         return int(self.weight.shape[1]), self.out_channels // self.groups
+
+    @property
+    def left(self) -> Ints:
+        """Zeros before the first value, per spatial dimension."""
+        return tuple(left for left, _ in self.padding)
 
     @property
     def span(self) -> Ints:
@@ -135,6 +142,25 @@ class AffineConv:
         padded = F.pad(x, flat)
         return convolve(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
 
+    # ---- among other layers -----------------------------------------------------------------
+
+    @property
+    def reads_one_position(self) -> bool:
+        return math.prod((*self.kernel, *self.stride)) == 1
+
+    def unfit(self, channels: int, dims: int, rank: int | None) -> Refusal | None:
+        if self.dims != dims:
+            return Refusal(f"a layer of {self.dims} spatial dimensions among layers of {dims}")
+        if self.in_channels != channels:
+            return Refusal(f"a layer for {self.in_channels} channels on {channels}")
+        return None
+
+    def channels_behind(self, channels: int, dims: int) -> int:
+        return self.out_channels
+
+    def geometry(self, channels: int) -> AffineConv:
+        return self
+
     # ---- making one -------------------------------------------------------------------------
 
     @staticmethod
@@ -178,61 +204,6 @@ class AffineConv:
         return AffineConv.pointwise(
             ones, dims=dims, groups=channels, stride=stride, padding=padding
         )
-
-    @staticmethod
-    def from_batch_norm(module: nn.Module, dims: int) -> AffineConv | Refusal:
-        """Batch norm in eval mode: γ·(x − μ)/√(σ² + ε) + β."""
-        mean, variance = module.running_mean, module.running_var
-        if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
-            return Refusal(
-                "batch norm without running statistics normalises by the batch, which is not linear"
-            )
-        factor = 1 / torch.sqrt(_float64(variance) + float(module.eps))  # type: ignore[arg-type]
-        if isinstance(module.weight, Tensor):
-            factor = factor * _float64(module.weight)
-        shift = -_float64(mean) * factor
-        if isinstance(module.bias, Tensor):
-            shift = shift + _float64(module.bias)
-        return AffineConv.scale(factor, shift, dims=dims)
-
-    @staticmethod
-    def from_conv(module: nn.Module) -> AffineConv | Refusal:
-        """An `nn.Linear` or `nn.Conv1d/2d/3d`."""
-        own, given = module.weight, module.bias
-        if not isinstance(own, Tensor):
-            return Refusal(f"{type(module).__name__} has no weight")
-        weight = own.detach()
-        bias = given.detach() if isinstance(given, Tensor) else weight.new_zeros(weight.shape[0])
-        if isinstance(module, nn.Linear):
-            return AffineConv(weight, bias, (), (), ())
-        if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            return Refusal(f"{type(module).__name__} is not a convolution")
-        padding = _conv_padding(module)
-        if module.padding_mode != "zeros" and any(any(pair) for pair in padding):
-            return Refusal(f"padding_mode={module.padding_mode!r} reads other values than zero")
-        return AffineConv(
-            weight, bias, tuple(module.stride), padding, tuple(module.dilation), module.groups
-        )
-
-    @staticmethod
-    def from_transposed_conv(module: nn.Module) -> AffineConv | Refusal:
-        """An `nn.ConvTranspose1d/2d/3d` of stride 1: a convolution with the kernel turned round."""
-        if not isinstance(module, TRANSPOSED) or any(s > 1 for s in module.stride):
-            return Refusal("a transposed convolution with a stride puts zeros between values")
-        weight, given = module.weight.detach(), module.bias
-        kernel = tuple(weight.shape[2:])
-        padding = tuple(map(int, module.padding))
-        blocks = grouped(weight, 0, module.groups).transpose(1, 2)  # (groups, out, in, *kernel)
-        turned = blocks.flatten(0, 1).flip(tuple(range(2, weight.dim())))
-        bias = weight.new_zeros(turned.shape[0]) if given is None else given.detach()
-        pads = tuple(
-            (d * (k - 1) - p, d * (k - 1) - p + extra)
-            for k, d, p, extra in zip(
-                kernel, module.dilation, padding, module.output_padding, strict=True
-            )
-        )
-        ones = (1,) * len(kernel)
-        return AffineConv(turned, bias, ones, pads, tuple(module.dilation), module.groups)
 
     @staticmethod
     def average_pool(
@@ -285,12 +256,12 @@ class AffineConv:
 
         Every tap must lie on the window's grid; `growth` (so the output size) stays.
         """
-        if (kernel, dilation) == (self.kernel, self.dilation) and left == self._left:
+        if (kernel, dilation) == (self.kernel, self.dilation) and left == self.left:
             return self
         places = [
             torch.tensor([(t * d - own + new) // step for t in range(k)], device=self.weight.device)
             for k, d, own, new, step in zip(
-                self.kernel, self.dilation, self._left, left, dilation, strict=True
+                self.kernel, self.dilation, self.left, left, dilation, strict=True
             )
         ]
         weight = self.weight.new_zeros(*self.weight.shape[:2], *kernel)
@@ -337,67 +308,6 @@ class AffineConv:
         """The same map of inputs in another order, for a layer with one group."""
         return replace(self, weight=self.weight[:, order.to(self.weight.device)])
 
-    @property
-    def _left(self) -> Ints:
-        return tuple(left for left, _ in self.padding)
-
-    # ---- turning it back into modules -------------------------------------------------------
-
-    def to_modules(self, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, ...]:
-        """Ordinary modules that apply this layer: one, or a padding and one.
-
-        Raises:
-            WeightError: a weight is not finite in `dtype`, or all weights of an output are so small
-                that float16 has no digits for them.
-        """
-        groups = 1 if not self.dims else self.groups
-        own = self.regroup(groups)
-        weight, bias = own.weight.to(device, dtype), own.bias.to(device, dtype)
-        if not (is_finite(weight) and is_finite(bias)):
-            wider = [t for t in (torch.float32, torch.float64) if t.itemsize > dtype.itemsize]
-            way_out = f"convert the model in {wider[0]}" if wider else "scale its weights down"
-            raise WeightError(f"a merged weight is too large for {dtype}; {way_out}")
-        if _vanishes(own, weight):
-            raise WeightError(
-                f"the merged weights of an output are too small for {dtype}; "
-                "convert the model in torch.float32"
-            )
-        symmetric = all(left == right >= 0 for left, right in self.padding)
-        layer = self._empty(own, symmetric, device, dtype)
-        layer.weight = nn.Parameter(weight)
-        layer.register_parameter("bias", nn.Parameter(bias) if self.has_bias else None)
-        if symmetric:
-            return (layer.eval(),)
-        flat = tuple(p for pair in reversed(self.padding) for p in pair)
-        return (ZERO_PADS[self.dims](flat).eval(), layer.eval())
-
-    def _empty(
-        self, own: AffineConv, symmetric: bool, device: torch.device, dtype: torch.dtype
-    ) -> nn.Module:
-        with torch.device("meta"):
-            if not self.dims:
-                return nn.Linear(self.in_channels, self.out_channels, dtype=dtype)
-            return CONVS[self.dims](
-                self.in_channels,
-                self.out_channels,
-                self.kernel,
-                stride=self.stride,
-                padding=self._left if symmetric else 0,
-                dilation=self.dilation,
-                groups=own.groups,
-                dtype=dtype,
-            )
-
-
-def _conv_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Pads:
-    """(left, right) per dimension; "same" puts the odd zero on the right, as PyTorch does."""
-    if module.padding == "valid":
-        return ((0, 0),) * len(module.kernel_size)
-    if module.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return tuple((total // 2, total - total // 2) for total in totals)
-    return tuple((int(p), int(p)) for p in module.padding)
-
 
 def at(place: Iterable[Any]) -> Any:
     """An index that leaves the leading dimensions whole."""
@@ -413,23 +323,3 @@ def is_finite(x: Tensor) -> bool:
     """Whether no element is NaN or infinite."""
     # One number tells it for nearly every tensor: NaN and Inf survive a sum.
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
-
-
-def _vanishes(layer: AffineConv, weight: Tensor) -> bool:
-    """Whether an output of a layer loses its digits in a type whose normal numbers end early.
-
-    Args:
-        weight: that of the layer, in the type.
-    """
-    info = torch.finfo(weight.dtype)
-    if info.tiny < SMALLEST_OF_USE:
-        return False
-    exact = layer.weight.to(weight.device, torch.float64).flatten(1)
-    lost = (exact - weight.to(torch.float64).flatten(1)).abs().sum(1)
-    beside = torch.maximum(exact.abs().sum(1), layer.bias.to(exact).abs())
-    small = exact.abs().amax(1) < info.tiny
-    return bool((small & (lost > info.eps * beside)).any())
-
-
-def _float64(x: Tensor) -> Tensor:
-    return x.detach().to(torch.float64)

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from rmfx.algebra.activation import Blockwise
 from rmfx.algebra.affine import MULTIPLYING, TRANSPOSED, AffineConv
+from rmfx.algebra.blockwise import Blockwise
 from rmfx.ir.elements import Virtual
 from rmfx.ir.net import Net
 from rmfx.ir.notes import Shape, positions

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx.algebra.activation import Activation, Blockwise
+from rmfx.algebra.activation import Activation
 from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.blockwise import Blockwise
 from rmfx.errors import Refusal, RmfxError
 from rmfx.interval import INF, Interval
 from rmfx.ir.elements import Border, Deferred
@@ -25,7 +26,7 @@ from rmfx.ir.kinds import HULLS
 from rmfx.ir.memo import on_demand
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
-from rmfx.ir.reading import read
+from rmfx.ir.reading import read, read_affine
 from rmfx.options import shown
 
 
@@ -246,7 +247,9 @@ class Ranges:
 
     def _through(self, node: fx.Node, x: Range) -> Range:
         element = read(self._net, node) if node.op != "output" else Refusal("")
-        if self.weights_vary and _has_parameters(element):
+        if isinstance(element, Deferred):
+            element = read_affine(self._net, node)
+        if isinstance(element, Refusal) or (self.weights_vary and element.has_parameters):
             return ANYTHING
         if isinstance(element, Activation):
             # Slopes per channel belong to dimension 1.
@@ -260,13 +263,6 @@ class Ranges:
             if mode != "constant":  # it repeats what is there
                 return x
             return Range(x.low.clamp(max=value), x.high.clamp(min=value), x.last)
-        if isinstance(element, Deferred):
-            source = input_of(node)
-            rank = self._net.rank(node)
-            if rank is None or rank < 2 or source is None:
-                return ANYTHING
-            channels = self._net.channels(source, rank - 2)
-            element = element.build(channels, rank - 2) if channels else Refusal("")
         if not isinstance(element, AffineConv) or self.weights_vary:
             return ANYTHING
         x = x.on_axis(last=not element.dims)
@@ -284,13 +280,6 @@ class Ranges:
                 continue
             low, high = low + factor * ends[0], high + factor * ends[1]
         return Range(low, high, last)
-
-
-def _has_parameters(element: object) -> bool:
-    """Whether an activation has parameters of its own, as PReLU has."""
-    blocks = element.blocks if isinstance(element, Blockwise) else ()
-    parts = (element, *(b.activation for b in blocks))
-    return any(isinstance(a, Activation) and list(a.module.parameters()) for a in parts)
 
 
 def _beyond(x: Range) -> Range:

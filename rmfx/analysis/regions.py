@@ -159,12 +159,11 @@ def _linear(
 def _activation(
     net: Net, node: fx.Node, activation: Activation, place: tuple[int, int, int]
 ) -> Inner | None:
-    _, block, dims = place
-    if not activation.is_per_channel:
-        return Inner(node, block, dims)
-    # PReLU's channels are dimension 1.
-    fits = _parameters_fit(activation.module, place) and (dims or net.rank(node) == 2)
-    return Inner(node, block, dims, activation.module) if fits and not net.guard(node) else None
+    units, block, dims = place
+    if activation.unfit(units * block, dims, net.rank(node)):
+        return None
+    module = activation.module if activation.is_per_channel else None
+    return None if module is not None and net.guard(node) else Inner(node, block, dims, module)
 
 
 def _deferred(
@@ -172,7 +171,7 @@ def _deferred(
 ) -> Inner | None:
     """Batch norm; scales, shifts, crops and zero padding that are the same for all channels."""
     units, block, dims = place
-    layer = element.build(units * block, dims)
+    layer = element.resolved(units * block, dims)
     if not isinstance(layer, AffineConv) or layer.block != (1, 1):
         return None
     if layer.in_channels != units * block:

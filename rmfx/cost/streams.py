@@ -10,11 +10,11 @@ from torch import fx
 
 from rmfx.algebra.affine import AffineConv
 from rmfx.errors import Refusal
-from rmfx.ir.elements import CHANNEL_BY_CHANNEL, MaxPool
+from rmfx.ir.elements import MaxPool
 from rmfx.ir.joins import adds_itself, read_join
 from rmfx.ir.laterals import Lateral
 from rmfx.ir.net import Net
-from rmfx.removal.site import Chain, Norm, Site, find_sites
+from rmfx.removal.site import Chain, Site, find_sites
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,15 @@ def _delay(branch: Chain, site: Site) -> tuple[list[float], list[int]] | None:
     """How far ahead of its first output a branch reads, and its stride; None for all of space."""
     ahead, stride = [0.0] * site.dims, [1] * site.dims
     for step in branch:
-        layer = step.layer.affine if isinstance(step.layer, Norm) else step.layer
+        layer, moves = step.layer, step.layer.geometry(1)
         if isinstance(layer, Lateral) and _resizes(layer):
             return None
         if isinstance(layer, MaxPool):
             kernel, strides, padding, dilation, _ = layer.signature
             reach = [d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True)]  # type: ignore[call-overload]
-        elif isinstance(layer, CHANNEL_BY_CHANNEL):
-            reach, strides = [-before for before, _ in layer.pairs], [1] * site.dims
-        elif isinstance(layer, AffineConv):
-            spans = zip(layer.span, layer.padding, strict=True)
-            reach, strides = [span - left for span, (left, _) in spans], layer.stride
+        elif isinstance(moves, AffineConv):
+            spans = zip(moves.span, moves.padding, strict=True)
+            reach, strides = [span - left for span, (left, _) in spans], moves.stride
         else:
             continue
         ahead = [a + s * r for a, s, r in zip(ahead, stride, reach, strict=True)]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-from rmfx.algebra.activation import Activation, Blockwise
 from rmfx.algebra.affine import AffineConv, Pads
+from rmfx.algebra.blockwise import Blockwise
+from rmfx.algebra.layer import Layer
+from rmfx.algebra.modules import to_modules
 from rmfx.errors import Refusal
 
 
@@ -21,16 +24,29 @@ class Virtual:
     dtype: torch.dtype
     device: torch.device
 
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What it becomes: a module, or a padding and a convolution."""
+        if isinstance(self.layer, Blockwise):
+            return (self.layer.to_module(self.dtype, self.device),)
+        return to_modules(self.layer, self.dtype, self.device)
+
 
 @dataclass(frozen=True, eq=False)
-class Deferred:
+class Deferred(Layer):
     """A linear layer that is fixed by (channels, dims) of its place."""
 
     build: Callable[[int, int], AffineConv | Refusal]
+    is_linear: ClassVar[bool] = True
+    keeps_channels: ClassVar[bool] = False
+
+    def resolved(self, channels: int | None, dims: int) -> AffineConv | Refusal:
+        if channels is None:
+            return Refusal("the number of channels is unknown; pass example_inputs")
+        return self.build(channels, dims)
 
 
 @dataclass(frozen=True, eq=False)
-class Border:
+class Border(Layer):
     """Padding with other values than zeros: reflected, repeated, wrapped round or constant.
 
     Attributes:
@@ -52,13 +68,20 @@ class Border:
         """Equal for paddings that do the same."""
         return (self.filling, self.pairs)
 
-    def affine(self, channels: int) -> AffineConv:
-        """A layer of the same geometry, which is the same map away from the border."""
+    @property
+    def reads_one_position(self) -> bool:
+        return False
+
+    def unfit(self, channels: int, dims: int, rank: int | None) -> Refusal | None:
+        return Refusal("padding reaches beyond space") if self.dims > dims else None
+
+    def geometry(self, channels: int) -> AffineConv:
+        """The same map away from the border."""
         return AffineConv.identity(channels, len(self.pairs), padding=self.pairs)
 
 
 @dataclass(frozen=True, eq=False)
-class MaxPool:
+class MaxPool(Layer):
     """The largest of some neighbours, channel by channel.
 
     Attributes:
@@ -73,6 +96,11 @@ class MaxPool:
     signature: tuple[object, ...]
     reason: str
 
+    @property
+    def reads_one_position(self) -> bool:
+        return False
 
-CHANNEL_BY_CHANNEL = (Border, MaxPool)
-Element = AffineConv | Deferred | Activation | Blockwise | Border | MaxPool
+    def unfit(self, channels: int, dims: int, rank: int | None) -> Refusal | None:
+        if self.dims == dims:
+            return None
+        return Refusal(f"pooling over {self.dims} dimensions among layers of {dims}")

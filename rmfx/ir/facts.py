@@ -22,7 +22,7 @@ from rmfx.errors import Refusal
 
 from .callees import Calls
 from .kinds import ADDS, COMPARISONS, SCALES, SPREADING, SUBS, aten, is_a, kind_of
-from .layers import Layer, channels_in, channels_out, dims_of, is_on_last, keeps_values
+from .layers import Callee, channels_in, channels_out, dims_of, is_on_last, keeps_values
 from .memo import on_demand, succeed
 from .notes import shape_of, sizes_of_every_call
 from .numbers import computed, size_read
@@ -211,7 +211,7 @@ class Inference:
         reader = next((layer for layer in layers if channels_in(layer)), None)
         return Facts(dims + 2 if dims else None, channels_in(reader), is_on_last(reader))
 
-    def _behind(self, layer: Layer, before: Facts) -> Facts:
+    def _behind(self, layer: Callee, before: Facts) -> Facts:
         """Facts of what a layer gives."""
         if is_a(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):  # type: ignore[union-attr]
             return Facts(rank=2)
@@ -311,7 +311,7 @@ class Inference:
         keeps = keeps_values(self._layer(node)) and len(inputs) == 1
         return next(iter(inputs), None) if keeps or node.target in keeping else None
 
-    def _layer(self, node: fx.Node) -> Layer:
+    def _layer(self, node: fx.Node) -> Callee:
         made = self._callees.callee(node)
         return made if made is None or isinstance(made, nn.Module) else made.layer
 

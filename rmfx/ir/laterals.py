@@ -5,11 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 
+from rmfx.algebra.layer import Layer
 from rmfx.errors import Refusal
 
 from .elements import Deferred
@@ -18,20 +19,25 @@ from .net import Net
 from .nodes import is_tensor_node
 from .reading import read_selection
 
+LIMITS = (torch.maximum, torch.minimum)
+
 
 @dataclass(frozen=True, eq=False)
-class Lateral:
+class Lateral(Layer):
     """A value combined with other tensors, channel by channel.
 
     Attributes:
+        net: in which that happens.
         node: the product, sum, choice or concatenation.
         operands: what it combines; nodes, and numbers in a choice.
         place: which of them is on the path that is followed.
     """
 
+    net: Net
     node: fx.Node
     operands: tuple[Any, ...]
     place: int
+    keeps_channels: ClassVar[bool] = False
 
     @property
     def value(self) -> fx.Node:
@@ -71,12 +77,43 @@ class Lateral:
         own = (None,) * missing + value
         return {dim for dim, size in enumerate(whole) if size != own[dim]}
 
+    def channels_behind(self, channels: int, dims: int) -> int:
+        if not self.is_concatenation:
+            return channels
+        return channels + sum(self.net.channels(other, dims) or 0 for other in self.others)
 
-def added_channels(net: Net, lateral: Lateral, dims: int) -> int:
-    """By how many channels a concatenation makes the value grow that is followed."""
-    if not lateral.is_concatenation:
-        return 0
-    return sum(net.channels(other, dims) or 0 for other in lateral.others)
+    def unfit(self, channels: int, dims: int, rank: int | None) -> Refusal | None:
+        """Why the channels of the other tensors are not known to meet those of the value."""
+        refusals = (self._unfit_beside(other, channels, dims) for other in self.others)
+        refusal = next(filter(None, refusals), None)
+        if refusal or not self.is_concatenation:
+            return refusal
+        axis: Any = self.node.args[1]
+        rank = dims + 2 if dims else self.net.rank(self.value)
+        along = axis - rank if rank and axis >= 0 else axis
+        if along != (-dims - 1 if dims else -1):
+            return Refusal("a concatenation along another dimension than the channels")
+        return None
+
+    def _unfit_beside(self, other: fx.Node, channels: int, dims: int) -> Refusal | None:
+        rank, own = self.net.rank(other), self.net.channels(other, dims)
+        if rank is not None and own is None and "shape" in other.meta:
+            return self.net.without_channels(other)
+        if rank is None or own is None:
+            return Refusal(
+                "it reads a second tensor whose shape is unknown; pass example_inputs",
+                (other.name,),
+            )
+        if dims and rank != dims + 2:
+            return Refusal(f"a {rank}-D tensor among layers of {dims} dimensions", (other.name,))
+        if not self.is_concatenation and own not in (1, channels):
+            return Refusal(
+                f"a tensor of {channels} channel meets one of {own}: it broadcasts", (other.name,)
+            )
+        kind = self.net.dtype(other)
+        if self.node.target in LIMITS and (kind is None or not kind[0].is_floating_point):
+            return Refusal("a limit that is not known to be floating point", (other.name,))
+        return None
 
 
 def laterals(net: Net, node: fx.Node) -> list[Lateral]:
@@ -89,7 +126,8 @@ def laterals(net: Net, node: fx.Node) -> list[Lateral]:
     operands = _concatenated(net, node) if node.target is torch.cat else node.args
     if node.target is torch.cat and len(set(operands)) == 1 and _selects(net, node):
         return []  # the same channels several times
-    found = [Lateral(node, tuple(operands), place) for place in _open_places(net, node, operands)]
+    places = _open_places(net, node, operands)
+    found = [Lateral(net, node, tuple(operands), place) for place in places]
 
     def is_gate(one: Lateral) -> bool:
         return bool(one.spread_dims) or is_a(net.module(one.value), (nn.Sigmoid, nn.Hardsigmoid))

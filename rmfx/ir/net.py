@@ -15,7 +15,6 @@ from typing import Any, Protocol, TypeVar
 
 from torch import fx, nn
 
-from rmfx.algebra.activation import Blockwise
 from rmfx.errors import WeightError
 from rmfx.report import META_KEY, Report
 
@@ -322,14 +321,10 @@ class Net:
         if isinstance(layer, nn.Module):
             root[target] = layer
             return
-        if isinstance(layer.layer, Blockwise):
-            root[target] = layer.layer.to_module(layer.dtype, layer.device)
-            return
         try:
-            *pads, conv = layer.layer.to_modules(layer.dtype, layer.device)
+            *pads, root[target] = layer.modules()
         except WeightError as error:
             raise WeightError(f"{node.name}: {error}") from None
-        root[target] = conv
         for pad in pads:
             name = self._unique(f"{target}_pad")
             root[name] = pad

@@ -15,23 +15,24 @@ choice, a concatenation.
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from rmfx.algebra.activation import Activation, Blockwise, is_activation
-from rmfx.algebra.affine import CONVS, TRANSPOSED, AffineConv, Ints, Pads
+from rmfx.algebra.activation import Activation, is_activation
+from rmfx.algebra.affine import CONVS, TRANSPOSED, AffineConv
+from rmfx.algebra.blockwise import Blockwise
+from rmfx.algebra.layer import Layer
+from rmfx.algebra.modules import from_batch_norm, from_conv, from_transposed_conv
 from rmfx.errors import Refusal
 
 from .callees import is_touched
 from .conditions import Condition
-from .elements import Border, Deferred, Element, MaxPool, Virtual
-from .joins import operands
+from .elements import Deferred, MaxPool, Virtual
 from .kinds import (
     ADDS,
     AVERAGE_POOLS,
@@ -45,17 +46,18 @@ from .kinds import (
     SUBS,
 )
 from .net import Net
-from .nodes import describe, each, input_of, is_tensor_node, slice_by_slice, two_operands
+from .nodes import describe, each, input_of
+from .paddings import border, read_pad, read_pad_module, read_slice
 from .reasons import reason_for
+from .scales import read_scale, read_shift
 from .selections import may_select, selection
 from .sizes import Sizes, conditions_of
 
 aten = torch.ops.aten
 CONTIGUOUS = ("contiguous", aten.contiguous.default)
-LARGEST_NUMBER = 1e18  # of what is padded with: beyond it stands for infinity, as beside a maximum
 
 
-def read(net: Net, node: fx.Node) -> Element | Refusal:
+def read(net: Net, node: fx.Node) -> Layer | Refusal:
     """The meaning of a node that takes one tensor and gives one tensor."""
     frozen = node.meta.get("frozen")
     if frozen:
@@ -142,11 +144,11 @@ def read_affine(net: Net, node: fx.Node) -> AffineConv | Refusal:
     channels = net.channels(source, rank - 2)
     if channels is None:
         return net.without_channels(source)
-    built = element.build(channels, rank - 2)
+    built = element.resolved(channels, rank - 2)
     return built.at(node.name) if isinstance(built, Refusal) else built
 
 
-def _read_module(net: Net, node: fx.Node) -> Element | Refusal:
+def _read_module(net: Net, node: fx.Node) -> Layer | Refusal:
     module = net.callee(node)
     if isinstance(module, Virtual):
         return module.layer
@@ -164,9 +166,9 @@ def _read_module(net: Net, node: fx.Node) -> Element | Refusal:
         way_out = getattr(module, "way_out", "")
         return Refusal(f"{type(module).__name__} is called with more than one input{way_out}")
     if type(module) in CONVS:
-        return AffineConv.from_conv(module)
+        return from_conv(module)
     if type(module) in TRANSPOSED and max(module.stride) == 1:  # type: ignore[arg-type]
-        return AffineConv.from_transposed_conv(module)
+        return from_transposed_conv(module)
     if type(module) in BATCH_NORMS:
         return Deferred(lambda channels, dims: _batch_norm(net, node, module, dims))
     if type(module) in AVERAGE_POOLS:
@@ -177,11 +179,11 @@ def _read_module(net: Net, node: fx.Node) -> Element | Refusal:
     if type(module) in MAX_POOLS and not module.return_indices:
         return _read_max_pool(net, node, module)
     if type(module) in PADS:
-        return _read_pad_module(node, module)
+        return read_pad_module(node, module)
     if type(module) in BORDERS:
         kind = type(module).__name__.partition("Pad")[0]
         mode = {"Reflection": "reflect", "Replication": "replicate"}.get(kind, kind.lower())
-        return _border(node, tuple(module.padding), (mode, 0.0))  # type: ignore[arg-type]
+        return border(node, tuple(module.padding), (mode, 0.0))  # type: ignore[arg-type]
     return Refusal(reason_for(net, node))
 
 
@@ -194,16 +196,16 @@ def _blames_sharing(net: Net, node: fx.Node) -> bool:
     return module is not None and is_touched(module)
 
 
-def _read_function(net: Net, node: fx.Node) -> Element | Refusal:
+def _read_function(net: Net, node: fx.Node) -> Layer | Refusal:
     target = node.target
     if target in SCALES:
-        return _read_scale(net, node)
+        return read_scale(net, node)
     if target in (*ADDS, *SUBS):
-        return _read_shift(net, node)
+        return read_shift(net, node)
     if target is operator.getitem:
-        return _read_slice(node)
+        return read_slice(node)
     if target is F.pad:
-        return _read_pad(net, node)
+        return read_pad(net, node)
     return Refusal(reason_for(net, node))
 
 
@@ -220,7 +222,7 @@ def _batch_norm(net: Net, node: fx.Node, module: nn.Module, dims: int) -> Affine
         return Refusal(f"{cause}; {known}", (node.name,))
     if rank is not None and rank != dims + 2:
         return Refusal(f"batch norm of a {rank}-D tensor among {dims}-D layers", (node.name,))
-    found = AffineConv.from_batch_norm(module, dims)
+    found = from_batch_norm(module, dims)
     return found.at(node.name) if isinstance(found, Refusal) else found
 
 
@@ -245,219 +247,3 @@ def _read_max_pool(net: Net, node: fx.Node, module: Any) -> Deferred | MaxPool:
     if max(sizes[0]) == 1:  # takes one value of each place: rounding up makes no further one
         return Deferred(lambda channels, _: AffineConv.identity(channels, dims, stride=sizes[1]))
     return MaxPool(node, dims, (*sizes, module.ceil_mode), reason_for(net, node))
-
-
-def _read_pad_module(node: fx.Node, module: Any) -> Deferred | Border | Refusal:
-    flat, value = tuple(module.padding), float(module.value)
-    return _spatial_pad(flat) if value == 0 else _border(node, flat, ("constant", value))
-
-
-def _read_pad(net: Net, node: fx.Node) -> Deferred | Border | Refusal:
-    """`F.pad(x, pad, mode="constant", value=0)`: around space, or a number around channels."""
-    names = ("input", "pad", "mode", "value")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    flat = given.get("pad")
-    if not isinstance(flat, (list, tuple)) or not all(isinstance(p, int) for p in flat):
-        return Refusal("the padding is not constant")
-    mode, value = given.get("mode", "constant"), given.get("value")
-    if mode == "constant" and value in (None, 0, 0.0):
-        return _spatial_pad(tuple(flat))
-    if not isinstance(value, (int, float, type(None))):
-        return Refusal("the padding is not constant")
-    *space, (before, after) = zip(flat[::2], flat[1::2], strict=True) if flat else [(0, 0)]
-    number = float(value or 0)
-    is_number = mode == "constant" and abs(number) < LARGEST_NUMBER
-    if is_number and net.rank(node) == len(space) + 2 and not any(map(any, space)):
-        return _channel_pad(len(space), before, after, number)
-    return _border(node, tuple(flat), (mode, number))
-
-
-def _channel_pad(space: int, before: int, after: int, value: float) -> Deferred:
-    def build(channels: int, dims: int) -> AffineConv | Refusal:
-        if dims != space:  # features, which are the last dimension
-            return Refusal("padding reaches beyond the channels")
-        return _pad_channels(channels, dims, before, after, value)
-
-    return Deferred(build)
-
-
-def _border(node: fx.Node, flat: Ints, filling: tuple[str, float]) -> Border | Refusal:
-    pairs = tuple(zip(flat[::2], flat[1::2], strict=True))[::-1]
-    if any(min(pair) < 0 for pair in pairs):
-        return Refusal("padding that crops and pads with other values than zeros")
-    return Border(node, pairs, filling)
-
-
-def _spatial_pad(flat: Ints) -> Deferred:
-    pairs = tuple(zip(flat[::2], flat[1::2], strict=True))  # last dimension first
-
-    def build(channels: int, dims: int) -> AffineConv | Refusal:
-        # Without spatial dimensions the last one holds the features.
-        space, features = pairs[:dims], pairs[dims:]
-        if any(any(pair) for pair in features[1:]):
-            return Refusal("padding reaches beyond the channels")
-        space = (*space, *[(0, 0)] * (dims - len(space)))[::-1]
-        before, after = features[0] if features else (0, 0)
-        if not before and not after:
-            return AffineConv.identity(channels, dims, padding=space)
-        return _pad_channels(channels, dims, before, after, padding=space)
-
-    return Deferred(build)
-
-
-def _pad_channels(
-    channels: int,
-    dims: int,
-    before: int,
-    after: int,
-    value: float = 0.0,
-    padding: Pads | None = None,
-) -> AffineConv | Refusal:
-    if channels + before + after < 1 or before < -channels or after < -channels:
-        return Refusal("the padding removes every channel")
-    number = torch.tensor(value, dtype=torch.float64)
-    narrow = number.to(torch.bfloat16)  # a type that no other one has to follow
-    weight = torch.eye(channels).to(narrow if narrow == number else number)
-    weight = F.pad(weight, (0, 0, before, after))
-    bias = F.pad(weight.new_zeros(channels), (before, after), value=value)
-    return AffineConv.pointwise(weight, bias, dims=dims, padding=padding)
-
-
-def _read_slice(node: fx.Node) -> Deferred | Refusal:
-    """x[:, :, a:b:s, …] with whole batch and channels: a strided crop."""
-    index = node.args[1]
-    if not isinstance(index, tuple) or not all(isinstance(i, slice) or i is ... for i in index):
-        is_known = "shape" in node.all_input_nodes[0].meta
-        way_out = "" if is_known else ", as far as is known; pass example_inputs"
-        return Refusal(f"an index that is not made of slices{way_out}")
-    parts = [i for i in index if isinstance(i, slice)]
-    bounds = [b for s in parts for b in (s.start, s.stop, s.step)]
-    if not all(b is None or isinstance(b, int) for b in bounds):
-        return Refusal("a slice with bounds computed at run time")
-    if index.count(...) > 1:
-        return Refusal("an index with two ellipses")
-
-    def build(channels: int, dims: int) -> AffineConv | Refusal:
-        if len(parts) > dims + 2 or dims == 0:
-            return Refusal("a slice of the batch or of the features")
-        full = slice_by_slice(index, dims + 2)
-        if full[0].indices(2**62) != (0, 2**62, 1):
-            return Refusal("a slice of the batch")
-        return _strided_crop(channels, full[1], full[2:])
-
-    return Deferred(build)
-
-
-def _strided_crop(channels: int, chosen: slice, slices: list[slice]) -> AffineConv | Refusal:
-    stride, padding = [], []
-    for s in slices:
-        start, stop, step = s.start or 0, s.stop, s.step or 1
-        if start < 0 or step < 1 or (stop is not None and stop >= 0 and stop < 2**62):
-            return Refusal("a slice whose place depends on the input size")
-        end = 0 if stop is None or stop > 0 else stop
-        stride.append(step)
-        padding.append((-start, end))
-    crop = AffineConv.identity(channels, len(slices), stride=tuple(stride), padding=tuple(padding))
-    rows = range(channels)[chosen]
-    if rows == range(channels):
-        return crop
-    if not rows:
-        return Refusal("a slice without channels")
-    weight = torch.eye(channels, dtype=torch.bfloat16)[list(rows)]
-    return AffineConv.pointwise(weight, dims=len(slices), stride=crop.stride, padding=crop.padding)
-
-
-def _read_scale(net: Net, node: fx.Node) -> Deferred | Refusal:
-    """x·c, c·x, x/c, −x with a constant number or a tensor of the model, per channel."""
-    divide = node.target in (operator.truediv, operator.itruediv, torch.div)
-    if node.target in (operator.neg, torch.neg):
-        return _constant(lambda c, dims: -torch.ones(c, dtype=torch.float64), None)
-    if set(node.kwargs) - {"other", "input"} or len(node.args) + len(node.kwargs) != 2:
-        return Refusal(describe(node) + " with options")
-    a, b = two_operands(node)
-    constant, x = (b, a) if is_tensor_node(a) else (a, b)
-    if not is_tensor_node(x):
-        return Refusal("there is no tensor to scale")
-    if is_tensor_node(constant):
-        return Refusal("a product of two tensors that both depend on the input")
-    if divide and constant is a:
-        return Refusal("division by a tensor that depends on the input")
-    value = _value(net, constant)
-    if isinstance(value, Refusal):
-        return value
-    rank = net.rank(x) if isinstance(x, fx.Node) else None
-
-    def factor(channels: int, dims: int) -> Tensor | Refusal:
-        c = _per_channel(value, channels, dims, rank)
-        return 1 / c if divide and isinstance(c, Tensor) else c
-
-    return _constant(factor, None)
-
-
-def _read_shift(net: Net, node: fx.Node) -> Deferred | Refusal:
-    """x + c, x − c, c − x with a constant number or a tensor of the model, per channel."""
-    terms = operands(node)
-    if isinstance(terms, Refusal):
-        return terms
-    (a, factor_a), (b, factor_b) = terms
-    if is_tensor_node(a) == is_tensor_node(b):
-        return Refusal("it adds two tensors and was itself refused")
-    first_is_tensor = is_tensor_node(a)
-    constant, scale, sign = (b, factor_b, factor_a) if first_is_tensor else (a, factor_a, factor_b)
-    x = a if first_is_tensor else b
-    value = _value(net, constant)
-    if isinstance(value, Refusal):
-        return value
-    rank = net.rank(x) if isinstance(x, fx.Node) else None
-
-    def shift(channels: int, dims: int) -> Tensor | Refusal:
-        c = _per_channel(value, channels, dims, rank)
-        return c * scale if isinstance(c, Tensor) else c
-
-    return _constant(lambda c, dims: torch.full((c,), sign, dtype=torch.float64), shift)
-
-
-Factor = Callable[[int, int], Tensor | Refusal]
-
-
-def _constant(factor: Factor, shift: Factor | None) -> Deferred:
-    def build(channels: int, dims: int) -> AffineConv | Refusal:
-        a = factor(channels, dims)
-        b = shift(channels, dims) if shift else torch.zeros(channels, dtype=torch.float64)
-        if isinstance(a, Refusal):
-            return a
-        if isinstance(b, Refusal):
-            return b
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            return Refusal("a constant that is not finite")
-        return AffineConv.scale(a, b, dims=dims)
-
-    return Deferred(build)
-
-
-def _value(net: Net, constant: object) -> Tensor | Refusal:
-    if isinstance(constant, (int, float)) and not isinstance(constant, bool):
-        return torch.tensor(float(constant), dtype=torch.float64)
-    if isinstance(constant, fx.Node) and constant.meta.get("frozen"):
-        return Refusal(constant.meta["frozen"], (constant.name,))
-    if isinstance(constant, fx.Node) and constant.op == "get_attr":
-        value = net.attribute(constant)
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.detach().to("cpu", torch.float64)
-    return Refusal("a constant that is neither a number nor a real tensor of the model")
-
-
-def _per_channel(value: Tensor, channels: int, dims: int, rank: int | None) -> Tensor | Refusal:
-    """(channels,) from a tensor that broadcasts over batch and space.
-
-    Args:
-        rank: dimensions of the value it meets; None counts as the fewest possible.
-    """
-    shape = tuple(value.shape)
-    before, own = shape[: -dims - 1], shape[-dims - 1 :]
-    if len(shape) > (dims + 2 if rank is None else rank) or math.prod(before) != 1:
-        return Refusal(f"a constant of shape {shape} that differs from sample to sample")
-    full = (1,) * (dims + 1 - len(own)) + own
-    if full[0] not in (1, channels) or math.prod(full[1:]) != 1:
-        return Refusal(f"a constant of shape {shape} that is not one number per channel")
-    return value.reshape(-1).expand(channels).clone()

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.func import functional_call
 
 from rmfx.algebra.activation import is_activation
-from rmfx.algebra.affine import CONVS, AffineConv
+from rmfx.algebra.affine import CONVS
+from rmfx.algebra.modules import from_conv
 from rmfx.errors import Refusal
 
 RANKS_OF_NORM: dict[type[nn.Module], tuple[int, ...]] = {
@@ -39,7 +40,7 @@ def shape_after(module: nn.Module, x: Tensor) -> tuple[int, ...] | None:
     if isinstance(module, nn.Linear):
         return (*shape[:-1], module.out_features) if shape[-1] == module.in_features else None
     with unset_fake_temporarily():  # fakes of its weights would take ten times as long
-        layer = AffineConv.from_conv(module)
+        layer = from_conv(module)
     if isinstance(layer, Refusal) or len(shape) != layer.dims + 2 or shape[1] != layer.in_channels:
         return None
     size = layer.output_size(shape[2:])

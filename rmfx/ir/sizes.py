@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rmfx.algebra.affine import CONVS, AffineConv, Ints
+from rmfx.algebra.affine import CONVS, Ints
+from rmfx.algebra.layer import Layer
+from rmfx.algebra.modules import from_conv
 from rmfx.errors import Refusal
 
 from .callees import is_touched
 from .conditions import Agreement, Condition, Multiple
-from .elements import Border, Deferred, Element
 from .kinds import (
     AVERAGE_POOLS,
     COMPARISONS,
@@ -68,7 +69,7 @@ class SizeLaw:
         return SizeLaw(self.source, steps, grown, self.clips)
 
 
-Reader = Callable[[Net, fx.Node], Element | Refusal]
+Reader = Callable[[Net, fx.Node], Layer | Refusal]
 
 
 class Sizes:
@@ -134,16 +135,15 @@ class Sizes:
             return before
         element: Any = self._read(self.net, node)
         if isinstance(element, Refusal) and type(module) in CONVS and not is_touched(module):
-            element = AffineConv.from_conv(module)  # which may be shared: its geometry is the same
-        if isinstance(element, Deferred):
+            element = from_conv(module)  # which may be shared: its geometry is the same
+        if not isinstance(element, Refusal):
             dims = len(before.stride)
             channels = self.net.channels(node.all_input_nodes[0], dims)
-            element = element.build(channels, dims) if channels else Refusal("")
-        if isinstance(element, Border):
-            element = element.affine(1)
+            element = element.resolved(channels, dims)
         if isinstance(element, Refusal):
             return None
-        if not isinstance(element, AffineConv):
+        element = element.geometry(1)
+        if element is None:
             return before
         if element.dims != len(before.stride):
             return None

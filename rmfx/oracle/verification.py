@@ -17,7 +17,7 @@ ones are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -114,6 +114,22 @@ def verified(
     return pair.run(Example(given, input_range=input_range, last=last), batches)
 
 
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """The inputs for which a result holds.
+
+    Attributes:
+        input_range: of all their values.
+        batches: inputs for which alone it holds, as far as anybody knows, if there are such.
+    """
+
+    input_range: Interval | None = None
+    batches: Sequence[Any] = ()
+
+
+EVERYTHING = Domain()
+
+
 def checked(
     verb: str,
     model: Any,
@@ -122,8 +138,7 @@ def checked(
     inputs: Any,
     *,
     wanted: bool = True,
-    input_range: Interval | None = None,
-    batches: Sequence[Any] = (),
+    domain: Domain = EVERYTHING,
     reports: bool = False,
 ) -> fx.GraphModule:
     """The result of a verb, verified where that is wanted and can be; its report says so.
@@ -135,8 +150,7 @@ def checked(
         after: the result.
         inputs: the example inputs, if there are any.
         wanted: whether the caller wants it verified.
-        input_range: of the inputs for which the result holds.
-        batches: inputs for which alone it holds, as far as anybody knows, if there are such.
+        domain: the inputs for which the result holds.
         reports: whether the verb has made a report on the joins; else those are compared that stand
             in both graphs under one name.
 
@@ -151,8 +165,8 @@ def checked(
         joins = joins_of_report(after) if reports else joins_of_names(source, after)
         fresh = partial(copy_of_original, model, source)
         pair = Pair(verb, fresh, source, after, joins)
-        example, trials = _example_of(model, inputs, input_range)
-        found = pair.run(example, [as_tuple(batch) for batch in batches] or trials)
+        example, trials = _example_of(model, inputs, domain.input_range)
+        found = pair.run(example, [as_tuple(batch) for batch in domain.batches] or trials)
     if reports:
         after.meta[META_KEY] = replace(after.meta[META_KEY], verification=found)
     return after

@@ -21,7 +21,9 @@ from torch import Tensor, fx, nn
 
 from rmfx.algebra.affine import TRANSPOSED, AffineConv
 from rmfx.algebra.laws import direct_sum
-from rmfx.analysis.channel_labels import PAD_ARGUMENTS, Channels, Cut, Layer, Table
+from rmfx.algebra.modules import from_conv
+from rmfx.analysis.channel_labels import Channels
+from rmfx.analysis.labels import PAD_ARGUMENTS, Cut, Layer, Table
 from rmfx.errors import Refusal, RmfxError
 from rmfx.ir.elements import Virtual
 from rmfx.ir.kinds import BATCH_NORMS
@@ -226,7 +228,7 @@ def _of_a_group(keep: Tensor, groups: int) -> Tensor:
 def _cut_carrying(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
     """A grouped convolution of which some groups work channel by channel."""
     module = _current(net, layer.node)
-    whole = AffineConv.from_conv(module)
+    whole = from_conv(module)
     if isinstance(whole, Refusal):
         raise RmfxError(f"{layer.node.name}: {whole.reason}")
     own = ~layer.carries.repeat_interleave(layer.ins.numel() // layer.carries.numel())

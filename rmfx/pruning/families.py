@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from rmfx.algebra.affine import TRANSPOSED
 from rmfx.algebra.laws import common_block
-from rmfx.analysis.channel_labels import FIXED, Channels, Layer, Table
+from rmfx.analysis.channel_labels import Channels
+from rmfx.analysis.labels import FIXED, Layer, Table
 from rmfx.ir.net import Net
 from rmfx.ir.notes import positions
 from rmfx.options import is_named, patterns_of

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.affine import CONVS, TRANSPOSED
-from rmfx.analysis.channel_labels import Layer
+from rmfx.analysis.labels import Layer
 from rmfx.data.batches import Batches, Loss, inputs_of, loss_on, output_on
 from rmfx.data.moments import Moments
 from rmfx.errors import OptionError

@@ -5,28 +5,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import fx
 
-from rmfx.algebra.activation import Activation, Blockwise
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.laws import window_of
 from rmfx.errors import Refusal
-from rmfx.ir.elements import CHANNEL_BY_CHANNEL, Border, MaxPool
 from rmfx.ir.laterals import Lateral
 from rmfx.ir.nodes import between
 
-from .columns import POINTWISE, Column, Linear, Plan, Pointwise, Shared, Sided, taps_of, work_of
+from .assembly import Plan, work_of
+from .columns import Column, Linear, Pair, column_of, price_of
 from .site import Chain, Norm, Site, Step
 
-Pair = tuple[Step | None, Step | None]
 Waits = tuple[Sequence[int], Sequence[int]]
 
 
 def aligned(site: Site, f: Chain, g: Chain) -> Plan | Refusal:
     """Two chains side by side: a shortest alignment of their layers."""
-    f, g = (tuple(replace(s, layer=_without_norm(s)) for s in chain) for chain in (f, g))
+    f, g = (tuple(map(_without_norm, chain)) for chain in (f, g))
     if may_reorder(f + g):
         written = next((n for n in between(site.fork, site.join) if n.meta.get("frozen")), None)
         if written is not None:
@@ -36,10 +32,12 @@ def aligned(site: Site, f: Chain, g: Chain) -> Plan | Refusal:
     if pairs is None:
         return _unaligned(site, f, g, waits)
     columns: list[Column] = []
-    widths = [site.channels, site.channels]
+    widths = (site.channels, site.channels)
     for pair in pairs:
-        columns.append(_paired(pair, widths, site.dims))
-        widths = [step.channels if step else n for step, n in zip(pair, widths, strict=True)]
+        layers = [step.layer if step else None for step in pair]
+        columns.append(column_of(pair, layers, widths))
+        main, carry = (step.channels if step else n for step, n in zip(pair, widths, strict=True))
+        widths = (main, carry)
     if not isinstance(columns[0], Linear):
         start = AffineConv.identity(site.channels, site.dims)
         columns.insert(0, Linear(start, start))
@@ -96,30 +94,8 @@ def _ancestors(nodes: Sequence[fx.Node], start: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _paired(pair: Pair, widths: Sequence[int], dims: int) -> Column:
-    """The column of two layers that stand side by side; None leaves its block as it is."""
-    origin: dict[str, Any] = {
-        "steps": tuple(step for step in pair if step is not None),
-        "taps": tuple(tap for i, step in enumerate(pair) if step for tap in taps_of(step, i)),
-    }
-    layers = [step.layer if step is not None else None for step in pair]
-    for block, layer in enumerate(layers):
-        if isinstance(layer, Lateral):
-            return Sided(layer, block, **origin)
-        if isinstance(layer, CHANNEL_BY_CHANNEL):
-            return Shared(layer, **origin)
-    if not any(isinstance(layer, AffineConv) for layer in layers):
-        acts = [layer if isinstance(layer, POINTWISE) else None for layer in layers]
-        return Pointwise(acts[0], acts[1], (widths[0], widths[1]), **origin)
-    main, carry = (
-        layer if isinstance(layer, AffineConv) else AffineConv.identity(width, dims)
-        for layer, width in zip(layers, widths, strict=True)
-    )
-    return Linear(main, carry, **origin)
-
-
-def _without_norm(step: Step) -> AffineConv | Activation | Blockwise | Lateral | Border | MaxPool:
-    return step.affine if isinstance(step.layer, Norm) else step.layer
+def _without_norm(step: Step) -> Step:
+    return replace(step, layer=step.affine) if isinstance(step.layer, Norm) else step
 
 
 def _align(f: Chain, g: Chain, waits: Waits) -> list[Pair] | None:
@@ -140,28 +116,8 @@ def _align(f: Chain, g: Chain, waits: Waits) -> list[Pair] | None:
             if (step_f and waits[0][i] > j) or (step_g and waits[1][j] > i):
                 continue
             pair = (f[i] if step_f else None, g[j] if step_g else None)
-            price = _price(*pair)
+            price = price_of(pair)
             if price is not None and (to not in best or cost + price < best[to][0]):
                 best[to] = (cost + price, [*pairs, pair])
     found = best.get((len(f), len(g)))
     return found[1] if found else None
-
-
-def _price(a: Step | None, b: Step | None) -> float | None:
-    """Cost of a column, None where it would not be exact."""
-    layers = [s.layer for s in (a, b) if s is not None]
-    if len(layers) == 1:
-        alone = layers[0]
-        if isinstance(alone, (*POINTWISE, Lateral)):
-            return 1.2
-        return 1.0 if isinstance(alone, AffineConv) and alone.preserves_size else None
-    if len(layers) != 2:
-        return None
-    first, second = layers
-    if isinstance(first, POINTWISE) and isinstance(second, POINTWISE):
-        return 1.0 if first.signature == second.signature else 1.1
-    if isinstance(first, AffineConv) and isinstance(second, AffineConv):
-        return None if isinstance(window_of([first, second]), Refusal) else 1.0
-    if isinstance(first, CHANNEL_BY_CHANNEL) and isinstance(second, CHANNEL_BY_CHANNEL):
-        return 1.0 if first.signature == second.signature else None
-    return None

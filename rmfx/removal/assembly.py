@@ -1,73 +1,136 @@
-"""The places, names and shapes of the nodes that stand for a site once it is rewritten."""
+"""Plans: the columns of a plain chain, the layers that they become, and what they cost."""
 
 from __future__ import annotations
 
-from torch import fx
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from rmfx.algebra.affine import AffineConv
-from rmfx.ir.laterals import added_channels
-from rmfx.ir.names import module_path
-from rmfx.ir.net import Net
-from rmfx.ir.notes import Shape
+import torch
+from torch import Tensor, fx
 
-from .columns import Column, Linear, Shared, Sided
-from .site import Site
+from rmfx.algebra.laws import (
+    area_after,
+    common_block,
+    direct_sum,
+    in_turn,
+    join,
+    plus,
+    stack,
+    window_of,
+)
+from rmfx.errors import Refusal
 
-
-def in_type_of(join: fx.Node, value: fx.Node) -> fx.Node:
-    """The value in the type of the join, where autocast lets it add values of two types."""
-    types = {n.meta["dtype"][0] for n in join.all_input_nodes if "dtype" in n.meta}
-    if len(types) < 2:
-        return value
-    with join.graph.inserting_before(join):
-        cast = join.graph.call_method("to", (value, join.meta["dtype"][0]))
-    cast.meta = dict(join.meta)
-    value.meta.pop("dtype", None)  # that of the join, which a layer under autocast does not give
-    return cast
+from .columns import Built, Column, Linear, linear_of
 
 
-def label_of(site: Site, column: Column, index: int) -> tuple[str, fx.Node]:
-    """Module path for a column's layer, and the node whose name and place it takes."""
-    nodes = [n for step in column.steps for n in step.nodes if n.op == "call_module"]
-    if isinstance(column, Sided):
-        return "", column.lateral.node
-    if isinstance(column, Shared):
-        return "", column.layer.node
-    if nodes:
-        return str(nodes[0].target), nodes[0]
-    place = module_path(site.join)
-    role = "duplicate" if index == 0 else "merge"
-    return (f"{place}.{role}" if place else f"{site.join.name}_{role}"), site.join
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """An arrangement of a site.
+
+    Attributes:
+        columns: the layers of the plain chain.
+        work: its multiply-adds per position of the fork.
+        kept: nodes of the shortcut that stay, because others read what they give.
+        layout: what sets it apart from the others.
+    """
+
+    columns: tuple[Column, ...]
+    work: float
+    kept: frozenset[fx.Node] = frozenset()
+    layout: str = ""
 
 
-def widths_behind(net: Net, column: Column, widths: tuple[int, int], dims: int) -> tuple[int, int]:
-    """Channels of both blocks behind a column."""
-    if isinstance(column, Linear):
-        return column.main.out_channels, column.carry.out_channels
-    if not isinstance(column, Sided):
-        return widths
-    added = added_channels(net, column.lateral, dims)
-    main, carry = widths
-    return (main + added, carry) if column.block == 0 else (main, carry + added)
+def work_of(columns: Sequence[Column]) -> float | Refusal:
+    """Multiply-adds per position of the fork, without building any weight."""
+    sizes = sizes_of(columns)
+    if isinstance(sizes, Refusal):
+        return sizes
+    areas = area_after([c.main for c in linear_of(columns)])
+    return float(sum(size * area for size, area in zip(sizes, areas, strict=True)))
 
 
-def note_column_shape(
-    site: Site, column: Column, source: fx.Node, made: fx.Node, width: int
-) -> None:
-    """The shape of a column's node, where that of its input is known."""
-    shape: Shape | None = source.meta.get("shape")
-    if shape is not None and not isinstance(column, (Sided, Shared)):
-        layer = column.main if isinstance(column, Linear) else None
-        own = layer or AffineConv.identity(width, site.dims)
-        made.meta["shape"] = _shape_after(own, shape, width)
-    made.meta["dtype"] = (site.dtype, site.device)
+def sizes_of(columns: Sequence[Column]) -> list[int] | Refusal:
+    """Weights of each linear column once it is built."""
+    linear = linear_of(columns)
+    runs, last = runs_of(columns), len(linear) - 1
+    sizes: list[int] = []
+    for i, column in enumerate(linear):
+        size = _size(column, first=i == 0, last=i == last, runs=runs)
+        if isinstance(size, Refusal):
+            return size
+        sizes.append(size)
+    return sizes
 
 
-def _shape_after(layer: AffineConv, shape: Shape, width: int) -> Shape:
-    if not layer.dims:
-        return (*shape[:-1], width)
-    size = (
-        None if n is None else (n + a) // s
-        for n, a, s in zip(shape[2:], layer.growth, layer.stride, strict=True)
-    )
-    return (shape[0], width, *size)
+def _size(column: Linear, *, first: bool, last: bool, runs: int) -> int | Refusal:
+    """Weights of a linear column once it is built."""
+    pair = (column.main, column.carry)
+    window = window_of(pair)
+    if isinstance(window, Refusal):
+        return window
+    taps = math.prod(window[2])
+    ins, outs = [f.in_channels for f in pair], [f.out_channels for f in pair]
+    if first and last:
+        return outs[0] * ins[0] // math.gcd(*(f.groups for f in pair)) * taps
+    if first:
+        return sum(outs) * ins[0] // runs * taps
+    if last:
+        return outs[0] * sum(ins) * taps
+    return sum(outs) * (groups_of(column) or sum(ins)) * taps
+
+
+def groups_of(column: Linear) -> int | None:
+    """Inputs of a group where main block and carry are one grouped layer; None if it is dense."""
+    pair = (column.main, column.carry)
+    block = common_block([f.block for f in pair])
+    fits = block and all(f.groups % (block[0] // f.block[0]) == 0 for f in pair)
+    return block[0] if block and fits else None
+
+
+def runs_of(columns: Sequence[Column]) -> int:
+    """In how many runs main block and carry take turns behind the first layer; 1: they do not.
+
+    One below the other, a depthwise layer and a carry are a dense layer. With what each group gives
+    put together they are a grouped one. So they stand where whatever comes before the next layer
+    acts on each channel alone, and that layer is dense and can read channels in any order.
+    """
+    linear = [(i, c) for i, c in enumerate(columns) if isinstance(c, Linear)]
+    if len(linear) < 2:
+        return 1
+    (first, start), (second, end) = linear[:2]
+    if len(linear) > 2 and groups_of(end) is not None:
+        return 1
+    between = columns[first:second]
+    alone = all(c.may_take_turns and not (c.taps or c.combination) for c in between)
+    if not start.main.dims or not alone:
+        return 1
+    return math.gcd(start.main.groups, start.carry.groups)
+
+
+def build(columns: Sequence[Column]) -> list[Column] | Refusal:
+    """The columns with every linear one as the layer that it becomes."""
+    linear, runs = linear_of(columns), runs_of(columns)
+    first, last = linear[0], linear[-1]
+    order: Tensor | None = None  # in which the next linear layer meets what it reads
+    built: list[Column] = []
+    for column in columns:
+        if not isinstance(column, Linear):
+            built.append(column if order is None else column.in_turns(runs))
+            continue
+        pair = (column.main, column.carry)
+        if first is last:
+            layer = plus(*pair)
+        elif column is first:
+            layer = stack(*pair, runs=runs)
+        else:
+            layer = join(*pair) if column is last else direct_sum(*pair)
+        if isinstance(layer, Refusal):
+            return layer
+        layer = layer if order is None else layer.reading(order)
+        built.append(Built(*pair, layer, steps=column.steps, taps=column.taps))
+        order = None
+        if column is first and runs > 1:
+            main, carry = (f.out_channels for f in pair)
+            order = in_turn([torch.arange(main), main + torch.arange(carry)], runs)
+    return built

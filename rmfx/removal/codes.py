@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rmfx.algebra.activation import Activation, way_of
+from rmfx.algebra.activation import Activation
 from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.blockwise import way_of
 from rmfx.algebra.digits import SMALLEST_SCALE, affords, lost_rows, smallest_scale
 from rmfx.algebra.laws import compose
 from rmfx.analysis.ranges import Range

@@ -1,4 +1,4 @@
-"""The columns of a plain chain: what stands side by side, what it costs, and the build.
+"""The columns of a plain chain: what stands side by side.
 
 Both branches are written side by side, one *column* per layer of the plain chain:
     linear      f_i beside a Dirac tap, the shortcut's map, or the other branch's layer:
@@ -9,41 +9,65 @@ Both branches are written side by side, one *column* per layer of the plain chai
     lateral     a product, a sum or a concatenation with other tensors, on one block: the other
                 block meets ones, zeros or nothing
     shared      padding with other values than zeros, or a max pool, which both blocks get
+
+A kind of column is one class, with its line in `KINDS`: which layers stand in it, at what price
+side by side, and what becomes of it in the graph.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx, nn
 
-from rmfx.algebra.activation import Activation, Block, Blockwise
+from rmfx.algebra.activation import Activation, Block
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.laws import (
-    area_after,
-    common_block,
-    direct_sum,
-    in_turn,
-    join,
-    plus,
-    stack,
-    window_of,
-)
+from rmfx.algebra.blockwise import Blockwise, way_of
+from rmfx.algebra.laws import window_of
+from rmfx.algebra.layer import Layer
+from rmfx.data.moments import Moments
 from rmfx.errors import Refusal
-from rmfx.ir.elements import Border, MaxPool
+from rmfx.ir.elements import Border, MaxPool, Virtual
 from rmfx.ir.laterals import Lateral
+from rmfx.ir.names import module_path
+from rmfx.ir.net import Net
+from rmfx.ir.notes import Shape
+from rmfx.rules.batch_norm import identity_norm
 
-from .site import Norm, Step
+from .side_tensors import Widths, call_again, combine
+from .site import Norm, Site, Step
 
-POINTWISE = (Activation, Blockwise)
-Tap = tuple[fx.Node, int]
+Label = tuple[str, fx.Node]  # a module path, and the node whose name and place a new one takes
+Pair = tuple[Step | None, Step | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Spot:
+    """Where a column comes to stand in the graph.
+
+    Attributes:
+        net, site: of the column.
+        source: the node before it, which holds both blocks.
+        widths: their channels.
+        label: of the column.
+        elsewhere: nodes that hold now what nodes of the site held.
+        moments: of the fork's values, None if they are not known.
+    """
+
+    net: Net
+    site: Site
+    source: fx.Node
+    widths: Widths
+    label: Label
+    elsewhere: Mapping[fx.Node, fx.Node]
+    moments: Moments | None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Column:
+class Column(ABC):
     """What all columns have.
 
     Attributes:
@@ -52,19 +76,117 @@ class _Column:
     """
 
     steps: tuple[Step, ...] = ()
-    taps: tuple[Tap, ...] = ()
+    taps: tuple[tuple[fx.Node, int], ...] = ()
+
+    @classmethod
+    @abstractmethod
+    def of(cls, layers: Sequence[Any], widths: Widths, carried: fx.Node | None) -> Column:
+        """Two layers side by side.
+
+        Args:
+            layers: of main block and carry; None leaves a block as it is.
+            widths: channels of both blocks, behind a layer or where there is none.
+            carried: the node whose value the carry holds, None if it is not a node's value.
+        """
+
+    @staticmethod
+    def price(layers: Sequence[Any]) -> float | None:
+        """Of a layer beside none, or beside another one; None where that would not be exact."""
+        return None
+
+    @property
+    def may_take_turns(self) -> bool:
+        """Whether it does the same to all channels of a block."""
+        return True
+
+    def padded(self, before: int, behind: int) -> Column:
+        """The same with more channels of the carry before and behind it."""
+        return self
+
+    def in_turns(self, runs: int) -> Column:
+        """The same where the blocks take turns in so many runs."""
+        return self
+
+    def widths_behind(self, widths: Widths, dims: int) -> Widths:
+        """Channels of both blocks behind it."""
+        return widths
+
+    @property
+    def combination(self) -> fx.Node | None:
+        """The combination with other tensors whose place it takes, if it is one."""
+        return None
+
+    def label(self, site: Site, index: int) -> Label:
+        """What its node is called, as column `index` of its chain."""
+        nodes = [n for step in self.steps for n in step.nodes if n.op == "call_module"]
+        if nodes:
+            return str(nodes[0].target), nodes[0]
+        place = module_path(site.join)
+        role = "duplicate" if index == 0 else "merge"
+        return (f"{place}.{role}" if place else f"{site.join.name}_{role}"), site.join
+
+    def put(self, spot: Spot) -> fx.Node:
+        """Its node, at the graph's insert point."""
+        made = spot.net.put(self._callee(spot), spot.source, *spot.label)
+        shape: Shape | None = spot.source.meta.get("shape")
+        if shape is not None:
+            made.meta["shape"] = self._shape_behind(shape)
+        return made
+
+    def _callee(self, spot: Spot) -> Virtual | nn.Module:
+        raise TypeError(f"a {type(self).__name__} column is no module")
+
+    def _shape_behind(self, shape: Shape) -> Shape:
+        return shape
 
 
 @dataclass(frozen=True, eq=False)
-class Linear(_Column):
+class Linear(Column):
     """A linear column."""
 
     main: AffineConv
     carry: AffineConv
 
+    @classmethod
+    def of(cls, layers: Sequence[Any], widths: Widths, carried: fx.Node | None) -> Column:
+        dims = next(f.dims for f in layers if f is not None)
+        pairs = zip(layers, widths, strict=True)
+        return cls(*(f or AffineConv.identity(width, dims) for f, width in pairs))
+
+    @staticmethod
+    def price(layers: Sequence[Any]) -> float | None:
+        fits = len(layers) > 1 or layers[0].preserves_size
+        return None if not fits or isinstance(window_of(layers), Refusal) else 1.0
+
+    def padded(self, before: int, behind: int) -> Column:
+        return replace(self, carry=self.carry.pad_channels(before, behind))
+
+    def widths_behind(self, widths: Widths, dims: int) -> Widths:
+        return self.main.out_channels, self.carry.out_channels
+
 
 @dataclass(frozen=True, eq=False)
-class Pointwise(_Column):
+class Built(Linear):
+    """A linear column as the one layer that it becomes."""
+
+    layer: AffineConv
+
+    def _callee(self, spot: Spot) -> Virtual:
+        return Virtual(self.layer, spot.site.dtype, spot.site.device)
+
+    def _shape_behind(self, shape: Shape) -> Shape:
+        layer = self.layer
+        if not layer.dims:
+            return (*shape[:-1], layer.out_channels)
+        size = (
+            None if n is None else (n + a) // s
+            for n, a, s in zip(shape[2:], layer.growth, layer.stride, strict=True)
+        )
+        return (shape[0], layer.out_channels, *size)
+
+
+@dataclass(frozen=True, eq=False)
+class Pointwise(Column):
     """An activation column; None leaves a block unchanged.
 
     `carried` is the node whose value the carry holds here, None if it is not a node's value. In so
@@ -73,169 +195,156 @@ class Pointwise(_Column):
 
     main: Activation | Blockwise | None
     carry: Activation | Blockwise | None
-    widths: tuple[int, int]
+    widths: Widths
     carried: fx.Node | None = None
     runs: int = 1
 
+    @classmethod
+    def of(cls, layers: Sequence[Any], widths: Widths, carried: fx.Node | None) -> Column:
+        return cls(layers[0], layers[1], widths, carried)
+
+    @staticmethod
+    def price(layers: Sequence[Any]) -> float:
+        if len(layers) == 1:
+            return 1.2
+        return 1.0 if layers[0].signature == layers[1].signature else 1.1
+
+    def padded(self, before: int, behind: int) -> Column:
+        return replace(self, widths=(self.widths[0], behind))
+
+    def in_turns(self, runs: int) -> Column:
+        return replace(self, runs=runs)
+
     @property
     def blocks(self) -> tuple[Block, ...]:
-        main, carry = (width // self.runs for width in self.widths)
-        return (_blocks(main, self.main) + _blocks(carry, self.carry)) * self.runs
+        parts = zip((self.main, self.carry), (n // self.runs for n in self.widths), strict=True)
+        main, carry = (f.over(width) if f else (Block(width, None),) for f, width in parts)
+        return (main + carry) * self.runs
 
     @property
     def may_take_turns(self) -> bool:
-        """Whether the same function applies to all channels of a block."""
-        layers = [layer for layer in (self.main, self.carry) if layer is not None]
-        return not any(isinstance(f, Blockwise) or f.is_per_channel for f in layers)
+        return not any(f.is_per_channel for f in (self.main, self.carry) if f is not None)
 
-
-def _blocks(width: int, layer: Activation | Blockwise | None) -> tuple[Block, ...]:
-    return layer.blocks if isinstance(layer, Blockwise) else (Block(width, layer),)
+    def _callee(self, spot: Spot) -> Virtual | nn.Module:
+        site, whole = spot.site, Blockwise(self.blocks, spot.site.dims)
+        if way_of(whole.blocks) == "identity":
+            return whole.to_module(site.dtype, site.device)
+        return Virtual(whole, site.dtype, site.device)
 
 
 @dataclass(frozen=True, eq=False)
-class Normalised(_Column):
+class Normalised(Column):
     """A batch norm on the main block, the identity on the carry; `runs` as in `Pointwise`."""
 
     main: Norm
     carried: int
     runs: int = 1
 
+    @classmethod
+    def of(cls, layers: Sequence[Any], widths: Widths, carried: fx.Node | None) -> Column:
+        return cls(layers[0], widths[1])
+
+    def padded(self, before: int, behind: int) -> Column:
+        return replace(self, carried=behind)
+
+    def in_turns(self, runs: int) -> Column:
+        return replace(self, runs=runs)
+
+    def _callee(self, spot: Spot) -> nn.Module:
+        return identity_norm(self.main.module, self.carried, spot.moments, self.runs)
+
 
 @dataclass(frozen=True, eq=False)
-class Sided(_Column):
+class Sided(Column):
     """A combination with other tensors, of the main block (0) or of the carry (1)."""
 
     lateral: Lateral
     block: int
 
+    @classmethod
+    def of(cls, layers: Sequence[Any], widths: Widths, carried: fx.Node | None) -> Column:
+        block = 0 if layers[1] is None else 1
+        return cls(layers[block], block)
+
+    @staticmethod
+    def price(layers: Sequence[Any]) -> float | None:
+        return 1.2 if len(layers) == 1 else None
+
+    def widths_behind(self, widths: Widths, dims: int) -> Widths:
+        main, carry = widths
+        if self.block == 0:
+            return self.lateral.channels_behind(main, dims), carry
+        return main, self.lateral.channels_behind(carry, dims)
+
+    @property
+    def combination(self) -> fx.Node:
+        return self.lateral.node
+
+    def label(self, site: Site, index: int) -> Label:
+        return "", self.lateral.node
+
+    def put(self, spot: Spot) -> fx.Node:
+        lateral = self.lateral.reading(spot.elsewhere)
+        return combine(spot.net, lateral, spot.source, self.block, spot.widths, spot.site.dims)
+
 
 @dataclass(frozen=True, eq=False)
-class Shared(_Column):
+class Shared(Column):
     """A padding or a max pool, of both blocks alike."""
 
     layer: Border | MaxPool
 
+    @classmethod
+    def of(cls, layers: Sequence[Any], widths: Widths, carried: fx.Node | None) -> Column:
+        return cls(layers[0])
 
-Column = Linear | Pointwise | Normalised | Sided | Shared
-Layer = AffineConv | Pointwise | Normalised | Sided | Shared
+    @staticmethod
+    def price(layers: Sequence[Any]) -> float | None:
+        alike = len(layers) == 2 and layers[0].signature == layers[1].signature
+        return 1.0 if alike else None
+
+    def label(self, site: Site, index: int) -> Label:
+        return "", self.layer.node
+
+    def put(self, spot: Spot) -> fx.Node:
+        return call_again(spot.net, self.layer, spot.source, sum(spot.widths))
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """An arrangement of a site.
+KINDS: dict[type[Layer], type[Column]] = {
+    AffineConv: Linear,
+    Activation: Pointwise,
+    Blockwise: Pointwise,
+    Norm: Normalised,
+    Lateral: Sided,
+    Border: Shared,
+    MaxPool: Shared,
+}
 
-    Attributes:
-        columns: the layers of the plain chain.
-        work: its multiply-adds per position of the fork.
-        kept: nodes of the shortcut that stay, because others read what they give.
-        layout: what sets it apart from the others.
+
+def column_of(
+    pair: Pair, layers: Sequence[Layer | None], widths: Widths, carried: fx.Node | None = None
+) -> Column:
+    """The column of two steps, with what stands for them side by side.
+
+    Args:
+        layers: of main block and carry; the carry's own where it is no step.
     """
-
-    columns: tuple[Column, ...]
-    work: float
-    kept: frozenset[fx.Node] = frozenset()
-    layout: str = ""
-
-
-def taps_of(step: Step, block: int) -> tuple[Tap, ...]:
-    """What others read of a step, in which block."""
-    return ((step.value, block),) if step.tapped and step.value is not None else ()
+    kind = next(KINDS[type(f)] for f in layers if f is not None)
+    taps = [(step.value, i) for i, step in enumerate(pair) if step is not None and step.tapped]
+    return replace(
+        kind.of(layers, widths, carried),
+        steps=tuple(step for step in pair if step is not None),
+        taps=tuple((value, block) for value, block in taps if value is not None),
+    )
 
 
-# ---- cost and build ------------------------------------------------------------------------------
-def work_of(columns: Sequence[Column]) -> float | Refusal:
-    """Multiply-adds per position of the fork, without building any weight."""
-    sizes = sizes_of(columns)
-    if isinstance(sizes, Refusal):
-        return sizes
-    areas = area_after([c.main for c in columns if isinstance(c, Linear)])
-    return float(sum(size * area for size, area in zip(sizes, areas, strict=True)))
+def price_of(pair: Pair) -> float | None:
+    """What a column of two steps would cost, None where it would not be exact."""
+    layers = [step.layer for step in pair if step is not None]
+    kinds = {KINDS[type(layer)] for layer in layers}
+    return kinds.pop().price(layers) if len(kinds) == 1 else None
 
 
-def sizes_of(columns: Sequence[Column]) -> list[int] | Refusal:
-    """Weights of each linear column once it is built."""
-    linear = [c for c in columns if isinstance(c, Linear)]
-    runs, last = runs_of(columns), len(linear) - 1
-    sizes: list[int] = []
-    for i, column in enumerate(linear):
-        size = _size(column, first=i == 0, last=i == last, runs=runs)
-        if isinstance(size, Refusal):
-            return size
-        sizes.append(size)
-    return sizes
-
-
-def _size(column: Linear, *, first: bool, last: bool, runs: int) -> int | Refusal:
-    """Weights of a linear column once it is built."""
-    pair = (column.main, column.carry)
-    window = window_of(pair)
-    if isinstance(window, Refusal):
-        return window
-    taps = math.prod(window[2])
-    ins, outs = [f.in_channels for f in pair], [f.out_channels for f in pair]
-    if first and last:
-        return outs[0] * ins[0] // math.gcd(*(f.groups for f in pair)) * taps
-    if first:
-        return sum(outs) * ins[0] // runs * taps
-    if last:
-        return outs[0] * sum(ins) * taps
-    return sum(outs) * (groups_of(column) or sum(ins)) * taps
-
-
-def groups_of(column: Linear) -> int | None:
-    """Inputs of a group where main block and carry are one grouped layer; None if it is dense."""
-    pair = (column.main, column.carry)
-    block = common_block([f.block for f in pair])
-    fits = block and all(f.groups % (block[0] // f.block[0]) == 0 for f in pair)
-    return block[0] if block and fits else None
-
-
-def runs_of(columns: Sequence[Column]) -> int:
-    """In how many runs main block and carry take turns behind the first layer; 1: they do not.
-
-    One below the other, a depthwise layer and a carry are a dense layer. With what each group gives
-    put together they are a grouped one. So they stand where whatever comes before the next layer
-    acts on each channel alone, and that layer is dense and can read channels in any order.
-    """
-    linear = [(i, c) for i, c in enumerate(columns) if isinstance(c, Linear)]
-    if len(linear) < 2:
-        return 1
-    (first, start), (second, end) = linear[:2]
-    if len(linear) > 2 and groups_of(end) is not None:
-        return 1
-    between = columns[first:second]
-    if not start.main.dims or any(c.taps or isinstance(c, Sided) for c in between):
-        return 1
-    if not all(c.may_take_turns for c in between if isinstance(c, Pointwise)):
-        return 1
-    return math.gcd(start.main.groups, start.carry.groups)
-
-
-def build(columns: Sequence[Column]) -> list[Layer] | Refusal:
-    """The layers of the plain chain."""
-    linear = [i for i, c in enumerate(columns) if isinstance(c, Linear)]
-    first, last, runs = linear[0], linear[-1], runs_of(columns)
-    order: Tensor | None = None  # in which the next linear layer meets what it reads
-    layers: list[Layer] = []
-    for i, column in enumerate(columns):
-        if not isinstance(column, Linear):
-            if order is not None and isinstance(column, (Pointwise, Normalised)):
-                column = replace(column, runs=runs)
-            layers.append(column)
-            continue
-        pair = (column.main, column.carry)
-        if first == last:
-            layer = plus(*pair)
-        elif i == first:
-            layer = stack(*pair, runs=runs)
-        else:
-            layer = join(*pair) if i == last else direct_sum(*pair)
-        if isinstance(layer, Refusal):
-            return layer
-        layers.append(layer if order is None else layer.reading(order))
-        order = None
-        if i == first and runs > 1:
-            main, carry = (f.out_channels for f in pair)
-            order = in_turn([torch.arange(main), main + torch.arange(carry)], runs)
-    return layers
+def linear_of(columns: Iterable[Column]) -> list[Linear]:
+    """The linear ones among some columns."""
+    return [column for column in columns if isinstance(column, Linear)]

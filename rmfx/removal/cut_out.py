@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx.algebra.activation import Blockwise
 from rmfx.ir.elements import Virtual
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import data_input
@@ -68,6 +67,4 @@ def _modules(net: Net, node: fx.Node) -> tuple[nn.Module, ...]:
     made = net.callee(node)
     if not isinstance(made, Virtual):
         return () if made is None else (made,)
-    if isinstance(made.layer, Blockwise):
-        return (made.layer.to_module(made.dtype, made.device),)
-    return made.layer.to_modules(made.dtype, made.device)
+    return made.modules()

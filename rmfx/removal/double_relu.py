@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -31,7 +30,8 @@ from rmfx.algebra.digits import affords
 from rmfx.algebra.laws import compose
 from rmfx.errors import Refusal
 
-from .columns import Column, Linear, Plan, Pointwise, work_of
+from .assembly import Plan, work_of
+from .columns import Column, Linear, Pointwise
 
 RELU = Activation(nn.ReLU())
 
@@ -51,12 +51,9 @@ def without_clamps(plan: Plan, dtype: torch.dtype) -> Plan | None:
 def bits_of_clamps(plan: Plan) -> float:
     """The bits that values of the size of 1 lose in sums with the bounds of a plan's clamps."""
     acts = (column.main for column in plan.columns if isinstance(column, Pointwise))
-    bounds = [act.row.bounds(act.module) for act in acts if _is_clamp(act) and act.row.bounds]
-    return max((_bits(*ends) for ends in bounds if math.isfinite(sum(ends))), default=0.0)
-
-
-def _is_clamp(act: object) -> TypeGuard[Activation]:
-    return isinstance(act, Activation) and act.row.bounds is not None
+    bounds = [act.bounds for act in acts if isinstance(act, Activation)]
+    known = (ends for ends in bounds if ends is not None and math.isfinite(sum(ends)))
+    return max((_bits(*ends) for ends in known), default=0.0)
 
 
 def _bits(low: float, high: float) -> float:
@@ -69,9 +66,9 @@ def _replaced(columns: Sequence[Column], dtype: torch.dtype) -> Sequence[Column]
     if not isinstance(before, Linear) or before.taps or not isinstance(clamp, Pointwise):
         return columns
     act = clamp.main
-    if not isinstance(act, Activation) or act.row.bounds is None or clamp.carry is not None:
+    if not isinstance(act, Activation) or act.bounds is None or clamp.carry is not None:
         return columns
-    low, high = act.row.bounds(act.module)
+    low, high = act.bounds
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         return columns
     if not affords(dtype, _bits(low, high)):

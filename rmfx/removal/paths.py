@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from rmfx.algebra.layer import Layer
 from rmfx.errors import Refusal
-from rmfx.ir.elements import Element
-from rmfx.ir.laterals import Lateral, laterals
+from rmfx.ir.laterals import laterals
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
 from rmfx.ir.reading import read
@@ -34,7 +34,7 @@ class Place:
     """
 
     node: fx.Node
-    element: Element | Lateral
+    element: Layer
     tapped: bool
 
 
@@ -52,7 +52,7 @@ class _Walk:
     def copy(self) -> _Walk:
         return _Walk([*self.heads], [*self.readers], ([*self.paths[0]], [*self.paths[1]]))
 
-    def step(self, side: int, element: Element | Lateral, before: fx.Node) -> None:
+    def step(self, side: int, element: Layer, before: fx.Node) -> None:
         node = self.heads[side]
         reads = sum(n is node for n in _arguments(self.readers[side]))
         self.paths[side].append(Place(node, element, len(node.users) > 1 or reads > 1))

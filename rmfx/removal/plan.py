@@ -5,35 +5,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import fx
 
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import chain as compose_chain
 from rmfx.errors import Refusal
-from rmfx.ir.elements import CHANNEL_BY_CHANNEL, Border, MaxPool
-from rmfx.ir.laterals import Lateral
+from rmfx.ir.elements import MaxPool
 
 from .alignment import aligned
-from .columns import (
-    POINTWISE,
-    Column,
-    Linear,
-    Normalised,
-    Plan,
-    Pointwise,
-    Shared,
-    Sided,
-    groups_of,
-    runs_of,
-    taps_of,
-    work_of,
-)
+from .assembly import Plan, groups_of, runs_of, work_of
+from .columns import Column, Linear, column_of, linear_of
 from .placement import fitted, placements
-from .site import Chain, Norm, Site, Step
-
-NON_LINEAR = (*POINTWISE, Lateral, *CHANNEL_BY_CHANNEL)
+from .site import Chain, Norm, Site, Step, merged
 
 
 def plans(site: Site) -> list[Plan] | Refusal:
@@ -42,16 +26,17 @@ def plans(site: Site) -> list[Plan] | Refusal:
     options: list[Plan] = []
     refusals: list[Refusal] = []
     for main, shortcut in ((f, g), (g, f)):
-        if not _is_linear(shortcut) or any(isinstance(s.layer, MaxPool) for s in main):
+        pooled = any(isinstance(step.layer, MaxPool) for step in main)
+        if pooled or not all(step.layer.is_linear for step in shortcut):
             continue
         found = _beside(site, main, shortcut)
         if isinstance(found, Refusal):
             refusals.append(found)
         else:
             options += found
-    merged = merge(site)
-    if isinstance(merged, Plan):
-        options.append(merged)
+    single = merge(site)
+    if isinstance(single, Plan):
+        options.append(single)
     if not options:
         beside = aligned(site, f, g)
         if isinstance(beside, Refusal):
@@ -64,16 +49,12 @@ def plans(site: Site) -> list[Plan] | Refusal:
     return sorted(options, key=lambda plan: (plan.work, len(plan.columns)))
 
 
-def _is_linear(chain: Chain) -> bool:
-    return not any(isinstance(step.layer, NON_LINEAR) for step in chain)
-
-
 # ---- two linear branches ------------------------------------------------------------------------
 def merge(site: Site) -> Plan | Refusal:
     """Both branches as one layer, where both are linear and no border comes between."""
     for step in itertools.chain(*site.branches):
         name = step.nodes[-1].name if step.nodes else site.join.name
-        if isinstance(step.layer, (*NON_LINEAR, Norm)):
+        if not isinstance(step.layer, AffineConv):
             return Refusal("a branch is not linear", (name,))
         if step.tapped:
             return Refusal("a value inside a branch is read elsewhere too", (name,))
@@ -140,11 +121,11 @@ def _geometry(site: Site, main: Chain) -> tuple[list[AffineConv], list[int]]:
     rigid: list[int] = []
     channels = site.channels
     for step in main:
-        if isinstance(step.layer, Border):
-            rigid.append(len(layers))
-            layers.append(step.layer.affine(channels))
-        elif isinstance(step.layer, AffineConv):
-            layers.append(step.layer)
+        moves = step.layer.geometry(channels)
+        if isinstance(moves, AffineConv):
+            if not step.layer.is_linear:
+                rigid.append(len(layers))
+            layers.append(moves)
         channels = step.channels
     return layers, rigid
 
@@ -157,36 +138,19 @@ def _columns(
     shortcut: Chain,
 ) -> list[Column]:
     columns: list[Column] = []
-    position = 0
-    carry = 0
+    position = -1  # of the last layer that moves or resizes the carry
     for step in main:
-        layer = step.layer
-        origin: dict[str, Any] = {"steps": (step,), "taps": taps_of(step, 0)}
-        if isinstance(layer, AffineConv):
-            if position == j:
-                origin["steps"] += shortcut
-            columns.append(Linear(layer, beside[position], **origin))
-            carry = beside[position].out_channels
-            position += 1
-        elif isinstance(layer, POINTWISE):
-            # What is carried: the fork before the shortcut's map, its value behind it.
-            carried = values[0] if position <= j else values[1]
-            columns.append(Pointwise(layer, None, (step.channels, carry), carried, **origin))
-        elif isinstance(layer, Lateral):
-            columns.append(Sided(layer, 0, **origin))
-        elif isinstance(layer, Border):
-            columns.append(Shared(layer, **origin))
-            position += 1
-        elif isinstance(layer, Norm):
-            columns.append(Normalised(layer, carry, **origin))
-        else:
-            raise TypeError("a carry does not pass a max pool")
+        position += step.layer.geometry(step.channels) is not None
+        carry = beside[position]
+        # What is carried: the fork before the shortcut's map, its value behind it.
+        carried = values[0] if position < j else values[1]
+        layers = (step.layer, carry if isinstance(step.layer, AffineConv) else None)
+        widths = (step.channels, carry.out_channels)
+        column = column_of((step, None), layers, widths, carried)
+        if isinstance(column, Linear) and position == j:
+            column = replace(column, steps=(step, *shortcut))
+        columns.append(column)
     return columns
-
-
-def _width(columns: Sequence[Column]) -> int:
-    """Channels of the carry behind the last linear column."""
-    return next(c.carry.out_channels for c in reversed(columns) if isinstance(c, Linear))
 
 
 def _framed(site: Site, chain: Chain) -> Chain:
@@ -194,12 +158,8 @@ def _framed(site: Site, chain: Chain) -> Chain:
     steps = list(chain)
     if steps and isinstance(steps[-1].layer, Norm):
         steps[-1] = replace(steps[-1], layer=steps[-1].layer.affine)
-        before = steps[-2] if len(steps) > 1 else None
-        if before and isinstance(before.layer, AffineConv) and not before.tapped:
-            merged = compose_chain([before.layer, steps[-1].affine])
-            if isinstance(merged, AffineConv):
-                nodes = before.nodes + steps[-1].nodes
-                steps[-2:] = [replace(steps[-1], layer=merged, nodes=nodes)]
+        whole = merged(*steps[-2:]) if len(steps) > 1 else None
+        steps[-2:] = [whole] if whole else steps[-2:]
     if not steps or not isinstance(steps[0].layer, AffineConv):
         steps.insert(0, _identity_step(site.channels, site.dims))
     # A value that is read elsewhere must be there before ∇ adds to it.
@@ -215,7 +175,7 @@ def _identity_step(channels: int, dims: int) -> Step:
 # ---- width of the carry --------------------------------------------------------------------------
 def _widths(columns: list[Column]) -> Iterator[Plan]:
     """The arrangement with its carry as it is, and padded to each group width that occurs."""
-    linear = [c for c in columns if isinstance(c, Linear)]
+    linear = linear_of(columns)
     groups = {1} | {c.main.block[0] for c in linear[1:-1] if c.main.block[0] == c.main.block[1]}
     for width in sorted(groups):
         if width > 1 and not any(c.carry.out_channels % width for c in linear[:-1]):
@@ -231,8 +191,7 @@ def _layout(columns: Sequence[Column], width: int) -> str:
     if width > 1:
         return f", carry padded to groups of {width}"
     turns = ", in turns with the branch" if runs_of(columns) > 1 else ""
-    inner = [c for c in columns if isinstance(c, Linear)][1:-1]
-    fits = {groups_of(c) is not None for c in inner}
+    fits = {groups_of(column) is not None for column in linear_of(columns)[1:-1]}
     if not fits:
         return turns
     how = "carry partly grouped" if len(fits) == 2 else "grouped" if True in fits else "dense"
@@ -243,20 +202,16 @@ def _padded(columns: list[Column], width: int) -> list[Column]:
     """The carry padded with zero channels to a multiple of `width` between the two ends."""
     if width == 1:
         return columns
-    linear = [i for i, c in enumerate(columns) if isinstance(c, Linear)]
+    last = linear_of(columns)[-1]
+    before = linear_of(columns)[0].carry.in_channels
     result: list[Column] = []
-    for i, column in enumerate(columns):
+    for column in columns:
+        behind = before
         if isinstance(column, Linear):
-            carry = column.carry
-            n_in = carry.in_channels if i == linear[0] else _up(carry.in_channels, width)
-            n_out = carry.out_channels if i == linear[-1] else _up(carry.out_channels, width)
-            result.append(replace(column, carry=carry.pad_channels(n_in, n_out)))
-        elif isinstance(column, Pointwise):
-            result.append(replace(column, widths=(column.widths[0], _width(result))))
-        elif isinstance(column, Normalised):
-            result.append(replace(column, carried=_width(result)))
-        else:
-            result.append(column)
+            own = column.carry.out_channels
+            behind = own if column is last else _up(own, width)
+        result.append(column.padded(before, behind))
+        before = behind
     return result
 
 

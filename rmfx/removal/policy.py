@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 from rmfx.errors import OptionError, Refusal
 from rmfx.ir.net import Net
 from rmfx.report import SiteReport
+from rmfx.rules.linear import Choice
 from rmfx.table import short
 
 from .measured import BothForms, MeasuredPolicy
 from .site import Site
 
-# "all", "profitable", a function of the row that the report would have, or measurements.
-Policy = Literal["all", "profitable"] | Callable[[SiteReport], bool] | MeasuredPolicy
-
+Policy = Choice | MeasuredPolicy
 
 # How many multiply-adds a core does while it moves one float32 value to or from memory.
 MACS_PER_VALUE = 20

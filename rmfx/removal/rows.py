@@ -15,14 +15,15 @@ from rmfx.ir.net import Net
 from rmfx.ir.notes import positions
 from rmfx.report import SiteReport
 
-from .columns import Column, Linear, Pointwise, sizes_of
+from .assembly import sizes_of
+from .columns import Column, Linear, Pointwise, linear_of
 from .site import Site
 from .strategy import Settled
 
 
 def expected_expense(site: Site, columns: Sequence[Column]) -> Expense:
     """What the columns of a plan will cost, once they are built."""
-    linear = [c for c in columns if isinstance(c, Linear)]
+    linear = linear_of(columns)
     sizes = sizes_of(columns)
     if isinstance(sizes, Refusal):  # the plan was made with the same laws
         raise RmfxError(f"a planned layer cannot be built: {sizes.reason}")
@@ -53,7 +54,7 @@ def row_of_match(net: Net, site: Site, settled: Settled, nodes: Sequence[fx.Node
     """
     before = expense_of(net, nodes)
     after = expected_expense(site, settled.plan.columns)
-    carries = [c.carry.out_channels for c in settled.plan.columns[:-1] if isinstance(c, Linear)]
+    carries = [c.carry.out_channels for c in linear_of(settled.plan.columns[:-1])]
     return SiteReport(
         place=module_path(site.join),
         source=site.join.meta.get("source"),

@@ -5,32 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from rmfx.algebra.activation import Blockwise, way_of
-from rmfx.algebra.affine import AffineConv
 from rmfx.analysis.expense import expense_of
 from rmfx.analysis.ranges import Ranges
 from rmfx.data.moments import Moments
 from rmfx.errors import Refusal, RefusedError, RmfxError, fault
 from rmfx.frontend.tracing import trace
 from rmfx.ir.driver import apply_rule
-from rmfx.ir.elements import Virtual
 from rmfx.ir.joins import read_join
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import put_in_order
 from rmfx.ir.reading import demands_of
 from rmfx.report import META_KEY, Report, SiteReport
-from rmfx.rules.batch_norm import identity_norm
 from rmfx.rules.concatenation import ConcatenationRule
 
 from .alignment import may_reorder
-from .assembly import in_type_of, label_of, note_column_shape, widths_behind
-from .columns import Column, Layer, Normalised, Plan, Pointwise, Shared, Sided, build
+from .assembly import Plan, build
+from .columns import Column, Label, Shared, Spot
 from .plan import merge, plans
 from .policy import Policy, reason_to_keep
 from .rows import row_of_match, row_of_refusal, with_expense
-from .side_tensors import call_again, combine, tap
+from .side_tensors import tap
 from .site import Site, find_sites
 from .strategy import AUTO, Settled, is_large, settle
 
@@ -116,19 +112,18 @@ class ResidualRule:
             yield settled if isinstance(settled, Refusal) else (site, settled)
 
     def rewrite(self, net: Net, node: fx.Node, match: Match) -> None:
-        site, columns = match.site, match.settled.plan.columns
-        layers = build(columns)
-        if isinstance(layers, Refusal):  # the plan was made with the same laws
-            raise RmfxError(f"{node.name}: a planned layer cannot be built: {layers.reason}")
+        site, columns = match.site, build(match.settled.plan.columns)
+        if isinstance(columns, Refusal):  # the plan was made with the same laws
+            raise RmfxError(f"{node.name}: a planned layer cannot be built: {columns.reason}")
         old, row = _old(site, match.settled), match.row
-        labels = [label_of(site, column, i) for i, column in enumerate(columns)]
+        labels = [column.label(site, i) for i, column in enumerate(columns)]
         net.demand(demands_of(net, site.nodes))
         net.fix_channels(site.fork, site.dims)
         if site.fixed:
             net.fix_sizes()
         again = {c.layer.node for c in columns if isinstance(c, Shared)}
         net.release(n for n in old if n not in again)
-        new = self._put_columns(net, match, layers, labels, set(old))
+        new = self._put_columns(net, site, columns, labels, set(old))
         self._take_place(net, site, old, new, labels)
         if may_reorder([step for column in columns for step in column.steps]):
             # The last node stands where the join stood; what followed it may be replaced by now.
@@ -138,32 +133,26 @@ class ResidualRule:
     def _put_columns(
         self,
         net: Net,
-        match: Match,
-        layers: Sequence[Layer],
-        labels: Sequence[tuple[str, fx.Node]],
+        site: Site,
+        columns: Sequence[Column],
+        labels: Sequence[Label],
         old: set[fx.Node],
     ) -> list[fx.Node]:
         """The nodes of the chain, as early as they can stand."""
-        site, columns = match.site, match.settled.plan.columns
         new: list[fx.Node] = []
         widths = (site.channels, 0)
         slices: dict[fx.Node, fx.Node] = {}
-        for column, layer, (target, like) in zip(columns, layers, labels, strict=True):
+        moments = self._moments.get(net.stands_for(site.fork) or "")
+        for column, label in zip(columns, labels, strict=True):
             source = new[-1] if new else site.fork
-            is_last = column is columns[-1]
-            last_read = column.lateral.node if isinstance(column, Sided) else source
-            behind = site.join.prev if is_last else max(source, last_read)
+            behind = max(source, column.combination or source)
+            behind = site.join.prev if column is columns[-1] else behind
             with net.graph.inserting_before(behind.next):
-                if isinstance(column, Sided):
-                    lateral = column.lateral.reading(slices)
-                    made = combine(net, lateral, source, column.block, widths, site.dims)
-                    self.widened.add(like.name)
-                elif isinstance(column, Shared):
-                    made = call_again(net, column.layer, source, sum(widths))
-                else:
-                    made = net.put(self._make(net, site, layer), source, target, like)
-            widths = widths_behind(net, column, widths, site.dims)
-            note_column_shape(site, column, source, made, sum(widths) if not is_last else widths[0])
+                made = column.put(Spot(net, site, source, widths, label, slices, moments))
+            made.meta["dtype"] = (site.dtype, site.device)
+            if column.combination is not None:
+                self.widened.add(column.combination.name)
+            widths = column.widths_behind(widths, site.dims)
             for value, block in column.taps:
                 slices |= self._tap(net, site, made, value, (block, widths), old)
             new.append(made)
@@ -187,33 +176,19 @@ class ResidualRule:
         net.make_stand_for(slices[value], net.stands_for(value))
         return slices
 
-    def _make(self, net: Net, site: Site, layer: AffineConv | Column) -> Virtual | nn.Module:
-        """What is to stand at a column's node."""
-        if isinstance(layer, AffineConv):
-            return Virtual(layer, site.dtype, site.device)
-        if isinstance(layer, Pointwise):
-            whole = Blockwise(layer.blocks, site.dims)
-            if way_of(whole.blocks) == "identity":
-                return whole.to_module(site.dtype, site.device)
-            return Virtual(whole, site.dtype, site.device)
-        if not isinstance(layer, Normalised):
-            raise TypeError(f"a {type(layer).__name__} column is no module")
-        moments = self._moments.get(net.stands_for(site.fork) or "")
-        return identity_norm(layer.main.module, layer.carried, moments, layer.runs)
-
     def _take_place(
         self,
         net: Net,
         site: Site,
         old: list[fx.Node],
         new: list[fx.Node],
-        labels: list[tuple[str, fx.Node]],
+        labels: list[Label],
     ) -> None:
         """Put the new nodes in the place of the old ones, under their names."""
         known = self._ranges.known(site.join)
         if known is not None:
             self._ranges.set(new[-1], known)
-        last = in_type_of(site.join, new[-1])
+        last = _in_type_of(site.join, new[-1])
         site.join.replace_all_uses_with(last)
         for node in reversed(old):
             self.made.discard(node)
@@ -224,6 +199,18 @@ class ResidualRule:
         if site.join.name not in self.widened:
             net.make_stand_for(last, site.join.name)
         self.made.update(new)
+
+
+def _in_type_of(join: fx.Node, value: fx.Node) -> fx.Node:
+    """The value in the type of the join, where autocast lets it add values of two types."""
+    types = {n.meta["dtype"][0] for n in join.all_input_nodes if "dtype" in n.meta}
+    if len(types) < 2:
+        return value
+    with join.graph.inserting_before(join):
+        cast = join.graph.call_method("to", (value, join.meta["dtype"][0]))
+    cast.meta = dict(join.meta)
+    value.meta.pop("dtype", None)  # that of the join, which a layer under autocast does not give
+    return cast
 
 
 def _old(site: Site, settled: Settled) -> list[fx.Node]:

@@ -20,7 +20,7 @@ from torch import fx, nn
 from rmfx.algebra.affine import AffineConv
 from rmfx.ir.elements import Border, MaxPool, Virtual
 from rmfx.ir.kinds import ADAPTIVE_AVERAGES, is_a
-from rmfx.ir.laterals import Lateral, added_channels
+from rmfx.ir.laterals import Lateral
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import data_input, keeps_dims
 from rmfx.ir.notes import ORIGIN, Shape, with_channels, without_notes
@@ -70,7 +70,7 @@ def _concatenate(
     rest = parts[:-1] if block else parts[1:]
     operands = [*rest, *ours] if block else [*ours, *rest]
     made = net.graph.call_function(torch.cat, (operands, lateral.node.args[1]))
-    width = sum(widths) + added_channels(net, lateral, dims)
+    width = lateral.channels_behind(sum(widths), dims)
     return _like(made, lateral.node, _resized(wide, width, dims))
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import fx, nn
 
-from rmfx.algebra.activation import Activation, Blockwise
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import compose
+from rmfx.algebra.layer import Layer
 from rmfx.errors import Refusal
-from rmfx.ir.elements import CHANNEL_BY_CHANNEL, Border, Deferred, MaxPool
 from rmfx.ir.joins import read_join
 from rmfx.ir.kinds import BATCH_NORMS
-from rmfx.ir.laterals import Lateral, added_channels
+from rmfx.ir.laterals import Lateral
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import is_tensor_node
 from rmfx.ir.reading import sizes_of
@@ -26,14 +25,12 @@ from .paths import Path, walks
 
 
 @dataclass(frozen=True, eq=False)
-class Norm:
+class Norm(Layer):
     """A batch norm that is to stay one: its module and the linear layer it amounts to."""
 
     module: nn.Module
     affine: AffineConv
-
-
-Layer = AffineConv | Activation | Blockwise | Norm | Lateral | Border | MaxPool
+    is_linear: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +61,6 @@ class Step:
 
 
 Chain = tuple[Step, ...]
-LIMITS = (torch.maximum, torch.minimum)
-KEEP_CHANNELS = (Activation, Blockwise, *CHANNEL_BY_CHANNEL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +157,7 @@ def _spread_among_neighbours(net: Net, chains: list[tuple[Step, ...]]) -> bool |
     answer, the result has to be for those of the example only.
     """
     layers = [step.layer for chain in chains for step in chain]
-    if all(map(_reads_one_position, layers)):
+    if all(layer.reads_one_position for layer in layers):
         return False
     laterals = [x for x in layers if isinstance(x, Lateral) and not x.is_concatenation]
     for lateral in laterals:
@@ -179,12 +174,6 @@ def _spread_among_neighbours(net: Net, chains: list[tuple[Step, ...]]) -> bool |
         )
         return Refusal(cause, (open_ones[0].node.name,))
     return bool(open_ones)
-
-
-def _reads_one_position(layer: object) -> bool:
-    if isinstance(layer, AffineConv):
-        return math.prod((*layer.weight.shape[2:], *layer.stride)) == 1
-    return isinstance(layer, (Activation, Blockwise, Norm, Lateral))
 
 
 def _frame(
@@ -207,7 +196,7 @@ def _frame(
     channels = net.channels(fork, dims)
     for path in paths:
         own = (place.element for place in path)
-        first = next((e for e in own if not isinstance(e, KEEP_CHANNELS)), None)
+        first = next((e for e in own if not e.keeps_channels), None)
         if channels is None and isinstance(first, AffineConv):
             channels = first.in_channels
     if channels is None:
@@ -229,104 +218,45 @@ def _resolve(path: Path, channels: int, dims: int, keep_norms: bool, net: Net) -
     """The steps of a branch, with everything known."""
     steps = []
     for place in path:
-        node, element = place.node, place.element
-        layer = element.build(channels, dims) if isinstance(element, Deferred) else element
+        node = place.node
+        layer = place.element.resolved(channels, dims)
         if isinstance(layer, Refusal):
             return layer.at(node.name)
-        refusal = _unfit(net, node, layer, channels, dims)
+        refusal = layer.unfit(channels, dims, net.rank(node))
         if refusal:
             return refusal.at(node.name)
-        channels = _channels_behind(net, layer, channels, dims)
-        module = net.module(node)
-        is_norm = keep_norms and type(module) in BATCH_NORMS
-        whole: Layer = layer
-        if is_norm and module is not None and isinstance(layer, AffineConv):
-            whole = Norm(module, layer)
-        steps.append(Step(whole, (node,), node, channels, place.tapped))
+        channels = layer.channels_behind(channels, dims)
+        module = net.module(node) if keep_norms else None
+        if isinstance(module, BATCH_NORMS) and isinstance(layer, AffineConv):
+            layer = Norm(module, layer)
+        steps.append(Step(layer, (node,), node, channels, place.tapped))
     return tuple(steps)
-
-
-def _unfit(net: Net, node: fx.Node, layer: Layer, channels: int, dims: int) -> Refusal | None:
-    """Why a layer cannot stand where it stands, if it cannot."""
-    if isinstance(layer, AffineConv):
-        if layer.dims != dims:
-            return Refusal(f"a layer of {layer.dims} spatial dimensions among layers of {dims}")
-        if layer.in_channels != channels:
-            return Refusal(f"a layer for {layer.in_channels} channels on {channels}")
-    if isinstance(layer, Blockwise) and (layer.width, layer.dims) != (channels, dims):
-        places = f"{layer.width} channels and {layer.dims} spatial dimensions"
-        return Refusal(f"activations for {places} on {channels} and {dims}")
-    if isinstance(layer, Activation) and layer.is_per_channel:
-        if not dims and net.rank(node) != 2:
-            return Refusal(
-                "PReLU with a slope per channel acts on dimension 1, not on the features"
-            )
-        if layer.module.num_parameters != channels:
-            return Refusal(f"a PReLU for other than {channels} channels")
-    if isinstance(layer, Border) and layer.dims > dims:
-        return Refusal("padding reaches beyond space")
-    if isinstance(layer, MaxPool) and layer.dims != dims:
-        return Refusal(f"pooling over {layer.dims} dimensions among layers of {dims}")
-    return _unfit_lateral(net, layer, channels, dims) if isinstance(layer, Lateral) else None
-
-
-def _unfit_lateral(net: Net, layer: Lateral, channels: int, dims: int) -> Refusal | None:
-    """Why the channels of the other tensors are not known to meet those of the carry."""
-    for other in layer.others:
-        rank, own = net.rank(other), net.channels(other, dims)
-        if rank is not None and own is None and "shape" in other.meta:
-            return net.without_channels(other)
-        if rank is None or own is None:
-            return Refusal(
-                "it reads a second tensor whose shape is unknown; pass example_inputs",
-                (other.name,),
-            )
-        if dims and rank != dims + 2:
-            return Refusal(f"a {rank}-D tensor among layers of {dims} dimensions", (other.name,))
-        if not layer.is_concatenation and own not in (1, channels):
-            return Refusal(
-                f"a tensor of {channels} channel meets one of {own}: it broadcasts", (other.name,)
-            )
-        kind = net.dtype(other)
-        if layer.node.target in LIMITS and (kind is None or not kind[0].is_floating_point):
-            return Refusal("a limit that is not known to be floating point", (other.name,))
-    if layer.is_concatenation:
-        axis = layer.node.args[1]
-        rank = dims + 2 if dims else net.rank(layer.value)
-        along = axis - rank if isinstance(axis, int) and rank and axis >= 0 else axis
-        if along != (-dims - 1 if dims else -1):
-            return Refusal("a concatenation along another dimension than the channels")
-    return None
-
-
-def _channels_behind(net: Net, layer: Layer, channels: int, dims: int) -> int:
-    """Channels behind a layer that fits."""
-    if isinstance(layer, AffineConv):
-        return layer.out_channels
-    return channels + added_channels(net, layer, dims) if isinstance(layer, Lateral) else channels
 
 
 def _simplify(chain: Chain) -> Chain:
     """Merge neighbouring linear layers where that is exact and not dearer."""
     result: list[Step] = []
     for step in chain:
-        merged = _merge(result[-1], step) if result else None
-        if merged is None:
+        whole = merged(result[-1], step) if result and _absorbs(result[-1], step) else None
+        if whole is None:
             result.append(step)
         else:
-            result[-1] = merged
+            result[-1] = whole
     return tuple(result)
 
 
-def _merge(first: Step, second: Step) -> Step | None:
-    if not (isinstance(first.layer, AffineConv) and isinstance(second.layer, AffineConv)):
+def _absorbs(first: Step, second: Step) -> bool:
+    """Whether one is a scale, a crop or a stride, which needs no new weight beside the other's."""
+    layers = (first.layer, second.layer)
+    return any(isinstance(f, AffineConv) and f.is_depthwise and f.is_pointwise for f in layers)
+
+
+def merged(first: Step, second: Step) -> Step | None:
+    """Two linear steps as one, None where that is not exact or the first is read elsewhere too."""
+    layers = (second.layer, first.layer)
+    if first.tapped or not all(isinstance(layer, AffineConv) for layer in layers):
         return None
-    if first.tapped:
-        return None
-    # A scale, a crop or a stride is absorbed without a new weight; other merges cost work.
-    if not any(f.is_depthwise and f.is_pointwise for f in (first.layer, second.layer)):
-        return None
-    layer = compose(second.layer, first.layer)
+    layer = compose(second.affine, first.affine)
     if isinstance(layer, Refusal):
         return None
     return replace(second, layer=layer, nodes=first.nodes + second.nodes)
@@ -335,9 +265,6 @@ def _merge(first: Step, second: Step) -> Step | None:
 def _scaled(chain: Chain, factor: float, channels: int, dims: int) -> Chain:
     """The chain times a constant, merged into its last layer if that is linear."""
     scale = AffineConv.scale(torch.full((channels,), factor, dtype=torch.float64), dims=dims)
-    last = chain[-1] if chain else None
-    if last is not None and isinstance(last.layer, AffineConv) and not last.tapped:
-        merged = compose(scale, last.layer)
-        if isinstance(merged, AffineConv):
-            return (*chain[:-1], replace(last, layer=merged, value=None))
-    return (*chain, Step(scale, (), None, channels))
+    step = Step(scale, (), None, channels)
+    whole = merged(chain[-1], step) if chain else None
+    return (*chain[:-1], whole) if whole else (*chain, step)

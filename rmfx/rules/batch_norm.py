@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import compose, in_turn
+from rmfx.algebra.modules import from_batch_norm
 from rmfx.data.moments import Moments
 from rmfx.errors import OptionError, Refusal
 from rmfx.ir.driver import apply_rule
@@ -164,7 +165,7 @@ def _of_features(net: Net, linear: fx.Node, norm: fx.Node) -> AffineConv | None:
     inner, module = read(net, linear), net.module(norm)
     if not isinstance(inner, AffineConv) or inner.dims or module is None:
         return None
-    outer = AffineConv.from_batch_norm(module, 0)
+    outer = from_batch_norm(module, 0)
     if isinstance(outer, Refusal) or outer.in_channels != inner.out_channels:
         return None
     merged = compose(outer, inner)

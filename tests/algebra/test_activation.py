@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmfx.algebra.activation import TABLE, Activation, Block, Blockwise, is_activation, way_of
+from rmfx.algebra.activation import TABLE, Activation, Block, is_activation
+from rmfx.algebra.blockwise import Blockwise, way_of
 from rmfx.modules.activations import ChannelClamp, ChannelPReLU, MaskedActivation, Pointwise
 
 CPU = torch.device("cpu")

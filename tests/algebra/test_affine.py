@@ -26,6 +26,7 @@ from rmfx.algebra.laws import (
     stack,
     window_of,
 )
+from rmfx.algebra.modules import from_batch_norm, from_conv, from_transposed_conv, to_modules
 from rmfx.errors import Refusal, WeightError
 
 F64 = torch.float64
@@ -528,7 +529,7 @@ def test_batch_norm_in_eval_mode_is_a_scale(dims: int, affine: bool, seed: int) 
     if affine:
         nn.init.normal_(bn.weight)
         nn.init.normal_(bn.bias)
-    layer = merged(AffineConv.from_batch_norm(bn, dims))
+    layer = merged(from_batch_norm(bn, dims))
     x = torch.randn(4, 3, *[5] * dims, dtype=F64)
     expected = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=1e-2)
     assert layer.is_depthwise
@@ -536,7 +537,7 @@ def test_batch_norm_in_eval_mode_is_a_scale(dims: int, affine: bool, seed: int) 
 
 
 def test_batch_norm_without_statistics_is_refused() -> None:
-    found = AffineConv.from_batch_norm(nn.BatchNorm2d(3, track_running_stats=False), 2)
+    found = from_batch_norm(nn.BatchNorm2d(3, track_running_stats=False), 2)
     assert isinstance(found, Refusal)
     assert "statistics" in found.reason
 
@@ -562,7 +563,7 @@ def test_conv_modules_are_read_with_all_their_options(
     # PyTorch warns that it pads an even kernel by a copy; that copy is what is compared with.
     options = (module.stride, module.padding, module.dilation, groups)
     expected = no_warning(CONVS[dims], x, module.weight, module.bias, *options)
-    assert same(apply(merged(AffineConv.from_conv(module)), x), expected)
+    assert same(apply(merged(from_conv(module)), x), expected)
 
 
 def no_warning(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -575,7 +576,7 @@ def no_warning(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
 def test_linear_modules_have_no_space() -> None:
     module = nn.Linear(3, 5).double()
-    layer = merged(AffineConv.from_conv(module))
+    layer = merged(from_conv(module))
     x = torch.randn(2, 4, 3, dtype=F64)
     assert (layer.dims, layer.in_channels, layer.out_channels) == (0, 3, 5)
     assert same(apply(layer, x), F.linear(x, module.weight, module.bias).detach())
@@ -583,10 +584,10 @@ def test_linear_modules_have_no_space() -> None:
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_other_padding_modes_are_refused_unless_nothing_is_padded(mode: Any) -> None:
-    found = AffineConv.from_conv(nn.Conv2d(2, 2, 3, padding=1, padding_mode=mode))
+    found = from_conv(nn.Conv2d(2, 2, 3, padding=1, padding_mode=mode))
     assert isinstance(found, Refusal)
     assert mode in found.reason
-    assert isinstance(AffineConv.from_conv(nn.Conv2d(2, 2, 3, padding_mode=mode)), AffineConv)
+    assert isinstance(from_conv(nn.Conv2d(2, 2, 3, padding_mode=mode)), AffineConv)
 
 
 @given(
@@ -600,14 +601,14 @@ def test_transposed_convolutions_of_stride_1_are_convolutions(
     options = {"padding": padding, "dilation": dilation, "groups": 2 if grouped else 1}
     extra = min(extra, dilation - 1)
     module = kind(4, 6, kernel, output_padding=extra, **options).double()
-    layer = merged(AffineConv.from_transposed_conv(module))
+    layer = merged(from_transposed_conv(module))
     x = torch.randn(2, 4, *[7, 6, 5][:dims], dtype=F64)
     assert same(apply(layer, x), module(x).detach())
 
 
 def test_transposed_convolutions_with_a_stride_are_refused() -> None:
-    assert isinstance(AffineConv.from_conv(nn.ConvTranspose2d(2, 2, 3)), Refusal)
-    assert isinstance(AffineConv.from_transposed_conv(nn.ConvTranspose2d(2, 2, 2, 2)), Refusal)
+    assert isinstance(from_conv(nn.ConvTranspose2d(2, 2, 3)), Refusal)
+    assert isinstance(from_transposed_conv(nn.ConvTranspose2d(2, 2, 2, 2)), Refusal)
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 1), st.booleans())
@@ -650,7 +651,7 @@ def test_options_of_average_pools_that_change_nothing_are_accepted(options: dict
 
 @given(layers())
 def test_modules_apply_the_layer_in_float64(layer: AffineConv) -> None:
-    module = nn.Sequential(*layer.to_modules(F64, torch.device("cpu")))
+    module = nn.Sequential(*to_modules(layer, F64, torch.device("cpu")))
     x = inputs(layer)
     assert same(module(x).detach(), apply(layer, x))
     assert not module[-1].training
@@ -659,7 +660,7 @@ def test_modules_apply_the_layer_in_float64(layer: AffineConv) -> None:
 
 @given(layers())
 def test_modules_apply_the_layer_in_float32(layer: AffineConv) -> None:
-    module = nn.Sequential(*layer.to_modules(torch.float32, torch.device("cpu")))
+    module = nn.Sequential(*to_modules(layer, torch.float32, torch.device("cpu")))
     x = inputs(layer)
     assert all(p.dtype == torch.float32 for p in module.parameters())
     assert same(module(x.float()).detach().double(), apply(layer, x), tolerance=1e-5)
@@ -667,10 +668,10 @@ def test_modules_apply_the_layer_in_float32(layer: AffineConv) -> None:
 
 def test_symmetric_padding_needs_one_module_and_any_other_two() -> None:
     device = torch.device("cpu")
-    assert [type(m) for m in conv(padding=1).to_modules(F64, device)] == [nn.Conv2d]
+    assert [type(m) for m in to_modules(conv(padding=1), F64, device)] == [nn.Conv2d]
     crop = AffineConv.identity(2, 2, padding=((0, 1), (-1, 0)))
-    assert [type(m) for m in crop.to_modules(F64, device)] == [nn.ZeroPad2d, nn.Conv2d]
-    assert [type(m) for m in AffineConv.identity(2, 0).to_modules(F64, device)] == [nn.Linear]
+    assert [type(m) for m in to_modules(crop, F64, device)] == [nn.ZeroPad2d, nn.Conv2d]
+    assert [type(m) for m in to_modules(AffineConv.identity(2, 0), F64, device)] == [nn.Linear]
 
 
 @pytest.mark.parametrize("part", ["weight", "bias"])
@@ -679,7 +680,7 @@ def test_a_weight_too_large_for_its_type_is_an_error(part: str) -> None:
     one = torch.ones(1, dtype=F64)
     layer = AffineConv.scale(*((big, one) if part == "weight" else (one, big)), dims=2)
     with pytest.raises(WeightError, match="float16"):
-        layer.to_modules(torch.float16, torch.device("cpu"))
+        to_modules(layer, torch.float16, torch.device("cpu"))
 
 
 # ---- types --------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from rmfx.algebra.digits import (
     lost_rows,
     smallest_scale,
 )
+from rmfx.algebra.modules import to_modules
 from rmfx.errors import WeightError
 from rmfx.testing import assert_equivalent
 
@@ -302,12 +303,12 @@ def test_products_too_small_for_float16_are_an_error() -> None:
     weight = torch.full((2, 3, 1, 1), 1e-8, dtype=torch.float64)
     small = AffineConv(weight, weight.new_zeros(2), (1, 1), ((0, 0),) * 2, (1, 1))
     with pytest.raises(WeightError, match=r"too small for torch.float16.*torch.float32"):
-        small.to_modules(torch.float16, torch.device("cpu"))
+        to_modules(small, torch.float16, torch.device("cpu"))
     for dtype in (torch.bfloat16, torch.float32):
-        (module,) = small.to_modules(dtype, torch.device("cpu"))
+        (module,) = to_modules(small, dtype, torch.device("cpu"))
         assert bool(module.weight.all())
     beside = AffineConv(weight, weight.new_ones(2), (1, 1), ((0, 0),) * 2, (1, 1))
-    beside.to_modules(torch.float16, torch.device("cpu"))  # below the last digit of its bias
+    to_modules(beside, torch.float16, torch.device("cpu"))  # below the last digit of its bias
 
 
 def test_a_batch_norm_that_vanishes_in_float16_is_an_error() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import rmfx
-from rmfx.algebra.activation import Activation, Block, Blockwise
+from rmfx.algebra.activation import Activation, Block
 from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.blockwise import Blockwise
 from rmfx.algebra.laws import compose
 from rmfx.errors import Refusal, WeightError
 from rmfx.ir.elements import Virtual

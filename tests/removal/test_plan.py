@@ -16,7 +16,8 @@ import rmfx
 from rmfx.algebra.affine import AffineConv
 from rmfx.errors import Refusal
 from rmfx.ir.net import Net
-from rmfx.removal.columns import Linear, Normalised, Plan, Pointwise, build
+from rmfx.removal.assembly import Plan, build
+from rmfx.removal.columns import Built, Linear, Normalised, Pointwise
 from rmfx.removal.plan import plans
 from rmfx.removal.site import Site, find_sites
 
@@ -46,9 +47,9 @@ def block(*, act: Callable[[Tensor], Tensor] = F.relu, **parts: nn.Module) -> di
 
 
 def built(plan: Plan) -> list[AffineConv]:
-    layers = build(plan.columns)
-    assert not isinstance(layers, Refusal), layers
-    return [layer for layer in layers if isinstance(layer, AffineConv)]
+    columns = build(plan.columns)
+    assert not isinstance(columns, Refusal), columns
+    return [column.layer for column in columns if isinstance(column, Built)]
 
 
 def work_of(layers: list[AffineConv]) -> float:

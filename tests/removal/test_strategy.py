@@ -30,8 +30,9 @@ from rmfx.analysis.ranges import Ranges
 from rmfx.choices import STRATEGIES
 from rmfx.errors import Refusal, RmfxError
 from rmfx.ir.net import Net
+from rmfx.removal.assembly import Plan
 from rmfx.removal.codes import _shift_into, scale_into
-from rmfx.removal.columns import Plan, Pointwise
+from rmfx.removal.columns import Pointwise
 from rmfx.removal.plan import plans
 from rmfx.removal.site import find_sites
 from rmfx.removal.strategy import AUTO, Settled, settle
