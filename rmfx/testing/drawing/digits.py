@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rmfx.testing.networks.digits import SCALES, TYPES
-from rmfx.testing.networks.layers import Arithmetic
+from rmfx.testing.networks.operations import Arithmetic
 from rmfx.testing.networks.spec import NetworkSpec
 
 from .draws import Draws

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rmfx.testing.networks.forms import PRODUCTS
 from rmfx.testing.networks.joins import Join
-from rmfx.testing.networks.layers import Act, Arithmetic
+from rmfx.testing.networks.layers import Act
+from rmfx.testing.networks.operations import Arithmetic
 
 from .draws import Draws
 from .layers import affine

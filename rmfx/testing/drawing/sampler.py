@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from rmfx.testing.networks.layers import Flatten
+from rmfx.testing.networks.operations import Flatten
 from rmfx.testing.networks.spec import NetworkSpec
 
 from . import sites

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from rmfx.testing.networks.layers import Channels, Conv, PadChannels, Pool, Slice
+from rmfx.testing.networks.layers import Conv
+from rmfx.testing.networks.operations import Channels, PadChannels, Pool, Slice
 
 from .draws import Draws
 from .layers import affine, count_groups, perhaps_norm

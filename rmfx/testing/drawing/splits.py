@@ -8,8 +8,9 @@ from dataclasses import replace
 from rmfx.testing.networks.forms import PRODUCTS
 from rmfx.testing.networks.further import Shuffle, Transpose
 from rmfx.testing.networks.joins import ChannelsLast, Join, Recall, Split
-from rmfx.testing.networks.layers import Act, Channels, Linear
+from rmfx.testing.networks.layers import Act, Linear
 from rmfx.testing.networks.node import Node
+from rmfx.testing.networks.operations import Channels
 
 from .draws import Draws
 from .gates import BOUNDED

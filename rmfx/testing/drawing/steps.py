@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from rmfx.testing.networks.forms import OPAQUE, OPAQUE_ANYWHERE
-from rmfx.testing.networks.layers import Arithmetic, Drop, Opaque
+from rmfx.testing.networks.operations import Arithmetic, Drop, Opaque
 
 from .draws import CONSTANTS, Draws
 from .values import INPUT, Path

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rmfx.testing.networks.further import Blur, Deconv
-from rmfx.testing.networks.layers import Conv, Pad, Pool
+from rmfx.testing.networks.layers import Conv
+from rmfx.testing.networks.operations import Pad, Pool
 
 from .draws import Draws
 from .layers import act, affine

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .layers import Act, Arithmetic
+from .layers import Act
 from .node import Node
+from .operations import Arithmetic
 
 TYPES = ("float32", "bfloat16", "float16", "bfloat16")
 STEEP = (-0.99, -0.999, -0.98)

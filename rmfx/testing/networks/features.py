@@ -9,21 +9,9 @@ from functools import singledispatch
 from .forms import INTO_A, JOINS, MODULES, NO_OPS, OPAQUE, PRODUCTS, WITHOUT_MODULE
 from .further import Blur, Deconv, Shuffle, Transpose, chains
 from .joins import ChannelsLast, Join, Recall, Save, Split
-from .layers import (
-    Act,
-    Arithmetic,
-    Channels,
-    Conv,
-    Drop,
-    Linear,
-    Norm,
-    Opaque,
-    Pad,
-    PadChannels,
-    Pool,
-    Slice,
-)
+from .layers import Act, Conv, Linear, Norm
 from .node import Node, Nodes
+from .operations import Arithmetic, Channels, Drop, Opaque, Pad, PadChannels, Pool, Slice
 from .unusual import UNUSUAL_FEATURES, unusual_features
 
 _WAYS = ("module", "functional", "torch", "method")
