@@ -10,6 +10,7 @@ from rmfx.testing.networks.spec import NetworkSpec
 
 from .draws import Draws
 from .layers import affine
+from .things import Thing
 from .values import Path
 
 # Kinds of nodes that jump, so that a rounding decides between values, or divide by what may vanish.
@@ -24,6 +25,13 @@ def scale_apart(sampler: Draws, path: Path) -> None:
         return
     sampler.is_scaled = True
     sampler.put(path, Arithmetic(sampler.pick(("c * x", "x / c")), sampler.pick(SCALES)))
+
+
+def _is_awkward(sampler: Draws, path: Path) -> bool:
+    return sampler.is_awkward
+
+
+DIGITS = (Thing(scale_apart, _is_awkward, times=4),)
 
 
 def typed(sampler: Draws, spec: NetworkSpec) -> NetworkSpec:

@@ -9,6 +9,7 @@ from rmfx.testing.networks.operations import Arithmetic
 
 from .draws import Draws
 from .layers import affine
+from .things import Thing, on_maps
 from .values import Path
 from .windows import pool_all
 
@@ -67,3 +68,10 @@ def layer_scale(sampler: Draws, path: Path) -> None:
     """A learned factor for every channel, small as a rule."""
     factor = sampler.pick((0.5, 0.1, 0.01))
     sampler.put(path, Arithmetic("x * p", factor, path.value.for_channels))
+
+
+GATES = (
+    *map(Thing, (layer_scale, gate_of_two, choice)),
+    Thing(squeeze, on_maps, times=3),
+    Thing(spatial_gate, on_maps),
+)

@@ -8,6 +8,7 @@ from .draws import Draws
 from .joins import join
 from .layers import affine, layer
 from .shortcuts import fit
+from .things import Thing
 from .values import INPUT, Path
 
 _WHOLE_WRITES = ("x.__setitem__",)  # choose the place themselves
@@ -56,3 +57,10 @@ def shared_norm(sampler: Draws, path: Path) -> None:
     """Batch norm whose statistics share memory."""
     value = path.value
     sampler.put(path, SharedNorm(value.shape[0], value.dims, sampler.one_in(3)))
+
+
+MEMORY = (
+    Thing(write, times=2),
+    Thing(write_between, times=2),
+    *map(Thing, (gain, shared_norm)),
+)

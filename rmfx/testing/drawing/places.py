@@ -22,6 +22,7 @@ from rmfx.testing.networks.places import (
 from .draws import Draws
 from .joins import join
 from .layers import affine, layer
+from .things import Thing, on_maps
 from .values import Path
 
 
@@ -120,6 +121,16 @@ def tokens(sampler: Draws, path: Path) -> None:
     shape = (math.prod(value.size), value.channels)
     path.nodes.append(Tokens(sampler.pick(("transpose", "permute"))))
     path.value = replace(value, shape=shape, tokens=True)
+
+
+PLACES = (
+    Thing(roll, times=2),
+    *map(Thing, (flip, permute, repeat)),
+    *(Thing(draw, on_maps) for draw in (roll, flip, permute)),
+    Thing(mean, on_maps, times=2),
+    Thing(focal, on_maps),
+    Thing(reshaped, on_maps, times=2),
+)
 
 
 # Dimensions

@@ -41,22 +41,22 @@ class Sampler(Draws):
 
     def block(self) -> NetworkSpec:
         """One residual block, sometimes behind a stem."""
-        path = self._start()
+        path = self.start()
         if self.one_in(2):
             layer(self, path)
         self.residual(path)
         if self.one_in(2):
             act(self, path)
-        return self._finish(path)
+        return self.finish(path)
 
     def network(self) -> NetworkSpec:
         """Stem, one to four blocks with things between them, head."""
-        path = self._start()
+        path = self.start()
         if self.one_in(3):
             self._classic(path)
         else:
             self._any_blocks(path)
-        return typed(self, self._finish(path))
+        return typed(self, self.finish(path))
 
     def _classic(self, path: Path) -> None:
         """What a ResNet or a MobileNet is: stages of equal blocks of one family, then a head."""
@@ -94,7 +94,8 @@ class Sampler(Draws):
         if self.one_in(3):
             self._head(path)
 
-    def _start(self) -> Path:
+    def start(self) -> Path:
+        """An empty network for inputs of some layout."""
         layout = self.pick(("2d", "2d", "2d", "2d", "1d", "3d", "features", "tokens"))
         channels = self.pick((2, 1, 3, 4, 6))
         if layout == "features":
@@ -120,7 +121,8 @@ class Sampler(Draws):
             self.residual(path)
         affine(self, path, self.pick((3, 5)))
 
-    def _finish(self, path: Path) -> NetworkSpec:
+    def finish(self, path: Path) -> NetworkSpec:
+        """The network that has been drawn, with an output of some kind."""
         output = self.pick(("tensor", "tensor", "tensor", "tuple", "list", "dict", "nested"))
         names = [] if output == "tensor" else [n for n in self.saved if self.one_in(2)]
         return NetworkSpec(tuple(self.shapes), tuple(path.nodes), output, tuple(names))

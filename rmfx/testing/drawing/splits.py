@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rmfx.testing.networks.forms import PRODUCTS
-from rmfx.testing.networks.further import Shuffle, Transpose
-from rmfx.testing.networks.joins import ChannelsLast, Join, Recall, Split
-from rmfx.testing.networks.layers import Act, Linear
+from rmfx.testing.networks.further import Shuffle
+from rmfx.testing.networks.joins import Join, Recall, Split
+from rmfx.testing.networks.layers import Act
 from rmfx.testing.networks.node import Node
 from rmfx.testing.networks.operations import Channels
 
@@ -16,6 +16,7 @@ from .draws import Draws
 from .gates import BOUNDED
 from .layers import act, affine, layer
 from .shortcuts import fit
+from .things import Thing, on_maps
 from .values import INPUT, Path, Value
 
 
@@ -134,7 +135,7 @@ def _put_split(
     sampler.put(path, Split(chains, sizes, form, join, axis), shape)
 
 
-# Channels and tokens that change places
+# Channels that change places
 def shuffle(sampler: Draws, path: Path) -> None:
     """Grouped point convolutions around a channel shuffle."""
     channels = path.value.channels
@@ -148,21 +149,7 @@ def shuffle(sampler: Draws, path: Path) -> None:
     affine(sampler, path, channels, "point", "grouped")
 
 
-def channels_last(sampler: Draws, path: Path) -> None:
-    """Linear layers on the channels as the last axis, as in ConvNeXt."""
-    value = path.value
-    inner = 2 * value.channels
-    middle = Act(sampler.pick(("relu", "gelu", "silu", "hardswish")), "module")
-    chain = (Linear(value.channels, inner), middle, Linear(inner, value.channels))
-    sampler.put(path, ChannelsLast(chain, value.dims))
-
-
-def mix_tokens(sampler: Draws, path: Path) -> None:
-    """Linear layers along the tokens, as in MLP-Mixer."""
-    length, features = path.value.shape
-    form = sampler.pick(("transpose", "permute"))
-    sampler.put(path, Transpose(form), (features, length), alias=True)
-    affine(sampler, path, sampler.pick((4, 2)))
-    act(sampler, path)
-    affine(sampler, path, length)
-    sampler.put(path, Transpose(form), (length, features), alias=True)
+SPLITS = (
+    *map(Thing, (split, halves)),
+    *(Thing(draw, on_maps) for draw in (ghost, concatenate_two, partial, shuffle)),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,3 +53,8 @@ def draw_one(sampler: Draws, path: Path, things: Sequence[Thing], *given: Any) -
         for _ in range(thing.times)
     ]
     sampler.pick(options)(sampler, path, *given)
+
+
+def simplest_first(*tables: Sequence[Thing]) -> tuple[Thing, ...]:
+    """One table of several; what suits anywhere is the simplest, to which draws shrink."""
+    return tuple(sorted(itertools.chain(*tables), key=lambda thing: thing.suits is not anywhere))

@@ -1,4 +1,7 @@
-"""Draws of what works on space by windows: pools, blurs, padding, transposed convolutions."""
+"""Draws of what works on space by windows: pools, blurs, padding, transposed convolutions.
+
+Those of `WINDOWS` leave the shape as it is.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from rmfx.testing.networks.operations import Pad, Pool
 
 from .draws import Draws
 from .layers import act, affine
+from .things import Thing, on_maps
 from .values import Path, collapse, out, pooled
 
 
@@ -149,3 +153,6 @@ def transposed(sampler: Draws, path: Path) -> None:
     lacks = collapse([n - 2 * h + 1 for n, h in zip(value.size, half, strict=True)])
     up = Deconv(channels, channels, kernel, 2, 1, lacks, groups, bias, form)
     sampler.put(path, up, value.shape)
+
+
+WINDOWS = tuple(Thing(draw, on_maps) for draw in (blur, small_pool, padded, transposed))
