@@ -42,10 +42,11 @@ _STYLES: dict[str, tuple[Window, ...]] = {
         "grow": ((2, 1, 1, 1), (3, 1, 2, 1), (1, 1, 1, 1), (4, 1, 2, 1)),
     }.items()
 }
+Arguments = dict[str, tuple[tuple[float, ...], ...]]  # of an `Act`, by its kind
 _PADDING_MODES = ("reflect", "replicate", "circular")
 _ACTIVATIONS = ("relu", "leaky_relu", "prelu", "rrelu", "relu6", "hardtanh", "clamp")
 _RARE_ACTIVATIONS = tuple(k for k in FUNCTIONS if k not in ("relu", "leaky_relu", "rrelu", "relu6"))
-_ARGUMENTS: dict[str, tuple[tuple[float, ...], ...]] = {  # of an `Act`, by its kind
+_ARGUMENTS: Arguments = {
     "leaky_relu": ((), (0.1,), (-0.5,), (1.5,)),
     "rrelu": ((), (0.2, 0.8)),
     "hardtanh": ((), (-0.5, 2.0), (0.0, 6.0), (1.0, 3.0)),
@@ -128,8 +129,8 @@ def _may_wrap(sampler: Draws, value: Value, style: str, padding: Sequence[int | 
 
 def _windows(sampler: Draws, value: Value, style: str) -> list[Window]:
     """One for every axis; pointwise where the style does not fit."""
-    point = _STYLES["point"]
-    fits = [w for w in _STYLES[style] if all(out(n, *w) >= 1 for n in value.size)]
+    point, size = _STYLES["point"], value.size
+    fits = [w for w in _STYLES[style] if all(out(n, *w) >= 1 for n in size)]
     chosen = [sampler.pick(fits or point)] * value.dims
     if value.dims > 1 and not isinstance(chosen[0].padding, str) and sampler.one_in(6):
         chosen[sampler.random.randrange(value.dims)] = point[0]
@@ -211,12 +212,17 @@ def _forms(sampler: Draws, kind: str, value: Value) -> list[str]:
 
 def act_args(sampler: Draws, kind: str, value: Value) -> tuple[float, ...]:
     """The arguments of an `Act`."""
-    channels = value.shape[0]
-    arguments: dict[str, tuple[tuple[float, ...], ...]] = {"prelu": ((), (channels,)), **_ARGUMENTS}
+    options = _ARGUMENTS.get(kind, ((),))
+    if kind == "prelu":
+        options = ((), (value.shape[0],))
     if sampler.is_awkward:
-        arguments |= {
-            "leaky_relu": tuple((slope,) for slope in sampler.slopes),
-            "prelu": tuple((channels, slope) for slope in sampler.slopes),
-            "hardtanh": BOUNDS,
-        }
-    return tuple(sampler.pick(arguments.get(kind, ((),))))
+        options = _awkward_arguments(sampler, value.shape[0]).get(kind, options)
+    return tuple(sampler.pick(options))
+
+
+def _awkward_arguments(sampler: Draws, channels: int) -> Arguments:
+    return {
+        "leaky_relu": tuple((slope,) for slope in sampler.slopes),
+        "prelu": tuple((channels, slope) for slope in sampler.slopes),
+        "hardtanh": BOUNDS,
+    }

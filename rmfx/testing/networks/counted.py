@@ -26,24 +26,19 @@ class Counted:
 
     Attributes:
         names: all that may be said.
+        says: for each kind, the function that says which hold.
     """
 
     def __init__(self) -> None:
         self.names: set[str] = set()
-        self._says: dict[type[Node], Says] = {}
+        self.says: dict[type[Node], Says] = {}
 
     def of(self, *kinds: type[Node], names: Iterable[str]) -> Callable[[Says], Says]:
         """Register a function that says which of the names hold for a node of these kinds."""
         self.names.update(names)
 
         def register(says: Says) -> Says:
-            self._says.update(dict.fromkeys(kinds, says))
+            self.says.update(dict.fromkeys(kinds, says))
             return says
 
         return register
-
-    def features(self, node: Node, place: Place) -> Iterator[str]:
-        """What holds for one node; of a kind that is not registered nothing is said."""
-        says = self._says.get(type(node))
-        if says:
-            yield from says(node, place)

@@ -14,6 +14,10 @@ from .node import Nodes
 from .unusual_features import UNUSUAL
 
 _TABLES = (LAYERS, SITES, UNUSUAL)
+_SAYS = {
+    kind: tuple(table.says[kind] for table in _TABLES if kind in table.says)
+    for kind in {kind for table in _TABLES for kind in table.says}
+}
 _OF_WHOLE_NETWORKS = (
     *(f"{kind} output" for kind in ("tensor", "tuple", "list", "dict", "nested")),
     *(f"{name} network" for name in TYPES),
@@ -29,8 +33,8 @@ def chain_features(nodes: Nodes, depth: int) -> Iterator[str]:
     around = (None, *nodes, None)
     for previous, node, following in zip(around, nodes, around[2:], strict=False):
         place = Place(previous, following, depth)
-        for table in _TABLES:
-            yield from table.features(node, place)
+        for says in _SAYS.get(type(node), ()):  # of a kind in no table nothing is said
+            yield from says(node, place)
         for chain in chains(node):
             yield from chain_features(chain, depth + 1)
 
