@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -128,13 +129,18 @@ def _may_wrap(sampler: Draws, value: Value, style: str, padding: Sequence[int | 
 
 
 def _windows(sampler: Draws, value: Value, style: str) -> list[Window]:
-    """One for every axis; pointwise where the style does not fit."""
-    point, size = _STYLES["point"], value.size
-    fits = [w for w in _STYLES[style] if all(out(n, *w) >= 1 for n in size)]
-    chosen = [sampler.pick(fits or point)] * value.dims
+    """One for every axis."""
+    chosen = [sampler.pick(_fitting(value.size, style))] * value.dims
     if value.dims > 1 and not isinstance(chosen[0].padding, str) and sampler.one_in(6):
-        chosen[sampler.random.randrange(value.dims)] = point[0]
+        chosen[sampler.random.randrange(value.dims)] = _STYLES["point"][0]
     return chosen
+
+
+@functools.cache
+def _fitting(size: tuple[int, ...], style: str) -> tuple[Window, ...]:
+    """The windows of a style; pointwise where none fits."""
+    fits = (w for w in _STYLES[style] if all(out(n, *w) >= 1 for n in size))
+    return tuple(fits) or _STYLES["point"]
 
 
 def count_groups(sampler: Draws, inputs: int, outputs: int, groups: str) -> int:
