@@ -16,8 +16,6 @@ samples themselves must pass as long as nothing is put back. Exit code 1 if one 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 
 from _causes import CAUSES, Cause
 from _common import Limit, parser, show
-from mutations import Mutant, apply, check_copy, copied_sources, first_failure
+from _copies import check_copy, copied_sources, edit, first_failure, run_there
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -42,54 +40,28 @@ print(json.dumps([report.examples, report.failure and report.failure.kind]))
 Row = dict[str, Any]
 
 
-def put_back(cause: Cause, folder: Path) -> None:
-    """Make the edits of a cause in a copy of the sources.
-
-    Raises:
-        ValueError: a text does not occur exactly once.
-    """
-    for file, old, new in cause.edits:
-        apply(Mutant(cause.name, file, old, new, ()), folder)
-
-
 def run_sample(cause: Cause, folder: Path, timeout: float) -> int:
     """The exit code of the network that shows a cause, in a copy of the sources."""
-    command = [sys.executable, str(folder / "benchmarks" / "_causes.py"), cause.name]
-    return _run(command, folder, timeout).returncode
+    script = str(folder / "benchmarks" / "_causes.py")
+    return run_there(folder, ["-W", "ignore", script, cause.name], timeout).returncode
 
 
 def fuzz_finds(cause: Cause, folder: Path, examples: int, timeout: float) -> str:
     """After how many random networks the fuzzer fails, "" if it does not."""
     options = json.dumps({"examples": examples, "seed": 1, **cause.fuzz})
-    done = _run([sys.executable, "-c", FUZZ, options], folder, timeout)
+    done = run_there(folder, ["-W", "ignore", "-c", FUZZ, options], timeout)
     if done.returncode:
         return f"raises: {done.stderr.strip().splitlines()[-1][:80]}"
     tried, kind = json.loads(done.stdout.strip().splitlines()[-1])
     return f"network {tried}: {kind}" if kind else ""
 
 
-def _run(command: list[str], folder: Path, timeout: float) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "PYTHONPATH": str(folder),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
 def row_of(cause: Cause, examples: int, timeout: float) -> Row:
     """What notices one cause."""
     with copied_sources() as folder:
         check_copy(folder)
-        put_back(cause, folder)
+        for file, old, new in cause.edits:
+            edit(folder, file, old, new)
         by_verify = run_sample(cause, folder, timeout) == VERIFICATION_FAILED
         failures = [first_failure(folder, test, timeout) for test in cause.tests]
         found = fuzz_finds(cause, folder, examples, timeout) if examples else "not run"

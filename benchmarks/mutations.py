@@ -8,22 +8,13 @@ that fail without any edit. The working tree is never touched.
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from _common import Limit, parser, show
+from _copies import check_copy, copied_sources, edit, first_failure
 from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("rmfx", "passes", "tests", "benchmarks", "pyproject.toml", "setup.cfg", "README.md")
 
 
 @dataclass(frozen=True)
@@ -85,80 +76,6 @@ MUTANTS: tuple[Mutant, ...] = (
 )
 
 
-@contextmanager
-def copied_sources() -> Iterator[Path]:
-    """A temporary folder from which rmfx and rmfx.passes import; gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="rmfx-mutation-") as name:
-        folder = Path(name)
-        for entry in COPIED:
-            source = ROOT / entry
-            if source.is_dir():
-                ignore = shutil.ignore_patterns("__pycache__", ".hypothesis")
-                shutil.copytree(source, folder / entry, ignore=ignore)
-            elif source.exists():
-                shutil.copy(source, folder / entry)
-        # setup.cfg maps the folder passes/ to rmfx.passes; here a link does.
-        (folder / "rmfx" / "passes").symlink_to("../passes")
-        yield folder
-
-
-def apply(mutant: Mutant, folder: Path) -> None:
-    """Makes the edit in `folder`.
-
-    Raises:
-        ValueError: the old text does not occur exactly once.
-    """
-    path = folder / mutant.file
-    text = path.read_text(encoding="utf-8")
-    if text.count(mutant.old) != 1:
-        raise ValueError(f"{mutant.file} has {text.count(mutant.old)} places like: {mutant.old}")
-    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-
-
-def first_failure(folder: Path, test: str, timeout: float) -> str | None:
-    """Runs the file `test` in `folder`; the first test that fails, or None if all pass.
-
-    Raises:
-        ValueError: pytest could not run the file, or took longer than `timeout` seconds.
-    """
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
-    command += ["--hypothesis-seed=0", test]
-    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ValueError(f"{test} took more than {timeout:g} s") from error
-    if done.returncode == 0:
-        return None
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    if done.returncode != 1 or not found:
-        raise ValueError(f"pytest could not run {test}:\n{done.stdout[-2000:]}{done.stderr}")
-    return found.group(1)
-
-
-def check_copy(folder: Path) -> None:
-    """Makes sure the copy is what a test imports, not an installed rmfx.
-
-    Raises:
-        ValueError: it is not.
-    """
-    command = [sys.executable, "-c", "import rmfx.passes; print(rmfx.passes.__file__)"]
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    if not Path(done.stdout.strip()).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"the copy is not what gets imported: {done.stdout}{done.stderr}")
-
-
 def check_unbroken(mutants: Sequence[Mutant], timeout: float) -> None:
     """Makes sure that all tests pass as long as nothing is broken.
 
@@ -176,7 +93,7 @@ def check_unbroken(mutants: Sequence[Mutant], timeout: float) -> None:
 def noticed_by(mutant: Mutant, timeout: float) -> list[str]:
     """The first failing test of each file that notices the mutant."""
     with copied_sources() as folder:
-        apply(mutant, folder)
+        edit(folder, mutant.file, mutant.old, mutant.new)
         failures = [first_failure(folder, test, timeout) for test in mutant.tests]
     return [failure for failure in failures if failure]
 

@@ -21,23 +21,20 @@ from rmfx.report import JoinError
 from .networks.features import FEATURES
 from .networks.further import Blur, Deconv, Shuffle, Transpose
 from .networks.joins import ChannelsLast, Join, Recall, Save, Split
-from .networks.layers import (
-    Act,
+from .networks.layers import Act, Conv, Linear, Norm
+from .networks.memory import Gain, SharedNorm, Write
+from .networks.node import Node
+from .networks.operations import (
     Arithmetic,
     Channels,
-    Conv,
     Drop,
     Flatten,
-    Linear,
-    Norm,
     Opaque,
     Pad,
     PadChannels,
     Pool,
     Slice,
 )
-from .networks.memory import Gain, SharedNorm, Write
-from .networks.node import Node
 from .networks.places import Flip, Focal, Mean, Repeat, Reshaped, Roll, Take, Tokens
 from .networks.spec import Network, NetworkSpec, random_statistics
 from .strategies import random_block, random_network, residual_blocks, residual_networks

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from rmfx.choices import PASSES
+from rmfx.testing.case import Case
 from rmfx.testing.networks.node import Node, arguments
 from rmfx.testing.networks.spec import NetworkSpec
 
@@ -21,54 +19,6 @@ _HOLD = {
         "import torch",
     ),
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """One network and the way in which it is handed to the pass.
-
-    Attributes:
-        spec: the network.
-        transform: the name of the pass.
-        frontend: "module", "traced", "exported" or "compiled".
-        activation: the option of `remove_residuals`.
-        without_inputs: whether the pass is also called without example inputs.
-        input_range: whether `remove_residuals` is told the range of the inputs.
-        calibrated: whether it is given the inputs as data, which a shift needs.
-        changes: what is done to the weights between calls of a compiled network.
-    """
-
-    spec: NetworkSpec
-    transform: str
-    frontend: str = "module"
-    activation: str | tuple[str, ...] = "auto"
-    without_inputs: bool = False
-    input_range: bool = False
-    calibrated: bool = False
-    changes: tuple[str, ...] = ()
-
-    def of(self, spec: NetworkSpec) -> Case:
-        """The same with another network."""
-        return replace(self, spec=spec)
-
-    def features(self) -> frozenset[str]:
-        """What occurs in the network, and what is done to its weights."""
-        return self.spec.features().union(f"{change} between calls" for change in self.changes)
-
-    def options(self, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
-        """The keyword arguments of the pass."""
-        if self.transform not in PASSES:
-            return {}
-        # The fuzzer compares what a pass made, not what the pass found when it did so itself.
-        options: dict[str, Any] = {} if self.frontend == "compiled" else {"verify": False}
-        if self.transform == "remove_residuals":
-            options["activation"] = self.activation
-        if self.input_range:
-            bound = max(float(x.abs().max()) for x in inputs)
-            options["input_range"] = (-bound, bound)
-        if self.calibrated:
-            options["calibration"] = [inputs]
-        return options
 
 
 def script(case: Case, why: str) -> str:

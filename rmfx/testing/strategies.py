@@ -7,7 +7,7 @@ from random import Random
 
 from hypothesis import strategies as st
 
-from rmfx.testing.networks.sampler import Sampler
+from rmfx.testing.drawing.sampler import Sampler
 from rmfx.testing.networks.spec import NetworkSpec
 
 

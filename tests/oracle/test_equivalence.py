@@ -39,7 +39,7 @@ from rmfx.testing import (
     residual_blocks,
     residual_networks,
 )
-from rmfx.testing.networks.values import pooled
+from rmfx.testing.drawing.values import pooled
 
 BLOCK = Join(((Conv(3, 3, (3, 3), padding=1), Norm(3), Act("relu"), Conv(3, 3, (1, 1))), ()))
 

@@ -17,8 +17,10 @@ from rmfx import fuzz, testing
 from rmfx.cli import main
 from rmfx.fuzz import WRONG, draw_case, without_names
 from rmfx.testing import Act, Conv, Join, NetworkSpec, Norm, Recall, Save, Split
-from rmfx.testing.script import Case, layout, script
+from rmfx.testing.case import Case
+from rmfx.testing.script import layout, script
 from rmfx.testing.shrink import runs, shrink
+from rmfx.testing.trial import NotHeldError, held
 
 PASSES = """
 import torch
@@ -268,5 +270,5 @@ def test_what_torch_cannot_export_says_nothing_about_the_pass() -> None:
             return x if x.sum().item() > 0 else -x
 
     spec = draw_case(0, seed=0).spec
-    with pytest.raises(fuzz._NotHeldError):
-        fuzz._held(Unexportable(), spec.inputs(), "exported")
+    with pytest.raises(NotHeldError):
+        held(Unexportable(), spec.inputs(), "exported")

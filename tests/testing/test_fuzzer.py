@@ -37,14 +37,15 @@ from rmfx.testing import (
     Take,
     Tokens,
     Write,
+    trial,
 )
+from rmfx.testing.case import Case
 from rmfx.testing.compare import COPRIME, ONE, OTHER_BATCH, OTHER_SIZE, compare
 from rmfx.testing.compiled import CHANGES, MOVED, compare_compiled
 from rmfx.testing.networks.digits import SLOPES, TYPES
 from rmfx.testing.networks.memory import GAINS, VIEWS, WRITES
 from rmfx.testing.networks.places import INDICES, ROLLS, STATISTICS
-from rmfx.testing.networks.unusual import UNUSUAL_FEATURES
-from rmfx.testing.script import Case
+from rmfx.testing.networks.unusual_features import UNUSUAL
 
 # ---- the nodes ----------------------------------------------------------------------------------
 
@@ -306,8 +307,7 @@ def test_weights_of_too_few_digits_are_found_in_every_type(dtype: str) -> None:
 
 
 def test_every_new_feature_is_broken_once() -> None:
-    others = {*(f"{dtype} network" for dtype in TYPES), "floor pool beside a strided layer"}
-    assert set(UNUSUAL_FEATURES) - others == set(BROKEN)
+    assert UNUSUAL.names == set(BROKEN)
 
 
 # ---- mechanisms taken away again ----------------------------------------------------------------
@@ -324,13 +324,13 @@ def by_name(tensors: Any) -> dict[int, int]:
 def fails(case: Case, apply: Callable[..., Any]) -> bool:
     """Whether the fuzzer finds anything wrong with a network."""
     report = fuzz.FuzzReport(case.transform, case.frontend, seed=0)
-    fuzz._try_case(report, case, apply, 0)
+    trial.try_case(report, case, apply, 0)
     return report.failure is not None
 
 
 @pytest.fixture(autouse=True)
 def _without_making_networks_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz, "shrink", lambda spec, fails: spec)
+    monkeypatch.setattr(trial, "shrink", lambda spec, fails: spec)
 
 
 # Where a mechanism is looked up, and what stood there when attacks succeeded; how the networks are
@@ -475,8 +475,8 @@ def test_a_network_that_nothing_can_trace_is_skipped_with_the_reason(
 
     case = fuzz.draw_case(0, seed=0)
     report = fuzz.FuzzReport("remove_residuals", "module", seed=0)
-    monkeypatch.setattr(fuzz, "_is_traceable", lambda case, arguments: False)
-    fuzz._try_case(report, case, refuses, 0)
+    monkeypatch.setattr(trial, "is_traceable", lambda case, arguments: False)
+    trial.try_case(report, case, refuses, 0)
     assert (report.skipped, report.failure) == (1, None)
     assert list(report.untraced) == ["the network cannot be traced: N reasons"]
     monkeypatch.undo()

@@ -1,1 +1,1 @@
-"""Random networks as plain data, and how they are drawn."""
+"""Random networks as plain data, and the modules that are built of them."""

@@ -1,66 +1,7 @@
-"""What costs digits: half types, slopes near -1, 0 and 1, tiny and huge bounds, other scales."""
-
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
-
-from .layers import Act, Arithmetic
-from .node import Node
-from .values import Draws, Path
+"""Numbers that cost digits: half types, slopes near -1, 0 and 1, tiny and huge bounds, scales."""
 
 TYPES = ("float32", "bfloat16", "float16", "bfloat16")
 STEEP = (-0.99, -0.999, -0.98)
 SLOPES = (*STEEP, 1e-3, 0.99, -1.0, 1.0, 0.0)
 BOUNDS = ((-1e-3, 1e-3), (-3e4, 3e4), (-1e-3, 3e4), (1e-3, 2e-3))
-Arguments = dict[str, tuple[tuple[float, ...], ...]]
 SCALES = (2.0**-8, 2.0**8)  # exact in every type
-
-
-# Kinds of nodes that jump, so that a rounding decides between values, or divide by what may vanish.
-# Half types have no kernels for some others, on the CPU.
-_JUMPS = ("threshold", "normalize", "layer norm", "interpolate", "torch.where(a > 0.1, a, b)")
-
-
-def awkward_arguments(channels: int, slopes: Sequence[float]) -> Arguments:
-    """Of an `Act`, by its kind."""
-    return {
-        "leaky_relu": tuple((slope,) for slope in slopes),
-        "prelu": tuple((channels, slope) for slope in slopes),
-        "hardtanh": BOUNDS,
-    }
-
-
-def scale_apart(sampler: Draws, path: Path) -> None:
-    """A factor that leaves values of very different scale in the network; once is enough."""
-    if sampler.is_scaled:
-        sampler.affine(path, style="preserve")
-        return
-    sampler.is_scaled = True
-    sampler.put(path, Arithmetic(sampler.pick(("c * x", "x / c")), sampler.pick(SCALES)))
-
-
-def suits_types(features: frozenset[str]) -> bool:
-    """Whether a network with these features computes nearly the same in a coarse type."""
-    named = {f.removeprefix("activation ").removeprefix("join ") for f in features}
-    return not named & {*_JUMPS, "conv3d"}
-
-
-def digit_features(node: Node) -> Iterator[str]:
-    """What costs digits in a node."""
-    if isinstance(node, Arithmetic) and abs(node.value) in SCALES:
-        yield "values of very different scale"
-    if not isinstance(node, Act) or not node.args:
-        return
-    if node.kind == "hardtanh" and node.args in BOUNDS:
-        reach = max(map(abs, node.args))
-        yield "huge bounds" if reach > 1e4 else "tiny bounds"
-    slopes = node.args if node.kind == "leaky_relu" else node.args[1:]
-    if node.kind in ("leaky_relu", "prelu") and slopes and slopes[0] in SLOPES:
-        yield f"slope near {round(slopes[0])}"
-
-
-DIGIT_FEATURES = (
-    *(f"{name} network" for name in dict.fromkeys(TYPES)),
-    *("slope near -1", "slope near 0", "slope near 1", "tiny bounds", "huge bounds"),
-    "values of very different scale",
-)

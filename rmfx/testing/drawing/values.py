@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
-from .node import Node
+from rmfx.testing.networks.node import Node
 
 INPUT = 0  # the storage of everything that shares memory with the network's inputs
 
@@ -38,6 +37,11 @@ class Value:
     def size(self) -> tuple[int, ...]:
         return self.shape[1:]
 
+    @property
+    def for_channels(self) -> tuple[int, ...]:
+        """The shape of a tensor that has one number for every channel."""
+        return (self.channels, *(1 for _ in self.size)) if self.is_map else (self.channels,)
+
     def suits(self, other: Value) -> bool:
         """Whether a chain of layers can bring this value to the other's shape."""
         if self.tokens or other.tokens:
@@ -56,63 +60,6 @@ class Path:
     def operand(self) -> Path:
         """An empty chain that starts at this value, for a join."""
         return Path(self.value, self.depth - 1)
-
-
-class Draws(Protocol):
-    """What those who draw parts of a network need of the sampler."""
-
-    batch: int
-    functional: bool
-    is_awkward: bool
-    is_scaled: bool
-    products: int
-
-    @property
-    def is_large(self) -> bool:
-        """Whether the network has had its share of nesting."""
-
-    def pick(self, options: Sequence[Any]) -> Any:
-        """One of several options."""
-
-    def one_in(self, n: int) -> bool:
-        """Whether something happens that does once in n times."""
-
-    def put(
-        self, path: Path, node: Node, shape: tuple[int, ...] | None = None, *, alias: bool = False
-    ) -> None:
-        """Add a node to a chain."""
-
-    def affine(
-        self, path: Path, outputs: int | None = None, style: str = "keep", groups: str = "one"
-    ) -> None:
-        """Add a linear layer."""
-
-    def layer(self, path: Path, outputs: int | None = None, style: str = "keep") -> None:
-        """Add a linear layer, and perhaps a batch norm and an activation."""
-
-    def act(self, path: Path) -> None:
-        """Add an activation."""
-
-    def save(self, path: Path) -> str:
-        """Let the value be read again, under the name that is given back."""
-
-    def pool_all(self, path: Path) -> None:
-        """Add a pool over all positions."""
-
-    def residual(self, path: Path) -> None:
-        """Add a residual site."""
-
-    def fit(self, path: Path, shape: tuple[int, ...]) -> None:
-        """Bring the value to a shape."""
-
-    def join(self, path: Path, operands: list[Path], form: str = "") -> None:
-        """Add a join of several chains."""
-
-    def width(self, value: Value) -> int:
-        """A number of channels for a layer that reads the value."""
-
-    def style(self) -> str:
-        """How a branch treats the size of its value."""
 
 
 def out(size: int, kernel: int, stride: int, padding: int | str, dilation: int) -> int:
