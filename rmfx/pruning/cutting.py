@@ -29,7 +29,7 @@ from rmfx.ir.net import Net
 from rmfx.ir.nodes import slice_by_slice
 from rmfx.report import META_KEY
 
-from .families import Widths
+from .families import Meter, Part, Size, Widths
 from .slicing import cut_layer, cut_module, like, of_channels
 
 
@@ -158,6 +158,36 @@ def norm_behind(net: Net, node: fx.Node) -> fx.Node | None:
     if isinstance(net.module(node), nn.Linear) and net.rank(node) != 2:
         return None  # it normalises dimension 1, which does not hold the features
     return user if module.running_mean is not None else None
+
+
+def with_ones(meter: Meter) -> Meter:
+    """With the channel of ones that a layer which pads reads when it has lost channels."""
+
+    def cost(part: Part, size: Size) -> float:
+        reads = part.module is not None and reads_ones(part.module, part.carries.numel())
+        if reads and size.ins < part.ins.numel():
+            size = replace(size, ins=size.ins + 1)
+        return meter(part, size)
+
+    return cost
+
+
+def with_biases(net: Net, widths: Widths, meter: Meter) -> Meter:
+    """With the bias that a layer gets for the channels it has lost, if it had none."""
+    gain = {
+        part
+        for part in widths.parts
+        if part.module is not None
+        and getattr(part.module, "bias", part.module) is None
+        and part.carries.numel() < part.ins.numel()  # else it mixes no channels
+        and norm_behind(net, part.node) is None
+    }
+
+    def cost(part: Part, size: Size) -> float:
+        gets = part in gain and size.ins < part.ins.numel()
+        return meter(part, size) + (size.outs if gets else 0)
+
+    return cost
 
 
 # ---- what is cut --------------------------------------------------------------------------------
