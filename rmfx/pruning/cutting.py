@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.affine import TRANSPOSED, AffineConv
-from rmfx.algebra.laws import direct_sum
+from rmfx.algebra.laws import direct_sum, sum_of_taps
 from rmfx.analysis.channel_labels import PAD_ARGUMENTS, Channels, Cut, Layer, Table
 from rmfx.errors import Refusal, RmfxError
 from rmfx.ir.elements import Virtual
@@ -77,6 +77,8 @@ def cut(
         The constants that have changed, by target.
     """
     keep = Keep(channels, gone)
+    if len(gone):
+        net.rewrites["cut"] += len(gone)
     for layer in channels.layers:
         if layer.node in responses:
             _compensate(net, layer, keep, responses[layer.node], borders=borders)
@@ -106,14 +108,13 @@ def _compensate(net: Net, layer: Layer, keep: Keep, response: Tensor, *, borders
         _read_ones(net, layer.node, torch.where(gone, response, 0.0).to(weight))
         return
     taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
-    groups, n_out = layer.carries.numel(), layer.outs.numel()
+    groups = layer.carries.numel()
     if isinstance(module, TRANSPOSED):
         # A place sees one tap of each stride in turn: this is their mean.
-        block = taps.reshape(groups, -1, n_out // groups).transpose(1, 2) / math.prod(module.stride)
-    else:
-        block = taps.reshape(groups, n_out // groups, -1)
-    lost = torch.where(gone, response.to(torch.float64), 0.0).to(taps.device)
-    shift = torch.einsum("goi,gi->go", block, lost.reshape(groups, -1)).flatten()
+        turned = taps.reshape(groups, -1, taps.shape[1]).transpose(1, 2).flatten(0, 1)
+        taps = turned / math.prod(module.stride)
+    lost = torch.where(gone, response, 0.0)
+    shift = sum_of_taps(AffineConv.pointwise(taps, dims=0, groups=groups), lost)
     norm = norm_behind(net, layer.node)
     if module.bias is None and norm is not None:
         copied = _own(net, norm)

@@ -36,7 +36,7 @@ from rmfx.analysis.constant_channels import PinnedRanges
 from rmfx.analysis.regions import Inner, Leaf, Region, find_region
 from rmfx.ir.net import Net
 
-from .slicing import Merge, columns, cut_columns, cut_layer, cut_module, of_channels, put
+from .slicing import Merge, cut_columns, cut_layer, cut_module, inputs_read, of_channels, put
 
 FAIR = 1 / 64  # how small a constant may be beside those that it stands in for
 Need = tuple[int, int]  # a leaf that pads, and one of its groups
@@ -83,7 +83,7 @@ class Plan:
 
 def _view(ranges: PinnedRanges, leaf: Leaf, units: int) -> View:
     layer, block = leaf.layer, leaf.block
-    used = (columns(layer) != 0).flatten(1).any(1).cpu()
+    used = inputs_read(layer)
     is_number, numbers = ranges.numbers(leaf.value, layer.in_channels, layer.dims)
     spent = ~used | (is_number & ((numbers == 0) | (not layer.pads)))
     spent = spent.reshape(units, block).all(1)
@@ -301,6 +301,7 @@ class Cleaner:
         if plan is None:
             return region
         _cut(self._net, region, plan, self._ranges)
+        self._net.rewrites["dead_channels"] += 1
         self.changed |= {producer, *(part.node for part in region.inner)}
         self._due |= {producer, *(leaf.node for leaf in region.leaves)}
         self._due |= self._feeds.get(producer, set())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.affine import MULTIPLYING, TRANSPOSED, AffineConv
+from rmfx.algebra.laws import sum_of_taps
 from rmfx.ir.elements import Virtual
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
@@ -131,11 +132,18 @@ def like(value: Tensor, model: Tensor) -> Any:
     return value
 
 
-def columns(layer: AffineConv) -> Tensor:
-    """The weights that each input channel is multiplied by: (in, out // groups, taps)."""
+def inputs_read(layer: AffineConv, outs: Tensor | None = None) -> Tensor:
+    """Which inputs the outputs of a layer, or some of them, read: (in,) booleans.
+
+    Args:
+        layer: the layer.
+        outs: (out,) booleans, all by default.
+    """
     n_in, n_out = layer.block
-    weight = layer.weight.detach().reshape(layer.groups, n_out, n_in, -1)
-    return weight.transpose(1, 2).reshape(layer.in_channels, n_out, -1)
+    used = layer.weight.detach() != 0
+    if outs is not None:
+        used[~outs.to(used.device)] = False
+    return used.reshape(layer.groups, n_out, n_in, -1).any(3).any(1).flatten().cpu()
 
 
 @dataclass(frozen=True)
@@ -158,19 +166,13 @@ def cut_columns(
         numbers: (in,) what a channel that goes always is; 0 where it is merged into another.
         merges: where the columns of other channels that go are added.
     """
-    n_in, n_out = layer.block
-    device = layer.weight.device
-    own, bias = columns(layer), layer.bias.detach()
-    if merges:
-        own = own.to(torch.float64)
-        factor = torch.tensor([m.factor for m in merges], dtype=torch.float64, device=device)
-        added = own[[m.source for m in merges]] * factor.reshape(-1, 1, 1)
-        own = own.index_add(0, torch.tensor([m.target for m in merges], device=device), added)
+    weight, bias = layer.weight.detach(), layer.bias.detach()
     if bool(numbers.any()):
-        gone = numbers.nonzero().flatten().to(device)
-        effect = own[gone].to(torch.float64).sum(2) * numbers.to(device)[gone].reshape(-1, 1)
-        shift = bias.to(torch.float64).reshape(layer.groups, n_out)
-        bias = shift.index_add(0, gone // n_in, effect).flatten()
-    blocks = own.reshape(layer.groups, n_in, n_out, -1).transpose(1, 2)
-    weight = blocks.reshape(layer.out_channels, n_in, *layer.kernel)
+        bias = bias.to(torch.float64) + sum_of_taps(layer, numbers)
+    if merges:
+        weight = weight.to(torch.float64, copy=True)
+        of_groups, n_in = weight.unflatten(0, (layer.groups, -1)), layer.block[0]
+        for merge in merges:
+            group, target, source = merge.target // n_in, merge.target % n_in, merge.source % n_in
+            of_groups[group, :, target] += merge.factor * of_groups[group, :, source]
     return cut_layer(replace(layer, weight=weight, bias=bias), None, keep)

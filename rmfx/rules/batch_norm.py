@@ -96,6 +96,7 @@ def insert_norm(net: Net, conv: fx.Node, moments: Moments) -> None:
     with net.graph.inserting_after(conv):
         made = net.put(norm, conv, f"{conv.target}_norm", conv)
     conv.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+    net.rewrites["insert_norm"] += 1
 
 
 @dataclass(frozen=True, eq=False)

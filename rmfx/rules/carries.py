@@ -37,6 +37,7 @@ from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
 from rmfx.ir.reading import read
 from rmfx.modules.activations import OWN_ACTIVATIONS
+from rmfx.pruning.slicing import inputs_read
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +143,8 @@ def _through_layer(layer: AffineConv, x: fx.Node, before: Sequence[Carry]) -> Ca
     nowhere = torch.full((total,), -1)
     own = torch.arange(total)
     found: dict[tuple[int, int], Carry] = {}
-    singles = single_weights(layer)
-    mixed = _columns_read(layer, [row for row, *_ in singles])
-    for row, column, tap, weight in singles:
+    mixed = inputs_read(layer, ~hands_on(layer))
+    for row, column, tap, weight in _single_weights(layer):
         # Where the main block reads a channel too, a carry begins.
         carry = next((c for c in before if c.rows[column] >= 0 and not mixed[column]), None)
         way = None if carry is None else _hop(layer, tap, carry.way)
@@ -162,19 +162,16 @@ def _through_layer(layer: AffineConv, x: fx.Node, before: Sequence[Carry]) -> Ca
     return (*found.values(), begins)
 
 
-def _columns_read(layer: AffineConv, without: list[int]) -> Tensor:
-    """Which inputs the outputs of a layer read, but for some of them: (in,) booleans."""
-    used = layer.weight.detach() != 0
-    used[without] = False
-    n_in, n_out = layer.block
-    return used.reshape(layer.groups, n_out, n_in, -1).any(3).any(1).flatten().cpu()
+def hands_on(layer: AffineConv) -> Tensor:
+    """Which outputs have one weight and no bias: (out,) booleans."""
+    weights = (layer.weight.detach() != 0).flatten(1).sum(1)
+    return ((weights == 1) & (layer.bias.detach() == 0)).cpu()
 
 
-def single_weights(layer: AffineConv) -> list[tuple[int, int, int, float]]:
-    """Output, input, tap and weight of the outputs that have one weight and no bias."""
+def _single_weights(layer: AffineConv) -> list[tuple[int, int, int, float]]:
+    """Output, input, tap and weight of the outputs that hand a channel on."""
     weight = layer.weight.detach().cpu().flatten(1)
-    single = ((weight != 0).sum(1) == 1) & (layer.bias.detach().cpu() == 0)
-    rows = single.nonzero().flatten()
+    rows = hands_on(layer).nonzero().flatten()
     place = (weight[rows] != 0).int().argmax(1)
     size = math.prod(layer.kernel)
     n_in, n_out = layer.block

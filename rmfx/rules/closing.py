@@ -36,7 +36,7 @@ from rmfx.ir.weights import weight_types
 from rmfx.modules.activations import ChannelPReLU
 from rmfx.pruning.slicing import put
 
-from .carries import Carry, Origins, single_weights, trimmed
+from .carries import Carry, Origins, hands_on, trimmed
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +52,7 @@ def _split(layer: AffineConv, carry: Carry) -> Split | None:
     """Take a layer apart into what it reads of a carry and what else; None if that is nothing."""
     if layer.groups != 1 or carry.first.dims != layer.dims:
         return None
-    mixing = torch.ones(layer.out_channels, dtype=torch.bool)
-    mixing[[row for row, *_ in single_weights(layer)]] = False  # those hand a channel on
+    mixing = ~hands_on(layer)
     carried = carry.rows >= 0
     space = [1] * layer.dims
     where = (mixing.reshape(-1, 1) & carried.reshape(1, -1)).reshape(
@@ -106,9 +105,11 @@ def close_all(net: Net, origins: Origins) -> int:
             here = sums.get(split.source, split.source)
             total = _close(net, node, replace(split, main=found[-1].main), here)
             sums.setdefault(node, total)  # the next one stands before it
-    if splits:
+    count = sum(map(len, splits.values()))
+    if count:
+        net.rewrites["close_all"] += count
         _ungroup(net)
-    return sum(map(len, splits.values()))
+    return count
 
 
 def _close(net: Net, node: fx.Node, split: Split, source: fx.Node) -> fx.Node:
@@ -146,10 +147,8 @@ def _ungroup(net: Net) -> None:
         layer = read(net, node) if node.op == "call_module" else None
         if not isinstance(layer, AffineConv) or layer.groups == 1 or net.guard(node) is not None:
             continue
-        carried = torch.zeros(layer.out_channels)
-        carried[[row for row, *_ in single_weights(layer)]] = 1
-        share = carried.reshape(layer.groups, -1).mean(1)
-        if bool(((share > 0) & (share < 1)).any()):
+        carried = hands_on(layer).reshape(layer.groups, -1)
+        if bool((carried.any(1) & ~carried.all(1)).any()):
             put(net, node, layer.regroup(1))
 
 

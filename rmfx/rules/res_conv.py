@@ -78,6 +78,7 @@ def insert_factors(net: Net, found: Inserted, scale: float, carry: float) -> Non
         made = net.graph.call_module(target, (norm, conv.all_input_nodes[0]))
     made.meta = {key: value for key, value in norm.meta.items() if key != "tensor_meta"}
     norm.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+    net.rewrites["insert_factors"] += 1
 
 
 # ---- taking layers out --------------------------------------------------------------------------
@@ -130,6 +131,7 @@ def remove_layer(net: Net, gate: fx.Node) -> None:
         made = net.put(carried, source, str(gate.target), gate)  # type: ignore[arg-type]
     made.meta |= {key: gate.meta[key] for key in ("shape", "dtype") if key in gate.meta}
     gate.replace_all_uses_with(made)
+    net.rewrites["remove_layer"] += 1
 
 
 # ---- for deployment -----------------------------------------------------------------------------
@@ -149,6 +151,7 @@ def write_out(net: Net, node: fx.Node) -> None:
     for new in (n for n in (value, *value.all_input_nodes) if not n.meta):
         new.meta = {k: v for k, v in node.meta.items() if k in ("shape", "dtype", "source")}
     net.replace(node, value)
+    net.rewrites["write_out"] += 1
 
 
 class FixedRule:

@@ -184,6 +184,7 @@ def let_pass(net: Net, blocks: Iterable[tuple[Block, int]]) -> None:
         fork = renewed.get(block.fork, block.fork)
         value, whole = _reserve(net, replace(block, fork=fork), reserved)
         renewed[value] = whole
+        net.rewrites["let_pass"] += 1
 
 
 def _reserve(net: Net, block: Block, reserved: int) -> tuple[fx.Node, fx.Node]:

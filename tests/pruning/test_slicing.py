@@ -10,7 +10,7 @@ from builders import chain
 from torch import Tensor, nn
 
 from rmfx.algebra.affine import AffineConv
-from rmfx.pruning.slicing import Merge, columns, cut_columns, cut_layer, cut_module
+from rmfx.pruning.slicing import Merge, cut_columns, cut_layer, cut_module, inputs_read
 
 
 def booleans(*bits: int) -> Tensor:
@@ -143,4 +143,11 @@ def test_columns_that_go_leave_what_they_gave(groups: int) -> None:
     numbers = torch.tensor([0, 0.75, 0, 0, 0, 0], dtype=torch.float64)
     made = cut_columns(layer, keep, numbers, [Merge(5, 4, 3.0)])
     torch.testing.assert_close(made(x[:, keep]), layer(x))
-    assert columns(made).shape == (4, 4 // groups, 9)
+    assert made.weight.shape == (4, 4 // groups, 3, 3)
+
+
+def test_what_is_read_is_asked_of_some_outputs_or_of_all() -> None:
+    weight = torch.tensor([[0.0, 1], [0, 0], [2, 0], [0, 3]])
+    layer = AffineConv.pointwise(weight, dims=1, groups=2)
+    assert inputs_read(layer).tolist() == [False, True, True, True]
+    assert inputs_read(layer, booleans(0, 1, 1, 0)).tolist() == [False, False, True, False]
