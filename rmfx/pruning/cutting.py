@@ -30,7 +30,7 @@ from rmfx.ir.nodes import slice_by_slice
 from rmfx.report import META_KEY
 
 from .families import Meter, Part, Size, Widths
-from .slicing import cut_layer, cut_module, like, of_channels
+from .slicing import cut_layer, cut_module, filters, like, of_channels
 
 
 class Keep:
@@ -103,18 +103,16 @@ def _compensate(net: Net, layer: Layer, keep: Keep, response: Tensor, *, borders
     if not bool((gone & (response.cpu() != 0)).any()):
         return
     module: Any = net.callee(layer.node)
-    weight = module.weight.detach().to(torch.float64)
+    weight = filters(module).to(torch.float64)
     if borders and reads_ones(module, layer.carries.numel()):
         _read_ones(net, layer.node, torch.where(gone, response, 0.0).to(weight))
         return
-    taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
-    groups = layer.carries.numel()
+    taps = weight.reshape(*weight.shape[:2], -1).sum(2)
     if isinstance(module, TRANSPOSED):
         # A place sees one tap of each stride in turn: this is their mean.
-        turned = taps.reshape(groups, -1, taps.shape[1]).transpose(1, 2).flatten(0, 1)
-        taps = turned / math.prod(module.stride)
-    lost = torch.where(gone, response, 0.0)
-    shift = sum_of_taps(AffineConv.pointwise(taps, dims=0, groups=groups), lost)
+        taps = taps / math.prod(module.stride)
+    summed = AffineConv.pointwise(taps, dims=0, groups=layer.carries.numel())
+    shift = sum_of_taps(summed, torch.where(gone, response, 0.0))
     norm = norm_behind(net, layer.node)
     if module.bias is None and norm is not None:
         copied = _own(net, norm)

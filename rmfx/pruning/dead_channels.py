@@ -83,7 +83,7 @@ class Plan:
 
 def _view(ranges: PinnedRanges, leaf: Leaf, units: int) -> View:
     layer, block = leaf.layer, leaf.block
-    used = inputs_read(layer)
+    used = inputs_read(layer.weight, layer.groups)
     is_number, numbers = ranges.numbers(leaf.value, layer.in_channels, layer.dims)
     spent = ~used | (is_number & ((numbers == 0) | (not layer.pads)))
     spent = spent.reshape(units, block).all(1)

@@ -132,18 +132,28 @@ def like(value: Tensor, model: Tensor) -> Any:
     return value
 
 
-def inputs_read(layer: AffineConv, outs: Tensor | None = None) -> Tensor:
+def filters(module: nn.Module) -> Tensor:
+    """The weights of a linear layer, transposed or not, as (out, in // groups, *kernel)."""
+    own: Any = module
+    weight: Tensor = own.weight.detach()
+    if isinstance(module, TRANSPOSED):
+        weight = weight.unflatten(0, (own.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight
+
+
+def inputs_read(weight: Tensor, groups: int, outs: Tensor | None = None) -> Tensor:
     """Which inputs the outputs of a layer, or some of them, read: (in,) booleans.
 
     Args:
-        layer: the layer.
+        weight: (out, in // groups, *kernel).
+        groups: of the layer.
         outs: (out,) booleans, all by default.
     """
-    n_in, n_out = layer.block
-    used = layer.weight.detach() != 0
+    used = weight.detach() != 0
     if outs is not None:
         used[~outs.to(used.device)] = False
-    return used.reshape(layer.groups, n_out, n_in, -1).any(3).any(1).flatten().cpu()
+    of_groups: Tensor = used.reshape(*used.shape[:2], -1).any(2).unflatten(0, (groups, -1))
+    return of_groups.any(1).flatten().cpu()
 
 
 @dataclass(frozen=True)

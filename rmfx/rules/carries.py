@@ -143,7 +143,7 @@ def _through_layer(layer: AffineConv, x: fx.Node, before: Sequence[Carry]) -> Ca
     nowhere = torch.full((total,), -1)
     own = torch.arange(total)
     found: dict[tuple[int, int], Carry] = {}
-    mixed = inputs_read(layer, ~hands_on(layer))
+    mixed = inputs_read(layer.weight, layer.groups, ~hands_on(layer))
     for row, column, tap, weight in _single_weights(layer):
         # Where the main block reads a channel too, a carry begins.
         carry = next((c for c in before if c.rows[column] >= 0 and not mixed[column]), None)

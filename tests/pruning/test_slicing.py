@@ -10,7 +10,7 @@ from builders import chain
 from torch import Tensor, nn
 
 from rmfx.algebra.affine import AffineConv
-from rmfx.pruning.slicing import Merge, cut_columns, cut_layer, cut_module, inputs_read
+from rmfx.pruning.slicing import Merge, cut_columns, cut_layer, cut_module, filters, inputs_read
 
 
 def booleans(*bits: int) -> Tensor:
@@ -148,6 +148,13 @@ def test_columns_that_go_leave_what_they_gave(groups: int) -> None:
 
 def test_what_is_read_is_asked_of_some_outputs_or_of_all() -> None:
     weight = torch.tensor([[0.0, 1], [0, 0], [2, 0], [0, 3]])
-    layer = AffineConv.pointwise(weight, dims=1, groups=2)
-    assert inputs_read(layer).tolist() == [False, True, True, True]
-    assert inputs_read(layer, booleans(0, 1, 1, 0)).tolist() == [False, False, True, False]
+    assert inputs_read(weight, 2).tolist() == [False, True, True, True]
+    assert inputs_read(weight, 2, booleans(0, 1, 1, 0)).tolist() == [False, False, True, False]
+
+
+def test_filters_of_a_transposed_layer_come_first() -> None:
+    layer = nn.ConvTranspose1d(6, 4, 3, groups=2)
+    own = filters(layer)
+    assert own.shape == (4, 3, 3)
+    assert torch.equal(own[3, 1], layer.weight[4, 1])  # output 3 and input 4, both of group 1
+    assert filters(nn.Linear(6, 4)).shape == (4, 6)
