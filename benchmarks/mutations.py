@@ -48,8 +48,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "merge: the inner layer's bias is lost",
         "rmfx/algebra/laws.py",
-        "bias = bias + _sum_of_taps(outer, inner.bias)",
-        "bias = bias + 0 * _sum_of_taps(outer, inner.bias)",
+        "bias = bias + sum_of_taps(outer, inner.bias)",
+        "bias = bias + 0 * sum_of_taps(outer, inner.bias)",
         ("tests/algebra/test_affine.py", FUZZ),
     ),
     Mutant(

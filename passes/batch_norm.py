@@ -1,15 +1,4 @@
-"""Batch norm folding and its inverse: in eval mode it is a scale and a shift per channel.
-
-    conv, BN:  W' = t·W,  b' = t·b + β − t·μ,  t = γ/√(σ² + ε)           always
-    BN, conv:  W' = W·t,  b' = b + Σ W·(β − t·μ)                         if the conv does not pad
-
-Forms handled: BatchNorm1d/2d/3d and SyncBatchNorm next to Conv1d/2d/3d or Linear; behind Linear
-only where dimension 1 holds the features: on 2-D inputs, and on tokens flattened to 2-D for it,
-`bn(y.flatten(0, 1)).reshape_as(y)` (LeViT).
-Refused: batch norm without running statistics; layers shared by several calls, tied, hooked or
-parametrized; a conv whose output is also read elsewhere; a padded conv after a batch norm, which
-would read the shift where it now reads zeros.
-"""
+"""Batch norm folding and its inverse; `rmfx.rules.batch_norm` has the algebra of both."""
 
 from __future__ import annotations
 
@@ -27,7 +16,7 @@ from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.options import is_named, patterns_of
 from rmfx.oracle.verification import checked
-from rmfx.rules.batch_norm import BatchNormRule, fold, identity_norm
+from rmfx.rules.batch_norm import BatchNormRule, fold, insert_norm
 
 __all__ = ["BatchNormRule", "fold", "fold_batch_norm", "insert_batch_norm"]
 
@@ -106,15 +95,8 @@ def insert_batch_norm(
     wanted = {n.name for n in net.graph.nodes if _has_no_norm(net, n, layers)}
     found = measure(net.source, batches, wanted=lambda node: node.name in wanted).moments
     for node in list(net.graph.nodes):
-        module: Any = net.module(node)
-        if node.name not in found:
-            continue
-        kind = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[module.weight.dim() - 3]
-        empty = kind(0).to(module.weight.device, module.weight.dtype)
-        norm = identity_norm(empty, module.out_channels, found[node.name])
-        with net.graph.inserting_after(node):
-            made = net.put(norm, node, f"{node.target}_norm", node)
-        node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+        if node.name in found:
+            insert_norm(net, node, found[node.name])
     normed = net.finish()
     return checked("insert_batch_norm", model, net.source, normed, batches[0], wanted=verify)
 

@@ -6,9 +6,8 @@
 Forms handled: a sum of any number of branches from one fork, nested as well, of convolutions of any
 kernel, grouped, depthwise, 1xk, Linear, batch norm, identities, constant scales, average pools and
 sequences of them: the branches of RepVGG, MobileOne, DBB and ACNet, y = s·BN(conv(x)) + a·x
-(ResConv, arXiv 2011.14356), layer scale. Concatenations along channels of such branches, where the
-one layer costs no more multiply-adds. Nothing is made wider: that is what `remove_residuals` does
-for branches with activations.
+(ResConv, arXiv 2011.14356), layer scale; concatenations as in `rmfx.rules.concatenation`. Nothing
+is made wider: that is what `remove_residuals` does for branches with activations.
 
 Refused, each with its reason: a branch that is not linear; branches of different stride or size; a
 sequence with a border between its layers (the second pads with zeros what the first would fill with

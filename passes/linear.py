@@ -1,14 +1,4 @@
-"""Merging of linear layers in a row: outer ∘ inner is one layer where no border comes between.
-
-A maximal chain of linear layers (convs, Linear, batch norm, constant scales, average pools, crops,
-zero padding) is cut into segments by dynamic programming: every segment becomes one layer, and the
-cheapest cut wins. Cost is multiply-adds per position of the chain's input, then parameters; with
-`policy="all"` the number of layers comes first.
-
-Refused: an outer layer that pads with zeros what the inner one would fill with its bias, or where
-the inner kernel would still see its input; a value that is also read elsewhere; shared, tied,
-hooked or parametrized layers.
-"""
+"""Merging of linear layers in a row; `rmfx.rules.linear` has the law and how a chain is cut."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """Removal of what does nothing at inference: identity, dropout, stochastic depth, empty sums.
 
-Forms handled: `nn.Identity`, dropout of every kind in eval mode, `clone` and `detach`,
-`torchvision.ops.stochastic_depth(training=False)`, and `x + 0`, `x * 1`.
-Refused: modules with hooks, values that an in-place operation shares.
+`rmfx.rules.noop` has the list of it.
 """
 
 from __future__ import annotations

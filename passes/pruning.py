@@ -19,7 +19,7 @@ shared, hooked or parametrized.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
@@ -37,12 +37,13 @@ from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.options import check_choice, count_of, number_of
 from rmfx.pruning.allocation import Demand, Multiple, allocate
-from rmfx.pruning.cutting import norm_behind, reads_ones, without
-from rmfx.pruning.families import Meter, Part, Size, Widths, multiply_adds, parameters
+from rmfx.pruning.cutting import with_biases, with_ones, without
+from rmfx.pruning.families import Meter, Widths, multiply_adds, parameters
 from rmfx.pruning.importance import Custom, Responses, activation, by_layer, by_weight, taylor
 from rmfx.pruning.latency_table import LatencyTable
 from rmfx.table import Column, Record, change, table
 
+Step = Callable[[str], object]
 RESPONSES = ("bias", "borders", "none")
 METERS = {"macs": multiply_adds, "parameters": parameters}
 
@@ -122,7 +123,7 @@ def prune_channels(
     protect: str | Sequence[str] = (),
     responses: str = "bias",
     seed: int = 0,
-    step: Callable[[str], object] = lambda text: None,
+    step: Step = lambda text: None,
 ) -> tuple[fx.GraphModule, PruningReport]:
     """Remove the filters that matter least, with everything that is tied to them.
 
@@ -170,7 +171,10 @@ def prune_channels(
         >>> [m.out_channels for m in small.children() if isinstance(m, torch.nn.Conv2d)]
         [4, 4]
     """
-    _check(target, budget, of, importance, allocation, floor, multiple, data, responses)
+    options = Options(
+        target, budget, of, data, loss, importance, allocation, floor, multiple, responses, seed
+    )
+    options.check()
     if example_inputs is None:
         raise ShapeError("prune_channels needs example inputs: it follows channels by their shapes")
     step("find which channels go together")
@@ -180,84 +184,95 @@ def prune_channels(
     found = None
     if data is not None and (responses != "none" or importance in BY_DATA):
         found = Responses(net, widths, data, step)
-    scores = _scores(net, widths, importance, data, loss, found, seed, step)
+    scores = _scores(net, widths, found, options, step)
     step("choose filters")
-    meter = _meter(of, step)
-    if found is not None and responses == "borders":
-        meter = _with_ones(meter)
-    if found is not None and of == "parameters":
-        meter = _with_biases(net, widths, meter)
+    meter = _meter(net, widths, found, options, step)
     before = count_graph(net.source)
     whole, fixed = _whole(widths, meter, of, before)
     allowed = budget if budget is not None else (target or 1) * whole
-    demand = Demand(meter, allowed, multiple, floor, fixed)
-    keep = allocate(allocation, widths, scores, demand)
+    keep = allocate(allocation, widths, scores, Demand(meter, allowed, multiple, floor, fixed))
     means = found.means if found is not None and responses != "none" else {}
     small = without(net, widths, keep, means, borders=responses == "borders")
-    name = importance if isinstance(importance, str) else "custom"
-    return small, _report(widths, keep, (before, count_graph(small)), name, allocation)
+    return small, _report(widths, keep, (before, count_graph(small)), options)
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What `prune_channels` is asked for; it says what each option means."""
+
+    target: float | None
+    budget: float | None
+    of: str | LatencyTable
+    data: Batches | None
+    loss: Loss
+    importance: str | Custom
+    allocation: str
+    floor: float
+    multiple: Multiple
+    responses: str
+    seed: int
+
+    def check(self) -> None:
+        """Raise OptionError where the options make no sense, each alone or together."""
+        if (self.target is None) == (self.budget is None):
+            raise OptionError("give either target, a share of the cost, or budget, a number")
+        self._check_each()
+        if self.data is None and self.importance in BY_DATA:
+            raise OptionError(
+                f"importance={self.importance!r} needs data; or choose importance='l2'"
+            )
+        if self.data is None and self.responses == "borders":
+            raise OptionError("responses='borders' needs data")
+        if self.data is not None:
+            check_batches("data", self.data, twice=True)
+
+    def _check_each(self) -> None:
+        if self.target is not None:
+            number_of("target", self.target, above=0, most=1)
+        if self.budget is not None:
+            number_of("budget", self.budget, above=0)
+        number_of("floor", self.floor, least=0, most=1)
+        if not callable(self.multiple):
+            count_of("multiple", self.multiple)
+        if not isinstance(self.of, LatencyTable):
+            check_choice("of", self.of, COSTS)
+        if not callable(self.importance):
+            check_choice("importance", self.importance, IMPORTANCES)
+        check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_choice("responses", self.responses, RESPONSES)
 
 
 def _scores(
-    net: Net,
-    widths: Widths,
-    importance: str | Custom,
-    data: Batches | None,
-    loss: Loss,
-    found: Responses | None,
-    seed: int,
-    step: Callable[[str], object],
+    net: Net, widths: Widths, found: Responses | None, options: Options, step: Step
 ) -> Tensor:
+    """How much each label matters."""
+    importance, data = options.importance, options.data
     if not isinstance(importance, str):
         return by_layer(widths, importance(net.source))
     if importance == "random":
-        drawn = torch.rand(len(widths.roots), generator=torch.Generator().manual_seed(seed))
-        return drawn.to(torch.float64)
+        generator = torch.Generator().manual_seed(options.seed)
+        return torch.rand(len(widths.roots), generator=generator).to(torch.float64)
     if found is not None and data is not None and importance in BY_DATA:
         if importance == "taylor":
-            return taylor(net, widths, data, loss, found.means, step)
+            return taylor(net, widths, data, options.loss, found.means, step)
         return activation(net, widths, found)
     return by_weight(net, widths, importance)
 
 
-def _meter(of: str | LatencyTable, step: Callable[[str], object]) -> Meter:
+def _meter(
+    net: Net, widths: Widths, found: Responses | None, options: Options, step: Step
+) -> Meter:
+    """What a part costs, with what it gets for channels that it has lost."""
+    of = options.of
     if not isinstance(of, str):
-        return of
-    return LatencyTable(step=step) if of == "latency" else METERS[of]
-
-
-def _check(
-    target: float | None,
-    budget: float | None,
-    of: str | LatencyTable,
-    importance: str | Custom,
-    allocation: str,
-    floor: float,
-    multiple: Multiple,
-    data: Batches | None,
-    responses: str,
-) -> None:
-    if (target is None) == (budget is None):
-        raise OptionError("give either target, a share of the cost, or budget, a number")
-    if target is not None:
-        number_of("target", target, above=0, most=1)
-    if budget is not None:
-        number_of("budget", budget, above=0)
-    number_of("floor", floor, least=0, most=1)
-    if not callable(multiple):
-        count_of("multiple", multiple)
-    if not isinstance(of, LatencyTable):
-        check_choice("of", of, COSTS)
-    if not callable(importance):
-        check_choice("importance", importance, IMPORTANCES)
-    check_choice("allocation", allocation, ALLOCATIONS)
-    check_choice("responses", responses, RESPONSES)
-    if data is None and importance in BY_DATA:
-        raise OptionError(f"importance={importance!r} needs data; or choose importance='l2'")
-    if data is None and responses == "borders":
-        raise OptionError("responses='borders' needs data")
-    if data is not None:
-        check_batches("data", data, twice=True)
+        meter: Meter = of
+    else:
+        meter = LatencyTable(step=step) if of == "latency" else METERS[of]
+    if found is not None and options.responses == "borders":
+        meter = with_ones(meter)
+    if found is not None and of == "parameters":
+        meter = with_biases(net, widths, meter)
+    return meter
 
 
 def _whole(widths: Widths, meter: Meter, of: str | LatencyTable, cost: Cost) -> tuple[float, float]:
@@ -268,38 +283,8 @@ def _whole(widths: Widths, meter: Meter, of: str | LatencyTable, cost: Cost) -> 
     return max(whole, parts), max(whole - parts, 0.0)
 
 
-def _with_ones(meter: Meter) -> Meter:
-    """With the channel of ones that a layer which pads reads when it has lost channels."""
-
-    def cost(part: Part, size: Size) -> float:
-        reads = part.module is not None and reads_ones(part.module, part.carries.numel())
-        if reads and size.ins < part.ins.numel():
-            size = replace(size, ins=size.ins + 1)
-        return meter(part, size)
-
-    return cost
-
-
-def _with_biases(net: Net, widths: Widths, meter: Meter) -> Meter:
-    """With the bias that a layer gets for the channels it has lost, if it had none."""
-    without = {
-        part
-        for part in widths.parts
-        if part.module is not None
-        and getattr(part.module, "bias", part.module) is None
-        and part.carries.numel() < part.ins.numel()  # else it mixes no channels
-        and norm_behind(net, part.node) is None
-    }
-
-    def cost(part: Part, size: Size) -> float:
-        gets = part in without and size.ins < part.ins.numel()
-        return meter(part, size) + (size.outs if gets else 0)
-
-    return cost
-
-
 def _report(
-    widths: Widths, keep: Tensor, costs: tuple[Cost, Cost], importance: str, allocation: str
+    widths: Widths, keep: Tensor, costs: tuple[Cost, Cost], options: Options
 ) -> PruningReport:
     families = tuple(
         FamilyReport(f.layers, len(f.members), int(keep[f.members].sum())) for f in widths.families
@@ -311,7 +296,7 @@ def _report(
         macs_after=after.macs,
         parameters_before=before.parameters,
         parameters_after=after.parameters,
-        importance=importance,
-        allocation=allocation,
+        importance=options.importance if isinstance(options.importance, str) else "custom",
+        allocation=options.allocation,
         held=tuple((node.name, why) for node, why in widths.channels.holders.items()),
     )

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import fx
 
 META_KEY = "rmfx_report"
+REWRITES_KEY = "rmfx_rewrites"  # what rules have done so far, while a verb is at work
+MODIFIED_KEY = "rmfx_modified"
 
 
 @dataclass(frozen=True)
@@ -275,3 +277,12 @@ def report(gm: fx.GraphModule) -> Report:
             f"{type(gm).__name__} carries no report; pass the result of rmfx.remove_residuals"
         )
     return found
+
+
+def modified(gm: fx.GraphModule) -> dict[str, int]:
+    """How often each rule of the verb that made `gm` has rewritten something.
+
+    Returns:
+        By the names of the rules; empty where the verb has changed nothing.
+    """
+    return dict(gm.meta.get(MODIFIED_KEY, {}))

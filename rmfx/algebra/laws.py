@@ -65,7 +65,7 @@ def compose(outer: AffineConv, inner: AffineConv) -> AffineConv | Refusal:
         padding.append((left, a_in + s_in * a_out - left + g * (k - 1) + 1 - s))
     bias = outer.bias.to(weight)
     if inner.has_bias:
-        bias = bias + _sum_of_taps(outer, inner.bias)
+        bias = bias + sum_of_taps(outer, inner.bias)
     return AffineConv(weight, bias, stride, tuple(padding), tuple(step), groups)
 
 
@@ -285,7 +285,7 @@ def _compose_weights(
     return weight, groups
 
 
-def _sum_of_taps(layer: AffineConv, value: Tensor) -> Tensor:
+def sum_of_taps(layer: AffineConv, value: Tensor) -> Tensor:
     """The layer's response, without its bias, to an input that is `value` everywhere."""
     weight = layer.weight.to(torch.float64)
     taps = weight.flatten(2).sum(2) if layer.dims else weight

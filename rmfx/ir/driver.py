@@ -48,7 +48,9 @@ def apply_rule(net: Net, rule: Rule[M]) -> tuple[int, dict[fx.Node, Refusal]]:
     for _ in range(len(net.graph.nodes) + 1):
         done, refusals = _sweep(net, rule)
         total += len(done)
-        if not done:
+        if done:
+            net.rewrites[name] += len(done)
+        else:
             check_if_enforced(net, name)
             return total, refusals
     raise fault(f"{name} at {done[-1]}", "it finds something to rewrite for ever")

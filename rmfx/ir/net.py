@@ -9,6 +9,7 @@ and the caller's model is never written to.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
@@ -16,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 from torch import fx, nn
 
 from rmfx.errors import WeightError
-from rmfx.report import META_KEY, Report
+from rmfx.report import META_KEY, REWRITES_KEY, Report
 
 from .callees import Callees
 from .conditions import AGAIN, Condition, demand_sizes, put_conditions, take_conditions
@@ -46,6 +47,7 @@ class Net:
     Attributes:
         graph: a private copy of the source's graph.
         resized: whether a value has other channels than it had.
+        rewrites: how often each rule has rewritten something, those of nets before it as well.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -75,6 +77,7 @@ class Net:
         self._sizes_of_inputs: dict[str, dict[int, int]] = {}
         self._conditions: dict[Condition, None] = {}
         self.resized = False
+        self.rewrites: Counter[str] = Counter(gm.meta.get(REWRITES_KEY))
 
     # ---- reading ----------------------------------------------------------------------------
 
@@ -261,6 +264,7 @@ class Net:
         gm = ConvertedModule(as_tree(root), self.graph, type(self.source).__name__)
         gm.graph.lint()
         gm.meta = {**self.source.meta, **self._carried_report(), **(meta or {})}
+        gm.meta[REWRITES_KEY] = dict(self.rewrites)
         if not any(p.requires_grad for p in self.source.parameters()):
             gm.requires_grad_(False)
         return gm.eval()

@@ -1,7 +1,8 @@
 """What holds for every verb: what is switched on outside stays outside, nothing raw leaves it.
 
 The models that it is given are as they were when it returns: their modules, tensors, switches,
-hooks and graphs. What the tensors hold is for the tests to look at.
+hooks and graphs. What the tensors hold is for the tests to look at. A graph that it returns says
+what rules have done to it (`rmfx.report.modified`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import fx, nn
 
 from rmfx.errors import fault, reported
 from rmfx.options import P, T, declared_arguments, fitting
+from rmfx.report import MODIFIED_KEY, REWRITES_KEY
 
 from .threads import alone
 
@@ -52,9 +54,17 @@ def undisturbed(verb: Callable[P, T]) -> Callable[P, T]:
             made = verb(*args, **kwargs)
             if before != list(map(_outline, models)):
                 raise fault(verb.__name__, "the model that was given to it is another one now")
+            _close_count(made)
             return made
 
     return run
+
+
+def _close_count(made: object) -> None:
+    """Let the result say what rules have done to it, and the next verb count from 0."""
+    for gm in made if isinstance(made, tuple) else (made,):
+        if isinstance(gm, fx.GraphModule):
+            gm.meta[MODIFIED_KEY] = gm.meta.pop(REWRITES_KEY, {})
 
 
 def _outline(model: nn.Module) -> tuple[list[Any], ...]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.affine import TRANSPOSED, AffineConv
-from rmfx.algebra.laws import direct_sum
+from rmfx.algebra.laws import direct_sum, sum_of_taps
 from rmfx.algebra.modules import from_conv
 from rmfx.analysis.channel_labels import Channels
 from rmfx.analysis.labels import PAD_ARGUMENTS, Cut, Layer, Table
@@ -31,8 +31,8 @@ from rmfx.ir.net import Net
 from rmfx.ir.nodes import slice_by_slice
 from rmfx.report import META_KEY
 
-from .families import Widths
-from .slicing import cut_module
+from .families import Meter, Part, Size, Widths
+from .slicing import cut_layer, cut_module, filters, like, of_channels
 
 
 class Keep:
@@ -79,6 +79,8 @@ def cut(
         The constants that have changed, by target.
     """
     keep = Keep(channels, gone)
+    if len(gone):
+        net.rewrites["cut"] += len(gone)
     for layer in channels.layers:
         if layer.node in responses:
             _compensate(net, layer, keep, responses[layer.node], borders=borders)
@@ -102,20 +104,17 @@ def _compensate(net: Net, layer: Layer, keep: Keep, response: Tensor, *, borders
     gone = ~keep(layer.ins) & layer.mixes
     if not bool((gone & (response.cpu() != 0)).any()):
         return
-    module = _current(net, layer.node)
-    weight = module.weight.detach().to(torch.float64)
+    module: Any = net.callee(layer.node)
+    weight = filters(module).to(torch.float64)
     if borders and reads_ones(module, layer.carries.numel()):
         _read_ones(net, layer.node, torch.where(gone, response, 0.0).to(weight))
         return
-    taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
-    groups, n_out = layer.carries.numel(), layer.outs.numel()
+    taps = weight.reshape(*weight.shape[:2], -1).sum(2)
     if isinstance(module, TRANSPOSED):
         # A place sees one tap of each stride in turn: this is their mean.
-        block = taps.reshape(groups, -1, n_out // groups).transpose(1, 2) / math.prod(module.stride)
-    else:
-        block = taps.reshape(groups, n_out // groups, -1)
-    lost = torch.where(gone, response.to(torch.float64), 0.0).to(taps.device)
-    shift = torch.einsum("goi,gi->go", block, lost.reshape(groups, -1)).flatten()
+        taps = taps / math.prod(module.stride)
+    summed = AffineConv.pointwise(taps, dims=0, groups=layer.carries.numel())
+    shift = sum_of_taps(summed, torch.where(gone, response, 0.0))
     norm = norm_behind(net, layer.node)
     if module.bias is None and norm is not None:
         copied = _own(net, norm)
@@ -140,7 +139,7 @@ def _read_ones(net: Net, node: fx.Node, constants: Tensor) -> None:
     module = _own(net, node)
     weight = module.weight.detach()
     own = torch.einsum("oi...,i->o...", weight.to(torch.float64), constants).unsqueeze(1)
-    module.weight = _like(torch.cat((weight, own.to(weight)), 1), module.weight)
+    module.weight = like(torch.cat((weight, own.to(weight)), 1), module.weight)
     module.in_channels += 1
     (source,) = node.all_input_nodes
     with net.graph.inserting_before(node):
@@ -162,11 +161,37 @@ def norm_behind(net: Net, node: fx.Node) -> fx.Node | None:
     return user if module.running_mean is not None else None
 
 
+def with_ones(meter: Meter) -> Meter:
+    """With the channel of ones that a layer which pads reads when it has lost channels."""
+
+    def cost(part: Part, size: Size) -> float:
+        reads = part.module is not None and reads_ones(part.module, part.carries.numel())
+        if reads and size.ins < part.ins.numel():
+            size = replace(size, ins=size.ins + 1)
+        return meter(part, size)
+
+    return cost
+
+
+def with_biases(net: Net, widths: Widths, meter: Meter) -> Meter:
+    """With the bias that a layer gets for the channels it has lost, if it had none."""
+    gain = {
+        part
+        for part in widths.parts
+        if part.module is not None
+        and getattr(part.module, "bias", part.module) is None
+        and part.carries.numel() < part.ins.numel()  # else it mixes no channels
+        and norm_behind(net, part.node) is None
+    }
+
+    def cost(part: Part, size: Size) -> float:
+        gets = part in gain and size.ins < part.ins.numel()
+        return meter(part, size) + (size.outs if gets else 0)
+
+    return cost
+
+
 # ---- what is cut --------------------------------------------------------------------------------
-def _current(net: Net, node: fx.Node) -> Any:
-    return net.callee(node)
-
-
 def _own(net: Net, node: fx.Node) -> Any:
     """The module that a node calls, as a copy that may be changed."""
     if net.replacement(node) is None:
@@ -183,17 +208,12 @@ def _cut_table(net: Net, table: Table, keep: Tensor, constants: dict[str, Tensor
     if table.node.op == "get_attr":
         value: Any = net.attribute(table.node)
         rows = keep.nonzero().flatten().to(value.device)
-        constants[str(table.node.target)] = _like(
+        constants[str(table.node.target)] = like(
             value.detach().index_select(table.axis, rows), value
         )
     else:
-        net.set(table.node, cut_module(_current(net, table.node), keep))
-
-
-def _like(value: Tensor, model: Tensor) -> Tensor:
-    if isinstance(model, nn.Parameter):
-        return nn.Parameter(value, requires_grad=model.requires_grad)
-    return value
+        module: Any = net.callee(table.node)
+        net.set(table.node, cut_module(module, keep))
 
 
 def _cut_layer(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
@@ -202,40 +222,22 @@ def _cut_layer(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
     if bool(layer.carries.any()):
         _cut_carrying(net, layer, ins, outs)
         return
-    module = _own(net, layer.node)
-    groups = layer.carries.numel()
-    rows, columns = (ins, outs) if isinstance(module, TRANSPOSED) else (outs, ins)
-    more = module.weight.shape[1] - columns.numel() if groups == 1 else 0  # of ones, which stay
-    columns = torch.cat((columns, columns.new_ones(more)))
-    weight = module.weight.detach()[rows.to(module.weight.device)]
-    weight = weight[:, _of_a_group(columns, groups).to(weight.device)]
-    module.weight = _like(weight.clone(), module.weight)
-    if module.bias is not None:
-        module.bias = _like(module.bias.detach()[outs.to(module.bias.device)], module.bias)
-    if isinstance(module, nn.Linear):
-        module.in_features, module.out_features = int(ins.sum()), int(outs.sum())
-    else:
-        module.in_channels, module.out_channels = int(ins.sum()) + more, int(outs.sum())
-        module.groups = int(ins.reshape(groups, -1).any(1).sum())
-
-
-def _of_a_group(keep: Tensor, groups: int) -> Tensor:
-    """What stays of each group that stays; the same for all."""
-    parts = keep.reshape(groups, -1)
-    return parts[int(parts.any(1).int().argmax())]
+    module: Any = net.callee(layer.node)
+    ones = 0 if isinstance(module, nn.Linear) else module.in_channels - ins.numel()
+    ins = torch.cat((ins, ins.new_ones(ones)))  # channels of ones stay
+    net.set(layer.node, cut_module(module, outs, ins))
 
 
 def _cut_carrying(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
     """A grouped convolution of which some groups work channel by channel."""
-    module = _current(net, layer.node)
+    module: Any = net.callee(layer.node)
     whole = from_conv(module)
     if isinstance(whole, Refusal):
         raise RmfxError(f"{layer.node.name}: {whole.reason}")
     own = ~layer.carries.repeat_interleave(layer.ins.numel() // layer.carries.numel())
     if bool(ins[own].any()) != bool(outs[own].any()):
         # The main block is there on one side only.
-        dense = whole.regroup(1)
-        made = replace(dense, weight=dense.weight[outs][:, ins], bias=dense.bias[outs])
+        made = cut_layer(whole.regroup(1), outs, ins)
     else:
         made = _direct_sum_of_runs(layer, whole, ins, outs)
     kind = (module.weight.dtype, module.weight.device)
@@ -243,35 +245,30 @@ def _cut_carrying(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
 
 
 def _direct_sum_of_runs(layer: Layer, whole: AffineConv, ins: Tensor, outs: Tensor) -> AffineConv:
+    n_in, n_out = whole.block
     parts: list[AffineConv] = []
     for carry, run in groupby(range(layer.carries.numel()), lambda i: bool(layer.carries[i])):
-        places = list(run)
-        parts += _cut_run(whole, carry, slice(places[0], places[-1] + 1), ins, outs)
+        groups = torch.zeros(layer.carries.numel(), dtype=torch.bool)
+        groups[list(run)] = True
+        rows, columns = of_channels(groups, n_out), of_channels(groups, n_in)
+        if not bool(outs[rows].any()):
+            continue
+        if carry:
+            part = _channel_by_channel(cut_layer(whole, rows))
+            parts.append(cut_layer(part, outs[rows]))
+        else:
+            parts.append(cut_layer(whole, outs & rows, ins & columns))
     made = direct_sum(*parts)
     if isinstance(made, Refusal):
         raise RmfxError(f"{layer.node.name}: {made.reason}")
     return made
 
 
-def _cut_run(
-    whole: AffineConv, carry: bool, run: slice, ins: Tensor, outs: Tensor
-) -> list[AffineConv]:
-    """Some groups in a row, all carries or none, as a layer of their own."""
-    n_in, n_out = whole.block
-    columns = torch.arange(whole.in_channels)[run.start * n_in : run.stop * n_in]
-    rows = torch.arange(whole.out_channels)[run.start * n_out : run.stop * n_out]
-    keep, left = outs[rows], ins[columns]
-    if not bool(keep.any()):
-        return []
-    weight, bias = whole.weight[rows], whole.bias[rows]
-    count = run.stop - run.start
-    if carry:
-        weight = weight[torch.arange(len(rows)), torch.arange(len(rows)) % n_in].unsqueeze(1)
-        count = int(keep.sum())
-    else:
-        weight = weight[:, _of_a_group(left, count)]
-        count = int(keep.reshape(count, -1).any(1).sum())
-    return [replace(whole, weight=weight[keep], bias=bias[keep], groups=count)]
+def _channel_by_channel(layer: AffineConv) -> AffineConv:
+    """A layer of which each output reads only its own place of its group, as a depthwise one."""
+    rows = torch.arange(layer.out_channels)
+    weight = layer.weight[rows, rows % layer.block[0]].unsqueeze(1)
+    return replace(layer, weight=weight, groups=layer.out_channels)
 
 
 def _cut_place(place: Cut, keep: Keep) -> None:

@@ -21,6 +21,8 @@ from rmfx.ir.net import Net
 from rmfx.ir.notes import positions
 from rmfx.options import is_named, patterns_of
 
+from .slicing import filters, inputs_read
+
 
 @dataclass(frozen=True, eq=False)
 class Family:
@@ -179,7 +181,9 @@ class Widths:
         while before != int(found.sum()):
             before = int(found.sum())
             for layer, part in reversed(list(zip(self.channels.layers, self.parts, strict=False))):
-                found[part.ins[_reads(layer, found[part.outs])]] = True
+                weight, groups = filters(layer.module), layer.carries.numel()
+                read = inputs_read(weight, groups, found[part.outs]) & layer.mixes
+                found[part.ins[read]] = True
         return found[:end]
 
     def _layer(self, layer: Layer) -> Part:
@@ -201,18 +205,6 @@ class Widths:
         module = net.module(table.node)
         rows = 0 if module is None else sum(p.dim() > 0 for p in module.parameters())
         return Part(table.node, None, places, places, alone, taps=0, positions=0, rows=rows)
-
-
-def _reads(layer: Layer, rows: Tensor) -> Tensor:
-    """Which inputs some outputs of a layer read, where it mixes channels: (in,) booleans."""
-    weight: Any = layer.module.weight
-    read: Tensor = weight.detach() != 0
-    read = read.flatten(2).any(2) if weight.dim() > 2 else read
-    groups = layer.carries.numel()
-    if type(layer.module) in TRANSPOSED:
-        read = read.reshape(groups, -1, read.shape[1]).transpose(1, 2)
-    own = read.reshape(groups, -1, layer.ins.numel() // groups).cpu()
-    return (own & rows.reshape(groups, -1, 1)).any(1).flatten() & layer.mixes
 
 
 def _makers(channels: Channels) -> list[tuple[str, Tensor]]:

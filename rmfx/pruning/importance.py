@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx.algebra.affine import CONVS, TRANSPOSED
+from rmfx.algebra.affine import CONVS
 from rmfx.analysis.labels import Layer
 from rmfx.data.batches import Batches, Loss, inputs_of, loss_on, output_on
 from rmfx.data.moments import Moments
@@ -28,6 +28,7 @@ from rmfx.ir.net import Net
 
 from .cutting import norm_behind
 from .families import Widths
+from .slicing import filters
 
 Custom = Callable[[fx.GraphModule], Mapping[str, Tensor]]
 
@@ -174,14 +175,9 @@ def activation(net: Net, widths: Widths, responses: Responses) -> Tensor:
     """How much the readers would notice: (labels,)."""
     found = torch.zeros(len(widths.roots) + 1, dtype=torch.float64)
     for layer in readers_of(widths):
-        weight: Any = layer.module.weight
-        own = weight.detach().to("cpu", torch.float64)
-        n_out = layer.outs.numel() // layer.carries.numel()
-        if type(layer.module) not in TRANSPOSED:
-            own = own.reshape(layer.carries.numel(), n_out, -1, own[0, 0].numel())
-            norms = own.square().sum((1, 3)).flatten().sqrt()
-        else:
-            norms = own.flatten(1).square().sum(1).sqrt()  # transposed: inputs come first
+        own = filters(layer.module).to("cpu", torch.float64)
+        squares = own.square().reshape(*own.shape[:2], -1).sum(2)
+        norms = squares.unflatten(0, (layer.carries.numel(), -1)).sum(1).flatten().sqrt()
         effect = responses.deviation(layer.node).cpu() * norms * layer.mixes
         found.index_add_(0, widths.places(layer.ins), effect)
     return found[:-1]
@@ -225,14 +221,8 @@ def by_layer(widths: Widths, made: Mapping[str, Tensor]) -> Tensor:
 
 def _filters(net: Net, layer: Layer) -> Tensor:
     """The filters of a layer with the batch norm behind it folded, (outputs, weights)."""
-    module: Any = layer.module
-    weight: Tensor = module.weight.detach().to("cpu", torch.float64)
-    if type(module) in TRANSPOSED:
-        groups = layer.carries.numel()  # transposed: (in, out of a group, ...)
-        own = weight.reshape(groups, -1, layer.outs.numel() // groups, *weight.shape[2:])
-        weight = own.transpose(1, 2).flatten(0, 1)
+    rows = filters(layer.module).to("cpu", torch.float64).flatten(1)
     norm = norm_behind(net, layer.node)
-    rows = weight.flatten(1)
     if norm is None:
         return rows
     statistics: Any = net.module(norm)

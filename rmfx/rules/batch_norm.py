@@ -1,8 +1,22 @@
-"""Batch norm in eval mode, a scale and a shift per channel, merges with the layer beside it."""
+"""Batch norm in eval mode is a scale and a shift per channel, and merges with the layer beside it.
+
+    conv, BN:  W' = t·W,  b' = t·b + β − t·μ,  t = γ/√(σ² + ε)           always
+    BN, conv:  W' = W·t,  b' = b + Σ W·(β − t·μ)                         if the conv does not pad
+    x       =  BN(x) with γ = √(σ² + ε), β = μ                           for any μ and σ²
+
+Forms handled: BatchNorm1d/2d/3d and SyncBatchNorm next to Conv1d/2d/3d or Linear; behind Linear
+only where dimension 1 holds the features: on 2-D inputs, and on tokens flattened to 2-D for it,
+`bn(y.flatten(0, 1)).reshape_as(y)` (LeViT). The conv before it comes first, the one behind second.
+
+Refused: batch norm without running statistics, which normalises by the batch; layers shared by
+several calls, tied, hooked or parametrized; a conv whose output is also read elsewhere; a padded
+conv after a batch norm, which would read the shift where it now reads zeros.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -72,6 +86,18 @@ def identity_norm(
         ):
             target.copy_(in_turn([own.detach(), carry.to(own_mean)], runs))  # type: ignore[operator]
     return wide.eval()
+
+
+def insert_norm(net: Net, conv: fx.Node, moments: Moments) -> None:
+    """Put a batch norm behind a convolution that changes nothing; moments: of its outputs."""
+    module: Any = net.module(conv)
+    kind = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[module.weight.dim() - 3]
+    empty = kind(0).to(module.weight.device, module.weight.dtype)
+    norm = identity_norm(empty, module.out_channels, moments)
+    with net.graph.inserting_after(conv):
+        made = net.put(norm, conv, f"{conv.target}_norm", conv)
+    conv.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+    net.rewrites["insert_norm"] += 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,16 @@
-"""A concatenation of linear branches is one layer: [f(x); g(x)] = stack(f, g)(x)."""
+"""A concatenation of linear branches is one layer: [f(x); g(x)] = stack(f, g)(x).
+
+The kernels are put on a common window, one below the other. Each branch goes back from the
+concatenation for as long as all is linear and read nowhere else; x is the last value that all have
+in common, and may be a part of the concatenation itself (a branch without layers is the identity).
+
+Forms handled: `torch.cat` along the channels of any number of branches of convolutions of any
+kernel, grouped or depthwise, Linear, batch norm, constant scales, average pools, and sequences.
+
+Refused, each with its reason: branches without a common source; a concatenation along another
+dimension; branches of different stride or size; a border between the layers of a branch; one layer
+that would cost more multiply-adds than the branches, as a dense one for many groups would.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,18 @@
-"""Linear layers in a row are one layer where no border comes between."""
+"""Linear layers in a row are one layer where no border comes between.
+
+    (outer ∘ inner)(x)  =  W₂·(W₁·x + b₁) + b₂  =  (W₂·W₁)·x + (W₂·b₁ + b₂)
+
+with · the convolution of kernels; strides multiply, and dilation, padding and groups follow from
+both layers (`rmfx.algebra.laws.compose`). A maximal chain of linear layers (convs, Linear, batch
+norm, constant scales, average pools, crops, zero padding) is cut into segments by dynamic
+programming: every segment becomes one layer, and the cheapest cut wins. Cost is multiply-adds per
+position of the chain's input, then layers, then parameters; with `policy="all"` layers come first.
+
+Refused: an outer layer that pads with zeros what the inner one would fill with its bias, or where
+the inner kernel would still see its input. Where a chain ends: at a value that is also read
+elsewhere; at shared, tied, hooked or parametrized layers; at selections of channels, which cost
+nothing and would make a grouped layer dense. Chains of weights of several types stay.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,13 @@
-"""What does nothing at inference goes: identity, dropout, stochastic depth, empty sums."""
+"""What does nothing at inference goes: f(x) = x.
+
+Forms handled: `nn.Identity`; dropout of every kind in eval mode; `clone` and `detach`, as methods
+and as functions; `torchvision.ops.stochastic_depth(training=False)`; x + 0, 0 + x, x − 0, x·1 and
+1·x with a literal integer.
+
+Refused: modules with hooks, which somebody listens to; values that an in-place operation shares,
+where a copy is what keeps them apart. Left alone: `clone` with a memory format, on which a later
+view may depend; sums and products of what may hold no floating numbers, whose type they change.
+"""
 
 from __future__ import annotations
 

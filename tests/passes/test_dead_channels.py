@@ -27,11 +27,7 @@ from torch import Tensor, fx, nn
 
 import rmfx
 import rmfx.cost
-from rmfx.analysis.constant_channels import PinnedRanges
-from rmfx.frontend import trace
-from rmfx.ir.net import Net
 from rmfx.modules.activations import ChannelClamp, ChannelPReLU, MaskedActivation
-from rmfx.passes.dead_channels import Cleaner
 from rmfx.testing import NetworkSpec, assert_equivalent, residual_networks
 
 EXACT = 1e-12
@@ -754,7 +750,7 @@ def planted(draw: st.DrawFn) -> Planted:
 @settings(max_examples=40)
 @given(planted(), st.integers(0, 1))
 def test_planted_channels_go_and_no_others(network: Planted, odd: int) -> None:
-    x = image(2, 3, 21 + odd, 23)
+    x = image(2, 3, 47 + odd, 49)  # the last layer has something to read in any case
     assert widths(clean(network.model, x)) == network.expected
 
 
@@ -768,18 +764,6 @@ def test_random_networks_keep_their_function(spec: NetworkSpec) -> None:
         size = sum(p.numel() for p in result.parameters())
         # Of the trace, in which buffers that serve as weights are parameters.
         assert size <= sum(p.numel() for p in rmfx.trace(before, inputs).parameters())
-
-
-def test_what_is_known_of_a_value_follows_its_channels() -> None:
-    # Without example inputs the layers tell how many channels a value has, and that is kept.
-    model = ready(chain(zeroed(conv(3, 8), [1, 2, 5]), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4)))
-    net = Net(trace(model))
-    inner = [node for node in net.graph.nodes if node.op == "call_module"][:3]
-    assert [net.channels(node, 2) for node in inner] == [8, 8, 8]
-    Cleaner(net, PinnedRanges(net)).run()
-    left = {net.channels(node, 2) for node in inner}
-    assert left == {shapes(net.finish())[0][0]}
-    assert left != {8}
 
 
 def test_deep_networks() -> None:
