@@ -18,6 +18,7 @@ from rmfx.errors import OptionError, Refusal, ShapeError
 from rmfx.frontend.tracing import trace
 from rmfx.ir.driver import apply_rule
 from rmfx.ir.net import Net
+from rmfx.ir.notes import shape_of
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.modules.factors import Carried, ResConv
 from rmfx.options import is_named, number_of, patterns_of, typed
@@ -290,7 +291,7 @@ def _choose(
 ) -> tuple[set[str], set[str]]:
     """Which go, the least first, and which would but are the last of their stages."""
     ratio, threshold, budget = wanted
-    stage = {str(conv.target): tuple(conv.meta["shape"][1:]) for conv in gates}
+    stage = {str(conv.target): tuple(shape_of(conv)[1:]) for conv in gates}
     free = [row for row in rows if row.place not in fixed]
     # One that is protected counts as well, one with a stride does not.
     left = Counter(stage[place] for place in stage if fixed.get(place) in (None, PROTECTED))

@@ -23,6 +23,7 @@ from rmfx.errors import OptionError, RmfxError, WeightError
 from rmfx.frontend.dynamo import Lifted, can_be_seen, find_lifted, snapshot, with_weights
 from rmfx.frontend.freshness import MODES, Mode, Snapshot
 from rmfx.interval import Interval
+from rmfx.ir.notes import EXAMPLE_VALUE
 from rmfx.options import check_choice, check_classes
 from rmfx.removal.policy import Policy, check_policy
 from rmfx.removal.strategy import allowed_ways
@@ -326,7 +327,7 @@ def _eager(gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
 
 
 def _has_open_sizes(graph: fx.Graph) -> bool:
-    values = [n.meta.get("example_value") for n in graph.nodes if n.op == "placeholder"]
+    values = [n.meta.get(EXAMPLE_VALUE) for n in graph.nodes if n.op == "placeholder"]
     return any(
         isinstance(size, torch.SymInt)
         for value in values

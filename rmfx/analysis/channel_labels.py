@@ -32,6 +32,7 @@ from rmfx.ir.functions import torch_name
 from rmfx.ir.kinds import BATCH_NORMS, ELEMENTWISE, NO_OPS, SPATIAL, is_a
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import MEANS
+from rmfx.ir.notes import gives_number, shape_of, why_frozen
 from rmfx.ir.reasons import reason_for
 from rmfx.modules.activations import OWN_ACTIVATIONS
 from rmfx.modules.factors import Elementwise
@@ -98,11 +99,11 @@ class Channels:
     def _labels(self, node: fx.Node) -> Labels | None:
         if node.op in ("placeholder", "get_attr"):
             return None
-        if node.meta.get("number"):
+        if gives_number(node):
             self._read_size(node)
             return None
         found = None
-        if not node.meta.get("frozen") and node.op != "output":
+        if not why_frozen(node) and node.op != "output":
             found = self._module(node) if node.op == "call_module" else self._function(node)
         if found is None:
             self._fix(node)
@@ -243,7 +244,7 @@ class Channels:
 
     def _elementwise(self, node: fx.Node) -> Labels | None:
         rank = len(_shape(node))
-        tensors = [n for n in node.all_input_nodes if not n.meta.get("number")]
+        tensors = [n for n in node.all_input_nodes if not gives_number(n)]
         places = {v.axis - len(_shape(n)) for n in tensors if (v := self.values.get(n)) is not None}
         if len(places) != 1:
             return None
@@ -275,7 +276,8 @@ class Channels:
         if node.op == "get_attr":
             value = self._net.attribute(node)
             return tuple(value.shape) if isinstance(value, Tensor) else None
-        return node.meta.get("shape")
+        found: tuple[Any, ...] | None = shape_of(node)
+        return found
 
     def _constant(self, node: fx.Node, axis: int) -> Labels | None:
         """Labels of a constant with one number per channel, the same wherever it is read."""
@@ -318,16 +320,16 @@ class Channels:
 
 # ---- questions about nodes ----------------------------------------------------------------------
 def _shape(node: fx.Node) -> tuple[Any, ...]:
-    shape: tuple[Any, ...] = node.meta["shape"]
+    shape: tuple[Any, ...] = shape_of(node)
     return shape
 
 
 def _only_tensor(node: fx.Node) -> fx.Node | None:
     """The one value that a node reads, if both are tensors and it is the first argument."""
-    sources = [n for n in node.all_input_nodes if not n.meta.get("number")]
+    sources = [n for n in node.all_input_nodes if not gives_number(n)]
     if len(sources) != 1 or not node.args or node.args[0] is not sources[0]:
         return None
-    return sources[0] if "shape" in sources[0].meta and "shape" in node.meta else None
+    return sources[0] if shape_of(sources[0]) is not None and shape_of(node) is not None else None
 
 
 def _axis_of(module: nn.Module, rank: int) -> int:

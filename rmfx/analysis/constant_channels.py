@@ -19,6 +19,7 @@ from rmfx.ir.kinds import AVERAGE_POOLS, is_a
 from rmfx.ir.memo import on_demand
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import MEANS, input_of, keeps_dims
+from rmfx.ir.notes import shape_of, why_frozen
 from rmfx.ir.reading import read, read_affine
 
 from .ranges import ANYTHING, Range, Ranges, activation_range
@@ -65,7 +66,7 @@ class PinnedRanges:
     def _compute(self, node: fx.Node) -> Range:
         found = self._ranges.of(node)
         source = input_of(node)
-        if node.meta.get("frozen") or source is None or node.op == "output":
+        if why_frozen(node) or source is None or node.op == "output":
             return found
         refined = self._refined(node, self._known[source], found)
         if refined is not None:
@@ -92,7 +93,7 @@ class PinnedRanges:
 
 def features_behind(net: Net, flatten: fx.Node) -> int | None:
     """Features of a flattened value: from its shape, else from the Linear layer that reads it."""
-    shape = flatten.meta.get("shape")
+    shape = shape_of(flatten)
     if shape is not None:
         fixed = isinstance(shape[-1], int) and not net.is_open(flatten, len(shape) - 1)
         return shape[-1] if fixed else None

@@ -13,7 +13,7 @@ from rmfx.algebra.affine import MULTIPLYING, TRANSPOSED, AffineConv
 from rmfx.algebra.blockwise import Blockwise
 from rmfx.ir.elements import Virtual
 from rmfx.ir.net import Net
-from rmfx.ir.notes import Shape, positions
+from rmfx.ir.notes import Shape, positions, shape_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def expense_of(net: Net, nodes: Iterable[fx.Node]) -> Expense:
         work, own = work_of(node, net.callee(node))
         size += own
         macs = None if macs is None or work is None else macs + work
-        sizes = [_numel(n.meta.get("shape")) for n in (*node.all_input_nodes, node)]
+        sizes = [_numel(shape_of(n)) for n in (*node.all_input_nodes, node)]
         known = [n for n in sizes if n is not None]
         moved = None if moved is None or len(known) < len(sizes) else moved + sum(known)
     return Expense(macs, moved, size)
@@ -62,7 +62,7 @@ def work_of(node: fx.Node, callee: Virtual | nn.Module | None) -> tuple[int | No
     # Where a transposed convolution is computed: at the positions that it reads.
     at = node.all_input_nodes[0] if isinstance(layer, TRANSPOSED) else node
     weight: Any = layer.weight
-    count = positions(at.meta.get("shape"), weight.dim() - 2)
+    count = positions(shape_of(at), weight.dim() - 2)
     return None if count is None else weight.numel() * count, size
 
 

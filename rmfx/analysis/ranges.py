@@ -26,6 +26,7 @@ from rmfx.ir.kinds import HULLS
 from rmfx.ir.memo import on_demand
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
+from rmfx.ir.notes import gives_number, why_frozen
 from rmfx.ir.reading import read, read_affine
 from rmfx.options import shown
 
@@ -221,7 +222,7 @@ class Ranges:
         return activation.fixes(x.low, x.high)
 
     def _compute(self, node: fx.Node) -> Range:
-        if node.meta.get("frozen") or node.meta.get("number"):
+        if why_frozen(node) or gives_number(node):
             return ANYTHING
         if node.op == "placeholder":
             return self._input
@@ -243,7 +244,7 @@ class Ranges:
     def _passes_values(self, node: fx.Node) -> bool:
         """Whether a node's values lie between those of its input."""
         known = type(self._net.module(node)) in HULLS and len(node.all_input_nodes) == 1
-        return known and not node.meta.get("frozen") and self._net.guard(node) is None
+        return known and not why_frozen(node) and self._net.guard(node) is None
 
     def _through(self, node: fx.Node, x: Range) -> Range:
         element = read(self._net, node) if node.op != "output" else Refusal("")

@@ -22,6 +22,7 @@ from rmfx.ir.elements import Border, Deferred
 from rmfx.ir.kinds import BATCH_NORMS, NO_OPS, POOL_DIMS, is_a
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of, keeps_dims
+from rmfx.ir.notes import why_frozen
 from rmfx.ir.reading import read
 from rmfx.ir.weights import weight_types
 from rmfx.modules.activations import OWN_ACTIVATIONS
@@ -129,7 +130,7 @@ def _follow(
 ) -> Inner | Leaf | None:
     """A reader of a value of (units, block, dims), None where channels must stay as they are."""
     _, block, dims = place
-    if node.meta.get("frozen") or node.op == "output" or input_of(node) is not value:
+    if why_frozen(node) or node.op == "output" or input_of(node) is not value:
         return None
     element = read(net, node)
     if isinstance(element, AffineConv) and element.dims == dims and _may_be_cut(net, node):

@@ -24,6 +24,7 @@ from rmfx.errors import RmfxError
 from rmfx.files.figures import write_figure
 from rmfx.frontend.tracing import trace
 from rmfx.ir.conditions import nodes_of_conditions
+from rmfx.ir.notes import shape_of
 from rmfx.latency import LatencyReport
 from rmfx.report import CARRY, GAIN, HEAD, SIZE, SiteReport
 from rmfx.table import Column, short
@@ -198,7 +199,7 @@ def _cells(row: SiteReport) -> list[dict[str, Any]]:
 
 # ---- drawings -----------------------------------------------------------------------------------
 def _channels(node: fx.Node) -> int | None:
-    shape = node.meta.get("shape")
+    shape = shape_of(node)
     if shape is None or len(shape) < 2:
         return None
     found = shape[1] if len(shape) > 3 else shape[-1]
@@ -298,7 +299,7 @@ def _box(
     width = "" if channels is None else str(channels)
     if before is not None and channels is not None and channels > before and kind != "io":
         kind, width = "carry", f"{before} + {channels - before}"
-    lines = [f"{node.name} ({what})", f"shape {node.meta.get('shape', '?')}"]
+    lines = [f"{node.name} ({what})", f"shape {shape_of(node, '?')}"]
     if cost:
         lines += [f"{short(cost.macs)} multiply-adds", f"{short(cost.parameters)} parameters"]
     return Box(*place, label=f"{what} {width}".strip()[:22], detail="\n".join(lines), kind=kind)

@@ -17,6 +17,7 @@ from rmfx.ir.joins import adds_itself
 from rmfx.ir.kinds import ADDS, SUBS
 from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
+from rmfx.ir.notes import gives_number
 from rmfx.rules.noop import NoopRule
 from rmfx.table import Column, short
 from rmfx.table import table as _table
@@ -153,7 +154,7 @@ def _adds_tensors(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_function" or node.target not in (*ADDS, *SUBS):
         return False
     tensors = [n for n in node.all_input_nodes if n.op != "get_attr"]
-    return len(tensors) == 2 and not any(n.meta.get("number") for n in tensors)
+    return len(tensors) == 2 and not any(gives_number(n) for n in tensors)
 
 
 def skips(model: nn.Module | Any, example_inputs: Any) -> tuple[Skip, ...]:

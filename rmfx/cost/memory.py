@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from rmfx.algebra.activation import is_activation
 from rmfx.ir.kinds import ADDS, SUBS
-from rmfx.ir.notes import Shape
+from rmfx.ir.notes import Shape, shape_of, type_of
 from rmfx.modules.activations import OWN_ACTIVATIONS
 
 VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity)
@@ -29,11 +29,11 @@ VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity)
 
 def size_of(node: fx.Node) -> int:
     """Bytes of a node's value, 0 where its shape is unknown or it is no tensor."""
-    shape: Shape | None = node.meta.get("shape")
-    if shape is None or "dtype" not in node.meta:
+    shape: Shape | None = shape_of(node)
+    if shape is None or type_of(node) is None:
         return 0
     numbers = math.prod(n for n in shape if n is not None)
-    return numbers * int(node.meta["dtype"][0].itemsize)
+    return numbers * int(type_of(node)[0].itemsize)
 
 
 def live_bytes(gm: fx.GraphModule) -> dict[fx.Node, int]:

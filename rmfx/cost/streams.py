@@ -14,6 +14,7 @@ from rmfx.ir.elements import MaxPool
 from rmfx.ir.joins import adds_itself, read_join
 from rmfx.ir.laterals import Lateral
 from rmfx.ir.net import Net
+from rmfx.ir.notes import shape_of
 from rmfx.removal.site import Chain, Site, find_sites
 
 
@@ -38,7 +39,7 @@ def skips(net: Net) -> Iterator[Skip]:
 
 
 def _fifo(net: Net, join: fx.Node) -> int | None:
-    sites, shape = find_sites(net, join, keep_norms=False), join.meta.get("shape")
+    sites, shape = find_sites(net, join, keep_norms=False), shape_of(join)
     if sites is None or isinstance(sites, Refusal) or shape is None or None in shape:
         return None
     delays = [_delay(branch, sites[0]) for branch in sites[0].branches]
@@ -70,7 +71,7 @@ def _delay(branch: Chain, site: Site) -> tuple[list[float], list[int]] | None:
 
 def _resizes(layer: Lateral) -> bool:
     """Whether a value is combined with one of another size: one that was pooled over all of it."""
-    shapes = [n.meta.get("shape") for n in (layer.value, *layer.others)]
+    shapes = [shape_of(n) for n in (layer.value, *layer.others)]
     return any(s is not None and shapes[0] is not None and s[2:] != shapes[0][2:] for s in shapes)
 
 

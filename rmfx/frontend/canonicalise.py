@@ -34,6 +34,7 @@ from rmfx.ir.kinds import (
 )
 from rmfx.ir.names import name_nodes
 from rmfx.ir.nodes import must_stay, replace_by_number
+from rmfx.ir.notes import FUNCTIONAL, VAL, gives_container, gives_number, why_frozen
 from rmfx.ir.ranks import asks_for_rank
 
 from . import forms
@@ -90,18 +91,18 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
         if node.target is operator.getitem:
             take_first(gm, node)
     calls = Counter(n.target for n in gm.graph.nodes if n.op == "call_module")
-    frozen = {n.target for n in gm.graph.nodes if n.op == "call_module" and n.meta.get("frozen")}
+    frozen = {n.target for n in gm.graph.nodes if n.op == "call_module" and why_frozen(n)}
     for node in list(gm.graph.nodes):
-        if node.meta.get("frozen"):
+        if why_frozen(node):
             _write_by_method(node)
             continue
-        if node.meta.get("number"):
+        if gives_number(node):
             _fold_number(gm, node)
             continue
-        if node.target is aten._assert_tensor_metadata.default and "val" in node.args[0].meta:
+        if node.target is aten._assert_tensor_metadata.default and VAL in node.args[0].meta:
             gm.graph.erase_node(node)  # what was exported has the types that it was exported with
             continue
-        if node.op == "call_module" and node.meta.get("functional"):
+        if node.op == "call_module" and node.meta.get(FUNCTIONAL):
             detach_in_place(gm, node, taken, keep=node.target in frozen)
         elif node.op == "call_module" and calls[node.target] == 1:
             pad_apart(gm, node)
@@ -119,7 +120,7 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
 
 
 def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> None:
-    if any(n.meta.get("container") for n in node.all_input_nodes):
+    if any(gives_container(n) for n in node.all_input_nodes):
         return
     module = _FORMS.get(node.target, module_for)(gm, node)
     if module is not None:

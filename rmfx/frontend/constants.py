@@ -16,6 +16,7 @@ from torch.fx.node import _side_effectful_functions
 from rmfx.algebra.activation import is_activation
 from rmfx.errors import WeightValueError
 from rmfx.ir.nodes import attribute, run_node
+from rmfx.ir.notes import OF_VALUE, notes_of, why_frozen
 
 from .effects import effects_of
 from .watches import Watch
@@ -43,7 +44,7 @@ def fold_constants(gm: fx.GraphModule) -> dict[str, fx.Node]:
         made_by[name] = node
         with gm.graph.inserting_before(node):
             constant = gm.graph.get_attr(name)
-        constant.meta = {k: v for k, v in node.meta.items() if k in ("shape", "dtype")}
+        constant.meta = notes_of(node, *OF_VALUE)
         node.replace_all_uses_with(constant)
     for node, value in known.items():
         if isinstance(value, (int, float)):
@@ -71,7 +72,7 @@ def _known(gm: fx.GraphModule) -> dict[fx.Node, Any]:
     """The values that depend on parameters and buffers only, and these."""
     known: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
-        if node.meta.get("frozen"):
+        if why_frozen(node):
             continue
         if node.op == "get_attr":
             value = attribute(gm, node)

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from rmfx.ir.converted import attach, copy_graph
 from rmfx.ir.nodes import replace_by_number
+from rmfx.ir.notes import GRAPHARG
 
 from .freshness import Mode, Snapshot, remember
 from .functionalise import written_inputs
@@ -55,13 +56,13 @@ def find_lifted(gm: fx.GraphModule, *, uncounted: bool = False) -> tuple[Lifted,
             count.
     """
     nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    if not any("grapharg" in node.meta for node in nodes):
+    if not any(GRAPHARG in node.meta for node in nodes):
         return ()
     found = []
     taken: set[str] = set()
     written = written_inputs(gm)
     for position, node in enumerate(nodes):
-        argument = node.meta.get("grapharg")
+        argument = node.meta.get(GRAPHARG)
         source = getattr(argument, "source", None)
         if source is None or node in written or not _is_of_module(source):
             continue
@@ -128,7 +129,7 @@ def with_weights(
         attach(root, one.name, one.value)
         with graph.inserting_after(nodes[-1]):
             weight = graph.get_attr(one.name)
-        node.meta = {k: v for k, v in node.meta.items() if k != "grapharg"}
+        node.meta = {k: v for k, v in node.meta.items() if k != GRAPHARG}
         weight.meta = dict(node.meta)
         node.replace_all_uses_with(weight)
         if not keep_inputs:

@@ -33,6 +33,7 @@ from rmfx.ir.functions import (
 )
 from rmfx.ir.kinds import FRESH, aten, is_a, kind_of
 from rmfx.ir.nodes import attribute
+from rmfx.ir.notes import gives_container
 
 from .memory import tensors_of
 from .schemas import (
@@ -166,7 +167,7 @@ def _of_operator(node: fx.Node, name: str) -> Effects:
     """Of a function of Python's `operator`."""
     if name in WRITING:
         return Effects(tuple(nodes_in(node.args[:1])), tuple(nodes_in(node.args[:1])))
-    if name in COMPUTING and not any(n.meta.get("container") for n in node.all_input_nodes):
+    if name in COMPUTING and not any(gives_container(n) for n in node.all_input_nodes):
         return Effects()
     known = name in COMPUTING or name in READING
     return _reading(node) if known else _barrier(node, _nobody_knows(name))

@@ -24,7 +24,7 @@ from rmfx.ir.conditions import (
     put_conditions,
 )
 from rmfx.ir.converted import copy_graph
-from rmfx.ir.notes import OWN_GRADIENT
+from rmfx.ir.notes import OWN_GRADIENT, VAL
 from rmfx.ir.threads import alone_exporting, without_warnings
 
 from .draws import no_draws
@@ -137,10 +137,10 @@ def _with_conditions(
     ranges = {name: limits for name, limits in ranges.items() if limits != (0, math.inf)}
     owners: dict[str, tuple[fx.Node, int]] = {}
     for node in inputs:
-        value = node.meta.get("val")
+        value = node.meta.get(VAL)
         if isinstance(value, Tensor):
             _demand_shape(conditions, node, [_size(n) for n in value.shape], ranges, owners)
-        elif "val" in node.meta and isinstance(value, (int, float, str, bool, type(None))):
+        elif VAL in node.meta and isinstance(value, (int, float, str, bool, type(None))):
             _demand_constant(conditions, node, value)
     bound = _bound(gm, inputs)
     for text in guards:

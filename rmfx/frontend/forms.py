@@ -12,7 +12,15 @@ from torch import fx
 
 from rmfx.ir.facts import facts_of
 from rmfx.ir.kinds import ARITHMETIC, CHOICES_OF_TWO, SELECTIONS, STACKS, SUMS, aten
-from rmfx.ir.notes import without_notes
+from rmfx.ir.notes import (
+    SHAPE,
+    gives_number,
+    set_shape,
+    shape_of,
+    type_of,
+    why_frozen,
+    without_notes,
+)
 
 from .calls import arguments_of
 
@@ -48,7 +56,7 @@ def selection(gm: fx.GraphModule, node: fx.Node) -> None:
 
 def choice_of_two(gm: fx.GraphModule, node: fx.Node) -> None:
     """`torch.max(a, b)`, which has other meanings with a dimension or alone."""
-    tensors = [a for a in node.args if isinstance(a, fx.Node) and not a.meta.get("number")]
+    tensors = [a for a in node.args if isinstance(a, fx.Node) and not gives_number(a)]
     if len(tensors) == len(node.args) == 2 and not node.kwargs:
         becomes(node, CHOICES_OF_TWO[node.target])
 
@@ -77,11 +85,11 @@ def add_product(gm: fx.GraphModule, node: fx.Node) -> None:
         return
     with node.graph.inserting_before(node):
         product = node.graph.call_function(torch.mul, (given["tensor1"], given["tensor2"]))
-    product.meta = without_notes(node, "shape")
-    sources = [n for n in product.all_input_nodes if "shape" in n.meta]
+    product.meta = without_notes(node, SHAPE)
+    sources = [n for n in product.all_input_nodes if shape_of(n) is not None]
     if len(sources) == 2:
-        shapes = [[1 if n is None else n for n in s.meta["shape"]] for s in sources]
-        product.meta["shape"] = tuple(torch.broadcast_shapes(*shapes))
+        shapes = [[1 if n is None else n for n in shape_of(s)] for s in sources]
+        set_shape(product, tuple(torch.broadcast_shapes(*shapes)))
     node.target, node.args = torch.add, (given["input"], product)
     node.kwargs = {} if value == 1 else {"alpha": value}
 
@@ -95,7 +103,7 @@ def sum_of_stack(gm: fx.GraphModule, node: fx.Node) -> None:
         return
     known = arguments_of(stack, "tensors", "dim")
     parts, same = known.get("tensors"), type(dim) is int and known.get("dim", 0) == dim
-    if stack.target not in STACKS or "frozen" in stack.meta or not same:
+    if stack.target not in STACKS or why_frozen(stack) is not None or not same:
         return
     if not isinstance(parts, (list, tuple)) or len(parts) < 2 or not _are_alike(gm, parts):
         return
@@ -113,8 +121,8 @@ def sum_of_stack(gm: fx.GraphModule, node: fx.Node) -> None:
 
 def _are_alike(gm: fx.GraphModule, parts: Sequence[Any]) -> bool:
     """Whether tensors hold real numbers of one type; integers are not added as they are summed."""
-    nodes = [part for part in parts if isinstance(part, fx.Node) and "frozen" not in part.meta]
-    same = len(nodes) == len(parts) and len({n.meta.get("dtype") for n in nodes}) == 1
+    nodes = [part for part in parts if isinstance(part, fx.Node) and why_frozen(part) is None]
+    same = len(nodes) == len(parts) and len({type_of(n) for n in nodes}) == 1
     return same and all(facts_of(gm).is_real(node) for node in nodes)
 
 

@@ -28,7 +28,17 @@ from rmfx.ir.functions import (
     torch_name,
 )
 from rmfx.ir.kinds import CASTS, is_ordinary
-from rmfx.ir.notes import WRITTEN, noted
+from rmfx.ir.notes import (
+    CONTAINER,
+    FROZEN,
+    FUNCTIONAL,
+    NUMBER,
+    WRITTEN,
+    gives_container,
+    gives_number,
+    noted,
+    type_of,
+)
 
 from .canonicalise import has_functional_form
 from .effects import effects_of
@@ -43,9 +53,9 @@ def mark_numbers(graph: fx.Graph) -> None:
     """Mark nodes whose value is a number, a size or the like instead of a tensor."""
     for node in graph.nodes:
         if _is_container(node):
-            node.meta["container"] = True
+            node.meta[CONTAINER] = True
         elif _is_number(node):
-            node.meta["number"] = True
+            node.meta[NUMBER] = True
 
 
 def _is_container(node: fx.Node) -> bool:
@@ -56,7 +66,7 @@ def _is_container(node: fx.Node) -> bool:
         return False
     if torch_name(node) in GIVING_CONTAINERS:
         return True
-    of_container = any(n.meta.get("container") for n in node.all_input_nodes)
+    of_container = any(gives_container(n) for n in node.all_input_nodes)
     if node.target is operator.getitem:
         return of_container and isinstance(node.args[1], slice)
     return of_container and node.target in JOINS_OF_CONTAINERS
@@ -77,7 +87,7 @@ def _is_number(node: fx.Node) -> bool:
     if torch_name(node).startswith("sym_"):
         return True
     module = getattr(node.target, "__module__", None)
-    of_numbers = all(n.meta.get("number") for n in node.all_input_nodes)
+    of_numbers = all(gives_number(n) for n in node.all_input_nodes)
     is_python = module in MODULES_OF_NUMBERS or node.target is math.floor
     return bool(node.all_input_nodes) and of_numbers and is_python
 
@@ -91,7 +101,7 @@ def functionalise(gm: fx.GraphModule) -> None:
     aliases, types = _Aliases(gm), _Types(gm)
     for node in gm.graph.nodes:
         effects = effects_of(gm, node)
-        written = [n for n in effects.writes if not n.meta.get("number")]
+        written = [n for n in effects.writes if not gives_number(n)]
         aliases.start(node)
         reason = effects.unknown
         if written and reason is None:
@@ -127,7 +137,7 @@ def _why_stays(
 def _redirect(node: fx.Node, written: fx.Node, order: dict[fx.Node, int]) -> None:
     """Let what reads a value after a write to it read the write's result."""
     written.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
-    node.meta["functional"] = True
+    node.meta[FUNCTIONAL] = True
 
 
 def written_inputs(gm: fx.GraphModule) -> set[fx.Node]:
@@ -152,8 +162,8 @@ class _Types:
         self._uniform = len(kinds) <= 1 and not casts
 
     def why_changed(self, written: fx.Node, node: fx.Node) -> str | None:
-        types = [n.meta.get("dtype") for n in node.all_input_nodes if not n.meta.get("number")]
-        own = written.meta.get("dtype")
+        types = [type_of(n) for n in node.all_input_nodes if not gives_number(n)]
+        own = type_of(written)
         if len(types) < 2 and own is not None and own[0].is_floating_point:
             return None
         known = None not in types
@@ -178,7 +188,7 @@ class _Aliases:
         if node.op in ("get_attr", "placeholder"):
             for tensor in self._behind[node]:
                 self.join(node, self._first.setdefault(self._memory[id(tensor)], node))
-        if not node.meta.get("number"):
+        if not gives_number(node):
             self.join(node, *effects.aliases)
 
     def start(self, node: fx.Node) -> None:
@@ -187,7 +197,7 @@ class _Aliases:
     def join(self, node: fx.Node, *others: fx.Node) -> None:
         for other in others:
             mine, theirs = self._class[node], self._class[other]
-            if mine is theirs or other.meta.get("number"):
+            if mine is theirs or gives_number(other):
                 continue
             if len(mine) > len(theirs):  # so that no value moves often
                 mine, theirs = theirs, mine
@@ -236,13 +246,13 @@ class _Aliases:
             if reason is not None:
                 node.meta[WRITTEN] = True
             if reason is not None and node.op == "call_module":
-                node.meta["frozen"] = reason
+                node.meta[FROZEN] = reason
             elif reason is not None:
                 self.freeze(node, reason)
         for node, members in self._class.items():
             reason = self._reasons.get(id(members))
             if reason:
-                node.meta["frozen"] = reason
+                node.meta[FROZEN] = reason
         self._check_copies()
 
     def _check_copies(self) -> None:

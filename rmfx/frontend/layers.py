@@ -15,7 +15,7 @@ from rmfx.ir.facts import facts_of
 from rmfx.ir.kinds import INSTANCE_NORMS, VIEWS, aten
 from rmfx.ir.names import free_name, free_path
 from rmfx.ir.nodes import attribute, has_hooks, replaced_method
-from rmfx.ir.notes import without_notes
+from rmfx.ir.notes import FIRST, SHAPE, gives_number, set_shape, shape_of, why_frozen, without_notes
 
 from .calls import CALLS, NORMS, OF_REAL_NUMBERS, arguments_of, batch_norm, gives_several, linear
 
@@ -26,7 +26,7 @@ MISSING = object()
 def module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that a call amounts to, None if it has no fixed one."""
     call = CALLS.get(node.target)
-    if gives_several(node.target) and not node.meta.get("first"):
+    if gives_several(node.target) and not node.meta.get(FIRST):
         return None
     if call is None or len(node.args) > len(call.names):
         return None
@@ -51,7 +51,7 @@ def module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 def _constant(gm: fx.GraphModule, value: Any) -> Any:
     """A node argument as a constant: numbers as they are, get_attr nodes as tensors."""
     if isinstance(value, fx.Node):
-        if value.op != "get_attr" or value.meta.get("frozen"):
+        if value.op != "get_attr" or why_frozen(value):
             return MISSING
         found = attribute(gm, value)
         return found if isinstance(found, Tensor) else MISSING
@@ -116,7 +116,7 @@ def _has_sizes(node: fx.Node) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, fx.Node) and "number" in value.meta)
+    return isinstance(value, int) or (isinstance(value, fx.Node) and gives_number(value))
 
 
 def call_module(
@@ -145,12 +145,12 @@ def pad_apart(gm: fx.GraphModule, node: fx.Node) -> None:
     flat, x = list(conv._reversed_padding_repeated_twice), node.args[0]
     with gm.graph.inserting_before(node):
         padded = gm.graph.call_function(F.pad, (x, flat), {"mode": conv.padding_mode})
-    padded.meta = without_notes(node, "shape")
-    shape = x.meta.get("shape") if isinstance(x, fx.Node) else None
+    padded.meta = without_notes(node, SHAPE)
+    shape = shape_of(x) if isinstance(x, fx.Node) else None
     if shape is not None:
         pairs = list(zip(flat[::2], flat[1::2], strict=True))[::-1]
         size = (n if n is None else n + sum(p) for n, p in zip(shape[2:], pairs, strict=True))
-        padded.meta["shape"] = (*shape[:2], *size)
+        set_shape(padded, (*shape[:2], *size))
     bare = copy.copy(conv)
     bare.padding, bare.padding_mode = (0,) * len(conv.kernel_size), "zeros"
     bare._reversed_padding_repeated_twice = [0] * len(flat)

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from rmfx.ir.kinds import is_ordinary
 from rmfx.ir.nodes import attribute
+from rmfx.ir.notes import GRAPHARG
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
@@ -72,6 +73,6 @@ def tensors_behind(gm: fx.GraphModule, node: fx.Node) -> tuple[Tensor, ...]:
 def _example(node: fx.Node) -> object:
     """What Dynamo was given for an input, which it makes of the model's tensors, too."""
     try:
-        return getattr(node.meta.get("grapharg"), "example", None)
+        return getattr(node.meta.get(GRAPHARG), "example", None)
     except AssertionError:  # it is no more
         return None

@@ -10,6 +10,7 @@ from torch import fx
 
 from rmfx.ir.facts import Inference
 from rmfx.ir.functions import SPLIT_ARGUMENTS, SPLITS, torch_name
+from rmfx.ir.notes import CONTAINER, FIRST, OF_VALUE, VAL, notes_of, why_frozen
 
 from .calls import CALLS, arguments_of, gives_several
 from .layers import module_for
@@ -24,26 +25,26 @@ def take_first(gm: fx.GraphModule, node: fx.Node) -> None:
         return
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in call.users):
         return
-    call.meta["first"] = True
+    call.meta[FIRST] = True
     if module_for(gm, call) is None:
-        del call.meta["first"]
+        del call.meta[FIRST]
         return
     for user in [user for user in call.users if user is not node]:
         user.replace_all_uses_with(node)
         node.graph.erase_node(user)
     node.target, node.args, node.kwargs = call.target, call.args, dict(call.kwargs)
-    keep: dict[str, Any] = {k: node.meta[k] for k in ("shape", "dtype", "val") if k in node.meta}
+    keep: dict[str, Any] = notes_of(node, *OF_VALUE, VAL)
     node.meta = {**call.meta, **keep, "first": True}
-    node.meta.pop("container", None)
+    node.meta.pop(CONTAINER, None)
     node.graph.erase_node(call)
 
 
 def slice_of_split(facts: Inference, node: fx.Node) -> None:
     """Let a part of a split be a slice: split(x, 4, dim=1)[1] is x[:, 4:8]."""
-    if node.target is not operator.getitem or node.meta.get("frozen"):
+    if node.target is not operator.getitem or why_frozen(node):
         return
     parts, index = node.args
-    if not isinstance(parts, fx.Node) or not isinstance(index, int) or parts.meta.get("frozen"):
+    if not isinstance(parts, fx.Node) or not isinstance(index, int) or why_frozen(parts):
         return
     name = torch_name(parts).partition(".")[0]
     named = arguments_of(parts, "input", "amount", "dim").items()

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from rmfx.errors import ShapeError
-from rmfx.ir.notes import GUARDED, noted
+from rmfx.ir.notes import CONTAINER, EXAMPLE_VALUE, GIVEN, GUARDED, VAL, noted, set_shape, set_type
 from rmfx.ir.shapes import AsFakes, WithoutValues
 from rmfx.ir.threads import FAKES, without_logs
 from rmfx.options import Inputs
@@ -39,21 +39,21 @@ class _ShapeRecorder(WithoutValues):
         if isinstance(value, Tensor):
             note_shape(n, value)
         elif isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
-            n.meta["container"] = True
+            n.meta[CONTAINER] = True
         if n.op == "placeholder" and not isinstance(value, Tensor):
-            n.meta["given"] = value
+            n.meta[GIVEN] = value
         return value
 
 
 def note_shape(node: fx.Node, value: Tensor) -> None:
     """Keep shape (None where a size is symbolic), type and device of a node's value."""
-    node.meta["shape"] = tuple(n if isinstance(n, int) else None for n in value.shape)
-    node.meta["dtype"] = (value.dtype, value.device)
+    set_shape(node, tuple(n if isinstance(n, int) else None for n in value.shape))
+    set_type(node, (value.dtype, value.device))
 
 
 def find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
     """Note every tensor's shape: from a run on fake tensors, or as Dynamo or export noted it."""
-    by_dynamo = any("example_value" in n.meta for n in gm.graph.nodes if n.op == "placeholder")
+    by_dynamo = any(EXAMPLE_VALUE in n.meta for n in gm.graph.nodes if n.op == "placeholder")
     if inputs is None or by_dynamo:
         for node in gm.graph.nodes:
             value = noted(node)
@@ -77,7 +77,7 @@ def find_shapes(gm: fx.GraphModule, inputs: Inputs | None) -> None:
 
 def mark_guarded(gm: fx.GraphModule) -> None:
     """Mark what exporting and Dynamo noted, which check their inputs."""
-    key = "val" if gm.meta.pop(EXPORTED, False) else "example_value"
+    key = VAL if gm.meta.pop(EXPORTED, False) else EXAMPLE_VALUE
     for node in gm.graph.nodes:
         if key in node.meta:
             node.meta[GUARDED] = True

@@ -17,7 +17,7 @@ from torch.fx.proxy import Proxy
 from rmfx.errors import TraceError, first_line
 from rmfx.ir.functions import IN_PLACE_SYMBOLS
 from rmfx.ir.nodes import replaced_method
-from rmfx.ir.notes import OWN_GRADIENT
+from rmfx.ir.notes import OWN_GRADIENT, SOURCE
 from rmfx.ir.threads import alone, for_this_thread, replaced
 from rmfx.modules.activations import OWN_ACTIVATIONS
 
@@ -167,7 +167,7 @@ class _Tracer(fx.Tracer):
             on = any(_autocast_state()[1:])
             raise TraceError(f"its code switches autocast {'on' if on else 'off'} for a part of it")
         node = super().create_node(*args, **kwargs)
-        node.meta["source"] = _user_line()
+        node.meta[SOURCE] = _user_line()
         if not torch.is_grad_enabled():
             node.meta[OWN_GRADIENT] = True
         return node

@@ -26,6 +26,7 @@ from rmfx.frontend.idioms.crops import crop_by_numbers
 from rmfx.ir.conditions import put_conditions, take_conditions
 from rmfx.ir.converted import ConvertedModule, copy_graph
 from rmfx.ir.nodes import has_hooks, replaced_method
+from rmfx.ir.notes import SOURCE, shape_of
 from rmfx.ir.ranks import BY_RANK, Snapshot, demand_ranks
 from rmfx.ir.threads import alone
 from rmfx.options import Inputs, as_inputs, typed
@@ -95,7 +96,7 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     crop_by_numbers(gm)
     if before.was_read_by_rank(gm):
         gm.meta[BY_RANK] = True
-        shapes = {n.name: n.meta["shape"] for n in gm.graph.nodes if "shape" in n.meta}
+        shapes = {n.name: shape_of(n) for n in gm.graph.nodes if shape_of(n) is not None}
         demand_ranks(conditions, {name: len(shape) for name, shape in shapes.items()})
     put_conditions(conditions, gm.graph)
     gm.graph.lint()
@@ -140,8 +141,8 @@ def _note_sources(graph: fx.Graph) -> None:
     for node in graph.nodes:
         lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
         own = [f"{path}:{line}" for path, line in lines if is_user_file(path)]
-        if own and "source" not in node.meta:
-            node.meta["source"] = own[-1]
+        if own and SOURCE not in node.meta:
+            node.meta[SOURCE] = own[-1]
 
 
 # ---- four ways to hold a model ------------------------------------------------------------------

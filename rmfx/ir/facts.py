@@ -24,7 +24,7 @@ from .callees import Calls
 from .kinds import ADDS, COMPARISONS, SCALES, SPREADING, SUBS, aten, is_a, kind_of
 from .layers import Callee, channels_in, channels_out, dims_of, is_on_last, keeps_values
 from .memo import on_demand, succeed
-from .notes import shape_of, sizes_of_every_call
+from .notes import gives_number, shape_of, sizes_of_every_call, type_of
 from .numbers import computed, size_read
 from .open_sizes import OpenSizes
 
@@ -130,7 +130,7 @@ class Inference:
 
         What changes with the size of the network's inputs is no number of channels.
         """
-        shape = node.meta.get("shape")
+        shape = shape_of(node)
         if shape is not None and len(shape) > 1:
             axis = 1 if dims else len(shape) - 1
             found: int | None = shape[axis]
@@ -141,7 +141,7 @@ class Inference:
 
     def size(self, node: fx.Node, dim: int) -> int | None:
         """A size that was noted of a value and that it has at all sizes of the inputs, if any."""
-        every, shape = sizes_of_every_call(node), node.meta.get("shape")
+        every, shape = sizes_of_every_call(node), shape_of(node)
         if every is not None:
             return every[dim] if dim < len(every) and isinstance(every[dim], int) else None
         if shape is None or dim >= len(shape) or self._is_open(node, dim):
@@ -160,11 +160,11 @@ class Inference:
 
     def without_channels(self, node: fx.Node) -> Refusal:
         """Why the channels of a value are not known."""
-        if "shape" not in node.meta:
+        if shape_of(node) is None:
             cause = "the number of channels is unknown; pass example_inputs"
         else:
             cause = (
-                f"no layer fixes its channels: in the shape {node.meta['shape']} their number "
+                f"no layer fixes its channels: in the shape {shape_of(node)} their number "
                 "changes with the size of the inputs; pass torch.export.export(model, "
                 "example_inputs), which fixes it"
             )
@@ -178,15 +178,15 @@ class Inference:
         return [] if dims_of(layer) and channels_out(layer) else node.all_input_nodes
 
     def _deduce(self, node: fx.Node) -> Facts:
-        if node.meta.get("number"):
+        if gives_number(node):
             return Facts(number=self._number(node))
-        found, shape = self._tensor(node), node.meta.get("shape")
+        found, shape = self._tensor(node), shape_of(node)
         return found if shape is None else found.in_shape(shape)
 
     def _tensor(self, node: fx.Node) -> Facts:
         if node.op == "placeholder":
             return self._read_by(node) if self._by_readers else Facts()
-        tensors = [n for n in self._asked(node) if n.op != "get_attr" and not n.meta.get("number")]
+        tensors = [n for n in self._asked(node) if n.op != "get_attr" and not gives_number(n)]
         inputs = [self._known[n] for n in tensors]
         before = inputs[0] if len(inputs) == 1 else Facts()
         if node.op == "call_module":
@@ -276,8 +276,8 @@ class Inference:
         """Type and device of a node's value, None if unknown."""
         here: fx.Node | None = node
         while here is not None:
-            if "dtype" in here.meta:
-                found: tuple[torch.dtype, torch.device] = here.meta["dtype"]
+            if type_of(here) is not None:
+                found: tuple[torch.dtype, torch.device] = type_of(here)
                 return found
             made = self._callees.replacement(here)
             if made is not None and not isinstance(made, nn.Module):
@@ -293,8 +293,8 @@ class Inference:
         """Whether a value is known to hold floating point numbers."""
         here: fx.Node | None = node
         while here is not None:
-            if "dtype" in here.meta:
-                found: bool = here.meta["dtype"][0].is_floating_point
+            if type_of(here) is not None:
+                found: bool = type_of(here)[0].is_floating_point
                 return found
             layer = self._layer(here)
             if any(channels_in(one) for one in (layer, *map(self._layer, here.users))):

@@ -17,6 +17,7 @@ from .elements import Deferred
 from .kinds import NEUTRAL, is_a
 from .net import Net
 from .nodes import is_tensor_node
+from .notes import shape_of, why_frozen
 from .reading import read_selection
 
 LIMITS = (torch.maximum, torch.minimum)
@@ -70,7 +71,7 @@ class Lateral(Layer):
     @property
     def spread_dims(self) -> set[int]:
         """The dimensions of the result in which the value is spread out, for the example."""
-        value, whole = (n.meta.get("shape") for n in (self.value, self.node))
+        value, whole = (shape_of(n) for n in (self.value, self.node))
         if value is None or whole is None or self.is_concatenation:
             return set()
         missing = len(whole) - len(value)
@@ -97,7 +98,7 @@ class Lateral(Layer):
 
     def _unfit_beside(self, other: fx.Node, channels: int, dims: int) -> Refusal | None:
         rank, own = self.net.rank(other), self.net.channels(other, dims)
-        if rank is not None and own is None and "shape" in other.meta:
+        if rank is not None and own is None and shape_of(other) is not None:
             return self.net.without_channels(other)
         if rank is None or own is None:
             return Refusal(
@@ -121,7 +122,7 @@ def laterals(net: Net, node: fx.Node) -> list[Lateral]:
 
     A gate is seldom the path: it has another size than the product, or comes out of a sigmoid.
     """
-    if node.meta.get("frozen") or node.op != "call_function":
+    if why_frozen(node) or node.op != "call_function":
         return []
     operands = _concatenated(net, node) if node.target is torch.cat else node.args
     if node.target is torch.cat and len(set(operands)) == 1 and _selects(net, node):

@@ -7,6 +7,8 @@ from collections.abc import Collection
 
 from torch import fx, nn
 
+from .notes import gives_number
+
 
 def module_path(node: fx.Node) -> str:
     """Path of the innermost module whose code made a node, "" for the root or where unknown."""
@@ -47,7 +49,7 @@ def name_nodes(graph: fx.Graph, named: Collection[str] = ()) -> None:
 def _name_by_place(node: fx.Node) -> str | None:
     if node.op == "call_module":
         path = str(node.target)
-    elif node.op in ("call_function", "call_method") and not node.meta.get("number"):
+    elif node.op in ("call_function", "call_method") and not gives_number(node):
         path = ".".join(filter(None, (module_path(node), _role(node))))
     else:
         return None

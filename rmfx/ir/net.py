@@ -26,7 +26,7 @@ from .elements import Virtual
 from .facts import Inference
 from .memo import succeed
 from .nodes import data_input, must_stay
-from .notes import ORIGIN, forget
+from .notes import OF_VALUE, ORIGIN, forget, notes_of, set_shape, shape_of, why_frozen
 from .open_sizes import OpenSizes
 from .ranks import BY_RANK, demand_ranks, ignores_rank
 
@@ -127,7 +127,7 @@ class Net:
     def fix_sizes(self) -> None:
         """Take note that the result will hold for inputs of the example's sizes only."""
         for x in self.graph.find_nodes(op="placeholder"):
-            shape = x.meta.get("shape", ())
+            shape = shape_of(x, ())
             sizes = {dim: size for dim, size in enumerate(shape) if dim > 1 and size is not None}
             self._sizes_of_inputs.setdefault(x.name, {}).update(sizes)
 
@@ -142,7 +142,7 @@ class Net:
         """
         target = self.claim(name, layer)
         node = self.graph.create_node("call_module", target, (source,))
-        node.meta = {k: like.meta[k] for k in ORIGIN if k in like.meta}
+        node.meta = notes_of(like, *ORIGIN)
         return node
 
     def claim(self, name: str, layer: Virtual | nn.Module) -> str:
@@ -201,7 +201,7 @@ class Net:
         target = str(modules[0].target) if modules else first.name
         name, like, source = named.name, named.meta, data_input(first)
         second.replace_all_uses_with(first)
-        shape: dict[str, Any] = {k: second.meta[k] for k in ("shape", "dtype") if k in second.meta}
+        shape = notes_of(second, *OF_VALUE)
         self.release([first, second])
         self.graph.erase_node(second)
         first.op, first.target, first.name = "call_module", self._unique(target), name
@@ -216,10 +216,10 @@ class Net:
         """Take note that a node's value has other channels now: what tracing noted is no more."""
         self.resized = True
         forget(node)
-        if "shape" in node.meta:
-            shape = list(node.meta["shape"])
+        if shape_of(node) is not None:
+            shape = list(shape_of(node))
             shape[axis] = channels
-            node.meta["shape"] = tuple(shape)
+            set_shape(node, tuple(shape))
         self._inference.resize(node, channels)
 
     def _unique(self, name: str) -> str:
@@ -251,7 +251,7 @@ class Net:
             target = str(node.target)
             if node.op == "get_attr":
                 root[target] = copied_value(
-                    self.attribute(node), memo, written="frozen" in node.meta
+                    self.attribute(node), memo, written=why_frozen(node) is not None
                 )
             elif target in self._callees.virtual:
                 self._materialise(node, root)

@@ -12,6 +12,8 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from rmfx.errors import RmfxError, fault
 
+from .notes import gives_container, gives_number, why_frozen
+
 MEANS: tuple[object, ...] = ("mean", torch.mean, torch.ops.aten.mean.dim)
 
 
@@ -54,7 +56,7 @@ def put_in_order(start: fx.Node, end: fx.Node) -> None:
 
 def data_input(node: fx.Node) -> fx.Node:
     """The first tensor a node reads that is not a constant of the model."""
-    return next(n for n in node.all_input_nodes if n.op != "get_attr" and not n.meta.get("number"))
+    return next(n for n in node.all_input_nodes if n.op != "get_attr" and not gives_number(n))
 
 
 def each(value: Any, dims: int) -> Any:
@@ -97,12 +99,12 @@ def is_tensor_node(value: object) -> bool:
     """Whether an argument is a tensor that depends on the graph's input."""
     if not isinstance(value, fx.Node) or value.op == "get_attr":
         return False
-    return not value.meta.get("number") and not value.meta.get("container")
+    return not gives_number(value) and not gives_container(value)
 
 
 def input_of(node: fx.Node) -> fx.Node | None:
     """The one tensor a node reads (constants of the model aside), None if there are several."""
-    inputs = [n for n in node.all_input_nodes if n.op != "get_attr" and not n.meta.get("number")]
+    inputs = [n for n in node.all_input_nodes if n.op != "get_attr" and not gives_number(n)]
     return inputs[0] if len(inputs) == 1 else None
 
 
@@ -121,7 +123,7 @@ def replace_by_number(node: fx.Node, value: float | bool) -> None:
 
 def must_stay(node: fx.Node) -> bool:
     """Whether a node whose value nobody reads does something all the same."""
-    if node.op in ("placeholder", "output") or node.meta.get("frozen"):
+    if node.op in ("placeholder", "output") or why_frozen(node):
         return True
     schema = getattr(node.target, "_schema", None)
     return node.target in _side_effectful_functions or bool(schema and schema.is_mutable)

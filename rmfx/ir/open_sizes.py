@@ -24,7 +24,7 @@ from rmfx.errors import ShapeError
 
 from .kinds import BATCH_NORMS, CHANNELWISE, ELEMENTWISE
 from .memo import on_demand
-from .notes import GUARDED
+from .notes import GIVEN, GUARDED, shape_of, type_of
 from .shapes import AsFakes, OnMeta, Weights, WithoutValues
 from .threads import FAKES, without_logs
 
@@ -99,7 +99,7 @@ class OpenSizes:
         places = self._changes[1].get((name, dim)) if self._may_change(name, dim) else None
         found: dict[str, dict[int, int]] = {}
         for node in self._inputs if places else ():
-            shape = node.meta.get("shape", ())
+            shape = shape_of(node, ())
             sizes = {d: shape[d] for rank, d in sorted(places or ()) if rank == len(shape)}
             own = {d: size for d, size in sizes.items() if self._may_change(node.name, d)}
             found |= {node.name: own} if own else {}
@@ -107,7 +107,7 @@ class OpenSizes:
 
     def _may_change(self, name: str, dim: int) -> bool:
         node = self._nodes.get(name)
-        if node is None or "shape" not in node.meta or self._are_given:
+        if node is None or shape_of(node) is None or self._are_given:
             return False
         return dim not in on_demand(node, self._of_layers, self._fixed)
 
@@ -115,12 +115,12 @@ class OpenSizes:
 
     def _fixed(self, node: fx.Node) -> frozenset[int]:
         """The dimensions of a value whose sizes layers fix: the layer itself, or a reader."""
-        shape = node.meta.get("shape")
+        shape = shape_of(node)
         if shape is None:
             return frozenset()
         found = {self._channels_of(user, len(shape)) for user in node.users}
         found |= {self._channels_of(node, len(shape))}
-        inputs = [n for n in node.all_input_nodes if "shape" in n.meta]
+        inputs = [n for n in node.all_input_nodes if shape_of(n) is not None]
         if inputs and self._works_in_place(node):
             found |= {dim for dim in range(len(shape)) if self._is_kept(inputs, shape, dim)}
         elif inputs and node.target is torch.cat:  # a sum of sizes that are fixed
@@ -129,9 +129,9 @@ class OpenSizes:
 
     def _is_kept(self, inputs: list[fx.Node], shape: Shape, dim: int) -> bool:
         """Whether values combined place by place fix a size: one other than 1 cannot be spread."""
-        whole = [n for n in inputs if len(n.meta["shape"]) == len(shape)]
+        whole = [n for n in inputs if len(shape_of(n)) == len(shape)]
         fixing = [n for n in whole if dim in self._of_layers[n]]
-        return len(fixing) == len(inputs) or any(n.meta["shape"][dim] != 1 for n in fixing)
+        return len(fixing) == len(inputs) or any(shape_of(n)[dim] != 1 for n in fixing)
 
     def _works_in_place(self, node: fx.Node) -> bool:
         module = self._modules.get(str(node.target)) if node.op == "call_module" else None
@@ -153,7 +153,7 @@ class OpenSizes:
     @functools.cached_property
     def _noted(self) -> Shapes:
         """The shapes that were noted for the example."""
-        return {k: tuple(n.meta["shape"]) for k, n in self._nodes.items() if "shape" in n.meta}
+        return {k: tuple(shape_of(n)) for k, n in self._nodes.items() if shape_of(n) is not None}
 
     @functools.cached_property
     def _changes(self) -> tuple[Sizes, dict[tuple[str, int], Places]]:
@@ -212,7 +212,7 @@ class OpenSizes:
 
     def _ways(self, *, square: bool) -> list[tuple[bool, Resize]]:
         """Other sizes, and whether all are large: each side another; squares; multiples."""
-        sizes = [n for node in self._inputs for n in node.meta.get("shape", ())]
+        sizes = [n for node in self._inputs for n in shape_of(node, ())]
         numbers = min(largest_number(self._nodes.values()), LARGEST)
         beyond = max(8 * max(sizes, default=1), numbers, 512)
         large, sides = coprime_sizes(beyond), coprime_sizes(beyond)
@@ -264,9 +264,9 @@ class OpenSizes:
 
 def _input(node: fx.Node, make: Callable[[torch.Size, Kind], Any]) -> Any:
     """An input of the network with something else in the place of each tensor."""
-    if "shape" in node.meta:
-        return make(torch.Size(node.meta["shape"]), node.meta["dtype"])
-    given = node.meta.get("given", node.args[0] if node.args else None)
+    if shape_of(node) is not None:
+        return make(torch.Size(shape_of(node)), type_of(node))
+    given = node.meta.get(GIVEN, node.args[0] if node.args else None)
     return pytree.tree_map_only(Tensor, lambda x: make(x.shape, (x.dtype, x.device)), given)
 
 

@@ -14,6 +14,7 @@ from rmfx.errors import Refusal
 from .elements import Border, Deferred
 from .net import Net
 from .nodes import slice_by_slice
+from .notes import shape_of
 
 LARGEST_NUMBER = 1e18  # of what is padded with: beyond it stands for infinity, as beside a maximum
 
@@ -100,7 +101,7 @@ def read_slice(node: fx.Node) -> Deferred | Refusal:
     """x[:, :, a:b:s, …] with whole batch and channels: a strided crop."""
     index = node.args[1]
     if not isinstance(index, tuple) or not all(isinstance(i, slice) or i is ... for i in index):
-        is_known = "shape" in node.all_input_nodes[0].meta
+        is_known = shape_of(node.all_input_nodes[0]) is not None
         way_out = "" if is_known else ", as far as is known; pass example_inputs"
         return Refusal(f"an index that is not made of slices{way_out}")
     parts = [i for i in index if isinstance(i, slice)]

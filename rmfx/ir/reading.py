@@ -47,6 +47,7 @@ from .kinds import (
 )
 from .net import Net
 from .nodes import describe, each, input_of
+from .notes import type_of, why_frozen
 from .paddings import border, read_pad, read_pad_module, read_slice
 from .reasons import reason_for
 from .scales import read_scale, read_shift
@@ -59,7 +60,7 @@ CONTIGUOUS = ("contiguous", aten.contiguous.default)
 
 def read(net: Net, node: fx.Node) -> Layer | Refusal:
     """The meaning of a node that takes one tensor and gives one tensor."""
-    frozen = node.meta.get("frozen")
+    frozen = why_frozen(node)
     if frozen:
         return Refusal(frozen, (node.name,))
     if node.op == "call_module":
@@ -100,14 +101,14 @@ def _keeps_values(node: fx.Node) -> bool:
         return True
     if node.target == "to" and len(node.args) == 1 and set(node.kwargs) == {"memory_format"}:
         return True
-    known = all("dtype" in n.meta for n in (node, *node.all_input_nodes))
+    known = all(type_of(n) is not None for n in (node, *node.all_input_nodes))
     return node.target in (*CASTS, *CAST_OPERATORS) and known and not _changes_type(node)
 
 
 def _changes_type(node: fx.Node) -> bool:
     """Whether a node is known to give other values than those of its input's type."""
     source = input_of(node)
-    kinds = [n.meta.get("dtype") for n in (node, source) if n is not None]
+    kinds = [type_of(n) for n in (node, source) if n is not None]
     return len(kinds) == 2 and None not in kinds and kinds[0] != kinds[1]
 
 

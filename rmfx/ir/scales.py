@@ -16,6 +16,7 @@ from .elements import Deferred
 from .joins import operands
 from .net import Net
 from .nodes import describe, is_tensor_node, two_operands
+from .notes import why_frozen
 
 Factor = Callable[[int, int], Tensor | Refusal]
 
@@ -88,8 +89,8 @@ def _constant(factor: Factor, shift: Factor | None) -> Deferred:
 def _value(net: Net, constant: object) -> Tensor | Refusal:
     if isinstance(constant, (int, float)) and not isinstance(constant, bool):
         return torch.tensor(float(constant), dtype=torch.float64)
-    if isinstance(constant, fx.Node) and constant.meta.get("frozen"):
-        return Refusal(constant.meta["frozen"], (constant.name,))
+    if isinstance(constant, fx.Node) and why_frozen(constant):
+        return Refusal(why_frozen(constant), (constant.name,))
     if isinstance(constant, fx.Node) and constant.op == "get_attr":
         value = net.attribute(constant)
         if isinstance(value, Tensor) and value.is_floating_point():

@@ -25,6 +25,7 @@ from rmfx.algebra.affine import AffineConv
 from .kinds import is_a
 from .net import Net
 from .nodes import run_node
+from .notes import gives_number, shape_of
 
 aten = torch.ops.aten
 Dims = Sequence[Any] | None  # along which values move; None where the arguments do not tell
@@ -177,7 +178,7 @@ def _is_whole(part: Any) -> bool:
 
 def _is_noted(node: fx.Node, source: fx.Node, axis: int, count: int) -> bool:
     """Whether the shapes that were noted are those of such a choice of channels."""
-    before, behind = source.meta.get("shape"), node.meta.get("shape")
+    before, behind = shape_of(source), shape_of(node)
     if before is None or behind is None:
         return True
     return bool((*before[:axis], count, *before[axis + 1 :]) == tuple(behind))
@@ -190,7 +191,7 @@ def _run(net: Net, node: fx.Node, x: Tensor) -> Tensor | None:
     values: dict[fx.Node, Any] = {}
     for read in node.all_input_nodes:
         values[read] = net.attribute(read) if read.op == "get_attr" else x
-    if any(n.meta.get("number") for n in values) or sum(v is x for v in values.values()) != 1:
+    if any(gives_number(n) for n in values) or sum(v is x for v in values.values()) != 1:
         return None
     try:
         found = run_node(node, values, lambda _: net.module(node))  # type: ignore[arg-type, return-value]

@@ -42,7 +42,7 @@ from .kinds import (
 from .memo import on_demand, succeed
 from .net import Net
 from .nodes import averaged_dims, each, is_tensor_node
-from .notes import sizes_of_every_call
+from .notes import shape_of, sizes_of_every_call, why_frozen
 
 SUMS = (torch.add, torch.sub)
 UNKNOWN_SIZES = (
@@ -100,7 +100,7 @@ class Sizes:
         found = None
         if len(inputs) > 1 and node.target in KEEP_SIZE:
             found = self._of_largest(node, inputs)
-        elif len(inputs) == 1 and not node.meta.get("frozen"):
+        elif len(inputs) == 1 and not why_frozen(node):
             before = self._known[inputs[0]]
             found = before and self._behind(node, before)
         return found or (self._of_its_own(node) if inputs else None)
@@ -119,9 +119,9 @@ class Sizes:
         large = {law for law in laws if law is None or not _is_one_position(self.net, law)}
         if len(large) == 1 and node.target is not torch.cat:
             return large.pop()
-        shape = node.meta.get("shape", (None,) * 3)
+        shape = shape_of(node, (None,) * 3)
         for one in inputs:
-            if None not in shape[2:] and one.meta.get("shape", ())[2:] == shape[2:]:
+            if None not in shape[2:] and shape_of(one, ())[2:] == shape[2:]:
                 return self._known[one]
         return None
 
@@ -174,7 +174,7 @@ def conditions_of(sizes: Sizes, node: fx.Node) -> tuple[Condition, ...] | Refusa
     names = ("kernel_size", "stride", "padding")
     kernel, stride, padding = (each(getattr(pool, name), dims) for name in names)
     law = sizes.law(node.all_input_nodes[0])
-    shape = node.all_input_nodes[0].meta.get("shape")
+    shape = shape_of(node.all_input_nodes[0])
     if law is None or law.source.op != "placeholder" or not shape or len(law.stride) != dims:
         return Refusal(
             "average pooling with ceil_mode=True averages fewer values at the border of maps of "
@@ -212,7 +212,11 @@ def agreements(sizes: Sizes, node: fx.Node) -> tuple[Condition, ...] | Refusal:
         return () if fixed else Refusal(UNKNOWN_SIZES)
     found: list[Condition] = []
     for (x, first), (y, second) in itertools.pairwise(zip(read, known, strict=True)):
-        if "shape" in x.meta and "shape" in y.meta and x.meta["shape"][2:] != y.meta["shape"][2:]:
+        if (
+            shape_of(x) is not None
+            and shape_of(y) is not None
+            and shape_of(x)[2:] != shape_of(y)[2:]
+        ):
             continue
         if len(first.stride) != len(second.stride):
             continue
@@ -259,7 +263,7 @@ def _is_within(sizes: Sizes, node: fx.Node, value: fx.Node, other: fx.Node) -> b
         return True
     if _is_one_position(sizes.net, found):
         return True
-    shapes = [x.meta["shape"][2:] for x in (value, other) if "shape" in x.meta]
+    shapes = [shape_of(x)[2:] for x in (value, other) if shape_of(x) is not None]
     of_inputs = all(one.source.op == "placeholder" for one in (law, found))
     same_source = law.source is found.source or node.target in SUMS
     # The result then demands that they agree, unless the example's are not equal themselves.
@@ -279,7 +283,7 @@ def _has_one_position(net: Net, node: fx.Node, dims: int) -> bool:
         return set(each(module.output_size, dims)) == {1}
     if averaged_dims(node, dims) == ({*range(2, dims + 2)}, True):
         return True
-    shape = node.meta.get("shape")
+    shape = shape_of(node)
     if shape is None or net.stands_for(node) is None or {*shape[2:]} != {1}:
         return False
     return not any(net.is_open(node, dim) for dim in range(2, len(shape)))

@@ -18,6 +18,7 @@ from rmfx.errors import fault
 from .functions import is_in_place
 from .kinds import ARITHMETIC, CONCATENATIONS, SELECTIONS
 from .net import Net
+from .notes import gives_container, gives_number, shape_of, why_frozen
 
 Law = tuple[str, Callable[[Net, fx.Node], bool]]
 
@@ -43,8 +44,8 @@ def _keeps(node: fx.Node) -> bool:
     """Whether a node is no operation, or rules leave it alone: the dialect says nothing of it."""
     if node.op not in ("call_function", "call_method"):
         return True  # a module may have any path, as "mul"
-    skipped = any(n.meta.get("container") for n in node.all_input_nodes)
-    return bool(node.meta.get("frozen") or node.meta.get("number") or skipped)
+    skipped = any(gives_container(n) for n in node.all_input_nodes)
+    return bool(why_frozen(node) or gives_number(node) or skipped)
 
 
 LAWS: tuple[Law, ...] = (
@@ -78,7 +79,7 @@ LAWS: tuple[Law, ...] = (
     ),
     (
         "has a shape that is no tuple of numbers",
-        lambda net, node: "shape" not in node.meta or _is_shape(node.meta["shape"]),
+        lambda net, node: shape_of(node) is None or _is_shape(shape_of(node)),
     ),
     (
         "stands for a value that the source has not",

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from rmfx.errors import VerificationError
 from rmfx.ir.converted import computed_tensors
-from rmfx.ir.notes import WRITTEN
+from rmfx.ir.notes import GRAPHARG, WRITTEN
 
 from .equivalence import moved_by_one_rounding
 from .trial_inputs import Inputs
@@ -31,7 +31,7 @@ def is_of_dynamo(model: Any) -> bool:
     """Whether a model is a graph as Dynamo gives it to a backend."""
     if not isinstance(model, fx.GraphModule):
         return False
-    return any("grapharg" in node.meta for node in model.graph.find_nodes(op="placeholder"))
+    return any(GRAPHARG in node.meta for node in model.graph.find_nodes(op="placeholder"))
 
 
 def copy_of_original(model: Any, source: fx.GraphModule | None) -> nn.Module:

@@ -29,6 +29,7 @@ from rmfx.ir.elements import Virtual
 from rmfx.ir.kinds import BATCH_NORMS
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import slice_by_slice
+from rmfx.ir.notes import set_shape, shape_of
 from rmfx.report import META_KEY
 
 from .families import Meter, Part, Size, Widths
@@ -145,8 +146,9 @@ def _read_ones(net: Net, node: fx.Node, constants: Tensor) -> None:
     with net.graph.inserting_before(node):
         amounts = [0] * (2 * (weight.dim() - 2) + 1) + [1]
         ones = net.graph.call_function(F.pad, (source, amounts), {"value": 1.0})
-    shape = source.meta["shape"]
-    ones.meta = {**source.meta, "shape": (shape[0], shape[1] + 1, *shape[2:])}
+    shape = shape_of(source)
+    ones.meta = dict(source.meta)
+    set_shape(ones, (shape[0], shape[1] + 1, *shape[2:]))
     node.args, node.kwargs = (ones,), {}
 
 
@@ -278,13 +280,13 @@ def _cut_place(place: Cut, keep: Keep) -> None:
     if place.adds:
         given: dict[str, Any] = dict(zip(PAD_ARGUMENTS, node.args[1:], strict=False)) | node.kwargs
         amounts = list(given["pad"])
-        rank = len(node.meta["shape"])
+        rank = len(shape_of(node))
         at = 2 * (rank - 1 - place.axis)
         amounts[at : at + 2] = counts
         node.args, node.kwargs = (node.args[0],), {**given, "pad": amounts}
         return
     index: Any = node.args[1]
-    parts = slice_by_slice(index if isinstance(index, tuple) else (index,), len(node.meta["shape"]))
+    parts = slice_by_slice(index if isinstance(index, tuple) else (index,), len(shape_of(node)))
     parts[place.axis] = slice(counts[0], counts[0] + counts[1])
     node.args = (node.args[0], tuple(parts))
 

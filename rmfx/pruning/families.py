@@ -18,7 +18,7 @@ from rmfx.algebra.laws import common_block
 from rmfx.analysis.channel_labels import Channels
 from rmfx.analysis.labels import FIXED, Layer, Table
 from rmfx.ir.net import Net
-from rmfx.ir.notes import positions
+from rmfx.ir.notes import positions, shape_of
 from rmfx.options import is_named, patterns_of
 
 from .slicing import filters, inputs_read
@@ -196,7 +196,7 @@ class Widths:
             self.places(layer.outs),
             layer.carries,
             taps=math.prod(weight.shape[2:]),
-            positions=positions(where.meta["shape"], weight.dim() - 2) or 0,
+            positions=positions(shape_of(where), weight.dim() - 2) or 0,
             rows=0 if layer.module.bias is None else 1,
         )
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rmfx.algebra.affine import TRANSPOSED
+from rmfx.ir.notes import shape_of
 from rmfx.timing.timer import Timer
 
 from .families import Part, Size
@@ -130,7 +131,7 @@ def _around(n: int, total: int) -> list[tuple[int, float]]:
 
 
 def _shape_read(part: Part) -> tuple[int, ...]:
-    shape: tuple[int, ...] = part.node.all_input_nodes[0].meta["shape"]
+    shape: tuple[int, ...] = shape_of(part.node.all_input_nodes[0])
     return shape
 
 

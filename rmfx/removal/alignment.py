@@ -12,6 +12,7 @@ from rmfx.algebra.affine import AffineConv
 from rmfx.errors import Refusal
 from rmfx.ir.laterals import Lateral
 from rmfx.ir.nodes import between
+from rmfx.ir.notes import why_frozen
 
 from .assembly import Plan, work_of
 from .columns import Column, Linear, Pair, column_of, price_of
@@ -24,9 +25,9 @@ def aligned(site: Site, f: Chain, g: Chain) -> Plan | Refusal:
     """Two chains side by side: a shortest alignment of their layers."""
     f, g = (tuple(map(_without_norm, chain)) for chain in (f, g))
     if may_reorder(f + g):
-        written = next((n for n in between(site.fork, site.join) if n.meta.get("frozen")), None)
+        written = next((n for n in between(site.fork, site.join) if why_frozen(n)), None)
         if written is not None:
-            return Refusal(written.meta["frozen"], (written.name,))
+            return Refusal(why_frozen(written), (written.name,))
     waits = (_waits(site.fork, f, g), _waits(site.fork, g, f))
     pairs = _align(f, g, waits)
     if pairs is None:

@@ -34,7 +34,7 @@ from rmfx.ir.elements import Border, MaxPool, Virtual
 from rmfx.ir.laterals import Lateral
 from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
-from rmfx.ir.notes import Shape
+from rmfx.ir.notes import Shape, set_shape, shape_of
 from rmfx.rules.batch_norm import identity_norm
 
 from .side_tensors import Widths, call_again, combine
@@ -128,9 +128,9 @@ class Column(ABC):
     def put(self, spot: Spot) -> fx.Node:
         """Its node, at the graph's insert point."""
         made = spot.net.put(self._callee(spot), spot.source, *spot.label)
-        shape: Shape | None = spot.source.meta.get("shape")
+        shape: Shape | None = shape_of(spot.source)
         if shape is not None:
-            made.meta["shape"] = self._shape_behind(shape)
+            set_shape(made, self._shape_behind(shape))
         return made
 
     def _callee(self, spot: Spot) -> Virtual | nn.Module:

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from rmfx.ir.elements import Virtual
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import data_input
+from rmfx.ir.notes import shape_of, type_of
 
 from .site import Site
 
@@ -54,7 +55,7 @@ def cut_out(net: Net, site: Site) -> tuple[fx.GraphModule, tuple[Tensor, ...]] |
 
 
 def _example(node: fx.Node) -> Tensor | None:
-    shape, kind = node.meta.get("shape"), node.meta.get("dtype")
+    shape, kind = shape_of(node), type_of(node)
     if shape is None or None in shape or kind is None:
         return None
     if not kind[0].is_floating_point:  # a choice, an index

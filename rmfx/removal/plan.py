@@ -12,6 +12,7 @@ from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import chain as compose_chain
 from rmfx.errors import Refusal
 from rmfx.ir.elements import MaxPool
+from rmfx.ir.notes import shape_of
 
 from .alignment import aligned
 from .assembly import Plan, groups_of, runs_of, work_of
@@ -82,7 +83,7 @@ def _as_one(site: Site, branch: Chain) -> AffineConv | Refusal:
 
 def _fitted(site: Site, linear: Sequence[AffineConv], shortcut: AffineConv) -> AffineConv:
     """The shortcut with the branch's output size, where the two agree for the example."""
-    shape = site.fork.meta.get("shape")
+    shape = shape_of(site.fork)
     if shape is None or None in shape or not site.sized:
         return shortcut
     return fitted(linear, shortcut, shape[2:] if site.dims else ())

@@ -12,7 +12,7 @@ from rmfx.analysis.expense import Expense, expense_of
 from rmfx.errors import Refusal, RmfxError
 from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
-from rmfx.ir.notes import positions
+from rmfx.ir.notes import SOURCE, positions, shape_of
 from rmfx.report import SiteReport
 
 from .assembly import sizes_of
@@ -40,7 +40,7 @@ def expected_expense(site: Site, columns: Sequence[Column]) -> Expense:
         elif isinstance(column, Pointwise):
             width = sum(column.widths)
         moved += width * area
-    count = positions(site.fork.meta.get("shape"), site.dims)
+    count = positions(shape_of(site.fork), site.dims)
     if count is None:
         return Expense(None, None, size)
     return Expense(round(work * count), round(moved * count), size)
@@ -57,7 +57,7 @@ def row_of_match(net: Net, site: Site, settled: Settled, nodes: Sequence[fx.Node
     carries = [c.carry.out_channels for c in linear_of(settled.plan.columns[:-1])]
     return SiteReport(
         place=module_path(site.join),
-        source=site.join.meta.get("source"),
+        source=site.join.meta.get(SOURCE),
         join=site.join.name,
         node=None,
         status="removed",
@@ -66,7 +66,7 @@ def row_of_match(net: Net, site: Site, settled: Settled, nodes: Sequence[fx.Node
         gain=settled.gain,
         bits=settled.bits,
         layout=settled.plan.layout,
-        shape=site.join.meta.get("shape"),
+        shape=shape_of(site.join),
         carry=max(carries, default=0),
         macs_before=before.macs,
         macs_after=after.macs,
@@ -92,10 +92,10 @@ def row_of_refusal(node: fx.Node, refusal: Refusal, *, whole: bool) -> SiteRepor
     """
     return SiteReport(
         place=module_path(node),
-        source=node.meta.get("source"),
+        source=node.meta.get(SOURCE),
         join=node.name,
         node=node.name if whole else None,
         status="kept" if refusal.by_choice else "refused",
         reason=str(refusal),
-        shape=node.meta.get("shape"),
+        shape=shape_of(node),
     )

@@ -16,6 +16,7 @@ from rmfx.ir.driver import apply_rule
 from rmfx.ir.joins import read_join
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import put_in_order
+from rmfx.ir.notes import set_type, type_of
 from rmfx.ir.reading import demands_of
 from rmfx.report import META_KEY, Report, SiteReport
 from rmfx.rules.concatenation import ConcatenationRule
@@ -149,7 +150,7 @@ class ResidualRule:
             behind = site.join.prev if column is columns[-1] else behind
             with net.graph.inserting_before(behind.next):
                 made = column.put(Spot(net, site, source, widths, label, slices, moments))
-            made.meta["dtype"] = (site.dtype, site.device)
+            set_type(made, (site.dtype, site.device))
             if column.combination is not None:
                 self.widened.add(column.combination.name)
             widths = column.widths_behind(widths, site.dims)
@@ -203,13 +204,13 @@ class ResidualRule:
 
 def _in_type_of(join: fx.Node, value: fx.Node) -> fx.Node:
     """The value in the type of the join, where autocast lets it add values of two types."""
-    types = {n.meta["dtype"][0] for n in join.all_input_nodes if "dtype" in n.meta}
+    types = {type_of(n)[0] for n in join.all_input_nodes if type_of(n) is not None}
     if len(types) < 2:
         return value
     with join.graph.inserting_before(join):
-        cast = join.graph.call_method("to", (value, join.meta["dtype"][0]))
+        cast = join.graph.call_method("to", (value, type_of(join)[0]))
     cast.meta = dict(join.meta)
-    value.meta.pop("dtype", None)  # that of the join, which a layer under autocast does not give
+    set_type(value, None)  # that of the join, which a layer under autocast does not give
     return cast
 
 

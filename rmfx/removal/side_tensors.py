@@ -23,7 +23,17 @@ from rmfx.ir.kinds import ADAPTIVE_AVERAGES, is_a
 from rmfx.ir.laterals import Lateral
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import data_input, keeps_dims
-from rmfx.ir.notes import ORIGIN, Shape, with_channels, without_notes
+from rmfx.ir.notes import (
+    ORIGIN,
+    TYPE,
+    Shape,
+    notes_of,
+    set_shape,
+    shape_of,
+    why_frozen,
+    with_channels,
+    without_notes,
+)
 from rmfx.ir.reading import read
 
 # Far enough to give exactly 1 in every floating type.
@@ -134,9 +144,9 @@ def _remade(
     with net.graph.inserting_after(node):
         made = net.graph.node_copy(node, lambda n: places.get(n, n))
     made.meta = without_notes(node)
-    shape = node.meta.get("shape")
+    shape = shape_of(node)
     if shape is not None:
-        made.meta["shape"] = with_channels(shape, channels, dims)
+        set_shape(made, with_channels(shape, channels, dims))
     _succeed(net, node, made)
     return made
 
@@ -151,7 +161,7 @@ def _succeed(net: Net, node: fx.Node, made: fx.Node) -> None:
 
 def _is_spatial_pool(net: Net, node: fx.Node, dims: int) -> bool:
     """Whether a node pools over all of space, channel by channel."""
-    if node.meta.get("frozen") or not dims:
+    if why_frozen(node) or not dims:
         return False
     if is_a(net.module(node), ADAPTIVE_AVERAGES):
         return net.guard(node) is None
@@ -225,12 +235,12 @@ def _padded(net: Net, node: fx.Node, room: Widths, value: float, dims: int) -> f
 
 def _like(made: fx.Node, node: fx.Node, shape: Shape | None) -> fx.Node:
     """A new node with the place and type of another one, and a shape of its own."""
-    made.meta = {k: node.meta[k] for k in (*ORIGIN, "dtype") if k in node.meta}
+    made.meta = notes_of(node, *ORIGIN, TYPE)
     if shape:
-        made.meta["shape"] = shape
+        set_shape(made, shape)
     return made
 
 
 def _resized(node: fx.Node, channels: int, dims: int) -> Shape | None:
-    shape = node.meta.get("shape")
+    shape = shape_of(node)
     return None if shape is None else with_channels(shape, channels, dims)

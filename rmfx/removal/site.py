@@ -17,6 +17,7 @@ from rmfx.ir.kinds import BATCH_NORMS
 from rmfx.ir.laterals import Lateral
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import is_tensor_node
+from rmfx.ir.notes import shape_of, why_frozen
 from rmfx.ir.reading import sizes_of
 from rmfx.ir.sizes import agreements, may_spread
 from rmfx.ir.weights import weight_types
@@ -103,8 +104,8 @@ def find_sites(net: Net, join: fx.Node, *, keep_norms: bool) -> list[Site] | Ref
     terms = read_join(join)
     if terms is None or isinstance(terms, Refusal):
         return terms
-    if join.meta.get("frozen"):
-        return Refusal(join.meta["frozen"], (join.name,))
+    if why_frozen(join):
+        return Refusal(why_frozen(join), (join.name,))
     (a, factor_a), (b, factor_b) = terms
     found = [
         way if isinstance(way, Refusal) else _site(net, join, way, (factor_a, factor_b), keep_norms)
@@ -122,8 +123,8 @@ def _site(
     keep_norms: bool,
 ) -> Site | Refusal:
     fork, paths = way
-    if fork.meta.get("frozen"):
-        return Refusal(fork.meta["frozen"], (fork.name,))
+    if why_frozen(fork):
+        return Refusal(why_frozen(fork), (fork.name,))
     frame = _frame(net, fork, paths)
     if isinstance(frame, Refusal):
         return frame
@@ -167,7 +168,7 @@ def _spread_among_neighbours(net: Net, chains: list[tuple[Step, ...]]) -> bool |
     sizes = sizes_of(net)
     open_ones = [x for x in laterals if may_spread(sizes, x.node, x.value)]
     inputs = filter(is_tensor_node, net.graph.find_nodes(op="placeholder"))
-    if open_ones and any("shape" not in x.meta for x in inputs):
+    if open_ones and any(shape_of(x) is None for x in inputs):
         cause = (
             "it may spread out a value of fewer positions, beside layers that read several, at "
             "sizes that are not known; pass example_inputs"

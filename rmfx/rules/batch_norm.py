@@ -31,6 +31,7 @@ from rmfx.ir.elements import Virtual
 from rmfx.ir.kinds import BATCH_NORMS
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
+from rmfx.ir.notes import OF_VALUE, notes_of, why_frozen
 from rmfx.ir.reading import demands_of, read, read_affine
 from rmfx.ir.weights import weight_types
 
@@ -156,7 +157,7 @@ class TokenNormRule:
             return None
         if set(flatten.users) != {norm} or set(norm.users) != {node} or net.guard(norm):
             return None
-        if any(n.meta.get("frozen") for n in (linear, flatten, norm, node)):
+        if any(why_frozen(n) for n in (linear, flatten, norm, node)):
             return None
         if not _joins_tokens(net, flatten, net.rank(linear)):
             return None
@@ -170,7 +171,7 @@ class TokenNormRule:
         linear = match.linear
         net.merge(linear, match.norm, match.layer, demands_of(net, (linear, match.norm)))
         node.replace_all_uses_with(linear)
-        linear.meta |= {key: node.meta[key] for key in ("shape", "dtype") if key in node.meta}
+        linear.meta |= notes_of(node, *OF_VALUE)
         net.make_stand_for(linear, net.stands_for(node))
         net.release([match.flatten])
         net.graph.erase_node(node)

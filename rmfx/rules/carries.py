@@ -36,6 +36,7 @@ from rmfx.ir.kinds import NO_OPS, is_a
 from rmfx.ir.memo import on_demand
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
+from rmfx.ir.notes import shape_of, why_frozen
 from rmfx.ir.reading import read
 from rmfx.modules.activations import OWN_ACTIVATIONS
 from rmfx.pruning.slicing import inputs_read
@@ -82,7 +83,7 @@ class Origins:
         if node.target is torch.mul and len(node.all_input_nodes) == 2:
             return self._gated(node)
         source = input_of(node)
-        if source is None or node.op != "call_module" or node.meta.get("frozen"):
+        if source is None or node.op != "call_module" or why_frozen(node):
             return ()
         element = read(self._net, node)
         if isinstance(element, AffineConv):
@@ -95,7 +96,7 @@ class Origins:
         """Behind a product: what the other factor provably multiplies by 1."""
         found: list[Carry] = []
         for value, gate in itertools.permutations(node.all_input_nodes):
-            if value.meta.get("shape") != node.meta.get("shape"):
+            if shape_of(value) != shape_of(node):
                 continue  # it is repeated over space
             for carry in self._known[value]:
                 count = len(carry.rows)

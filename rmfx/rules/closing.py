@@ -31,6 +31,7 @@ from rmfx.ir.elements import Virtual
 from rmfx.ir.kinds import is_a
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
+from rmfx.ir.notes import OF_VALUE, notes_of, why_frozen
 from rmfx.ir.reading import read
 from rmfx.ir.weights import weight_types
 from rmfx.modules.activations import ChannelPReLU
@@ -116,7 +117,7 @@ def _close(net: Net, node: fx.Node, split: Split, source: fx.Node) -> fx.Node:
     """Let a layer and the layer beside it be added; returns the sum."""
     kind = weight_types(net, (node,)).pop()
     put(net, node, split.main)
-    known: dict[str, Any] = {k: node.meta[k] for k in ("shape", "dtype") if k in node.meta}
+    known = notes_of(node, *OF_VALUE)
     with net.graph.inserting_after(node):
         beside = source
         if not _is_identity(split.skip):
@@ -170,7 +171,7 @@ def tidy(net: Net) -> None:
     """Take out what was there for the carries only: identities, activations per channel, zeros."""
     for node in list(net.graph.nodes):
         module = net.module(node)
-        if module is None or net.guard(node) is not None or node.meta.get("frozen"):
+        if module is None or net.guard(node) is not None or why_frozen(node):
             continue
         plain = _uniform(module)
         if plain is not None:

@@ -26,6 +26,7 @@ from rmfx.errors import Refusal
 from rmfx.ir.elements import Virtual
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of, is_tensor_node
+from rmfx.ir.notes import OF_VALUE, notes_of, why_frozen
 from rmfx.ir.reading import demands_of, read_affine
 from rmfx.ir.weights import weight_types
 
@@ -54,7 +55,7 @@ class ConcatenationRule:
         self.made: set[fx.Node] = set()
 
     def match(self, net: Net, node: fx.Node) -> Stack | Refusal | None:
-        if node.target is not torch.cat or node.meta.get("frozen") or len(node.args) != 2:
+        if node.target is not torch.cat or why_frozen(node) or len(node.args) != 2:
             return None
         if not isinstance(node.args[0], (list, tuple)):  # parts of a split, say
             return None
@@ -87,7 +88,7 @@ class ConcatenationRule:
         net.release(match.nodes)
         with net.graph.inserting_before(node):
             made = net.put(match.layer, match.fork, target, node)
-        made.meta |= {key: node.meta[key] for key in ("shape", "dtype") if key in node.meta}
+        made.meta |= notes_of(node, *OF_VALUE)
         node.replace_all_uses_with(made)
         for old in (node, *reversed(match.nodes)):
             net.graph.erase_node(old)

@@ -32,7 +32,7 @@ from rmfx.ir.kinds import BATCH_NORMS
 from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
-from rmfx.ir.notes import positions
+from rmfx.ir.notes import SOURCE, positions, shape_of
 from rmfx.ir.reading import demands_of, read_affine
 from rmfx.ir.selections import may_select
 from rmfx.ir.weights import weight_types
@@ -150,13 +150,11 @@ def _row(net: Net, nodes: Sequence[fx.Node], segments: Sequence[Segment]) -> Sit
     last = nodes[-1]
     dims = segments[0][2].dims
     before = expense_of(net, nodes)
-    after = [
-        (layer, positions(nodes[end - 1].meta.get("shape"), dims)) for _, end, layer in segments
-    ]
+    after = [(layer, positions(shape_of(nodes[end - 1]), dims)) for _, end, layer in segments]
     macs = [layer.multiply_adds(count) for layer, count in after if count is not None]
     return SiteReport(
         place=module_path(last),
-        source=last.meta.get("source"),
+        source=last.meta.get(SOURCE),
         join=last.name,
         node=None,
         status="removed",
@@ -164,7 +162,7 @@ def _row(net: Net, nodes: Sequence[fx.Node], segments: Sequence[Segment]) -> Sit
         exactness="rounding",
         gain=1.0,
         layout=f"{len(nodes)} layers as {len(segments)}",
-        shape=last.meta.get("shape"),
+        shape=shape_of(last),
         macs_before=before.macs,
         macs_after=sum(macs) if len(macs) == len(after) else None,
         params_before=before.parameters,

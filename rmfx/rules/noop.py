@@ -20,6 +20,7 @@ from rmfx.errors import Refusal
 from rmfx.ir.kinds import NO_OPS, is_a
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
+from rmfx.ir.notes import why_frozen
 
 NOOP_METHODS = ("clone", "detach")
 NOOP_FUNCTIONS = (
@@ -47,7 +48,7 @@ class NoopRule:
         if source is None or not does_nothing(net, node):
             return None
         # A copy of a value that is written to later is not a no-op.
-        frozen = node.meta.get("frozen") or source.meta.get("frozen")
+        frozen = why_frozen(node) or why_frozen(source)
         if frozen:
             return Refusal(frozen)
         return net.guard(node) or source

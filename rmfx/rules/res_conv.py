@@ -35,7 +35,7 @@ from rmfx.errors import OptionError, Refusal
 from rmfx.ir.kinds import BATCH_NORMS
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
-from rmfx.ir.notes import positions
+from rmfx.ir.notes import OF_VALUE, SOURCE, notes_of, positions, shape_of, why_frozen
 from rmfx.ir.reading import read, read_affine
 from rmfx.modules.factors import Carried, ResConv
 
@@ -120,7 +120,7 @@ def macs_of(net: Net, conv: fx.Node) -> int:
     """Multiply-adds of a convolution on the example inputs."""
     module: Any = net.module(conv)
     weight: Tensor = module.weight
-    return weight.numel() * (positions(conv.meta["shape"], weight.dim() - 2) or 0)
+    return weight.numel() * (positions(shape_of(conv), weight.dim() - 2) or 0)
 
 
 def remove_layer(net: Net, gate: fx.Node) -> None:
@@ -130,7 +130,7 @@ def remove_layer(net: Net, gate: fx.Node) -> None:
     with net.graph.inserting_after(gate):
         carried = Carried(factors.raw_carry.detach().clone())
         made = net.put(carried, source, str(gate.target), gate)  # type: ignore[arg-type]
-    made.meta |= {key: gate.meta[key] for key in ("shape", "dtype") if key in gate.meta}
+    made.meta |= notes_of(gate, *OF_VALUE)
     gate.replace_all_uses_with(made)
     net.rewrites["remove_layer"] += 1
 
@@ -150,7 +150,7 @@ def write_out(net: Net, node: fx.Node) -> None:
             scaled = net.graph.call_function(torch.mul, (y, float(module.scale.detach())))
             value = net.graph.call_function(torch.add, (scaled, value))
     for new in (n for n in (value, *value.all_input_nodes) if not n.meta):
-        new.meta = {k: v for k, v in node.meta.items() if k in ("shape", "dtype", "source")}
+        new.meta = notes_of(node, *OF_VALUE, SOURCE)
     net.replace(node, value)
     net.rewrites["write_out"] += 1
 
@@ -185,7 +185,7 @@ class ScaleRule:
         if not factor > 0 or not isinstance(layer, Activation) or layer.row.slope is None:
             return None
         inner = input_of(act)
-        if inner is None or len(inner.users) > 1 or node.meta.get("frozen"):
+        if inner is None or len(inner.users) > 1 or why_frozen(node):
             return None
         return (act, factor) if isinstance(read_affine(net, inner), AffineConv) else None
 
@@ -194,7 +194,7 @@ class ScaleRule:
         (inner,) = act.all_input_nodes
         with net.graph.inserting_before(act):
             scaled = net.graph.call_function(torch.mul, (inner, factor))
-        scaled.meta = {k: v for k, v in inner.meta.items() if k in ("shape", "dtype", "source")}
+        scaled.meta = notes_of(inner, *OF_VALUE, SOURCE)
         act.replace_input_with(inner, scaled)
         node.replace_all_uses_with(act)
         net.graph.erase_node(node)

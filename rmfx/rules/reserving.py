@@ -37,7 +37,7 @@ from rmfx.ir.joins import read_join
 from rmfx.ir.kinds import AVERAGE_POOLS, BATCH_NORMS, MAX_POOLS
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
-from rmfx.ir.notes import ORIGIN, forget
+from rmfx.ir.notes import ORIGIN, forget, notes_of, set_shape, why_frozen
 from rmfx.ir.reading import read, read_affine
 from rmfx.ir.sizes import SizeLaw
 from rmfx.pruning.slicing import cut_module
@@ -84,7 +84,7 @@ def find_blocks(net: Net) -> list[tuple[fx.Node, Block | Refusal]]:
 
 def _terms(net: Net, node: fx.Node) -> list[fx.Node]:
     """What a node adds or subtracts, nothing if it does neither."""
-    terms = None if node.meta.get("frozen") else read_join(node)
+    terms = None if why_frozen(node) else read_join(node)
     return [] if terms is None or isinstance(terms, Refusal) else [value for value, _ in terms]
 
 
@@ -203,7 +203,7 @@ def _reserve(net: Net, block: Block, reserved: int) -> tuple[fx.Node, fx.Node]:
         others = call(F.pad, (value, [*space, reserved, 0]))
         whole = call(torch.add, (first, others))
     for node in (passing, first, others, whole):
-        node.meta = {key: value.meta[key] for key in ORIGIN if key in value.meta}
+        node.meta = notes_of(value, *ORIGIN)
     for reader in readers:
         reader.replace_input_with(value, whole)
     return value, whole
@@ -244,7 +244,7 @@ def _cut(net: Net, node: fx.Node, start: int, channels: int) -> tuple[int, int]:
     elif not (_terms(net, node) or does_nothing(net, node) or _is_channelwise(module)):
         return 0, 0  # a constant or a padding: all of it is computed
     forget(node)
-    node.meta.pop("shape", None)
+    set_shape(node, None)
     if start and module is not None:
         net.set(node, cut_module(module, torch.arange(channels) >= start))
     return start, needed
@@ -257,5 +257,5 @@ def _is_channelwise(module: nn.Module | None) -> bool:
 def _part(net: Net, value: fx.Node, channels: slice) -> fx.Node:
     """Some channels of a value, at the graph's insert point."""
     part = net.graph.call_function(operator.getitem, (value, (slice(None), channels)))
-    part.meta = {key: value.meta[key] for key in ORIGIN if key in value.meta}
+    part.meta = notes_of(value, *ORIGIN)
     return part

@@ -26,7 +26,7 @@ from torch import Tensor, fx
 
 from rmfx.ir.memo import on_demand
 from rmfx.ir.nodes import attribute
-from rmfx.ir.notes import forget, without_notes
+from rmfx.ir.notes import forget, set_shape, shape_of, type_of, without_notes
 
 aten = torch.ops.aten
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
@@ -126,7 +126,7 @@ def _read(tensors: tuple[_Constants, _Constants], pad: fx.Node) -> _Filled | Non
 
 def _sides(pad: fx.Node) -> set[Side]:
     """The sides that are padded with zeros; none for other paddings."""
-    shape = pad.meta.get("shape")
+    shape = shape_of(pad)
     amounts, *rest = [*pad.args[1:]]
     if shape is None or pad.kwargs or any(x not in ("constant", None, 0, 0.0) for x in rest):
         return set()
@@ -156,7 +156,7 @@ def _write(constants: _Constants, node: fx.Node) -> _Write | None:
     if node.target is not aten.copy_.default or node.users or len(sides) != 1:
         return None
     value = constants(node.args[1]) if node.args[0] is nodes[-1] else None
-    whole = nodes[0].meta.get("shape")
+    whole = shape_of(nodes[0])
     if value is None or whole is None:
         return None
     spread = (1,) * (len(whole) - value.dim()) + tuple(value.shape)
@@ -195,7 +195,7 @@ def _layers_before(pad: fx.Node) -> tuple[fx.Node, ...]:
 
 def _is_pointwise(conv: fx.Node) -> bool:
     args: list[Any] = [*conv.args]
-    shape = args[1].meta.get("shape")
+    shape = shape_of(args[1])
     strides, pads = (args[3] if len(args) > 3 else []), (args[4] if len(args) > 4 else [])
     plain = isinstance(pads, (list, tuple)) and not any(pads) and all(n == 1 for n in strides)
     return bool(plain and not conv.kwargs and shape and math.prod(shape[2:]) == 1)
@@ -227,7 +227,7 @@ def _is_what_zeros_give(
 def _at_zero(constants: _Constants, layers: tuple[fx.Node, ...]) -> Tensor | None:
     """What some layers give for zeros, per channel, in their own type."""
     source: Any = layers[0].args[0]
-    shape, kind = source.meta.get("shape"), source.meta.get("dtype")
+    shape, kind = shape_of(source), type_of(source)
     if shape is None or shape[1] is None or kind is None:
         return None
     x: Tensor | None
@@ -270,11 +270,12 @@ def _rewrite(gm: fx.GraphModule, found: _Filled) -> None:
         padded = gm.graph.node_copy(pad, lambda n: n)
     source: Any = first.args[0]
     padded.args = (source, *pad.args[1:])
-    shape, before = pad.meta["shape"], source.meta["shape"]
-    padded.meta = {**without_notes(pad), "shape": (*before[:2], *shape[2:])}
+    shape, before = shape_of(pad), shape_of(source)
+    padded.meta = without_notes(pad)
+    set_shape(padded, (*before[:2], *shape[2:]))
     first.args = (padded, *first.args[1:])
     for node in found.layers:
-        node.meta["shape"] = (*node.meta["shape"][:2], *shape[2:])
+        set_shape(node, (*shape_of(node)[:2], *shape[2:]))
         forget(node)
     for write in found.writes:
         for node in reversed(write.nodes):

@@ -20,7 +20,7 @@ from rmfx.algebra.affine import CONVS
 from rmfx.ir.memo import on_demand
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import must_stay, slice_by_slice
-from rmfx.ir.notes import GUARDED, noted, sizes_of_every_call
+from rmfx.ir.notes import GUARDED, gives_number, noted, shape_of, sizes_of_every_call, why_frozen
 from rmfx.ir.numbers import size_read
 from rmfx.ir.reading import sizes_of
 
@@ -42,9 +42,9 @@ def crop_by_numbers(gm: fx.GraphModule) -> None:
 
 
 def _is_candidate(node: fx.Node) -> bool:
-    if node.target not in (operator.getitem, F.pad) or node.meta.get("frozen"):
+    if node.target not in (operator.getitem, F.pad) or why_frozen(node):
         return False
-    by_numbers = any(n.meta.get("number") for n in node.all_input_nodes[1:])
+    by_numbers = any(gives_number(n) for n in node.all_input_nodes[1:])
     return by_numbers or GUARDED in node.meta
 
 
@@ -58,7 +58,7 @@ class _Numbers:
 
     def note_sizes(self, value: fx.Node) -> None:
         """Take note of sizes that the graph computes, which are not negative."""
-        rank = None if value.meta.get("number") else self.net.rank(value)
+        rank = None if gives_number(value) else self.net.rank(value)
         for dim in range(2, rank or 0):
             known = self.size(value, dim)
             if known is not None:
@@ -90,7 +90,7 @@ class _Numbers:
         if law is None or law.clips or dim < 2 or len(law.stride) != rank - 2:
             return None
         readers = [self.net.module(user) for user in law.source.users]
-        if "shape" not in value.meta and not any(type(m) in CONVS[1:] for m in readers):
+        if shape_of(value) is None and not any(type(m) in CONVS[1:] for m in readers):
             return None  # only a convolution wants a batch dimension
         growth, stride = law.growth[dim - 2], law.stride[dim - 2]
         return {(law.source, dim, stride, growth % stride): 1, None: growth // stride}
@@ -108,7 +108,7 @@ class _Numbers:
             return _of_expression(noted(node))
         terms = [self._known[a] if isinstance(a, fx.Node) else self(a) for a in node.args]
         known = [term for term in terms if term is not None]
-        if not node.meta.get("number") or node.kwargs or len(known) != len(node.args):
+        if not gives_number(node) or node.kwargs or len(known) != len(node.args):
             return None
         if node.target is operator.neg:
             return _sum({}, known[0], -1)
@@ -148,7 +148,7 @@ def _bounded(numbers: _Numbers, node: fx.Node) -> tuple[Any, Any]:
     if node.target is F.pad:
 
         def number(value: fx.Node) -> Any:
-            found = numbers.constant(value) if value.meta.get("number") else None
+            found = numbers.constant(value) if gives_number(value) else None
             return value if found is None else found
 
         return fx.map_arg((node.args, node.kwargs), number)

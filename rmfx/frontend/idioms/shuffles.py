@@ -23,7 +23,7 @@ from rmfx.ir.facts import Inference, facts_of
 from rmfx.ir.kinds import is_a
 from rmfx.ir.memo import on_demand
 from rmfx.ir.nodes import run_node
-from rmfx.ir.notes import noted, sizes_of_every_call
+from rmfx.ir.notes import noted, sizes_of_every_call, why_frozen
 from rmfx.ir.open_sizes import FAILURES, LARGEST, coprime_sizes, largest_number
 
 aten = torch.ops.aten
@@ -77,7 +77,7 @@ def _reshapes(gm: fx.GraphModule, node: fx.Node) -> bool:
 def _input(node: fx.Node) -> fx.Node | None:
     """The tensor that a node reads first, None if others may see or change what it gives."""
     x = node.args[0] if node.args else None
-    apart = "frozen" in node.meta or not isinstance(x, fx.Node) or "frozen" in x.meta
+    apart = why_frozen(node) is not None or not isinstance(x, fx.Node) or why_frozen(x) is not None
     return None if apart else x  # type: ignore[return-value]
 
 

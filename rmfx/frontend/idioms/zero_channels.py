@@ -24,7 +24,15 @@ from torch import fx
 
 from rmfx.ir.facts import BY_METHOD, COPIES, LIKE, OF_SIZE, Facts, Inference, facts_of
 from rmfx.ir.kinds import SCALES
-from rmfx.ir.notes import without_notes
+from rmfx.ir.notes import (
+    SHAPE,
+    gives_number,
+    set_shape,
+    shape_of,
+    type_of,
+    why_frozen,
+    without_notes,
+)
 
 PRODUCTS = (operator.mul, torch.mul)
 
@@ -33,14 +41,14 @@ def pad_for_zeros(gm: fx.GraphModule) -> None:
     """Rewrite concatenations with zeros; paddings, slices and scales by numbers that layers fix."""
     facts = facts_of(gm, by_readers=True)
     for node in list(gm.graph.nodes):
-        if node.meta.get("frozen"):
+        if why_frozen(node):
             continue
         if node.target is F.pad or node.target is operator.getitem:
             node.args = (node.args[0], *facts.with_numbers(node.args[1:]))
             node.kwargs = {k: facts.with_numbers(v) for k, v in node.kwargs.items()}
         elif node.target is torch.cat:
             _pad(node, facts)
-        elif node.target in SCALES and not node.meta.get("number"):
+        elif node.target in SCALES and not gives_number(node):
             node.args = facts.with_numbers(node.args)
 
 
@@ -59,11 +67,11 @@ def _pad(cat: fx.Node, facts: Inference) -> None:
         value = inner[0]
         if len(inner) > 1:
             value = cat.graph.call_function(torch.cat, (inner, 1))
-            value.meta = without_notes(cat, "shape")
-            shape = cat.meta.get("shape")
+            value.meta = without_notes(cat, SHAPE)
+            shape = shape_of(cat)
             if shape is not None:
                 channels = None if shape[1] is None else shape[1] - before - after
-                value.meta["shape"] = (shape[0], channels, *shape[2:])
+                set_shape(value, (shape[0], channels, *shape[2:]))
         padded = cat.graph.call_function(F.pad, (value, (*[0] * 2 * dims, before, after)))
     padded.meta = dict(cat.meta)
     cat.replace_all_uses_with(padded)
@@ -77,7 +85,7 @@ def _operands(cat: fx.Node) -> tuple[list[fx.Node], Any]:
     if not isinstance(tensors, (list, tuple)):
         return [], dim
     nodes = [n for n in tensors if isinstance(n, fx.Node)]
-    return ([] if any(n.meta.get("frozen") for n in nodes) else nodes), dim
+    return ([] if any(why_frozen(n) for n in nodes) else nodes), dim
 
 
 def _is_zero(node: fx.Node) -> bool:
@@ -85,11 +93,11 @@ def _is_zero(node: fx.Node) -> bool:
     while node.target in COPIES and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     if node.target in (*LIKE, *OF_SIZE, *BY_METHOD):
-        return not node.meta.get("frozen")
+        return not why_frozen(node)
     return node.target in PRODUCTS and any(type(a) in (int, float) and a == 0 for a in node.args)
 
 
 def _keeps_type(cat: fx.Node, value: fx.Node) -> bool:
     """Whether zeros leave the type of what stands beside them, which example inputs tell."""
-    kinds = [n.meta.get("dtype") for n in (cat, value)]
-    return None not in kinds and kinds[0][0] == kinds[1][0]  # type: ignore[index]
+    kinds = [type_of(n) for n in (cat, value)]
+    return None not in kinds and kinds[0][0] == kinds[1][0]
