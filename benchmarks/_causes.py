@@ -428,7 +428,7 @@ CAUSES: tuple[Cause, ...] = (
         "a weight that is detached is the weight",
         (
             (
-                "rmfx/removal/differentiable.py",
+                "rmfx/removal/linker.py",
                 COPIED + IS_LAYER,
                 f"{COPIED}{DETACHED}self._places[node.all_input_nodes[0]]\n{IS_LAYER}",
             ),

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from rmfx.algebra.affine import MULTIPLYING
-from rmfx.analysis.expense import work_of
+from rmfx.analysis.multiply_adds import work_of
 from rmfx.errors import ShapeError
 from rmfx.frontend.tracing import trace
 from rmfx.ir.conditions import nodes_of_conditions

@@ -22,7 +22,7 @@ from rmfx.errors import Refusal
 
 from .callees import Calls
 from .kinds import ADDS, COMPARISONS, SCALES, SPREADING, SUBS, aten, is_a, kind_of
-from .layers import Callee, channels_in, channels_out, dims_of, is_on_last, keeps_values
+from .layer_facts import Callee, channels_in, channels_out, dims_of, is_on_last, keeps_values
 from .memo import on_demand, succeed
 from .notes import gives_number, shape_of, sizes_of_every_call, type_of
 from .numbers import computed, size_read

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from rmfx.errors import OptionError, Refusal
 from rmfx.ir.net import Net
+from rmfx.options import shown
 from rmfx.report import SiteReport
 from rmfx.rules.linear import Choice
 from rmfx.table import short
@@ -21,10 +22,10 @@ MACS_PER_VALUE = 20
 
 def check_policy(policy: object) -> None:
     """Raise OptionError unless it is one."""
-    known = policy in ("all", "profitable") or isinstance(policy, MeasuredPolicy)
-    if not known and not callable(policy):
+    known = isinstance(policy, str) and policy in ("all", "profitable")
+    if not known and not isinstance(policy, MeasuredPolicy) and not callable(policy):
         raise OptionError(
-            f"policy={policy!r}: choose 'all', 'profitable', a function of a site "
+            f"policy={shown(policy)}: choose 'all', 'profitable', a function of a site "
             "or a MeasuredPolicy"
         )
 

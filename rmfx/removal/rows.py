@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import fx
 
 from rmfx.algebra.laws import area_after
-from rmfx.analysis.expense import Expense, expense_of
+from rmfx.analysis.multiply_adds import Expense, expense_of
 from rmfx.errors import Refusal, RmfxError
 from rmfx.ir.names import module_path
 from rmfx.ir.net import Net

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
-from rmfx.analysis.expense import expense_of
+from rmfx.analysis.multiply_adds import expense_of
 from rmfx.analysis.ranges import Ranges
 from rmfx.data.moments import Moments
 from rmfx.errors import Refusal, RefusedError, RmfxError, fault

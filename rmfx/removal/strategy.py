@@ -41,6 +41,7 @@ from rmfx.algebra.digits import (
 from rmfx.analysis.ranges import Ranges
 from rmfx.choices import STRATEGIES
 from rmfx.errors import OptionError, Refusal
+from rmfx.options import shown
 
 from .assembly import Plan, work_of
 from .codes import (
@@ -91,14 +92,15 @@ def allowed_ways(activation: str | Collection[str]) -> Collection[str]:
     Raises:
         OptionError: there is none of the name.
     """
-    if activation == "auto":
+    names = [activation] if isinstance(activation, str) else [*activation]
+    if names == ["auto"]:
         return AUTO
-    chosen = {activation} if isinstance(activation, str) else set(activation)
-    unknown = chosen - {*STRATEGIES, "relu"}
-    if unknown or not chosen:
+    if not names or not all(isinstance(n, str) and n in (*STRATEGIES, "relu") for n in names):
         raise OptionError(
-            f"activation={activation!r}: choose 'auto', 'relu' or some of {', '.join(STRATEGIES)}"
+            f"activation={shown(activation)}: choose 'auto', 'relu' or some of "
+            f"{', '.join(STRATEGIES)}"
         )
+    chosen = {*names}
     return chosen | {*SAME_ACTIVATION} if "relu" in chosen else chosen
 
 

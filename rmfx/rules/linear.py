@@ -25,7 +25,7 @@ from torch import fx
 
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import compose
-from rmfx.analysis.expense import expense_of
+from rmfx.analysis.multiply_adds import expense_of
 from rmfx.errors import Refusal
 from rmfx.ir.elements import Virtual
 from rmfx.ir.kinds import BATCH_NORMS

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -529,3 +530,10 @@ def test_an_argument_of_another_class_is_told_what_is_wanted() -> None:
         rmfx.remove_residuals(block(), image(), verify=3)
     with pytest.raises(rmfx.OptionError, match=r"activation=None: it takes str \| .*Collection"):
         rmfx.remove_residuals(block(), image(), activation=None)
+
+
+@pytest.mark.parametrize("option", ["activation", "policy"])
+@pytest.mark.parametrize("value", [torch.ones(2), np.ones((2, 2)), [["relu"]]])
+def test_a_choice_that_is_an_array_is_an_option_error(option: str, value: Any) -> None:
+    with pytest.raises(rmfx.OptionError, match=f"{option}=.*choose"):
+        rmfx.remove_residuals(block(), image(), **{option: value})
