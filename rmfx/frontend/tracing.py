@@ -25,9 +25,10 @@ from rmfx.frontend.idioms.border_fill import pad_before
 from rmfx.frontend.idioms.crops import crop_by_numbers
 from rmfx.ir.conditions import put_conditions, take_conditions
 from rmfx.ir.converted import ConvertedModule, copy_graph
+from rmfx.ir.facts import facts_of
 from rmfx.ir.nodes import has_hooks, replaced_method
-from rmfx.ir.notes import SOURCE, shape_of
-from rmfx.ir.ranks import BY_RANK, Snapshot, demand_ranks
+from rmfx.ir.notes import SOURCE
+from rmfx.ir.ranks import BY_RANK, Snapshot, assumed_ranks, demand_assumed, demand_ranks
 from rmfx.ir.threads import alone
 from rmfx.options import Inputs, as_inputs, typed
 
@@ -96,8 +97,10 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     crop_by_numbers(gm)
     if before.was_read_by_rank(gm):
         gm.meta[BY_RANK] = True
-        shapes = {n.name: shape_of(n) for n in gm.graph.nodes if shape_of(n) is not None}
-        demand_ranks(conditions, {name: len(shape) for name, shape in shapes.items()})
+        facts = facts_of(gm, by_readers=True)
+        ranks = {x.name: facts.rank(x) for x in gm.graph.find_nodes(op="placeholder")}
+        demand_ranks(conditions, ranks)
+        demand_assumed(gm.graph, assumed_ranks(gm.graph, ranks, facts.layer))
     put_conditions(conditions, gm.graph)
     gm.graph.lint()
     gm.recompile()

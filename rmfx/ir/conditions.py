@@ -147,11 +147,12 @@ def demand_sizes(graph: fx.Graph, x: fx.Node, sizes: Sequence[int | None], messa
 
 def demand_that(graph: fx.Graph, condition: fx.Node, x: fx.Node, message: str) -> None:
     """Let a graph demand of an input that a condition on it holds."""
-    graph.call_function(demand, (condition, x, str(x.target), message))
+    name = str(x.target) if x.op == "placeholder" else x.name
+    graph.call_function(demand, (condition, x, name, message))
 
 
 def demand_rank(graph: fx.Graph, x: fx.Node, rank: int) -> None:
-    """Let a graph demand a number of dimensions of an input."""
+    """Let a graph demand a number of dimensions of an input, or of a value behind it."""
     message = (
         f"the network was converted for {rank} dimensions; add or remove a batch dimension, or "
         f"{AGAIN}"

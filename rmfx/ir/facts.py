@@ -174,7 +174,7 @@ class Inference:
 
     def _asked(self, node: fx.Node) -> list[fx.Node]:
         """Of which values the facts of a node's own follow; some layers tell all themselves."""
-        layer = self._layer(node)
+        layer = self.layer(node)
         return [] if dims_of(layer) and channels_out(layer) else node.all_input_nodes
 
     def _deduce(self, node: fx.Node) -> Facts:
@@ -190,7 +190,7 @@ class Inference:
         inputs = [self._known[n] for n in tensors]
         before = inputs[0] if len(inputs) == 1 else Facts()
         if node.op == "call_module":
-            return self._behind(self._layer(node), before)
+            return self._behind(self.layer(node), before)
         if node.target in (*OF_SIZE, *BY_METHOD):
             return self._of_size(node)
         if len(inputs) > 1:
@@ -206,7 +206,7 @@ class Inference:
 
     def _read_by(self, node: fx.Node) -> Facts:
         """What the layers that read an input of the network demand of it."""
-        layers = [self._layer(user) for user in node.users]
+        layers = [self.layer(user) for user in node.users]
         dims = next((d for d in map(dims_of, layers) if d), None)
         reader = next((layer for layer in layers if channels_in(layer)), None)
         return Facts(dims + 2 if dims else None, channels_in(reader), is_on_last(reader))
@@ -296,8 +296,8 @@ class Inference:
             if type_of(here) is not None:
                 found: bool = type_of(here)[0].is_floating_point
                 return found
-            layer = self._layer(here)
-            if any(channels_in(one) for one in (layer, *map(self._layer, here.users))):
+            layer = self.layer(here)
+            if any(channels_in(one) for one in (layer, *map(self.layer, here.users))):
                 return True
             known = isinstance(layer, nn.Module) and kind_of(layer) is not None
             if known and any(p.is_floating_point() for p in layer.parameters()):  # type: ignore[union-attr]
@@ -308,10 +308,11 @@ class Inference:
     def _source(self, node: fx.Node, keeping: tuple[object, ...] = ()) -> fx.Node | None:
         """The first tensor that a layer reads which keeps its type, or one of some operations."""
         inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        keeps = keeps_values(self._layer(node)) and len(inputs) == 1
+        keeps = keeps_values(self.layer(node)) and len(inputs) == 1
         return next(iter(inputs), None) if keeps or node.target in keeping else None
 
-    def _layer(self, node: fx.Node) -> Callee:
+    def layer(self, node: fx.Node) -> Callee:
+        """What a node calls: a module, or a layer that a rule has put there; None if nothing."""
         made = self._callees.callee(node)
         return made if made is None or isinstance(made, nn.Module) else made.layer
 

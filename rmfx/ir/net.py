@@ -28,7 +28,7 @@ from .memo import succeed
 from .nodes import data_input, must_stay
 from .notes import OF_VALUE, ORIGIN, forget, notes_of, set_shape, shape_of, why_frozen
 from .open_sizes import OpenSizes
-from .ranks import BY_RANK, demand_ranks, ignores_rank
+from .ranks import BY_RANK, assumed_ranks, demand_assumed, demand_ranks, ignores_rank
 
 
 class Analysis(Protocol):
@@ -243,6 +243,10 @@ class Net:
         """
         self.sweep()
         rewritten = list(self._rewritten())
+        inputs = self.graph.find_nodes(op="placeholder")
+        assumed = assumed_ranks(
+            self.graph, {x.name: self.rank(x) for x in inputs}, self._inference.layer
+        )
         memo: dict[int, object] = {}
         root: dict[str, object] = {}
         for node in list(self.graph.nodes):
@@ -260,6 +264,8 @@ class Net:
                 memo.update(computed_tensors(module))
                 root[target] = copy.deepcopy(module, memo)
         by_rank = not all(self._ignores_rank(node, root) for node in rewritten)
+        if by_rank or self.source.meta.get(BY_RANK):
+            demand_assumed(self.graph, assumed)
         put_conditions(self._all_conditions(by_rank), self.graph)
         gm = ConvertedModule(as_tree(root), self.graph, type(self.source).__name__)
         gm.graph.lint()

@@ -3,26 +3,40 @@
 Convolutions and pools take one image as well as a batch, linear layers any number of dimensions,
 and what acts on each value alone does not ask. Of a network made of these nothing is demanded. A
 PReLU with a slope per channel, a slice or a concatenation finds channels by counting dimensions.
+
+A convolution is taken to read a batch. Where that matters it is demanded: of the network's inputs,
+and of what a convolution reads if nothing tells how its dimensions follow from those of the inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.activation import is_activation
 from rmfx.modules.activations import OWN_ACTIVATIONS
 
 from .conditions import demand_rank, fits
-from .kinds import ANY_RANK, ARITHMETIC
+from .kinds import ANY_RANK, ARITHMETIC, COMPARISONS, LAYERS, SPREADING, is_a
+from .layer_facts import Callee, dims_of
+from .nodes import MEANS, is_tensor_node
+from .notes import shape_of
 
 BY_RANK = "rmfx_by_rank"  # in a graph's metadata: it was read by the numbers of dimensions
 RANKS = ("dim", "ndimension", "ndim")
 VALUE_BY_VALUE = frozenset(ARITHMETIC.values())
 _FLATTENS = (torch.flatten, "flatten", torch.ops.aten.flatten.using_ints)
+_KEEPING = (  # the number of dimensions
+    *(*SPREADING, *COMPARISONS, *VALUE_BY_VALUE, torch.cat, torch.maximum, torch.minimum),
+    *(F.pad, F.interpolate, torch.clone, "clone", "contiguous", "detach"),
+    *("transpose", torch.transpose, "permute", torch.permute, torch.flip, "flip", torch.roll),
+)
+_LAYERS = tuple(kind for row in LAYERS for kind in row.kinds if kind is not nn.Embedding)
 
 
 def demand_ranks(conditions: fx.Graph, ranks: Mapping[str, int | None]) -> None:
@@ -31,6 +45,60 @@ def demand_ranks(conditions: fx.Graph, ranks: Mapping[str, int | None]) -> None:
         rank = ranks.get(x.name)
         if rank is not None and not any(user.target is fits for user in x.users):
             demand_rank(conditions, x, rank)
+
+
+def assumed_ranks(
+    graph: fx.Graph, ranks: Mapping[str, int | None], layer_of: Callable[[fx.Node], Callee]
+) -> dict[fx.Node, int]:
+    """The values that layers take for batches, though no demand on the inputs says that they are.
+
+    Args:
+        graph: of a network.
+        ranks: the numbers of dimensions that are demanded of its inputs, by name.
+        layer_of: what a node calls.
+
+    Returns:
+        The numbers of dimensions of these values.
+    """
+    known: dict[fx.Node, int | None] = {}
+    assumed: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        layer = layer_of(node)
+        dims, sources = dims_of(layer), [n for n in node.all_input_nodes if is_tensor_node(n)]
+        if shape_of(node) is not None:
+            known[node] = len(shape_of(node))
+        elif node.op == "placeholder":
+            known[node] = ranks.get(node.name)
+        elif dims is not None and sources:
+            known[node] = dims + 2
+            if known[sources[0]] != dims + 2:
+                assumed[sources[0]] = known[sources[0]] = dims + 2
+        else:
+            of_sources = {known[source] for source in sources}
+            keeps = len(of_sources) == 1 and _keeps_rank(node, layer)
+            known[node] = of_sources.pop() if keeps else None
+    return assumed
+
+
+def _keeps_rank(node: fx.Node, layer: Callee) -> bool:
+    """Whether a node gives a value of as many dimensions as those that it reads."""
+    if layer is not None:
+        return not isinstance(layer, nn.Module) or is_activation(layer) or is_a(layer, _LAYERS)
+    if node.target is operator.getitem:
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return all(isinstance(part, slice) or part is ... for part in index)
+    if node.target in MEANS:
+        return node.kwargs.get("keepdim") is True
+    return node.target in _KEEPING
+
+
+def demand_assumed(graph: fx.Graph, assumed: Mapping[fx.Node, int]) -> None:
+    """Let a graph demand the numbers of dimensions that are assumed of some of its values."""
+    for value, rank in assumed.items():
+        if any(user.target is fits for user in value.users):
+            continue
+        with graph.inserting_before(value.next):
+            demand_rank(graph, value, rank)
 
 
 class Snapshot:

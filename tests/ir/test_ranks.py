@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -119,3 +120,53 @@ def test_a_constant_may_add_a_dimension() -> None:
     x = image(8, 8, 8)
     for verb in (rmfx.remove_residuals, rmfx.merge_convs, rmfx.merge_branches):
         torch.testing.assert_close(verb(model, x)(x), model(x))
+
+
+# Ways from an input to a convolution, and the shapes for which it reads a batch.
+WAYS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "the input": (lambda x: x, (2, 4, 6, 7)),
+    "a transposition": (lambda x: x.transpose(-1, -2), (2, 4, 6, 7)),
+    "a new dimension": (lambda x: x.unsqueeze(0), (4, 6, 7)),
+    "an index of None": (lambda x: x[None], (4, 6, 7)),
+    "the first of several": (lambda x: x[0], (3, 2, 4, 6, 7)),
+    "a selection": (lambda x: x.select(1, 0), (2, 3, 4, 6, 7)),
+    "a squeeze": (lambda x: x.squeeze(1), (2, 1, 4, 6, 7)),
+    "a stack": (lambda x: torch.stack((x, x)), (4, 6, 7)),
+    "a resizing": (lambda x: F.interpolate(x, scale_factor=2), (2, 4, 6, 7)),
+}
+READERS: dict[str, Any] = {
+    "a number of dimensions": lambda m, y: (y + m.b(torch.relu(m.c(y)))) * y.dim(),
+    "a flattening": lambda m, y: torch.flatten(y + m.b(torch.relu(m.c(y))), 2) * y.dim(),
+    "channels": lambda m, y: y[:, :2] * torch.sigmoid((y + m.b(F.silu(m.c(y))))[:, 2:]),
+    "a carry": lambda m, y: (y + m.b(F.leaky_relu(m.c(y)))).sum(-1),
+}
+
+
+@pytest.mark.parametrize("verb", [rmfx.trace, rmfx.remove_residuals, rmfx.merge_convs])
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_layer_takes_for_a_batch_is_one(way: str, reader: str, verb: Any) -> None:
+    """Without example inputs: right for batches, and right or refused for anything else."""
+    begin, shape = WAYS[way]
+    model = ready(
+        Apply(lambda m, x: READERS[reader](m, m.a(begin(x))), **{n: conv() for n in "abc"})
+    )
+    gm = verb(model)
+    assert_same_numbers(gm, model, shape)
+    for other in ((6, 7), (4, 6, 7), (1, 4, 6, 7), (4, 4, 6, 7), (2, 4, 4, 6, 7)):
+        if runs(model, other):
+            with contextlib.suppress(rmfx.ShapeError):
+                assert_same_numbers(gm, model, other)
+
+
+def runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    try:
+        model(image(*shape))
+    except (RuntimeError, IndexError):
+        return False
+    return True
+
+
+def assert_same_numbers(gm: Any, model: Any, shape: tuple[int, ...]) -> None:
+    x = image(*shape)
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-9, atol=1e-9)
