@@ -8,7 +8,6 @@ of sizes that are pairwise coprime and larger than every number that the calls a
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -205,9 +204,9 @@ class OpenSizes:
         if apart != places:
             return found + self._runs(apart) + self._runs(places - apart)
         for ways in (map(_near, NEAR), map(_small, SMALL)):
+            # Of steps as small as these, only all of them tell: a stride passes over several.
             tried = ((places, self._shapes(places, way)) for way in ways)
-            some = ((places, shapes) for places, shapes in tried if shapes is not None)
-            found += itertools.islice(some, 2)
+            found += [(places, shapes) for places, shapes in tried if shapes is not None]
         return found
 
     def _ways(self, *, square: bool) -> list[tuple[bool, Resize]]:

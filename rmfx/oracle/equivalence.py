@@ -163,15 +163,17 @@ def report_rows(after: nn.Module) -> list[Any]:
 
 
 class Recorder(fx.Interpreter):
-    """Runs a graph and keeps the values of some nodes."""
+    """Runs a graph and keeps the values of some nodes, and whether any holds no numbers."""
 
     def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
         super().__init__(module)
         self.names = names
         self.values: dict[str, Any] = {}
+        self.has_empty = False
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        self.has_empty |= isinstance(result, Tensor) and not result.numel()
         if n.name in self.names:
             self.values[n.name] = cloned(result)  # an in-place op may change it later
         return result

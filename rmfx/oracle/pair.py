@@ -19,7 +19,7 @@ from rmfx.report import JoinError, Verification, shape_text
 
 from .counterparts import Counterpart
 from .equivalence import default_tolerance, operands_of, structure_change
-from .places import ROUNDINGS, Place, difference, has_empty, has_numbers, scale_of, told
+from .places import ROUNDINGS, Place, difference, has_numbers, scale_of, told
 from .runs import Run, Shape, is_of_dynamo, positions_of
 from .sides import Sides
 from .trial_inputs import LARGE, SAME, Example, Inputs, candidates
@@ -58,6 +58,7 @@ class Pair:
         noted = ({*self._operands, *operands}, {join.node for join in joins})
         self._sides = Sides(fresh, source, after, noted)
         self._reason = "the original gives no finite values to compare with"
+        self._own: tuple[Shape, ...] = ()
         self._shapes: list[tuple[Shape, ...]] = []
         self._error, self._limit, self._magnified = 0.0, 0.0, 0.0
         self._found: dict[str, JoinError] = {}
@@ -69,6 +70,7 @@ class Pair:
             VerificationError: the result is another function.
         """
         self._sides.fixed = example.fixed
+        self._own = self._sides.shapes_of(example.inputs)
         for batch in batches:
             self._compare(batch)
         if not batches and not self._run_at(example):
@@ -130,7 +132,7 @@ class Pair:
             return False
         if self._depends_on_calls(inputs, before, after):
             return False
-        if after.failure is not None and has_empty(before):
+        if after.failure is not None and before.has_empty and self._is_smaller(inputs):
             return False
         if after.failure is not None:
             kind, text = type(after.failure).__name__, first_line(after.failure)
@@ -138,6 +140,11 @@ class Pair:
         if self._agree(inputs, before, after):
             self._shapes.append(self._sides.shapes_of(inputs))
         return True
+
+    def _is_smaller(self, inputs: Inputs) -> bool:
+        """Whether inputs are smaller than the example in some dimension: too small, perhaps."""
+        both = zip(self._sides.shapes_of(inputs), self._own, strict=False)
+        return any(a < b for one, own in both for a, b in zip(one, own, strict=False))
 
     def _agree(self, inputs: Inputs, before: Run, after: Run) -> bool:
         """Whether joins and outputs are the same; False where chance decides what they are.

@@ -133,9 +133,3 @@ def has_numbers(output: Any) -> bool:
     tensors = [numbers_of(x) for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
     filled = [x for x in tensors if x.numel()]
     return not filled or any(bool(x.isfinite().any()) for x in filled)
-
-
-def has_empty(run: Run) -> bool:
-    """Whether a network gives values without numbers: of maps too small for it, say."""
-    tensors = [x for x in pytree.tree_leaves([run.output, run.values]) if isinstance(x, Tensor)]
-    return any(x.numel() == 0 for x in tensors)

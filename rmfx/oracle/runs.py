@@ -117,11 +117,15 @@ class Forms:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a network gave: its output and its values at some nodes, or how it failed."""
+    """What a network gave: its output and its values at some nodes, or how it failed.
+
+    `has_empty` says that some value, of whichever node, holds no numbers.
+    """
 
     output: Any = None
     values: Mapping[str, Tensor] = field(default_factory=dict)
     failure: Exception | None = None
+    has_empty: bool = False
 
 
 def call(module: nn.Module, inputs: Inputs) -> Any:

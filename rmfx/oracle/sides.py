@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from rmfx.ir.undisturbed import autocast_of_caller
 
@@ -116,7 +117,7 @@ class Sides:
         self, forms: Forms, side: int, inputs: Inputs, *, precise: bool = False, seed: int = 0
     ) -> Run:
         """Run a network as it is called, unless that takes long, and for the values its graph."""
-        output, values = None, dict[str, Any]()
+        output, values, has_empty = None, dict[str, Any](), False
         module, graph = forms.module, forms.graph
         if graph is not None and positions_of(inputs) > CALLED:
             module = None
@@ -131,10 +132,12 @@ class Sides:
                     with seeded(seed):
                         found = recorder.run(*self._copies(inputs))
                     output, values = found if output is None else output, recorder.values
+                    has_empty = recorder.has_empty
         # Both run the model's own operations, which may raise anything.
         except Exception as failure:  # noqa: BLE001
             return Run(failure=failure)
-        return Run(output, values)
+        outputs = (x for x in pytree.tree_leaves(output) if isinstance(x, Tensor))
+        return Run(output, values, has_empty=has_empty or any(not x.numel() for x in outputs))
 
     def _copies(self, inputs: Inputs) -> Inputs:
         """Copies of inputs, which a network may write to, and weights as they are."""

@@ -116,6 +116,8 @@ def test_a_network_of_multiples_is_tried_at_multiples() -> None:
         (lambda m, x: m.padded(x)[:, :, ::2, ::2] + m.crop(x), (1, 4, 2, 4), [(1, 4, 5, 5)]),
         # ⌈(n - 2)/2⌉ and ⌈n/3⌉ agree from 5 to 8; 5 and 6 give the same size.
         (lambda m, x: m.small(x)[:, :, ::2] + x[:, :, ::3], (2, 4, 6), [(1, 4, 5), (1, 4, 8)]),
+        # ⌈n/6⌉ and ⌈⌈n/2⌉/2⌉ are 1 from 1 to 4, and 2 at 7 and 8.
+        (lambda m, x: x[:, :, ::6] + x[:, :, ::2][:, :, ::2], (1, 4, 1, 1), [(1, 4, 7, 1)]),
     ],
 )
 def test_tokens_of_a_network_that_takes_few_sizes(

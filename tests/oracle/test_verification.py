@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from builders import Apply, conv, ready
 from torch import Tensor, fx, nn
 
 import rmfx
@@ -119,6 +121,23 @@ def test_results_may_fail_where_the_original_has_no_numbers() -> None:
     assert len(shapes(found)) > 3
     with pytest.raises(rmfx.VerificationError, match="became one of shape"):
         rmfx.verify(crop, Function(lambda x: x[:, :, 1:-2] if x.shape[2] > 3 else x), X)
+
+
+def test_a_value_inside_without_numbers_excuses_a_failure_at_smaller_sizes_alone() -> None:
+    def border(y: Tensor) -> Tensor:
+        return F.pad(y, (0, 0, 1, 0), value=0.5)
+
+    crop = Apply(lambda m, x: border(x[:, :, 1:-2]) + border(m.conv(x[:, :, 1:-2])), conv=conv())
+    assert rmfx.report(rmfx.remove_residuals(ready(crop), X)).removed == 1  # and is verified
+    empty, failing = (
+        torch.fx.symbolic_trace(Function(function))
+        for function in (
+            lambda x: torch.cat((torch.add(x, x), x[:, :, :0]), 2),
+            lambda x: torch.add(x, x).narrow(2, 0, 10**6),
+        )
+    )
+    with pytest.raises(rmfx.VerificationError, match="the result raises RuntimeError"):
+        rmfx.verify(empty, failing, X)
 
 
 def test_large_examples_are_run_along_one_axis_at_a_time() -> None:

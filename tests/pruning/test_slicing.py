@@ -10,6 +10,7 @@ from builders import chain
 from torch import Tensor, nn
 
 from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.modules import from_conv
 from rmfx.pruning.slicing import Merge, cut_columns, cut_layer, cut_module, filters, inputs_read
 
 
@@ -71,7 +72,7 @@ def test_a_layer_without_channels_computes_the_others(name: str) -> None:
     assert getattr(made, "groups", 1) == groups
     assert (made.bias is None) == (layer.bias is None)
     assert repr(type(layer)(**_arguments(made))) == repr(made)
-    value = AffineConv.from_conv(layer)
+    value = from_conv(layer)
     if isinstance(value, AffineConv):  # all but transposed ones
         own = cut_layer(value, outs, ins)
         torch.testing.assert_close(own(x[:, ins]), expected)
@@ -109,7 +110,7 @@ def test_what_the_groups_that_stay_read_stays_by_default() -> None:
 )
 def test_groups_of_two_sizes_are_no_layer(outs: Tensor, ins: Tensor) -> None:
     layer = nn.Conv1d(4, 4, 1, groups=2)
-    value = AffineConv.from_conv(layer)
+    value = from_conv(layer)
     assert isinstance(value, AffineConv)
     with pytest.raises(ValueError, match="larger than others"):
         cut_layer(value, outs, ins)
@@ -134,7 +135,7 @@ def test_numbers_per_channel_are_cut_inside_of_a_module_too() -> None:
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_columns_that_go_leave_what_they_gave(groups: int) -> None:
-    layer = AffineConv.from_conv(nn.Conv2d(6, 4, 3, groups=groups).double())
+    layer = from_conv(nn.Conv2d(6, 4, 3, groups=groups).double())
     assert isinstance(layer, AffineConv)
     x = torch.randn(2, 6, 7, 7, dtype=torch.float64)
     x[:, 1] = 0.75

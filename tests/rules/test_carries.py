@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import rmfx
 from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.modules import from_conv
 from rmfx.ir.net import Net
 from rmfx.rules.carries import Carry, Origins, hands_on, trimmed
 
@@ -76,13 +77,13 @@ def test_an_activation_hands_on_what_it_provably_leaves_alone() -> None:
 
 
 def test_outputs_of_one_weight_and_no_bias_hand_on() -> None:
-    layer = AffineConv.from_conv(handing_on(3, {0: (1, 0, 2, 3.0), 2: (0, 1, 1, 1.0)}))
+    layer = from_conv(handing_on(3, {0: (1, 0, 2, 3.0), 2: (0, 1, 1, 1.0)}))
     assert isinstance(layer, AffineConv)
     assert hands_on(layer).tolist() == [True, False, True]
 
 
 def test_edges_of_zeros_are_trimmed() -> None:
-    layer = AffineConv.from_conv(handing_on(2, {0: (1, 0, 2, 3.0), 1: (0, 1, 2, 1.0)}).double())
+    layer = from_conv(handing_on(2, {0: (1, 0, 2, 3.0), 1: (0, 1, 2, 1.0)}).double())
     assert isinstance(layer, AffineConv)
     small = trimmed(layer)
     assert small.kernel == (2, 1)

@@ -17,7 +17,7 @@ import rmfx
 from rmfx import fuzz
 from rmfx.frontend import freshness, functionalise, schemas
 from rmfx.ir import open_sizes, selections, sizes
-from rmfx.removal import strategy
+from rmfx.removal import odd_pairs
 from rmfx.testing import (
     Act,
     Conv,
@@ -349,7 +349,7 @@ PLANTED: dict[str, tuple[Any, str, Any, str, Callable[[str], bool], int, int]] =
         *(lambda feature: "written" in feature, 1, 100),
     ),
     "a way past an activation may cost all digits": (
-        *(strategy, "affords", lambda dtype, bits: True, "traced"),
+        *(odd_pairs, "affords", lambda dtype, bits: True, "traced"),
         *(lambda feature: feature == "slope near -1", 2, 200),
     ),
     "sizes at which a join broadcasts are not refused": (
