@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rmfx.ir.facts import Inference, facts_of
+from rmfx.ir.facts import Inference
 from rmfx.ir.kinds import is_a
 from rmfx.ir.memo import on_demand
 from rmfx.ir.nodes import run_node
@@ -43,9 +43,8 @@ SWAPS = _every_form("transpose", "permute", "swapaxes", "swapdims", "movedim", "
 COPIES = _every_form("contiguous", "clone")
 
 
-def find_shuffles(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, nn.Module]]:
+def find_shuffles(gm: fx.GraphModule, facts: Inference) -> list[tuple[fx.Node, fx.Node, nn.Module]]:
     """The last node of each such chain, what it begins with, and the module that does the same."""
-    facts = facts_of(gm, by_readers=True)
     found: list[tuple[fx.Node, fx.Node, nn.Module]] = []
     for node in gm.graph.nodes:
         chain = _chain(gm, node)
