@@ -35,6 +35,7 @@ from rmfx.ir.kinds import (
 from rmfx.ir.names import name_nodes
 from rmfx.ir.nodes import must_stay, replace_by_number
 from rmfx.ir.notes import FUNCTIONAL, VAL, gives_container, gives_number, why_frozen
+from rmfx.ir.open_sizes import OpenSizes
 from rmfx.ir.ranks import asks_for_rank
 
 from . import forms
@@ -109,10 +110,11 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
             batch_norm_for(gm, node)
         elif node.op in ("call_function", "call_method"):
             _canonicalise_call(gm, node, taken)
-    facts = facts_of(gm, by_readers=True)
+    sizes = OpenSizes(gm)  # what splits and shuffles do changes no value
+    facts = facts_of(gm, sizes=sizes)
     for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
         slice_of_split(facts, node)  # once the layers are modules, which say what sizes they fix
-    for last, source, shuffle in find_shuffles(gm, facts):
+    for last, source, shuffle in find_shuffles(gm, sizes):
         call_module(gm, last, shuffle, source, taken)
     pad_for_zeros(gm)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)

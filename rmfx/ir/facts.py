@@ -68,16 +68,19 @@ class Facts:
         return found if agree else Facts(len(shape))
 
 
-def facts_of(gm: fx.GraphModule, *, by_readers: bool = False) -> Inference:
+def facts_of(
+    gm: fx.GraphModule, *, by_readers: bool = False, sizes: OpenSizes | None = None
+) -> Inference:
     """What is known of the values of a graph as it is now, at all sizes of its inputs.
 
     Args:
         by_readers: what a layer demands of an input of the network is known of that, too.
+        sizes: what sizes its values have, if that was asked before.
     """
-    sizes = functools.cache(lambda: OpenSizes(gm))
+    asked = functools.cache(lambda: OpenSizes(gm) if sizes is None else sizes)
 
     def is_open(node: fx.Node, dim: int) -> bool:
-        return sizes()(node.name, dim) or bool(sizes().sizes_of_inputs(node.name, dim))
+        return asked()(node.name, dim) or bool(asked().sizes_of_inputs(node.name, dim))
 
     return Inference(Calls(gm), is_open, by_readers=by_readers)
 

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rmfx.ir.facts import Inference
+from rmfx.ir.facts import Inference, facts_of
 from rmfx.ir.kinds import is_a
 from rmfx.ir.memo import on_demand
 from rmfx.ir.nodes import run_node
 from rmfx.ir.notes import noted, sizes_of_every_call, why_frozen
-from rmfx.ir.open_sizes import FAILURES, LARGEST, coprime_sizes, largest_number
+from rmfx.ir.open_sizes import FAILURES, LARGEST, OpenSizes, coprime_sizes, largest_number
 
 aten = torch.ops.aten
 
@@ -41,11 +41,13 @@ RESHAPES = _every_form("view", "reshape", "flatten", "unflatten", "_unsafe_view"
 RESHAPING = (nn.Flatten, nn.Unflatten)
 SWAPS = _every_form("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis")
 COPIES = _every_form("contiguous", "clone")
+Shuffle = tuple[fx.Node, fx.Node, nn.Module]
 
 
-def find_shuffles(gm: fx.GraphModule, facts: Inference) -> list[tuple[fx.Node, fx.Node, nn.Module]]:
+def find_shuffles(gm: fx.GraphModule, sizes: OpenSizes) -> list[Shuffle]:
     """The last node of each such chain, what it begins with, and the module that does the same."""
-    found: list[tuple[fx.Node, fx.Node, nn.Module]] = []
+    facts = facts_of(gm, by_readers=True, sizes=sizes)
+    found: list[Shuffle] = []
     for node in gm.graph.nodes:
         chain = _chain(gm, node)
         source = _input(chain[0]) if chain else None
