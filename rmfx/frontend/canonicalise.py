@@ -114,9 +114,9 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
     facts = facts_of(gm, sizes=sizes)
     for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
         slice_of_split(facts, node)  # once the layers are modules, which say what sizes they fix
+    pad_for_zeros(gm)
     for last, source, shuffle in find_shuffles(gm, sizes):
         call_module(gm, last, shuffle, source, taken)
-    pad_for_zeros(gm)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)
     name_nodes(gm.graph, named)
 

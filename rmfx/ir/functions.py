@@ -56,6 +56,12 @@ def is_in_place(name: str) -> bool:
 
 # ---- of torch -----------------------------------------------------------------------------------
 SPLITS = ("split", "split_with_sizes", "chunk")
+KEEPING_RANK = (  # which give as many dimensions as they read
+    *(*SPLITS, "unsafe_split", "unsafe_chunk", "cat", "concat", "pad", "interpolate"),
+    *("clone", "contiguous", "detach", "to", "type_as", "transpose", "permute", "swapaxes"),
+    *("movedim", "flip", "roll", "softmax", "normalize", "maximum", "minimum", "clamp"),
+    *("channel_shuffle", "pixel_shuffle", "pixel_unshuffle"),
+)
 SPLIT_ARGUMENTS = {
     **dict.fromkeys(("tensor", "self"), "input"),
     **dict.fromkeys(("split_size_or_sections", "split_size", "split_sizes", "chunks"), "amount"),

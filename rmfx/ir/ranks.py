@@ -15,28 +15,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.activation import is_activation
 from rmfx.modules.activations import OWN_ACTIVATIONS
 
 from .conditions import demand_rank, fits
+from .functions import KEEPING_RANK, torch_name
 from .kinds import ANY_RANK, ARITHMETIC, COMPARISONS, LAYERS, SPREADING, is_a
 from .layer_facts import Callee, dims_of
-from .nodes import MEANS, is_tensor_node
-from .notes import shape_of
+from .nodes import MEANS
+from .notes import gives_container, gives_number, shape_of
 
 BY_RANK = "rmfx_by_rank"  # in a graph's metadata: it was read by the numbers of dimensions
 RANKS = ("dim", "ndimension", "ndim")
 VALUE_BY_VALUE = frozenset(ARITHMETIC.values())
 _FLATTENS = (torch.flatten, "flatten", torch.ops.aten.flatten.using_ints)
-_KEEPING = (  # the number of dimensions
-    *(*SPREADING, *COMPARISONS, *VALUE_BY_VALUE, torch.cat, torch.maximum, torch.minimum),
-    *(F.pad, F.interpolate, torch.clone, "clone", "contiguous", "detach"),
-    *("transpose", torch.transpose, "permute", torch.permute, torch.flip, "flip", torch.roll),
+_KEEPING = (*SPREADING, *COMPARISONS, *VALUE_BY_VALUE)
+_LAYERS = (
+    *(kind for row in LAYERS for kind in row.kinds if kind is not nn.Embedding),
+    *(nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, nn.Upsample, nn.Softmax2d),
 )
-_LAYERS = tuple(kind for row in LAYERS for kind in row.kinds if kind is not nn.Embedding)
 
 
 def demand_ranks(conditions: fx.Graph, ranks: Mapping[str, int | None]) -> None:
@@ -64,7 +63,7 @@ def assumed_ranks(
     assumed: dict[fx.Node, int] = {}
     for node in graph.nodes:
         layer = layer_of(node)
-        dims, sources = dims_of(layer), [n for n in node.all_input_nodes if is_tensor_node(n)]
+        dims, sources = dims_of(layer), [n for n in node.all_input_nodes if _is_read(n)]
         if shape_of(node) is not None:
             known[node] = len(shape_of(node))
         elif node.op == "placeholder":
@@ -74,10 +73,21 @@ def assumed_ranks(
             if known[sources[0]] != dims + 2:
                 assumed[sources[0]] = known[sources[0]] = dims + 2
         else:
-            of_sources = {known[source] for source in sources}
-            keeps = len(of_sources) == 1 and _keeps_rank(node, layer)
-            known[node] = of_sources.pop() if keeps else None
+            known[node] = _rank_behind(node, layer, {known[source] for source in sources})
     return assumed
+
+
+def _is_read(node: fx.Node) -> bool:
+    """Whether a node gives a tensor, or several, that depends on the inputs."""
+    return node.op != "get_attr" and not gives_number(node)
+
+
+def _rank_behind(node: fx.Node, layer: Callee, ranks: set[int | None]) -> int | None:
+    """The number of dimensions of what a node gives, of tensors of some numbers of dimensions."""
+    if torch_name(node).partition(".")[0] in ("view", "reshape"):
+        sizes: Any = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+        return len(sizes) if all(isinstance(n, int) or gives_number(n) for n in sizes) else None
+    return ranks.pop() if len(ranks) == 1 and _keeps_rank(node, layer) else None
 
 
 def _keeps_rank(node: fx.Node, layer: Callee) -> bool:
@@ -85,11 +95,14 @@ def _keeps_rank(node: fx.Node, layer: Callee) -> bool:
     if layer is not None:
         return not isinstance(layer, nn.Module) or is_activation(layer) or is_a(layer, _LAYERS)
     if node.target is operator.getitem:
-        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        return all(isinstance(part, slice) or part is ... for part in index)
+        of: Any = node.args[0]
+        index = node.args[1]
+        parts = index if isinstance(index, tuple) else (index,)
+        is_slice = all(isinstance(part, slice) or part is ... for part in parts)
+        return is_slice or gives_container(of)
     if node.target in MEANS:
         return node.kwargs.get("keepdim") is True
-    return node.target in _KEEPING
+    return node.target in _KEEPING or torch_name(node).partition(".")[0] in KEEPING_RANK
 
 
 def demand_assumed(graph: fx.Graph, assumed: Mapping[fx.Node, int]) -> None:
