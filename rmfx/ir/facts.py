@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -209,10 +209,16 @@ class Inference:
 
     def _read_by(self, node: fx.Node) -> Facts:
         """What the layers that read an input of the network demand of it."""
-        layers = [self.layer(user) for user in node.users]
+        layers = [self.layer(user) for user in self._readers(node)]
         dims = next((d for d in map(dims_of, layers) if d), None)
         reader = next((layer for layer in layers if channels_in(layer)), None)
         return Facts(dims + 2 if dims else None, channels_in(reader), is_on_last(reader))
+
+    def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Who reads a value, also behind sums and products with constants."""
+        for user in node.users:
+            others = [n for n in user.all_input_nodes if n is not node and n.op != "get_attr"]
+            yield from self._readers(user) if user.target in KEEPING and not others else (user,)
 
     def _behind(self, layer: Callee, before: Facts) -> Facts:
         """Facts of what a layer gives."""

@@ -119,6 +119,8 @@ class Snapshot:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._calls = {node: _call(node) for node in gm.graph.nodes}
+        self._modules = {node: type(_module(gm, node)) for node in gm.graph.nodes}
+        self._numbers = {node: _numbers_read(node) for node in gm.graph.nodes}
         self._asked = [node for node in gm.graph.nodes if asks_for_rank(node)]
 
     def was_read_by_rank(self, gm: fx.GraphModule) -> bool:
@@ -128,13 +130,23 @@ class Snapshot:
         return any(self._has_changed(gm, node) for node in gm.graph.nodes)
 
     def _has_changed(self, gm: fx.GraphModule, node: fx.Node) -> bool:
-        before = self._calls.get(node)
-        if _call(node) == before or node.target in VALUE_BY_VALUE:
-            return False
-        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        before, module = self._calls.get(node), _module(gm, node)
+        if node.target in VALUE_BY_VALUE:  # a number of channels was read by its place in a shape
+            return _numbers_read(node) < self._numbers.get(node, 0)
+        if _call(node) == before:
+            return type(module) is not self._modules[node]  # an instance norm takes single images
         if isinstance(module, nn.Flatten) and before is not None and before[1] in _FLATTENS:
             return False
         return not ignores_rank(node, module)
+
+
+def _module(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _numbers_read(node: fx.Node) -> int:
+    """How many numbers a node reads that are computed."""
+    return sum(gives_number(n) for n in node.all_input_nodes)
 
 
 def _call(node: fx.Node) -> tuple[object, ...]:

@@ -102,11 +102,15 @@ def _per_channel(value: Tensor, channels: int, dims: int, rank: int | None) -> T
     """(channels,) from a tensor that broadcasts over batch and space.
 
     Args:
-        rank: dimensions of the value it meets; None counts as the fewest possible.
+        rank: dimensions of the value it meets, None if unknown: it may be without a batch then.
     """
     shape = tuple(value.shape)
     before, own = shape[: -dims - 1], shape[-dims - 1 :]
-    if len(shape) > (dims + 2 if rank is None else rank) or math.prod(before) != 1:
+    if rank is None and before and math.prod(before) == 1:
+        return Refusal(
+            f"a constant of shape {shape}, which may add dimensions; pass example_inputs"
+        )
+    if (rank is not None and len(shape) > rank) or math.prod(before) != 1:
         return Refusal(f"a constant of shape {shape} that differs from sample to sample")
     full = (1,) * (dims + 1 - len(own)) + own
     if full[0] not in (1, channels) or math.prod(full[1:]) != 1:

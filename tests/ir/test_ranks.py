@@ -159,6 +159,66 @@ def test_what_a_layer_takes_for_a_batch_is_one(way: str, reader: str, verb: Any)
                 assert_same_numbers(gm, model, other)
 
 
+def norm(kind: type[Any], channels: int = 4) -> nn.Module:
+    made: Any = kind(channels, track_running_stats=True, affine=True)
+    made.running_mean.uniform_(-1, 1)
+    made.running_var.uniform_(0.5, 2)
+    return made
+
+
+# What counts dimensions, the shape of an example and another shape that the network takes.
+COUNTED: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
+    "a size": (lambda: Apply(lambda m, x: m.a(x) * x.size(1), a=conv()), (2, 4, 8, 7), (4, 8, 7)),
+    "a size of a shape": (
+        lambda: Apply(lambda m, x: m.a(x) / m.a(x).shape[1] ** 0.5, a=conv()),
+        (2, 4, 8, 7),
+        (4, 8, 7),
+    ),
+    "features": (
+        lambda: Apply(lambda m, x: m.a(x) / m.a(x).size(1), a=nn.Linear(4, 4)),
+        (3, 4),
+        (2, 3, 4),
+    ),
+    "an instance norm of sequences": (
+        lambda: chain(nn.Conv1d(4, 4, 3, padding=1), norm(nn.InstanceNorm1d)),
+        (2, 4, 4),
+        (4, 4),
+    ),
+    "an instance norm of images": (
+        lambda: chain(conv(), norm(nn.InstanceNorm2d)),
+        (2, 4, 8, 7),
+        (4, 8, 7),
+    ),
+    "a constant of more dimensions": (
+        lambda: Apply(
+            lambda m, x: m.c(x * m.w + m.b(torch.relu(m.a(x)))),
+            **{name: nn.Linear(4, 4) for name in "abc"},
+            w=nn.Parameter(torch.randn(1, 4)),
+        ),
+        (3, 4),
+        (4,),
+    ),
+    "a constant before a convolution": (
+        lambda: Apply(lambda m, x: m.a(x * m.w), a=conv(), w=nn.Parameter(torch.randn(1, 4, 1, 1))),
+        (2, 4, 8, 7),
+        (4, 8, 7),
+    ),
+}
+
+
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("verb", [rmfx.trace, rmfx.remove_residuals, rmfx.merge_convs])
+@pytest.mark.parametrize("name", COUNTED)
+def test_what_counts_dimensions_is_right_or_refused(name: str, verb: Any, example: bool) -> None:
+    make, shape, other = COUNTED[name]
+    model = ready(make())
+    gm = verb(model, image(*shape)) if example else verb(model)
+    assert_same_numbers(gm, model, shape)
+    assert runs(model, other)
+    with contextlib.suppress(rmfx.ShapeError):
+        assert_same_numbers(gm, model, other)
+
+
 def runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
     try:
         model(image(*shape))
