@@ -216,9 +216,15 @@ class Inference:
 
     def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
         """Who reads a value, also behind sums and products with constants."""
-        for user in node.users:
-            others = [n for n in user.all_input_nodes if n is not node and n.op != "get_attr"]
-            yield from self._readers(user) if user.target in KEEPING and not others else (user,)
+        left = [node]
+        while left:
+            value = left.pop()
+            for user in value.users:
+                others = [n for n in user.all_input_nodes if n is not value and n.op != "get_attr"]
+                if user.target in KEEPING and not others:
+                    left.append(user)
+                else:
+                    yield user
 
     def _behind(self, layer: Callee, before: Facts) -> Facts:
         """Facts of what a layer gives."""
