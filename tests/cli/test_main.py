@@ -483,7 +483,7 @@ def test_a_full_disk_is_one_line(size: int, tmp_path: Path) -> None:
 
 
 SLOW_WRITER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from rmfx.cli import main
 
@@ -494,6 +494,7 @@ def write_slowly(path, data):
     time.sleep(60)
 
 Path.write_bytes = write_slowly
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
 sys.exit(main(["convert", "rmfx.models:DigitsNet", "--input-shape=1,1,28,28", "-o", "o.pt2"]))
 """
 
