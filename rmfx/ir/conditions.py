@@ -272,9 +272,12 @@ def put_conditions(conditions: fx.Graph, graph: fx.Graph) -> None:
         return
     inputs = graph.find_nodes(op="placeholder")
     places = dict(zip(conditions.find_nodes(op="placeholder"), inputs, strict=True))
-    known = {_call(n.target, n.args): n for n in nodes_of_conditions(graph)}
+    behind = itertools.islice(graph.nodes, list(graph.nodes).index(inputs[-1]) + 1, None)
+    # Equal calls may stand further behind, where what reads a condition cannot wait for them.
+    in_front = list(itertools.takewhile({*nodes_of_conditions(graph)}.__contains__, behind))
+    known = {_call(n.target, n.args): n for n in in_front}
     taken = {node.name for node in graph.nodes}
-    with graph.inserting_before(inputs[-1].next):
+    with graph.inserting_before([inputs[-1], *in_front][-1].next):
         for node in conditions.nodes:
             if node.op in ("placeholder", "output"):
                 continue

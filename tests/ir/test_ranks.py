@@ -219,6 +219,21 @@ def test_what_counts_dimensions_is_right_or_refused(name: str, verb: Any, exampl
         assert_same_numbers(gm, model, other)
 
 
+def test_what_is_demanded_behind_an_operation_stays_in_order() -> None:
+    """What a graph demands of its inputs stands in front, though it calls the same as others."""
+
+    def forward(m: Any, x: Any) -> Any:
+        y = x[:, :4].repeat_interleave(2, 1)[:, 1:5]
+        return (m.a(y) + m.b(x[:, :4])) * m.a(y).dim()
+
+    model = ready(Apply(forward, a=conv(), b=conv()))
+    once = rmfx.remove_residuals(model)
+    twice = rmfx.merge_convs(once)
+    assert len(twice.graph.nodes) == len(once.graph.nodes)
+    for gm in (once, twice):
+        assert_same_numbers(gm, model, (2, 5, 6, 7))
+
+
 def runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
     try:
         model(image(*shape))
