@@ -34,7 +34,7 @@ def take_first(gm: fx.GraphModule, node: fx.Node) -> None:
         node.graph.erase_node(user)
     node.target, node.args, node.kwargs = call.target, call.args, dict(call.kwargs)
     keep: dict[str, Any] = notes_of(node, *OF_VALUE, VAL)
-    node.meta = {**call.meta, **keep, "first": True}
+    node.meta = {**call.meta, **keep, FIRST: True}
     node.meta.pop(CONTAINER, None)
     node.graph.erase_node(call)
 

@@ -100,7 +100,7 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
         facts = facts_of(gm, by_readers=True)
         ranks = {x.name: facts.rank(x) for x in gm.graph.find_nodes(op="placeholder")}
         demand_ranks(conditions, ranks)
-        demand_assumed(gm.graph, assumed_ranks(gm.graph, ranks, facts.layer))
+        demand_assumed(gm.graph, assumed_ranks(gm.graph, facts.rank, facts.layer))
     put_conditions(conditions, gm.graph)
     gm.graph.lint()
     gm.recompile()

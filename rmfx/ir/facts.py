@@ -24,6 +24,7 @@ from .callees import Calls
 from .kinds import ADDS, COMPARISONS, SCALES, SPREADING, SUBS, aten, is_a, kind_of
 from .layer_facts import Callee, channels_in, channels_out, dims_of, is_on_last, keeps_values
 from .memo import on_demand, succeed
+from .nodes import data_read
 from .notes import gives_number, shape_of, sizes_of_every_call, type_of
 from .numbers import computed, size_read
 from .open_sizes import OpenSizes
@@ -189,8 +190,7 @@ class Inference:
     def _tensor(self, node: fx.Node) -> Facts:
         if node.op == "placeholder":
             return self._read_by(node) if self._by_readers else Facts()
-        tensors = [n for n in self._asked(node) if n.op != "get_attr" and not gives_number(n)]
-        inputs = [self._known[n] for n in tensors]
+        inputs = [self._known[n] for n in data_read(node)] if self._asked(node) else []
         before = inputs[0] if len(inputs) == 1 else Facts()
         if node.op == "call_module":
             return self._behind(self.layer(node), before)

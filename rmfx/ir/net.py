@@ -243,10 +243,7 @@ class Net:
         """
         self.sweep()
         rewritten = list(self._rewritten())
-        inputs = self.graph.find_nodes(op="placeholder")
-        assumed = assumed_ranks(
-            self.graph, {x.name: self.rank(x) for x in inputs}, self._inference.layer
-        )
+        assumed = assumed_ranks(self.graph, self.rank, self._inference.layer)
         memo: dict[int, object] = {}
         root: dict[str, object] = {}
         for node in list(self.graph.nodes):

@@ -121,6 +121,11 @@ def replace_by_number(node: fx.Node, value: float | bool) -> None:
     node.graph.erase_node(node)
 
 
+def data_read(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node reads, without numbers and what is the model's own."""
+    return [n for n in node.all_input_nodes if n.op != "get_attr" and not gives_number(n)]
+
+
 def must_stay(node: fx.Node) -> bool:
     """Whether a node whose value nobody reads does something all the same."""
     if node.op in ("placeholder", "output") or why_frozen(node):

@@ -20,11 +20,12 @@ from torch import Tensor, fx, nn
 from rmfx.algebra.activation import is_activation
 from rmfx.modules.activations import OWN_ACTIVATIONS
 
+from .callees import Calls
 from .conditions import demand_rank, fits
 from .functions import KEEPING_RANK, torch_name
 from .kinds import ANY_RANK, ARITHMETIC, COMPARISONS, LAYERS, SPREADING, is_a
 from .layer_facts import Callee, dims_of
-from .nodes import MEANS
+from .nodes import MEANS, data_read
 from .notes import gives_container, gives_number, shape_of
 
 BY_RANK = "rmfx_by_rank"  # in a graph's metadata: it was read by the numbers of dimensions
@@ -47,13 +48,13 @@ def demand_ranks(conditions: fx.Graph, ranks: Mapping[str, int | None]) -> None:
 
 
 def assumed_ranks(
-    graph: fx.Graph, ranks: Mapping[str, int | None], layer_of: Callable[[fx.Node], Callee]
+    graph: fx.Graph, rank_of: Callable[[fx.Node], int | None], layer_of: Callable[[fx.Node], Callee]
 ) -> dict[fx.Node, int]:
     """The values that layers take for batches, though no demand on the inputs says that they are.
 
     Args:
         graph: of a network.
-        ranks: the numbers of dimensions that are demanded of its inputs, by name.
+        rank_of: the number of dimensions that is demanded of an input.
         layer_of: what a node calls.
 
     Returns:
@@ -63,11 +64,11 @@ def assumed_ranks(
     assumed: dict[fx.Node, int] = {}
     for node in graph.nodes:
         layer = layer_of(node)
-        dims, sources = dims_of(layer), [n for n in node.all_input_nodes if _is_read(n)]
+        dims, sources = dims_of(layer), data_read(node)
         if shape_of(node) is not None:
             known[node] = len(shape_of(node))
         elif node.op == "placeholder":
-            known[node] = ranks.get(node.name)
+            known[node] = rank_of(node)
         elif dims is not None and sources:
             known[node] = dims + 2
             if known[sources[0]] != dims + 2:
@@ -75,11 +76,6 @@ def assumed_ranks(
         else:
             known[node] = _rank_behind(node, layer, {known[source] for source in sources})
     return assumed
-
-
-def _is_read(node: fx.Node) -> bool:
-    """Whether a node gives a tensor, or several, that depends on the inputs."""
-    return node.op != "get_attr" and not gives_number(node)
 
 
 def _rank_behind(node: fx.Node, layer: Callee, ranks: set[int | None]) -> int | None:
@@ -119,7 +115,8 @@ class Snapshot:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._calls = {node: _call(node) for node in gm.graph.nodes}
-        self._modules = {node: type(_module(gm, node)) for node in gm.graph.nodes}
+        module = Calls(gm).module
+        self._kinds = {node: type(module(node)) for node in gm.graph.nodes}
         self._numbers = {node: _numbers_read(node) for node in gm.graph.nodes}
         self._asked = [node for node in gm.graph.nodes if asks_for_rank(node)]
 
@@ -130,18 +127,14 @@ class Snapshot:
         return any(self._has_changed(gm, node) for node in gm.graph.nodes)
 
     def _has_changed(self, gm: fx.GraphModule, node: fx.Node) -> bool:
-        before, module = self._calls.get(node), _module(gm, node)
+        before, module = self._calls.get(node), Calls(gm).module(node)
         if node.target in VALUE_BY_VALUE:  # a number of channels was read by its place in a shape
             return _numbers_read(node) < self._numbers.get(node, 0)
         if _call(node) == before:
-            return type(module) is not self._modules[node]  # an instance norm takes single images
+            return type(module) is not self._kinds[node]  # an instance norm takes single images
         if isinstance(module, nn.Flatten) and before is not None and before[1] in _FLATTENS:
             return False
         return not ignores_rank(node, module)
-
-
-def _module(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return gm.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _numbers_read(node: fx.Node) -> int:
