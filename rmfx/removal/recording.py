@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmfx.errors import RmfxError, WeightValueError
+from rmfx.frontend.watches import written_by
 
 aten = torch.ops.aten
 
@@ -121,19 +122,15 @@ class Recorder(TorchDispatchMode):
             self._note(result, self.node(tensors[0]))
             return result
         results = _tensors_in(result)
-        if not results and kind and func._schema.is_mutable:
-            raise RmfxError(
-                f"{func} writes to weights and gives nothing back; convert without "
-                "differentiable=True"
-            )
-        if results:
-            call = self._call(func, args, kwargs, results)
-            for tensor in results:
+        changed = results or written_by(func, args, kwargs)
+        if changed:
+            call = self._call(func, args, kwargs, changed)
+            for tensor in changed:
                 self._kinds[_storage(tensor)] = max(self.kind(tensor), kind)
             if isinstance(result, Tensor):
                 self._note(result, call)
             else:
-                for i, tensor in enumerate(result):
+                for i, tensor in enumerate(results):
                     self._note(tensor, self.graph.call_function(_item, (call, i)))
         return result
 
@@ -244,8 +241,9 @@ class _Watch(TorchFunctionMode):
 
 # ---- kinds --------------------------------------------------------------------------------------
 def _name(func: Any) -> str:
+    """The operator's name; one on a list of tensors does the same to each."""
     packet = getattr(func, "overloadpacket", func)
-    return str(packet.__name__).rstrip("_")
+    return str(packet.__name__).removeprefix("_foreach_").rstrip("_")
 
 
 def _is_test(func: Any) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+import rmfx.testing  # noqa: F401  (registers an operator that writes and gives nothing back)
 from rmfx.errors import RmfxError, WeightValueError
 from rmfx.removal.recording import Kind, Recorder
 
@@ -99,6 +100,30 @@ def test_what_is_needed_runs_again_with_the_writes() -> None:
     gm = fx.GraphModule({"w": other}, graph)
     assert torch.equal(gm(), torch.stack([2 * other[0], torch.zeros(2)]))
     assert not any("rand" in str(node.target) for node in nodes)
+
+
+WRITING: dict[str, Any] = {
+    "a list": lambda x, w: torch._foreach_add_([x, x], [w, w]),
+    "a list, scalar": lambda x, w: torch._foreach_mul_([x.copy_(w)], 3.0),
+    "a custom operator": lambda x, w: torch.ops.rmfx_testing.add_into(w, x),
+    "out": lambda x, w: torch.add(x, w, out=x),
+}
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_operators_that_give_nothing_back_write(name: str) -> None:
+    w = torch.rand(2, 2)
+    with recorder(w) as record, torch.no_grad():
+        made = torch.zeros(2, 2)
+        WRITING[name](made, w)
+    graph, places = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in record.needed({record.node(made)}):
+        places[node] = graph.node_copy(node, places.__getitem__)
+    graph.output(places[record.node(made)])
+    other, expected = torch.rand(2, 2), torch.zeros(2, 2)
+    WRITING[name](expected, other)
+    assert torch.equal(fx.GraphModule({"w": other}, graph)(), expected)
+    assert record.kind(made) >= Kind.GENERAL
 
 
 def test_memory_that_nobody_saw_is_refused() -> None:

@@ -20,6 +20,7 @@ from rmfx.ir import open_sizes, selections, sizes
 from rmfx.removal import odd_pairs
 from rmfx.testing import (
     Act,
+    Arithmetic,
     Conv,
     Flip,
     Focal,
@@ -510,5 +511,20 @@ def test_what_is_nothing_but_rounding_is_no_wrong_number() -> None:
     with pytest.raises(AssertionError):
         rmfx.testing.assert_equivalent(before, after, inputs)
     assert compare(before, after, inputs)[0].error > 0.08
+    with pytest.raises(AssertionError):
+        compare(before, nn.Sequential(before, nn.Softplus()), inputs)
+
+
+def test_what_is_too_large_for_its_type_is_no_wrong_number() -> None:
+    """A value that overflows float16, of which the rest is compared."""
+    times = (Arithmetic("x / c", 1 / 512), Act("relu"), Conv(2, 2, (1, 1)))
+    branch = (Conv(2, 4, (1, 1)), Norm(4), Act("relu"), Conv(4, 2, (1, 1)))
+    nodes = (Conv(3, 2, (1, 1)), *times, *times, Join((branch, ())), Act("hardtanh", args=(-1, 1)))
+    spec = NetworkSpec(((2, 3, 4, 4),), nodes, dtype="float16")
+    before, inputs = fx.symbolic_trace(spec.build(seed=0)), spec.inputs(seed=0)
+    after = rmfx.remove_residuals(before, inputs, verify=False)
+    with pytest.raises(AssertionError, match="not finite"):
+        rmfx.testing.assert_equivalent(before, after, inputs)
+    assert compare(before, after, inputs)[0].error < 1e-2
     with pytest.raises(AssertionError):
         compare(before, nn.Sequential(before, nn.Softplus()), inputs)
