@@ -215,7 +215,7 @@ def attempt(name: str, small: bool, most_parameters: float) -> Outcome:
     code = code_version()
     try:
         if name not in listed:
-            _check_size(net, most_parameters)
+            check_size(net, most_parameters)
         return evaluate(net, small=small)
     except UnsuitableError as error:
         state = "failed" if name in listed else "skipped"
@@ -224,7 +224,7 @@ def attempt(name: str, small: bool, most_parameters: float) -> Outcome:
         return Outcome(name, "failed", message(error), code)
 
 
-def _check_size(net: ZooNet, most_parameters: float) -> None:
+def check_size(net: ZooNet, most_parameters: float) -> None:
     """Looks at a network without memory for its weights.
 
     Raises:

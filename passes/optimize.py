@@ -94,7 +94,7 @@ def optimize(
     settings = Settings((runtime,), threads=threads, rounds=rounds, seconds=seconds)
     step("fold batch norm")
     source = trace(model, inputs)
-    forms, tried = _forms(source, policy, step)
+    forms, tried = forms_of(source, policy, step)
     best, rows = "folded", tried
     timings: tuple[Timing, ...] = ()
     if len(forms) > 1:
@@ -173,7 +173,7 @@ def _inputs(example_inputs: Any) -> tuple[Tensor, ...]:
     return tuple(given)
 
 
-def _forms(
+def forms_of(
     source: fx.GraphModule, policy: Policy, step: Callable[[str], object]
 ) -> tuple[dict[str, fx.GraphModule], tuple[SiteReport, ...]]:
     """The forms that differ from one another, the folded one first; what the last one removes."""

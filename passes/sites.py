@@ -166,7 +166,7 @@ def choose_sites(
     for i, candidate in enumerate(candidates):
         step(f"site {i + 1} of {len(candidates)}")
         rows.append(_measure(net, source, candidate, timer, batches, (loss, before), choices))
-    chosen = _knapsack(rows, budget)
+    chosen = knapsack(rows, budget)
     rows = [replace(row, choice=choice) for row, choice in zip(rows, chosen, strict=True)]
     gm = _with_choices(source, candidates, rows, example_inputs, batches)
     after = _loss_of(gm, batches, loss)
@@ -295,7 +295,7 @@ def _loss_of(gm: fx.GraphModule, batches: Sequence[Any], loss: Loss) -> float:
 # ---- the choice ---------------------------------------------------------------------------------
 
 
-def _knapsack(rows: Sequence[SiteChoice], budget: float) -> list[str]:
+def knapsack(rows: Sequence[SiteChoice], budget: float) -> list[str]:
     """One choice for each site: the most time saved for a loss within the budget.
 
     States that lose more and save less than another one are dropped, so what is left is exact.

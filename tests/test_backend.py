@@ -507,7 +507,7 @@ def test_fused_optimisers_are_seen_through_inductor(
 def _between_the_samples(model: nn.Module) -> None:
     weight = model.body.branch[2][0].weight
     written = np.ones(weight.numel(), bool)
-    written[freshness._positions(weight.numel())] = False
+    written[freshness.sampled_positions(weight.numel())] = False
     weight.numpy().reshape(-1)[written] += 1
 
 

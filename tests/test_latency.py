@@ -17,7 +17,7 @@ from rmfx import latency
 from rmfx.files.figures import PlotError
 from rmfx.latency import Latency, LatencyReport, Network, measure_latency
 from rmfx.timing import runtimes
-from rmfx.timing.machine import _cpu_name
+from rmfx.timing.machine import cpu_name
 from rmfx.timing.speed import LatencyError, Settings
 
 FAST = {"batches": (1,), "threads": 1, "rounds": 2, "seconds": 0.001}
@@ -111,7 +111,7 @@ def test_every_batch_size_is_measured_on_that_batch(monkeypatch: pytest.MonkeyPa
 
     def spy(form: runtimes.Form, threads: int) -> runtimes.Run:
         seen.append(form.inputs[0].shape[0])
-        return runtimes._eager(form, threads)
+        return runtimes.run_eagerly(form, threads)
 
     monkeypatch.setitem(runtimes.RUNTIMES, "eager", runtimes.Runtime(spy))
     settings = Settings(**{**FAST, "runtimes": ("eager",), "batches": (1, 3)})
@@ -127,7 +127,7 @@ def test_the_original_is_without_batch_norm_and_keeps_its_add(
 
     def spy(form: runtimes.Form, threads: int) -> runtimes.Run:
         forms.append(form.gm)
-        return runtimes._eager(form, threads)
+        return runtimes.run_eagerly(form, threads)
 
     monkeypatch.setitem(runtimes.RUNTIMES, "eager", runtimes.Runtime(spy))
     measure("eager")
@@ -203,7 +203,7 @@ def test_a_runtime_that_fails_says_why_and_the_others_go_on(
 
 
 def test_a_missing_runtime_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = runtimes.Runtime(runtimes._openvino, ("no_such_package",))
+    absent = runtimes.Runtime(runtimes.run_in_openvino, ("no_such_package",))
     monkeypatch.setitem(runtimes.RUNTIMES, "openvino", absent)
     report = measure("openvino", "eager")
     assert [row.runtime for row in report.rows] == ["eager"]
@@ -318,4 +318,4 @@ def test_a_plot_without_matplotlib_says_how_to_get_it(
 
 
 def test_cpu_has_a_name() -> None:
-    assert _cpu_name().strip()
+    assert cpu_name().strip()

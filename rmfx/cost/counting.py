@@ -11,6 +11,7 @@ from rmfx.algebra.affine import MULTIPLYING
 from rmfx.analysis.multiply_adds import work_of
 from rmfx.errors import ShapeError
 from rmfx.frontend.tracing import trace
+from rmfx.ir.callees import Calls
 from rmfx.ir.conditions import nodes_of_conditions
 from rmfx.ir.driver import apply_rule
 from rmfx.ir.joins import adds_itself
@@ -98,7 +99,7 @@ def _computing(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _cost_of(gm: fx.GraphModule, node: fx.Node, live: int) -> NodeCost:
-    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = Calls(gm).module(node)
     macs, size = work_of(node, module)
     moved = 0
     kind = node.op
@@ -145,7 +146,7 @@ def count_graph(gm: fx.GraphModule) -> Cost:
 
 
 def _is_conv(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), MULTIPLYING)
+    return isinstance(Calls(gm).module(node), MULTIPLYING)
 
 
 def _adds_tensors(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -17,14 +17,12 @@ from __future__ import annotations
 import math
 import operator
 
-from torch import fx, nn
+from torch import fx
 
 from rmfx.algebra.activation import is_activation
-from rmfx.ir.kinds import ADDS, SUBS
+from rmfx.ir.kinds import ADDS, SUBS, VIEWING
 from rmfx.ir.notes import Shape, shape_of, type_of
 from rmfx.modules.activations import OWN_ACTIVATIONS
-
-VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity)
 
 
 def size_of(node: fx.Node) -> int:
@@ -61,7 +59,7 @@ def live_bytes(gm: fx.GraphModule) -> dict[fx.Node, int]:
 
 def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return isinstance(gm.get_submodule(str(node.target)), VIEWS)
+        return isinstance(gm.get_submodule(str(node.target)), VIEWING)
     return node.target is operator.getitem or node.target in ("view", "detach")
 
 

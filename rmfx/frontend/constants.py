@@ -15,14 +15,12 @@ from torch.fx.node import _side_effectful_functions
 
 from rmfx.algebra.activation import is_activation
 from rmfx.errors import WeightValueError
+from rmfx.ir.kinds import TRANSPOSITIONS
 from rmfx.ir.nodes import attribute, run_node
 from rmfx.ir.notes import OF_VALUE, notes_of, why_frozen
 
 from .effects import effects_of
 from .watches import Watch
-
-TRANSPOSITIONS = (torch.ops.aten.t.default, torch.ops.aten.permute.default)
-
 
 # A constant that is spread out needs memory that the model did not.
 LARGEST_GROWTH = 4

@@ -20,20 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rmfx.ir.kinds import FILLED
 from rmfx.ir.threads import FAKES, alone, without_logs, without_warnings
 
 from .draws import no_draws
 from .kept_state import KeepsStateError, keeps_state, unchanged
 
 Call = tuple[object, ...]
-aten = torch.ops.aten
-
-
-# What reads size and type of a tensor, but no value.
-FILLED = (
-    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default),
-    *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default),
-)
 
 
 class _Recording(TorchDispatchMode):

@@ -150,12 +150,12 @@ class _Gather:
 def _addresses(tensor: Tensor) -> NDArray[np.int64]:
     """Where a tensor's sample lies."""
     shape, strides = tuple(tensor.shape) or (1,), tensor.stride() or (1,)
-    index = np.array(np.unravel_index(_positions(tensor.numel()), shape))
+    index = np.array(np.unravel_index(sampled_positions(tensor.numel()), shape))
     found: NDArray[np.int64] = tensor.data_ptr() + np.array(strides) @ index * tensor.itemsize
     return found
 
 
-def _positions(size: int) -> NDArray[np.int64]:
+def sampled_positions(size: int) -> NDArray[np.int64]:
     """All of a few positions; of many one in each 64th part, at another place in each.
 
     At equal distances they could all lie in one row or column of a kernel.

@@ -8,6 +8,7 @@ from torch import fx
 from rmfx.errors import Refusal
 from rmfx.modules.factors import Elementwise
 
+from .callees import Calls
 from .kinds import ARITHMETIC, SUBS, is_a
 from .nodes import describe, is_tensor_node, two_operands
 
@@ -16,8 +17,7 @@ Term = tuple[object, float]
 
 def adds_itself(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node calls a module that adds values."""
-    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return is_a(module, Elementwise) and len(node.all_input_nodes) > 1
+    return is_a(Calls(gm).module(node), Elementwise) and len(node.all_input_nodes) > 1
 
 
 def operands(node: fx.Node) -> tuple[Term, Term] | Refusal:

@@ -47,6 +47,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 INSTANCE_NORMS = _by_dims("InstanceNorm")
 PADS = _by_dims("ZeroPad", "ConstantPad")
 BORDERS = _by_dims("ReflectionPad", "ReplicationPad", "CircularPad")
+VIEWING = (nn.Flatten, nn.Unflatten, nn.Identity)  # which move nothing in memory
 NO_OPS = (  # at inference
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.AlphaDropout, nn.FeatureAlphaDropout),
@@ -224,6 +225,11 @@ SUMS: dict[Any, str] = {
     **dict.fromkeys([torch.sum, "sum", *overloads("sum.dim_IntList")], "sum"),
     **dict.fromkeys([torch.mean, "mean", *overloads("mean.dim")], "mean"),
 }
+COPYING_METHODS = ("clone", "detach")
+COPIES = (torch.clone, torch.detach, *overloads("clone", "detach", "alias"))
+TRANSPOSITIONS = overloads("t", "permute")
+# What reads size and type of a tensor, but no value.
+FILLED = overloads("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 VIEWS: dict[Any, Any] = {"view": "reshape", aten.view.default: aten.reshape.default}
 NARROWS = ("narrow", torch.narrow, aten.narrow.default)
 CASTS = ("to", "type", "float", "double", "half", "bfloat16", "int", "long", "bool", "type_as")

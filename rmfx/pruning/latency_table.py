@@ -71,8 +71,8 @@ class LatencyTable:
             weights = Size(*whole, part.carries.numel()).weights
             return grid[f"{whole[0]},0"] * size.weights / weights
         tied = part.carries.numel() > 1
-        columns = _around(size.ins, whole[0])
-        rows = [(0, 1.0)] if tied else _around(size.outs, whole[1])
+        columns = sizes_around(size.ins, whole[0])
+        rows = [(0, 1.0)] if tied else sizes_around(size.outs, whole[1])
         total = 0.0
         for ins, weight in columns:
             for outs, other in rows:
@@ -115,10 +115,10 @@ def _rounded(share: float, n: int, groups: int) -> int:
     return _place(share, groups) * (n // groups) if groups > 1 else _place(share, n)
 
 
-def _around(n: int, total: int) -> list[tuple[int, float]]:
+def sizes_around(n: int, total: int) -> list[tuple[int, float]]:
     """The points between which a number lies, with their weights; below the first one, the first.
 
-    >>> _around(3, 8)
+    >>> sizes_around(3, 8)
     [(2, 0.5), (4, 0.5)]
     """
     points = _points(total)

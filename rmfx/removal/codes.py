@@ -148,7 +148,7 @@ def shift_codes(
     wider = (data[0] - room, data[1] + room)
     codes, lacking = list[Code](), list[Refusal]()
     for bounds, exactness in ((proven, "rounding"), (wider, "calibrated range")):
-        found = _shift_into(*bounds, begin, end)
+        found = shift_into(*bounds, begin, end)
         if found is None:
             continue
         scale, shift = found
@@ -192,9 +192,7 @@ def scale_into(low: Tensor, high: Tensor, begin: float, end: float) -> Tensor | 
     return scale if bool((scale >= SMALLEST_SCALE).all()) else None
 
 
-def _shift_into(
-    low: Tensor, high: Tensor, begin: float, end: float
-) -> tuple[Tensor, Tensor] | None:
+def shift_into(low: Tensor, high: Tensor, begin: float, end: float) -> tuple[Tensor, Tensor] | None:
     """(s, t) with begin ≤ s·low + t and s·high + t ≤ end; t has few bits, so it is exact itself."""
     if not math.isfinite(begin) or not bool(torch.isfinite(low).all()):
         return None

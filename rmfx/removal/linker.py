@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from rmfx.algebra.affine import CONV_FUNCTIONS, CONVS
 from rmfx.errors import RmfxError
+from rmfx.ir.callees import Calls
 from rmfx.ir.converted import ConvertedModule
 from rmfx.ir.kinds import BATCH_NORMS
 from rmfx.ir.nodes import attribute
@@ -247,8 +248,7 @@ class Linker:
         if self._varies(node):
             self._places[node] = self._weight(str(node.target))
             return
-        called = node.op == "call_module"
-        module = self._converted.get_submodule(str(node.target)) if called else None
+        module = Calls(self._converted).module(node)
         if isinstance(module, ChannelClamp):
             self._copy_clamp(node, module)
             return

@@ -17,16 +17,11 @@ import torch
 from torch import fx
 
 from rmfx.errors import Refusal
-from rmfx.ir.kinds import NO_OPS, is_a
+from rmfx.ir.kinds import COPIES, COPYING_METHODS, NO_OPS, is_a
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
 from rmfx.ir.notes import why_frozen
 
-NOOP_METHODS = ("clone", "detach")
-NOOP_FUNCTIONS = (
-    *(torch.clone, torch.detach),
-    *(torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default),
-)
 STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth"
 NEUTRAL: dict[Any, int] = {torch.add: 0, torch.sub: 0, torch.mul: 1}
 
@@ -65,10 +60,10 @@ def does_nothing(net: Net, node: fx.Node) -> bool:
     if node.op == "call_module":
         return is_a(net.module(node), NO_OPS)
     if node.op == "call_method":
-        return node.target in NOOP_METHODS and not node.kwargs
+        return node.target in COPYING_METHODS and not node.kwargs
     if node.op != "call_function":
         return False
-    if node.target in NOOP_FUNCTIONS:
+    if node.target in COPIES:
         return not node.kwargs  # memory_format=… puts values where a view expects them
     if node.target in NEUTRAL:
         return _is_neutral(node, source) and net.is_real(source)  # of truth values 1 makes numbers

@@ -25,13 +25,14 @@ def machine_of(settings: Settings, runtimes: Iterable[str]) -> dict[str, str]:
         "threads": str(settings.threads),
         "rounds": str(settings.rounds),
         "precision": "float32",
-        "CPU": f"{_cpu_name()} ({capability})",
+        "CPU": f"{cpu_name()} ({capability})",
         **{name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ},
         **{name: importlib.metadata.version(name) for name in packages},
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor by its maker's name for it."""
     with contextlib.suppress(OSError):  # there on Linux only
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")

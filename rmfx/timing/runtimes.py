@@ -40,7 +40,8 @@ class Form:
         return [x.numpy() for x in self.inputs]
 
 
-def _eager(form: Form, threads: int) -> Run:
+def run_eagerly(form: Form, threads: int) -> Run:
+    """The graph as PyTorch runs it, operator by operator."""
     return lambda: form.gm(*form.inputs)
 
 
@@ -60,7 +61,8 @@ def _onnxruntime(form: Form, threads: int) -> Run:
     return lambda: session.run(None, feeds)
 
 
-def _openvino(form: Form, threads: int) -> Run:
+def run_in_openvino(form: Form, threads: int) -> Run:
+    """The ONNX model, compiled by OpenVINO for the CPU."""
     import openvino
 
     core = openvino.Core()
@@ -107,10 +109,10 @@ class Runtime:
 
 
 RUNTIMES = {
-    "eager": Runtime(_eager),
+    "eager": Runtime(run_eagerly),
     "inductor": Runtime(_inductor, scope=_freezing),
     "onnxruntime": Runtime(_onnxruntime, ("onnx", "onnxscript", "onnxruntime")),
-    "openvino": Runtime(_openvino, ("onnx", "onnxscript", "openvino")),
+    "openvino": Runtime(run_in_openvino, ("onnx", "onnxscript", "openvino")),
 }
 
 

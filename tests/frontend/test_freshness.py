@@ -98,7 +98,7 @@ def test_a_write_to_a_thirty_second_part_in_one_piece_is_seen(size: int, mode: A
 def test_samples_lie_in_every_row_and_column_of_a_kernel() -> None:
     """At equal distances they could all be of one tap."""
     for shape in ((64, 64, 3, 3), (128, 128, 3, 3), (512, 128, 1, 1), (96, 1, 3, 3)):
-        positions = freshness._positions(int(np.prod(shape)))
+        positions = freshness.sampled_positions(int(np.prod(shape)))
         assert len(set(positions.tolist())) == SAMPLES
         assert positions.max() < np.prod(shape)
         for index, size in zip(np.unravel_index(positions, shape), shape, strict=True):
@@ -128,7 +128,7 @@ def test_ordinary_writes_and_other_memory_are_seen_whatever_the_values(mode: Any
     tensor = torch.randn(1000)
     snapshot = Snapshot([tensor], mode=mode)
     assert not snapshot.holds([tensor.clone()])
-    sampled = set(freshness._positions(1000).tolist())
+    sampled = set(freshness.sampled_positions(1000).tolist())
     tensor[next(i for i in range(1000) if i not in sampled)] += 1  # counted, and not sampled
     assert not snapshot.holds([tensor])
 
@@ -136,7 +136,7 @@ def test_ordinary_writes_and_other_memory_are_seen_whatever_the_values(mode: Any
 def test_an_address_that_was_given_away_again_is_not_the_same_memory() -> None:
     reused = False
     for size in (144, 2304, 36864, 589824, 1327104):
-        sampled = set(freshness._positions(size).tolist())
+        sampled = set(freshness.sampled_positions(size).tolist())
         index = next(i for i in range(size) if i not in sampled)
         tensors = [nn.Parameter(torch.randn(size), False) for _ in range(3)]
         snapshots = [(tensor.data_ptr(), Snapshot([tensor])) for tensor in tensors]

@@ -301,10 +301,10 @@ def test_run_does_what_is_missing_and_goes_on_after_a_crash(
 def test_large_networks_are_skipped(limit: float, suitable: bool) -> None:
     net = NETS["resnet18"]
     if suitable:
-        zoo._check_size(net, limit)
+        zoo.check_size(net, limit)
     else:
         with pytest.raises(zoo.UnsuitableError, match="12 million parameters"):
-            zoo._check_size(net, limit)
+            zoo.check_size(net, limit)
 
 
 def test_original_that_explodes_is_unsuitable() -> None:

@@ -237,6 +237,7 @@ def test_numbers_are_found_wherever_they_stand() -> None:
 
 def test_nothing_is_run_where_layers_tell() -> None:
     model = ready(chain(conv(3, 4), nn.ReLU(), conv(4, 4)))
-    sizes = OpenSizes(rmfx.trace(model, image(2, 3, 8, 8)))
-    assert not any(sizes(node, 1) for node in list(sizes._nodes)[:-1])
+    gm = rmfx.trace(model, image(2, 3, 8, 8))
+    sizes, names = OpenSizes(gm), [node.name for node in gm.graph.nodes]
+    assert not any(sizes(name, 1) for name in names[:-1])
     assert "_changes" not in vars(sizes)

@@ -156,7 +156,7 @@ def test_bad_arguments() -> None:
 @given(residual_networks())
 def test_every_form_of_a_random_network_keeps_its_values(spec: NetworkSpec) -> None:
     model, inputs = spec.build(), spec.inputs()
-    forms, rows = pipeline._forms(rmfx.trace(model, inputs), "all", lambda text: None)
+    forms, rows = pipeline.forms_of(rmfx.trace(model, inputs), "all", lambda text: None)
     for name, form in forms.items():
         assert_equivalent(model, form, inputs)
         assert [row.join for row in rmfx.report(form).rows] == [row.join for row in rows], name

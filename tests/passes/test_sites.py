@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import rmfx
-from rmfx.passes.sites import SiteChoice, _knapsack
+from rmfx.passes.sites import SiteChoice, knapsack
 from rmfx.timing import timer
 
 Times = tuple[float, float, float]
@@ -215,7 +215,7 @@ def test_the_knapsack_is_solved_exactly(
 
     every = [worth(c) for c in itertools.product(("keep", "open", "cut"), repeat=len(rows))]
     best = max(saved for lost, saved in filter(None, every) if lost <= budget)
-    found = worth(tuple(_knapsack(rows, budget)))
+    found = worth(tuple(knapsack(rows, budget)))
     assert found is not None
     assert found[0] <= budget
     assert found[1] == best

@@ -17,7 +17,7 @@ from rmfx.errors import OptionError
 from rmfx.frontend import trace
 from rmfx.ir.net import Net
 from rmfx.pruning.families import Size, Widths
-from rmfx.pruning.latency_table import _around
+from rmfx.pruning.latency_table import sizes_around
 from rmfx.timing import timer
 
 
@@ -119,10 +119,10 @@ def test_measured_for_real() -> None:
 
 
 def test_points() -> None:
-    assert _around(8, 8) == [(8, 1.0)]
-    assert _around(1, 8) == [(2, 1.0)]
-    assert _around(7, 8) == [(6, 0.5), (8, 0.5)]
-    assert _around(1, 1) == [(1, 1.0)]
+    assert sizes_around(8, 8) == [(8, 1.0)]
+    assert sizes_around(1, 8) == [(2, 1.0)]
+    assert sizes_around(7, 8) == [(6, 0.5), (8, 0.5)]
+    assert sizes_around(1, 1) == [(1, 1.0)]
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{"])

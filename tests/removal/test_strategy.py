@@ -31,7 +31,7 @@ from rmfx.choices import STRATEGIES
 from rmfx.errors import Refusal, RmfxError
 from rmfx.ir.net import Net
 from rmfx.removal.assembly import Plan
-from rmfx.removal.codes import _shift_into, scale_into
+from rmfx.removal.codes import scale_into, shift_into
 from rmfx.removal.columns import Pointwise
 from rmfx.removal.plan import plans
 from rmfx.removal.site import find_sites
@@ -108,7 +108,7 @@ def test_a_shift_maps_into_the_interval_and_is_exact_itself(
     low, high = (
         torch.tensor(e, dtype=torch.float64) for e in zip(*map(sorted, ranges), strict=True)
     )
-    found = _shift_into(low, high, 0.0, end)
+    found = shift_into(low, high, 0.0, end)
     assert found is not None
     scale, shift = found
     assert bool((scale * low + shift >= 0).all() and (scale * high + shift <= end).all())
@@ -117,9 +117,9 @@ def test_a_shift_maps_into_the_interval_and_is_exact_itself(
 
 def test_a_range_without_end_cannot_be_shifted() -> None:
     low, endless = torch.tensor([-1.0]), torch.tensor([math.inf])
-    assert _shift_into(low, endless, 0.0, 6.0) is None
-    assert _shift_into(-endless, low, 0.0, math.inf) is None
-    assert _shift_into(low, endless, 0.0, math.inf) is not None
+    assert shift_into(low, endless, 0.0, 6.0) is None
+    assert shift_into(-endless, low, 0.0, math.inf) is None
+    assert shift_into(low, endless, 0.0, math.inf) is not None
 
 
 # ---- each strategy in a network -----------------------------------------------------------------
