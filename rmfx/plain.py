@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -12,6 +13,7 @@ from rmfx.frontend.tracing import trace
 from rmfx.ir.conditions import has_conditions, take_conditions
 from rmfx.ir.converted import copy_graph
 from rmfx.modules.apply import Apply
+from rmfx.ordinary import layers_of
 
 
 def is_plain(model: nn.Module | Any) -> bool:
@@ -26,9 +28,11 @@ def is_plain(model: nn.Module | Any) -> bool:
 
 
 def to_sequential(model: nn.Module | Any) -> nn.Sequential:
-    """A plain network as `nn.Sequential`; modules are copied.
+    """A plain network as `nn.Sequential`; modules are copied and keep their names.
 
-    Conditions on its input are a module of their own, the first.
+    Its layers are those of `torch.nn` wherever there is one for a call: pools for means over space,
+    paddings, softmax. `Apply` stands for other calls. A layer at the path `layer1.0.conv1` is
+    called `layer1_0_conv1`. Conditions on the input are a module of their own, the first.
 
     Raises:
         NotPlainError: its graph is not a chain; the message names the node.
@@ -40,10 +44,14 @@ def to_sequential(model: nn.Module | Any) -> nn.Sequential:
     reason = _why_not_plain(graph)
     if reason is not None:
         raise NotPlainError(f"the graph is not plain: {reason}")
-    layers = [_module(gm, n) for n in graph.nodes if n.op not in ("placeholder", "output")]
+    network = nn.Sequential()
     if has_conditions(conditions):
-        layers.insert(0, Conditions(conditions))
-    return nn.Sequential(*layers).train(gm.training)
+        network.add_module("conditions", Conditions(conditions))
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            for layer in _layers(gm, node):
+                network.add_module(_free_name(network, node.name), layer)
+    return network.train(gm.training)
 
 
 class Conditions(nn.Module):
@@ -67,12 +75,21 @@ def _graph_of(model: nn.Module | Any) -> fx.GraphModule:
     return model if isinstance(model, fx.GraphModule) else trace(model)
 
 
-def _module(gm: fx.GraphModule, node: fx.Node) -> nn.Module:
+def _layers(gm: fx.GraphModule, node: fx.Node) -> tuple[nn.Module, ...]:
+    """What computes the value of a node of a plain graph, in a row."""
     if node.op == "call_module":
-        return copy.deepcopy(gm.get_submodule(str(node.target)))
+        return (copy.deepcopy(gm.get_submodule(str(node.target))),)
+    if layers := layers_of(gm, node):
+        return layers
     source = node.all_input_nodes[0]
     args = tuple(Apply.INPUT if a is source else a for a in node.args)
-    return Apply(node.target, args, dict(node.kwargs))
+    return (Apply(node.target, args, dict(node.kwargs)),)
+
+
+def _free_name(network: nn.Sequential, name: str) -> str:
+    """The name, or one like it that stands for nothing else: `append` is a method of networks."""
+    names = (f"{name}_{i}" if i else name for i in itertools.count())
+    return next(free for free in names if not hasattr(network, free))
 
 
 def _why_not_plain(graph: fx.Graph) -> str | None:

@@ -36,11 +36,11 @@ def _by_dims(*names: str) -> Kinds:
 MAX_POOLS = _by_dims("MaxPool")
 AVERAGE_POOLS = _by_dims("AvgPool")
 ADAPTIVE_AVERAGES = _by_dims("AdaptiveAvgPool")
-_ADAPTIVE_MAXIMA = _by_dims("AdaptiveMaxPool")
-POOLS_OF_ALL = (*ADAPTIVE_AVERAGES, *_ADAPTIVE_MAXIMA)
+ADAPTIVE_MAXIMA = _by_dims("AdaptiveMaxPool")
+POOLS_OF_ALL = (*ADAPTIVE_AVERAGES, *ADAPTIVE_MAXIMA)
 POOL_DIMS = {
     kind: dims
-    for kinds in (MAX_POOLS, AVERAGE_POOLS, ADAPTIVE_AVERAGES, _ADAPTIVE_MAXIMA)
+    for kinds in (MAX_POOLS, AVERAGE_POOLS, ADAPTIVE_AVERAGES, ADAPTIVE_MAXIMA)
     for dims, kind in enumerate(kinds, 1)
 }
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -85,7 +85,7 @@ LAYERS = (
     Layers(MAX_POOLS, channelwise=True, spatial=True, hull=True, fresh=True, any_rank=True),
     Layers(AVERAGE_POOLS, channelwise=True, spatial=True, fresh=True, any_rank=True),
     Layers(ADAPTIVE_AVERAGES, channelwise=True, spatial=True, hull=True, fresh=True, any_rank=True),
-    Layers(_ADAPTIVE_MAXIMA, spatial=True, hull=True, any_rank=True),
+    Layers(ADAPTIVE_MAXIMA, spatial=True, hull=True, any_rank=True),
     Layers(PADS, spatial=True, any_rank=True),
     Layers(BORDERS, spatial=True),
     Layers(NO_OPS, channelwise=True, hull=True, any_rank=True),
