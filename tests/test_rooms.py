@@ -19,7 +19,7 @@ STOREYS = (
     ("analysis", "frontend", "training"),
     ("data", "oracle", "ordinary"),
     ("plain", "testing"),
-    ("pruning",),
+    ("attribution", "pruning"),
     ("rules",),
     ("removal",),
     ("cost",),

@@ -26,6 +26,8 @@ from torch.utils import _pytree as pytree
 
 from rmfx.errors import RmfxError, VerificationError
 
+from .onnx_model import write_onnx
+
 SUFFIXES = (".pt2", ".onnx")
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _ONNX_LIMIT = 2**31  # bytes: a protobuf message cannot be larger
@@ -147,7 +149,7 @@ def save(
     trials = [random_like(inputs, batch, seed) for seed, batch in enumerate(sizes)]
     limit = default_tolerance(inputs) if tolerance is None else tolerance
     with whole_file(place) as temporary:
-        _write(program, temporary)
+        _write(program, temporary, free_batch)
         error = _verify(original, _load(temporary), trials, limit)
         size = temporary.stat().st_size
     return SavedFile(place, size, free_batch, len(trials), error, limit)
@@ -267,7 +269,7 @@ def _takes_any_batch(gm: fx.GraphModule, original: Function, inputs: tuple[Tenso
         return False
 
 
-def _write(program: ExportedProgram, path: Path) -> None:
+def _write(program: ExportedProgram, path: Path, free_batch: bool) -> None:
     if path.suffix == ".onnx":
         size = sum(value.nbytes for value in program.state_dict.values())
         if size >= _ONNX_LIMIT:
@@ -276,7 +278,7 @@ def _write(program: ExportedProgram, path: Path) -> None:
             )
     try:
         if path.suffix == ".onnx":
-            torch.onnx.export(program, (), path, external_data=False, verbose=False)
+            write_onnx(program, path, free_batch=free_batch)
         else:
             # To memory first: where a disk is full, torch's own writer ends the whole process.
             written = io.BytesIO()

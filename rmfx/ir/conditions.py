@@ -28,6 +28,8 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from rmfx.errors import ShapeError
 
+from .functions import GIVING_NUMBERS, IN_PLACE_SYMBOLS, MODULES_OF_NUMBERS, torch_name
+
 AGAIN = "convert the network again with example inputs like these"
 WAY_OUT = "use another size, or convert the network again with example inputs of this one"
 
@@ -250,7 +252,7 @@ def take_conditions(graph: fx.Graph) -> fx.Graph:
 
 
 def nodes_of_conditions(graph: fx.Graph) -> list[fx.Node]:
-    """Every `demand` that depends on inputs alone, and what it reads."""
+    """Every `demand` that depends on sizes of inputs alone, and what it reads."""
     needed = set(graph.find_nodes(op="call_function", target=demand))
     if not needed:
         return []
@@ -261,9 +263,20 @@ def nodes_of_conditions(graph: fx.Graph) -> list[fx.Node]:
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
         follows = all(n in found or n in inputs for n in node.all_input_nodes)
-        if node in needed and follows and node.op in ("call_function", "call_method"):
+        if node in needed and follows and _asks(node):
             found[node] = None
     return list(found)
+
+
+def _asks(node: fx.Node) -> bool:
+    """Whether a node does nothing but ask for sizes, or compute with numbers."""
+    if node.op == "call_method":
+        return node.target in GIVING_NUMBERS
+    place, name = (str(getattr(node.target, k, "")) for k in ("__module__", "__name__"))
+    of_numbers = place in MODULES_OF_NUMBERS and name not in IN_PLACE_SYMBOLS
+    return node.op == "call_function" and (
+        of_numbers or place == __name__ or torch_name(node).startswith("sym_")
+    )
 
 
 def put_conditions(conditions: fx.Graph, graph: fx.Graph) -> None:

@@ -102,6 +102,13 @@ class Net:
         name = self.stands_for(node)
         return name is not None and self._open(name, dim)
 
+    def is_sure(self, node: fx.Node, dim: int) -> bool:
+        """Whether a size that was noted of a value is proven to be that of every call."""
+        name = self.stands_for(node)
+        return name is not None and not (
+            self._open(name, dim) or self._open.sizes_of_inputs(name, dim)
+        )
+
     def analysis(self, kind: type[A], make: Callable[[], A]) -> A:
         """What an analysis has found out about this net: made once and kept."""
         found = self._analyses.get(kind)

@@ -77,7 +77,8 @@ class OpenSizes:
     without values and only when somebody wants to know: it runs at other sizes of the inputs, some
     smaller, some larger than every number in it. A size is that of every call if the graph runs at
     two of them at least and all give what was noted. Sizes at which it does not run do not count:
-    the network fails there as it did before.
+    the network fails there as it did before. Where it runs at no large one, the others prove
+    nothing: what they do not change is taken to depend on the sizes of the inputs.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -88,6 +89,7 @@ class OpenSizes:
         self._inputs = list(gm.graph.find_nodes(op="placeholder"))
         # Of inputs whose sizes are checked, those that were noted are those of every call.
         self._are_given = any(GUARDED in node.meta for node in self._inputs)
+        self._unproven: Places = set()  # of inputs, with which other sizes may change
 
     def __call__(self, name: str, dim: int) -> bool:
         """Whether a size of a node's value, of which the shape was noted, may be another one."""
@@ -158,7 +160,8 @@ class OpenSizes:
     def _changes(self) -> tuple[Sizes, dict[tuple[str, int], Places]]:
         """Sizes that are open, and the sizes of inputs on which others depend.
 
-        Those depend on the channels of inputs, or are 1 at some sizes, where they are spread out.
+        Those depend on the channels of inputs, or are 1 at some sizes, where they are spread out,
+        or nothing proves that they depend on nothing.
         """
         ranks: set[int] = set()
         for node in self._inputs:
@@ -178,6 +181,9 @@ class OpenSizes:
                     depend.setdefault(key, set()).update(tried)
                 else:
                     found.add(key)
+        for name, shape in self._noted.items() if self._unproven else ():
+            for dim in range(len(shape)):
+                depend.setdefault((name, dim), set()).update(self._unproven)
         return found, depend
 
     def _runs(self, places: Places) -> list[tuple[Places, Shapes]]:
@@ -207,6 +213,7 @@ class OpenSizes:
             # Of steps as small as these, only all of them tell: a stride passes over several.
             tried = ((places, self._shapes(places, way)) for way in ways)
             found += [(places, shapes) for places, shapes in tried if shapes is not None]
+        self._unproven |= places
         return found
 
     def _ways(self, *, square: bool) -> list[tuple[bool, Resize]]:

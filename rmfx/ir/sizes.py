@@ -284,9 +284,9 @@ def _has_one_position(net: Net, node: fx.Node, dims: int) -> bool:
     if averaged_dims(node, dims) == ({*range(2, dims + 2)}, True):
         return True
     shape = shape_of(node)
-    if shape is None or net.stands_for(node) is None or {*shape[2:]} != {1}:
+    if shape is None or {*shape[2:]} != {1}:
         return False
-    return not any(net.is_open(node, dim) for dim in range(2, len(shape)))
+    return all(net.is_sure(node, dim) for dim in range(2, len(shape)))
 
 
 def _of_two(node: fx.Node, first: SizeLaw, second: SizeLaw) -> list[Condition]:

@@ -97,6 +97,25 @@ def test_a_network_of_one_size_has_fixed_tokens() -> None:
     assert_equivalent(model, gm, x)
 
 
+def test_a_network_of_few_sizes_holds_for_those_of_the_example() -> None:
+    """It takes 6x12 and 4x16, and no size between them, at which a flat map is shorter."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        flat = y.flatten(1)
+        z = (flat + flat.flip(1)).reshape(y.shape)
+        small = F.max_pool2d(z, 2) + F.max_pool2d(z, 2, ceil_mode=True)  # of even sizes
+        return m.linear(F.pad(small, (0, 0, 1, 0)).flatten(1))  # type: ignore[no-any-return]
+
+    model = ready(Apply(forward, conv=conv(4, 4), linear=nn.Linear(96, 3)))
+    gm = rmfx.remove_residuals(model, image(2, 4, 6, 12))
+    assert rmfx.report(gm).removed == 1
+    assert_equivalent(model, gm, image(3, 4, 6, 12))
+    model(image(2, 4, 4, 16))
+    with pytest.raises(rmfx.ShapeError, match="6"):
+        gm(image(2, 4, 4, 16))
+
+
 def test_a_network_of_multiples_is_tried_at_multiples() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         small = F.max_pool2d(m.conv(x), 8)

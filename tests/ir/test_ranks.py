@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from builders import Apply, Residual, basic_branch, chain, conv, conv_branch, image, ready
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import rmfx
 from rmfx.ir.conditions import has_conditions
@@ -232,6 +233,39 @@ def test_what_is_demanded_behind_an_operation_stays_in_order() -> None:
     assert len(twice.graph.nodes) == len(once.graph.nodes)
     for gm in (once, twice):
         assert_same_numbers(gm, model, (2, 5, 6, 7))
+
+
+BEFORE: dict[str, Any] = {
+    "a write": lambda x: F.leaky_relu_(torch.mul(x * 1.0, 0.5, out=x.new_empty(x.shape)), 0.3),
+    "two writes": lambda x: F.rrelu(_half(F.hardtanh(x)), inplace=True),
+    "a write by an operator": lambda x: (x * 2).sin_(),
+    "a write in Python": lambda x: operator.iadd(x * 2, 1),
+    "an operation": lambda x: torch.cumsum(x, 3),
+}
+
+
+def _half(x: Tensor) -> Tensor:
+    torch.mul(x, 0.5, out=x)
+    return x
+
+
+@pytest.mark.parametrize("name", BEFORE)
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_what_comes_before_a_demand_runs_once(name: str, times: int) -> None:
+    """Of a value inside the network, too, which is no condition on the inputs."""
+    slopes = nn.Parameter(torch.rand(4))
+    model = ready(Apply(lambda m, x: F.prelu(m.c(BEFORE[name](x)), m.w), c=conv(), w=slopes))
+    gm = fx.symbolic_trace(model)
+    operations = ("call_module", "call_function", "call_method")
+    calls = sum(node.op in operations for node in gm.graph.nodes)
+    for _ in range(times):
+        gm = rmfx.remove_residuals(gm)
+    assert has_conditions(gm.graph)
+    aside = ("rmfx.ir.conditions",)
+    made = (n for n in gm.graph.nodes if getattr(n.target, "__module__", None) not in aside)
+    assert sum(node.op in operations for node in made) == calls
+    for shape in ((2, 4, 6, 5), (1, 4, 3, 3)):
+        assert_same_numbers(gm, model, shape)
 
 
 def runs(model: nn.Module, shape: tuple[int, ...]) -> bool:

@@ -1,0 +1,48 @@
+"""An exported program as an ONNX model that holds the network and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+BATCH = "batch"  # the name of the axis
+STACK = "pkg.torch.onnx.stack_trace"  # which files of whose machine a node comes from
+
+
+def write_onnx(program: ExportedProgram, path: Path, *, free_batch: bool) -> None:
+    """Write a program as an ONNX file.
+
+    Equal constants are one. A batch of any size is an axis called `batch`.
+
+    Args:
+        program: what is written; its weights are less than 2 GB, which protobuf allows.
+        path: of the file, which holds the weights, too.
+        free_batch: whether the first dimension of the inputs is the batch and may have any size.
+    """
+    import onnx_ir
+    from onnx_ir.passes.common import DeduplicateHashedInitializersPass
+
+    made: Any = torch.onnx.export(program, (), verbose=False)
+    model: Any = made.model
+    DeduplicateHashedInitializersPass()(model)
+    if free_batch:
+        symbol = str(model.graph.inputs[0].shape[0])
+        for value in _values(model):
+            if value.shape is not None:
+                named = [str(dim).replace(symbol, BATCH) for dim in value.shape]
+                sizes = zip(value.shape, named, strict=True)
+                value.shape = onnx_ir.Shape([n if isinstance(n, int) else s for n, s in sizes])
+    for node in model.graph.all_nodes():
+        node.metadata_props.pop(STACK, None)
+    made.save(path, external_data=False)
+
+
+def _values(model: Any) -> Iterator[Any]:
+    """All tensors that a model computes with."""
+    yield from model.graph.inputs
+    for node in model.graph.all_nodes():
+        yield from node.outputs
