@@ -52,7 +52,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import rmfx
-from rmfx.files.saving import relative_error
+from rmfx.files.trials import relative_error
 from rmfx.testing import assert_equivalent
 
 BATCH = 2

@@ -29,7 +29,8 @@ from torch.utils import _pytree as pytree
 
 from rmfx.conversion import Conversion, convert
 from rmfx.files.figures import check_plotting, write_figure
-from rmfx.files.saving import as_function, default_tolerance, random_like, relative_error
+from rmfx.files.saving import as_function
+from rmfx.files.trials import Trials, default_tolerance, relative_error
 from rmfx.table import Column, spread, table
 from rmfx.timing.machine import machine_of
 from rmfx.timing.runtimes import RUNTIMES, Form, RuntimeFailure, as_failure, torch_threads
@@ -210,7 +211,7 @@ class _Pair:
 
     def __init__(self, network: Network, batch: int, settings: Settings) -> None:
         self.network, self.batch, self.settings = network, batch, settings
-        self.inputs = tuple(random_like(network.inputs, batch))
+        self.inputs = tuple(Trials(network.inputs).draw(batch))
         tolerance = settings.tolerance
         self.tolerance = default_tolerance(self.inputs) if tolerance is None else tolerance
 

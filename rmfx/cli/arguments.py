@@ -124,6 +124,13 @@ def _add_conversion_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--no-fold-batch-norm", action="store_true", help="keep batch norm layers")
     add("--strict", action="store_true", help="fail if one residual connection cannot be removed")
+    text = "all values of the inputs, which can prove that a carry passes an activation unchanged"
+    add("--input-range", metavar=("LOW", "HIGH"), nargs=2, type=float, help=text)
+    text = (
+        "package.module:function that gives batches of (inputs, classes), which show how large"
+        " values are; a shift needs it"
+    )
+    add("--calibration", metavar="NAME", help=text)
     text = "remove all that can be removed, or only what should pay by a simple cost model"
     add("--policy", choices=("all", "profitable"), default="all", help=text)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rmfx import models
+from rmfx.algebra.digits import EXACTNESS
 from rmfx.choices import BY_DATA
 from rmfx.conversion import Conversion, convert
 from rmfx.demo import run as demo
@@ -35,7 +36,9 @@ from rmfx.files.saving import (
     whole_file,
 )
 from rmfx.fuzz import fuzz
+from rmfx.interval import Interval
 from rmfx.latency import LatencyReport, Network, measure_latency, plot
+from rmfx.options import as_tuple
 from rmfx.table import Column, table
 from rmfx.timing.speed import LatencyError, Settings
 
@@ -75,7 +78,7 @@ def run_report(options: argparse.Namespace) -> None:
         step("load")
         loaded, inputs = load(options, options.model)
         step("convert and verify")
-        conversion = _convert(options, loaded, inputs)
+        conversion = _convert(options, loaded, inputs, _calibration_of(options))
         if options.html:
             _write_page(options, loaded, required(inputs), conversion, step)
     head = describe(options, loaded, inputs)
@@ -129,7 +132,8 @@ def run_convert(options: argparse.Namespace) -> None:
         loaded, inputs = load(options, options.model)
         inputs = required(inputs)
         step("convert and verify")
-        conversion = _convert(options, loaded, inputs)
+        calibration = _calibration_of(options)
+        conversion = _convert(options, loaded, inputs, calibration)
         step("write and check")
         saved = save(
             conversion.after,
@@ -137,6 +141,8 @@ def run_convert(options: argparse.Namespace) -> None:
             inputs,
             reference=loaded.model,
             tolerance=options.tolerance,
+            input_range=_range_of(options),
+            samples=calibration if _is_calibrated(conversion) else (),
         )
     head = describe(options, loaded, inputs)
     result = {
@@ -267,7 +273,10 @@ def _write_bench_files(options: argparse.Namespace, report: LatencyReport) -> No
 
 
 def _convert(
-    options: argparse.Namespace, loaded: LoadedModel, inputs: tuple[Tensor, ...] | None
+    options: argparse.Namespace,
+    loaded: LoadedModel,
+    inputs: tuple[Tensor, ...] | None,
+    calibration: list[tuple[Any, ...]],
 ) -> Conversion:
     return convert(
         loaded.model,
@@ -275,8 +284,29 @@ def _convert(
         strict=options.strict,
         fold_batch_norm=not options.no_fold_batch_norm,
         activation=options.activation,
+        input_range=_range_of(options),
+        calibration=calibration or None,
         policy=options.policy,
     )
+
+
+def _range_of(options: argparse.Namespace) -> Interval | None:
+    """Between which numbers all inputs are, if that was said."""
+    given: list[float] | None = options.input_range
+    if given is not None and not given[0] <= given[1]:
+        raise UsageError(f"argument --input-range: {given[0]:g} is larger than {given[1]:g}")
+    return None if given is None else (given[0], given[1])
+
+
+def _calibration_of(options: argparse.Namespace) -> list[tuple[Any, ...]]:
+    """The inputs on which values are measured."""
+    batches = batches_of(options.calibration) if options.calibration else ()
+    return [as_tuple(inputs) for inputs, _ in batches]
+
+
+def _is_calibrated(conversion: Conversion) -> bool:
+    """Whether a network holds for values such as those of the calibration alone."""
+    return any(row.exactness == EXACTNESS[-1] for row in conversion.report.rows)
 
 
 def _show(options: argparse.Namespace, text: str, result: dict[str, Any]) -> None:

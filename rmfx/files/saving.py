@@ -22,26 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from rmfx.errors import RmfxError, VerificationError
+from rmfx.interval import Interval
 
 from .onnx_model import write_onnx
+from .trials import HALVES, Trials, default_tolerance, relative_error, tensors_of
 
 SUFFIXES = (".pt2", ".onnx")
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _ONNX_LIMIT = 2**31  # bytes: a protobuf message cannot be larger
-
-
-# Two orders of magnitude above the rounding of one operation: depth adds up, and another order of
-# summation is no error. A wrong layer is far above it.
-_HALVES = (torch.float16, torch.bfloat16)
-_TOLERANCES = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-4,
-    torch.float16: 5e-2,
-    torch.bfloat16: 2e-1,
-}
 
 
 # What the exporter raises for a model it cannot follow (Dynamo's errors are RuntimeErrors).
@@ -114,6 +104,8 @@ def save(
     *,
     reference: nn.Module | ExportedProgram | None = None,
     tolerance: float | None = None,
+    input_range: Interval | None = None,
+    samples: Sequence[Sequence[Tensor]] = (),
 ) -> SavedFile:
     """Writes `gm` to `path` and checks the written file against the reference.
 
@@ -124,6 +116,8 @@ def save(
             file leaves free if the network allows it.
         reference: what the file must compute, by default `gm` itself.
         tolerance: largest relative error that is accepted, by default 1e-4 in float32.
+        input_range: (low, high) of all inputs, where the network was made for such.
+        samples: batches of inputs on which alone it is checked, where it was made for such.
 
     Raises:
         SaveError: the place cannot be written to, or the network cannot be exported.
@@ -141,12 +135,13 @@ def save(
     place = check_output(path)
     original = as_function(gm if reference is None else reference)
     inputs = tuple(example_inputs)
-    if place.suffix == ".onnx" and any(x.dtype in (torch.float64, *_HALVES) for x in inputs):
+    if place.suffix == ".onnx" and any(x.dtype in (torch.float64, *HALVES) for x in inputs):
         raise SaveError("onnxruntime computes convolutions in float32 only; use float32 or .pt2")
-    program, free_batch = _export(gm, original, inputs)
+    source = Trials(inputs, input_range, samples)
+    program, free_batch = _export(gm, original, source)
     # Three batches of other numbers than zeros: as given, and where batches are free one and five.
     sizes: list[int | None] = [None, 1, 5] if free_batch else [None] * 3
-    trials = [random_like(inputs, batch, seed) for seed, batch in enumerate(sizes)]
+    trials = [source.draw(batch, seed) for seed, batch in enumerate(sizes)]
     limit = default_tolerance(inputs) if tolerance is None else tolerance
     with whole_file(place) as temporary:
         _write(program, temporary, free_batch)
@@ -158,56 +153,6 @@ def save(
 def as_function(model: nn.Module | ExportedProgram) -> nn.Module:
     """What can be called with inputs: the model itself, or the module of an exported program."""
     return model.module() if isinstance(model, ExportedProgram) else model
-
-
-def random_like(inputs: Sequence[Tensor], batch: int | None = None, seed: int = 0) -> list[Tensor]:
-    """Normally distributed inputs of the same shapes and types, with another batch if given.
-
-    Inputs that are not floating-point numbers (indices, masks) keep their values: any others might
-    not be valid ones.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for x in inputs:
-        shape = (batch or x.shape[0], *x.shape[1:]) if x.ndim else ()
-        if x.is_floating_point():
-            made.append(torch.randn(shape, generator=generator).to(x))
-        else:
-            repeats = -(-shape[0] // max(x.shape[0], 1)) if x.ndim else 1
-            made.append(torch.cat([x] * repeats)[: shape[0]] if x.ndim else x)
-    return made
-
-
-def relative_error(expected: object, found: object) -> float:
-    """The largest max |found - expected| / max |expected| over all tensors of two outputs.
-
-    Infinite where number, shapes or types of the tensors differ, or a number is not finite.
-    """
-    wanted, given = _tensors(expected), _tensors(found)
-    if len(wanted) != len(given):
-        return float("inf")
-    return max((_tensor_error(a, b) for a, b in zip(wanted, given, strict=True)), default=0.0)
-
-
-def _tensor_error(expected: Tensor, found: Tensor) -> float:
-    if expected.shape != found.shape or expected.dtype != found.dtype:
-        return float("inf")
-    if not expected.numel():
-        return 0.0
-    a, b = expected.detach().double(), found.detach().double()
-    if not (a.isfinite().all() and b.isfinite().all()):
-        return float("inf")
-    difference, scale = float((a - b).abs().max()), float(a.abs().max())
-    return difference / scale if scale else difference
-
-
-def _tensors(output: object) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def default_tolerance(inputs: Sequence[Tensor]) -> float:
-    """The relative error to accept, by the coarsest type of the inputs: 1e-4 in float32."""
-    return max((_TOLERANCES.get(x.dtype, 0.0) for x in inputs), default=0.0) or 1e-4
 
 
 @contextlib.contextmanager
@@ -241,13 +186,12 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _export(
-    gm: fx.GraphModule, original: Function, inputs: tuple[Tensor, ...]
-) -> tuple[ExportedProgram, bool]:
+def _export(gm: fx.GraphModule, original: Function, source: Trials) -> tuple[ExportedProgram, bool]:
     """The program to write, and whether its batch is free."""
-    if _takes_any_batch(gm, original, inputs):
+    inputs = tuple(source.inputs)
+    if _takes_any_batch(gm, original, source):
         # A batch of one would be taken for a constant; two stand for any number.
-        batched, batch = tuple(random_like(inputs, batch=2)), Dim("batch")
+        batched, batch = tuple(source.draw(batch=2)), Dim("batch")
         with contextlib.suppress(*_EXPORT_ERRORS):
             shapes = tuple({0: batch} for _ in inputs)
             return torch.export.export(gm, batched, dynamic_shapes=shapes), True
@@ -257,11 +201,12 @@ def _export(
         raise SaveError(f"torch.export cannot export the network: {error}") from error
 
 
-def _takes_any_batch(gm: fx.GraphModule, original: Function, inputs: tuple[Tensor, ...]) -> bool:
+def _takes_any_batch(gm: fx.GraphModule, original: Function, source: Trials) -> bool:
     """Whether both functions accept, and agree on, another batch than that of the inputs."""
+    inputs = source.inputs
     if any(x.ndim < 2 for x in inputs) or len({x.shape[0] for x in inputs}) != 1:
         return False
-    trial = random_like(inputs, batch=inputs[0].shape[0] + 1)
+    trial = source.draw(batch=inputs[0].shape[0] + 1)
     try:
         with torch.no_grad():
             return relative_error(original(*trial), gm(*trial)) <= default_tolerance(inputs)
@@ -312,7 +257,7 @@ def _verify(
     with torch.no_grad():
         for trial in trials:
             expected = original(*trial)
-            if not all(x.isfinite().all() for x in _tensors(expected) if x.is_floating_point()):
+            if not all(x.isfinite().all() for x in tensors_of(expected) if x.is_floating_point()):
                 raise VerificationError(
                     "the original gives NaN or Inf on random inputs, so nothing can be compared"
                 )

@@ -70,6 +70,24 @@ class Talkative(Chain):
         return super().forward(x)
 
 
+class Clamped(nn.Module):
+    """A residual connection around ReLU6 that reads the input itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(nn.functional.relu6(self.first(x)))  # type: ignore[no-any-return]
+
+
+def photos() -> list[tuple[Tensor, Tensor]]:
+    """Batches of pictures with values between 10 and 20."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = 10 + 10 * torch.rand(3, 4, 1, 8, 8, generator=generator)
+    return [(batch, torch.zeros(4)) for batch in pictures]
+
+
 def not_finite() -> nn.Module:
     model = Chain()
     nn.init.constant_(model.conv.weight, float("nan"))
@@ -116,6 +134,36 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
 
 
 # ---- convert ------------------------------------------------------------------------------------
+
+
+def test_a_range_proves_that_a_carry_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("nets:Clamped", "--input-shape=1,1,8,8", "--activation", "identity")
+    (site,) = run_json(capsys, "report", *asked)["report"]["sites"]
+    assert site["status"] == "refused"
+    found = run_json(capsys, "convert", *asked, "--input-range", "0", "6", "-o", "net.pt2")
+    (site,) = found["report"]["sites"]
+    assert (site["status"], site["strategy"]) == ("removed", "identity")
+    assert found["output"]["error"] < 1e-5
+
+
+def test_a_negative_range_is_no_option(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("nets:Clamped", "--input-shape=1,1,8,8", "--activation", "identity")
+    found = run_json(capsys, "report", *asked, "--input-range", "-1", "-.5")
+    assert found["report"]["refused"] == 1
+
+
+def test_calibration_measures_a_shift(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("nets:Clamped", "--input-shape=1,1,8,8", "--activation", "shift")
+    assert run_json(capsys, "report", *asked)["report"]["refused"] == 1
+    given = (*asked, "--calibration", "nets:photos", "-o", "net.pt2")
+    found = run_json(capsys, "convert", *given)
+    (site,) = found["report"]["sites"]
+    assert (site["strategy"], site["exactness"]) == ("shift", "calibrated range")
+    assert found["output"]["free_batch"]
+    torch.manual_seed(0)
+    model, program = Clamped().eval(), torch.export.load("net.pt2").module()
+    for pictures, _ in photos():
+        torch.testing.assert_close(program(pictures), model(pictures))
 
 
 def test_convert_writes_a_network_without_residuals(
@@ -338,6 +386,8 @@ def test_bad_input_shapes_are_wrong_usage(capsys: pytest.CaptureFixture[str]) ->
         (["convert", DIGITS, "-o", "net.pt2"], "give --input-shape"),
         (["report", DIGITS, "--dtype", "int8"], "invalid choice: 'int8'"),
         (["explode"], "invalid choice: 'explode'"),
+        (["report", DIGITS, "--input-range", "1"], "expected 2 arguments"),
+        (["report", DIGITS, "--input-range", "1", "0"], "1 is larger than 0"),
         (["bench"], "required: MODEL"),
         (["bench", DIGITS, "--runtimes", "eager,abacus"], "unknown: 'abacus'"),
         (["bench", DIGITS, "--batch", "1,0"], "is not a list of sizes like 1,8"),
@@ -364,6 +414,8 @@ def test_wrong_usage_exits_with_2(
         (["report", "nets:TwoInputs", "--input-shape", "2,3"], "fails on inputs of shape (2, 3)"),
         (["report", "nets:not_finite", SHAPE], "conv"),
         (["report", DIGITS, SHAPE, "--activation", "magic"], "magic"),
+        (["report", DIGITS, SHAPE, "--calibration", "nothing:data"], "no module 'nothing'"),
+        (["report", DIGITS, SHAPE, "--calibration", "nets:DIGITS"], "is a str, not a function"),
         (["bench", "nothing:net", SHAPE], "no module 'nothing'"),
         (["bench", DIGITS, SHAPE, "-o", "no/folder/out.json"], "cannot be written: No such file"),
         (["convert", DIGITS, SHAPE, "-o", "no/folder/out.pt2"], "cannot be written: No such file"),

@@ -15,10 +15,9 @@ from rmfx.files.saving import (
     SaveError,
     VerificationError,
     check_output,
-    random_like,
-    relative_error,
     save,
 )
+from rmfx.files.trials import Trials, relative_error
 
 pytestmark = pytest.mark.oldest
 
@@ -254,7 +253,7 @@ def test_relative_error_sees_every_kind_of_difference() -> None:
 
 def test_random_inputs_keep_shapes_types_and_indices() -> None:
     x, indices, scalar = torch.zeros(2, 3), torch.tensor([[4], [5]]), torch.tensor(1.0)
-    made = random_like((x, indices, scalar), batch=3, seed=1)
+    made = Trials((x, indices, scalar)).draw(batch=3, seed=1)
     assert [tuple(value.shape) for value in made] == [(3, 3), (3, 1), ()]
     assert made[1].flatten().tolist() == [4, 5, 4]
-    assert torch.equal(made[0], random_like((x,), batch=3, seed=1)[0])
+    assert torch.equal(made[0], Trials((x,)).draw(batch=3, seed=1)[0])

@@ -22,7 +22,7 @@ from torch.export import Dim
 
 import rmfx
 from rmfx.demo import load_digits, load_model
-from rmfx.files.saving import relative_error
+from rmfx.files.trials import relative_error
 from rmfx.models import cifar_resnet
 
 DYNAMIC = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)

@@ -1,0 +1,94 @@
+"""Inputs on which networks are compared, and how far two outputs are from each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from rmfx.interval import Interval
+
+# Two orders of magnitude above the rounding of one operation: depth adds up, and another order of
+# summation is no error. A wrong layer is far above it.
+HALVES = (torch.float16, torch.bfloat16)
+_TOLERANCES = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 5e-2,
+    torch.bfloat16: 2e-1,
+}
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Inputs of the shapes and types of others: of random numbers, or taken from samples.
+
+    Attributes:
+        inputs: the others; what is no floating-point number (indices, masks) keeps its value, since
+            any other one might not be valid.
+        input_range: of the numbers, which are uniform in it; without an end, normally distributed.
+        samples: batches whose rows alone are taken, if there are any.
+    """
+
+    inputs: Sequence[Tensor]
+    input_range: Interval | None = None
+    samples: Sequence[Sequence[Tensor]] = ()
+
+    def draw(self, batch: int | None = None, seed: int = 0) -> list[Tensor]:
+        """Inputs of a batch size, that of the others if None."""
+        if self.samples:
+            rows = self.samples[seed % len(self.samples)]
+            return [_tiled(x, batch or y.shape[0]) for x, y in zip(rows, self.inputs, strict=True)]
+        generator = torch.Generator().manual_seed(seed)
+        return [self._like(x, batch, generator) for x in self.inputs]
+
+    def _like(self, x: Tensor, batch: int | None, generator: torch.Generator) -> Tensor:
+        shape = (batch or x.shape[0], *x.shape[1:]) if x.ndim else ()
+        if not x.is_floating_point():
+            return _tiled(x, shape[0]) if x.ndim else x
+        low, high = self.input_range or (-math.inf, math.inf)
+        if math.isfinite(high - low):
+            return torch.empty(shape).uniform_(low, high, generator=generator).to(x)
+        return torch.randn(shape, generator=generator).clamp(low, high).to(x)
+
+
+def _tiled(x: Tensor, batch: int) -> Tensor:
+    """The rows of a tensor again and again, so many of them."""
+    return torch.cat([x] * -(-batch // max(x.shape[0], 1)))[:batch]
+
+
+def relative_error(expected: object, found: object) -> float:
+    """The largest max |found - expected| / max |expected| over all tensors of two outputs.
+
+    Infinite where number, shapes or types of the tensors differ, or a number is not finite.
+    """
+    wanted, given = tensors_of(expected), tensors_of(found)
+    if len(wanted) != len(given):
+        return float("inf")
+    return max((_tensor_error(a, b) for a, b in zip(wanted, given, strict=True)), default=0.0)
+
+
+def _tensor_error(expected: Tensor, found: Tensor) -> float:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    a, b = expected.detach().double(), found.detach().double()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return float("inf")
+    difference, scale = float((a - b).abs().max()), float(a.abs().max())
+    return difference / scale if scale else difference
+
+
+def tensors_of(output: object) -> list[Tensor]:
+    """The tensors of an output, in order."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def default_tolerance(inputs: Sequence[Tensor]) -> float:
+    """The relative error to accept, by the coarsest type of the inputs: 1e-4 in float32."""
+    return max((_TOLERANCES.get(x.dtype, 0.0) for x in inputs), default=0.0) or 1e-4
