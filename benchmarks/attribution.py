@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _weights
 import timm
 import torch
 import torchvision.models as zoo
@@ -38,6 +39,7 @@ import rmfx
 from rmfx import attribution
 
 CONSERVED = 1e-3
+PHOTOS = 3
 
 
 class Block(nn.Module):
@@ -184,17 +186,55 @@ def canonized(model: nn.Module, forms: Forms, x: Tensor, target: int) -> dict[st
     }
 
 
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for people to read."""
+    digits = {"kept": ".2f", "canonizer, epsilon": ".4f", "canonizer, ZPlus": ".4f"}
+    return {k: v if isinstance(v, str) else f"{v:{digits.get(k, '.0e')}}" for k, v in row.items()}
+
+
+def draw(path: Path) -> None:
+    """Maps of a trained network on photos: zennit on both forms, captum on the plain one."""
+    import matplotlib.pyplot as plt
+
+    photos = _weights.imagenet_photos().images[:PHOTOS]
+    model = _weights.load_efficientnet_lite0()
+    forms = forms_of(model, photos[:1])
+    figure, axes = plt.subplots(PHOTOS, 4, figsize=(8, 2.3 * PHOTOS), layout="constrained")
+    for row, photo in zip(axes, photos, strict=True):
+        x = photo[None]
+        target = int(model(x).argmax())
+        maps = {
+            "zennit, residual": by_zennit(forms.folded, x, target, EpsilonPlus()),
+            "zennit, plain": by_zennit(forms.plain, x, target, EpsilonPlus()),
+            "captum, plain": attribution.LRP(forms.plain).attribute(x, target=target),
+        }
+        row[0].imshow((0.5 * photo + 0.5).clamp(0, 1).permute(1, 2, 0))
+        for axis, (name, relevance) in zip(row[1:], maps.items(), strict=True):
+            values = relevance[0].sum(0).detach()
+            end = float(values.abs().flatten().quantile(0.99))
+            axis.imshow(values, cmap="seismic", vmin=-end, vmax=end)
+            part = float(values.sum()) / score(model, x, target)
+            axis.set_title(f"{name}\nsum / score: {part:.3g}", fontsize=9)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=80)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns 1 if a limit is exceeded."""
     made = parser(str(__doc__))
     made.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     made.add_argument("--size", type=int, default=96, help="of the picture; default: %(default)s")
-    made.add_argument("--out", type=Path, metavar="FILE", help="write the table into a file, too")
+    made.add_argument("--picture", type=Path, metavar="FILE", help="draw maps of photos instead")
     options = made.parse_args(arguments)
+    if options.picture is not None:
+        draw(options.picture)
+        return 0
     rows = [row_of(name, options.size) for name in tqdm(options.networks, unit="network")]
     worst = {tool: max(row[f"{tool}, plain"] for row in rows) for tool in ("captum", "zennit")}
     limits = [Limit(f"{tool}, plain", value, CONSERVED) for tool, value in worst.items()]
-    return show(rows, limits, as_json=options.json)
+    table = rows if options.json else [shown(row) for row in rows]
+    return show(table, limits, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from rmfx.algebra.activation import is_activation
 from rmfx.algebra.affine import MULTIPLYING
@@ -50,8 +51,7 @@ class LRP(_LRP):  # type: ignore[misc]
     """
 
     def __init__(self, model: nn.Module) -> None:
-        is_chain = isinstance(model, nn.Sequential) and not isinstance(model, fx.GraphModule)
-        network: Any = copy.deepcopy(model) if is_chain else to_sequential(model)
+        network: Any = copy.deepcopy(model) if _is_chain(model) else to_sequential(model)
         if len(network) and isinstance(network[0], Conditions):
             network = network[1:]  # which ask about sizes alone
         for name, layer in list(network.named_modules()):
@@ -60,12 +60,21 @@ class LRP(_LRP):  # type: ignore[misc]
         self._rules = {layer: _rule_of(name, layer) for name, layer in _leaves(network)}
         super().__init__(network)
 
-    def attribute(self, *args: Any, **kwargs: Any) -> Any:
+    def attribute(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The relevance of every input, as captum's `LRP.attribute` has it."""
         for layer, rule in self._rules.items():
             if rule is not None:  # captum forgets rules after each call
                 layer.rule = rule()
-        return super().attribute(*args, **kwargs)
+        # Captum warns of inputs whose gradients it has to ask for itself.
+        found = super().attribute(inputs.detach().clone().requires_grad_(), *args, **kwargs)
+        return pytree.tree_map_only(Tensor, Tensor.detach, found)
+
+
+def _is_chain(model: nn.Module) -> bool:
+    """Whether a model is layers in a row, without any code of its own between them."""
+    own = (Conditions, MaskedActivation)
+    leaves = (isinstance(layer, own) or not any(layer.children()) for layer in model.children())
+    return type(model) is nn.Sequential and all(leaves)
 
 
 class _Whole(nn.Module):

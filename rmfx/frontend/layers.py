@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from rmfx.algebra.activation import is_activation
 from rmfx.algebra.affine import CONVS
+from rmfx.ir.callees import Calls
 from rmfx.ir.facts import facts_of
-from rmfx.ir.kinds import INSTANCE_NORMS, VIEWS, aten
+from rmfx.ir.kinds import ELEMENTWISE, INSTANCE_NORMS, KEEPING_BATCH, VIEWS, aten, is_a
 from rmfx.ir.names import free_name, free_path
 from rmfx.ir.nodes import attribute, has_hooks, replaced_method
 from rmfx.ir.notes import FIRST, SHAPE, gives_number, set_shape, shape_of, why_frozen, without_notes
+from rmfx.ir.numbers import size_read
 
 from .calls import CALLS, NORMS, OF_REAL_NUMBERS, arguments_of, batch_norm, gives_several, linear
 
@@ -87,25 +89,44 @@ def reshaped(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 def _flatten_by_view(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """`x.view(x.size(0), -1)` and its relatives are `nn.Flatten(1)`."""
+    """`x.view(x.size(0), -1)` and its relatives are `nn.Flatten(1)`.
+
+    The size may be that of any value before it that has the same batch.
+    """
     if node.target not in ("view", "reshape", torch.reshape) or len(node.args) < 2:
         return None
     sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
     if len(sizes) != 2 or sizes[1] != -1 or not isinstance(sizes[0], fx.Node):
         return None
-    x, size = node.args[0], sizes[0]
+    x, (of, dim) = node.args[0], size_read(sizes[0])
     if not isinstance(x, fx.Node) or (facts_of(gm).rank(x) or 0) < 2:
         return None
-    if size.target == "size" and size.args == (x, 0):
-        return nn.Flatten(1)
-    if size.target is not operator.getitem or size.args[1] != 0:
-        return None
-    shape = size.args[0]
-    if not isinstance(shape, fx.Node):
-        return None
-    by_method = shape.target == "size" and shape.args == (x,)
-    by_attribute = shape.target is getattr and shape.args == (x, "shape")
-    return nn.Flatten(1) if by_method or by_attribute else None
+    return nn.Flatten(1) if dim == 0 and of is not None and _shares_batch(gm, x, of) else None
+
+
+def _shares_batch(gm: fx.GraphModule, value: fx.Node, source: fx.Node) -> bool:
+    """Whether a value is made of another one alone, by layers that keep the batch."""
+    left, seen = [value], {source}
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        given = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        if not given or not _keeps_batch(gm, node):
+            return False
+        left += given
+    return True
+
+
+def _keeps_batch(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node gives as many things as it reads: its first dimension is the batch."""
+    module = Calls(gm).module(node)
+    if module is not None:
+        return is_activation(module) or is_a(module, KEEPING_BATCH)
+    if node.target is torch.cat:
+        return len(node.args) == 2 and isinstance(node.args[1], int) and node.args[1] > 0
+    return node.op == "call_function" and node.target in ELEMENTWISE.values()
 
 
 def _has_sizes(node: fx.Node) -> bool:

@@ -91,7 +91,8 @@ LAYERS = (
     Layers(NO_OPS, channelwise=True, hull=True, any_rank=True),
     Layers(BATCH_NORMS, channelwise=True, fresh=True),
     Layers((nn.BatchNorm2d, nn.BatchNorm3d), any_rank=True),  # which take batches only
-    Layers((*INSTANCE_NORMS, nn.GroupNorm, nn.Softmax, nn.LayerNorm, nn.Embedding), fresh=True),
+    Layers((*INSTANCE_NORMS, nn.GroupNorm, nn.Softmax, nn.LayerNorm), fresh=True),
+    Layers((nn.Embedding,), fresh=True),
     Layers(MULTIPLYING, fresh=True, any_rank=True),
     Layers(tuple(TABLE), fresh=True),
     Layers(OWN_ACTIVATIONS, channelwise=True),
@@ -107,6 +108,7 @@ SPATIAL = _kinds(lambda row: row.spatial)
 HULLS = _kinds(lambda row: row.hull)
 FRESH = _kinds(lambda row: row.fresh)
 ANY_RANK = _kinds(lambda row: row.any_rank)
+KEEPING_BATCH = _kinds(lambda row: nn.Embedding not in row.kinds)  # in the first dimension
 
 
 # ---- operations ---------------------------------------------------------------------------------

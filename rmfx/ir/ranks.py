@@ -23,7 +23,7 @@ from rmfx.modules.activations import OWN_ACTIVATIONS
 from .callees import Calls
 from .conditions import demand_rank, fits
 from .functions import KEEPING_RANK, torch_name
-from .kinds import ANY_RANK, ARITHMETIC, COMPARISONS, LAYERS, SPREADING, is_a
+from .kinds import ANY_RANK, ARITHMETIC, COMPARISONS, KEEPING_BATCH, SPREADING, is_a
 from .layer_facts import Callee, dims_of
 from .nodes import MEANS, data_read
 from .notes import gives_container, gives_number, shape_of
@@ -34,7 +34,7 @@ VALUE_BY_VALUE = frozenset(ARITHMETIC.values())
 _FLATTENS = (torch.flatten, "flatten", torch.ops.aten.flatten.using_ints)
 _KEEPING = (*SPREADING, *COMPARISONS, *VALUE_BY_VALUE)
 _LAYERS = (
-    *(kind for row in LAYERS for kind in row.kinds if kind is not nn.Embedding),
+    *KEEPING_BATCH,
     *(nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, nn.Upsample, nn.Softmax2d),
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import Apply
+from builders import Apply, conv, image, ready
 from torch import Tensor, fx, nn
 
 import rmfx
@@ -271,6 +271,33 @@ def test_features_and_shapes(forward: Forward, expected: list[str] | None) -> No
     if expected:
         left = [n for n in called(gm) if n not in ("size", "getattr", "getitem")]
         assert left == expected
+
+
+BATCHES: dict[str, tuple[Any, bool]] = {
+    "of the input": (lambda m, x: F.relu(m.c(x)).view(x.size(0), -1), True),
+    "of the input's shape": (lambda m, x: m.c(x).reshape(x.shape[0], -1), True),
+    "behind a sum": (lambda m, x: (m.c(x) + m.c(F.relu(x))).view(x.size()[0], -1), True),
+    "behind channels side by side": (
+        lambda m, x: torch.cat([m.c(x), x], 1).reshape(x.size(0), -1),
+        True,
+    ),
+    "of batches side by side": (lambda m, x: torch.cat([x, x], 0).reshape(x.size(0), -1), False),
+    "of a value beside it": (lambda m, x: m.c(x.repeat(2, 1, 1, 1)).view(x.size(0), -1), False),
+    "of another place": (lambda m, x: m.c(x).view(x.size(2), -1), False),
+    "of rows": (lambda m, x: m.c(x.transpose(0, 2)).reshape(x.size(0), -1), False),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("known", [True, False], ids=["with inputs", "without inputs"])
+def test_a_view_to_the_batch_flattens(name: str, known: bool) -> None:
+    forward, flattens = BATCHES[name]
+    model = ready(Apply(forward, c=conv(4, 4)))
+    gm = rmfx.trace(model, *([image(2, 4, 2, 6)] if known else []))
+    found = any(isinstance(m, nn.Flatten) for m in gm.modules())
+    assert found == (flattens and (known or "side by side" not in name))  # of unknown dimensions
+    for x in (image(2, 4, 2, 6), image(3, 4, 3, 5)):
+        torch.testing.assert_close(gm(x), model(x))
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 4, 5), (2, 4, 5, 6), (2, 4, 3, 2, 5)], ids=len)
