@@ -75,7 +75,7 @@ def test_the_residual_network_loses_the_sum(photo: Tensor) -> None:
         if isinstance(layer, nn.Flatten):
             layer.rule = attribution.EpsilonRule()
     lost = captum.LRP(residual).attribute(photo.clone().requires_grad_(), target=2)
-    assert abs(float(lost.sum()) - score) > 0.1 * abs(score)
+    assert abs(lost.sum().item() - score) > 0.1 * abs(score)
 
 
 @pytest.mark.parametrize("act", [nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Tanh])
