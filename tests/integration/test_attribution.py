@@ -104,6 +104,7 @@ def test_what_has_no_rule_is_named(photo: Tensor) -> None:
         attribution.LRP(small())
 
 
+@pytest.mark.bench
 @pytest.mark.filterwarnings("ignore:Input Tensor 0", "ignore:Setting forward, backward hooks")
 @pytest.mark.parametrize("page", ["attribution.md", "spiking.md"])
 def test_the_page_runs(page: str) -> None:

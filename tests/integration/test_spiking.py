@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import rmfx
 from rmfx.demo import load_digits, load_model
 
+pytestmark = pytest.mark.bench
 INSTALL = "pip install 'rmfx[spiking]'"
 DRIVER = ("samna", "samnagui", *(f"samna.{chip}" for chip in ("dynapcnn", "speck2e", "speck2f")))
 
