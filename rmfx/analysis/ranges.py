@@ -173,6 +173,10 @@ class Ranges:
         weights_vary: whether weights may change, so that they prove nothing, and gradients count.
         measured: extremes found on data, by node name: with the channels in dimension 1, and with
             the channels last.
+
+    Attributes:
+        of_known_inputs: whether a range of the inputs was given.
+        on_data: whether extremes were.
     """
 
     def __init__(
@@ -187,6 +191,8 @@ class Ranges:
         self._net = net
         self.weights_vary = weights_vary
         self._input = Range.of(*input_range) if input_range else ANYTHING
+        self.of_known_inputs = input_range is not None
+        self.on_data = bool(self._measured)
         if weights_vary:  # at the very ends of an activation's identity its gradient is another one
             self._input = _beyond(self._input)
         self._known: dict[fx.Node, Range] = {}

@@ -187,7 +187,7 @@ def _best(options: Sequence[Way | Refusal], allowed: Collection[str]) -> Way | R
         small = [one for one in fits if one.gain <= SMALL_GAIN] if "relu" in allowed else []
         return min(small or fits, key=lambda one: ORDER(one.name))
     needed = max(found[0].names - {*allowed}, key=ORDER)
-    reason = f"it needs the strategy {needed!r}, which the option activation excludes"
+    reason = f"it needs the strategy {needed!r}, which the option activation excludes; allow it"
     lacking = [one.reason for one in options if isinstance(one, Refusal)]
     return Refusal("; ".join([reason, *lacking]))
 
@@ -221,11 +221,13 @@ def _options(
 ) -> Iterator[Way | Refusal]:
     """Ways to pass all activations of a stretch, the one without a code first.
 
-    A refusal stands for a way that the type has no digits for.
+    A refusal stands for a way that the type has no digits for, or of which too little is known.
     """
     start, inside, end = stretch
     acts = {i: c for i in inside if isinstance(c := columns[i], Pointwise)}
     yield _uncoded(acts, ranges)
+    fixing = [act for c in acts.values() if (act := may_fix(c))]
+    yield from _lacking(fixing, ranges, allowed)
     carried = next(iter(acts.values())).carried
     one_value = all(c.carried is carried for c in acts.values())
     has_norm = any(isinstance(c, Normalised) for c in columns[start:end])
@@ -235,7 +237,6 @@ def _options(
         return
     like = linear_layer(columns[start]).carry
     low, high = bounds_of(ranges.of(carried).on_axis(last=not like.dims), like.out_channels)
-    fixing = [act for c in acts.values() if (act := may_fix(c))]
     seen = ranges.measured(carried, last=not like.dims) if "shift" in allowed else None
     data = None if seen is None else bounds_of(seen, like.out_channels)
     codes = [scale_code(fixing, (low, high), like, dtype) if "scale" in allowed else None]
@@ -254,6 +255,18 @@ def _options(
         )
     elif "odd-pair" in allowed:
         yield from as_pair(columns, stretch, acts, Values(low, high, data, dtype))
+
+
+def _lacking(
+    fixing: Sequence[Activation], ranges: Ranges, allowed: Collection[str]
+) -> Iterator[Refusal]:
+    """What the caller could tell, so that a carry may pass activations that leave some values."""
+    if not fixing or ranges.weights_vary:
+        return
+    if {"identity", "scale"} & {*allowed} and not ranges.of_known_inputs:
+        yield Refusal("or pass an input_range=(low, high), which may prove that a simpler one does")
+    if "shift" in allowed and not ranges.on_data:
+        yield Refusal("or pass calibration=[batch, ...], which a shift needs")
 
 
 def _uncoded(acts: dict[int, Pointwise], ranges: Ranges) -> Way:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -340,3 +341,22 @@ def test_a_carried_value_that_no_node_holds_is_not_asked_about() -> None:
     plan = plan_of(lambda m, x: m.b(F.relu(m.a(x))) - m.s(x), **parts)
     assert [c.carried for c in plan.columns if isinstance(c, Pointwise)] == [None]
     assert all(c.carry is None for c in settled(plan, proven=True))
+
+
+REMEDIES: dict[str, tuple[Any, str, str, bool]] = {
+    "a range": (nn.ReLU6, "identity", r"pass an input_range=\(low, high\)", True),
+    "a range for a scale": (nn.ReLU6, "scale", r"pass an input_range=\(low, high\)", True),
+    "data": (nn.ReLU6, "shift", r"pass calibration=\[batch, ...\], which a shift needs", True),
+    "nothing else": (nn.Softplus, "identity", "'masked', which .* excludes; allow it$", False),
+}
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_a_refusal_names_what_would_help(name: str) -> None:
+    act, way, remedy, helps = REMEDIES[name]
+    model = ready(Residual(chain(conv(), act(), conv())))
+    x = image().abs().clamp(max=1)
+    (row,) = rmfx.report(rmfx.remove_residuals(model, x, activation=way)).rows
+    assert re.search(remedy, row.reason)
+    known: dict[str, Any] = {"input_range": (0, 1), "calibration": [x]}
+    assert rmfx.report(rmfx.remove_residuals(model, x, activation=way, **known)).removed == helps
