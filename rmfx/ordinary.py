@@ -62,6 +62,8 @@ def _pool(kinds: tuple[Any, ...]) -> Callable[[Arguments, int | None], Layers]:
         dims = [dims] if isinstance(dims, int) else dims
         if rank not in (3, 4, 5) or not dims or given.get("dtype") is not None:
             return ()
+        if not all(isinstance(dim, int) for dim in dims):
+            return ()
         pooled = {dim % rank for dim in dims}
         if min(pooled) < 2 or len(pooled) != max(pooled) - min(pooled) + 1:
             return ()

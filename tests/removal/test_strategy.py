@@ -47,6 +47,7 @@ class Stub(Ranges):
 
     def __init__(self, *, proven: bool) -> None:
         self.proven = proven
+        self.weights_vary = self.of_known_inputs = self.on_data = False
 
     def fixed_by(self, node: Any, activation: Activation) -> bool:
         return self.proven
