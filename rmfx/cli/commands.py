@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rmfx import models
-from rmfx.algebra.digits import EXACTNESS
 from rmfx.choices import BY_DATA
 from rmfx.conversion import Conversion, convert
 from rmfx.demo import run as demo
@@ -39,6 +38,7 @@ from rmfx.fuzz import fuzz
 from rmfx.interval import Interval
 from rmfx.latency import LatencyReport, Network, measure_latency, plot
 from rmfx.options import as_tuple
+from rmfx.removal.remove import is_calibrated
 from rmfx.table import Column, table
 from rmfx.timing.speed import LatencyError, Settings
 
@@ -142,7 +142,7 @@ def run_convert(options: argparse.Namespace) -> None:
             reference=loaded.model,
             tolerance=options.tolerance,
             input_range=_range_of(options),
-            samples=calibration if _is_calibrated(conversion) else (),
+            samples=calibration if is_calibrated(conversion.after) else (),
         )
     head = describe(options, loaded, inputs)
     result = {
@@ -302,11 +302,6 @@ def _calibration_of(options: argparse.Namespace) -> list[tuple[Any, ...]]:
     """The inputs on which values are measured."""
     batches = batches_of(options.calibration) if options.calibration else ()
     return [as_tuple(inputs) for inputs, _ in batches]
-
-
-def _is_calibrated(conversion: Conversion) -> bool:
-    """Whether a network holds for values such as those of the calibration alone."""
-    return any(row.exactness == EXACTNESS[-1] for row in conversion.report.rows)
 
 
 def _show(options: argparse.Namespace, text: str, result: dict[str, Any]) -> None:

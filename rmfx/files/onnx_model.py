@@ -33,9 +33,12 @@ def write_onnx(program: ExportedProgram, path: Path, *, free_batch: bool) -> Non
         symbol = str(model.graph.inputs[0].shape[0])
         for value in _values(model):
             if value.shape is not None:
-                named = [str(dim).replace(symbol, BATCH) for dim in value.shape]
-                sizes = zip(value.shape, named, strict=True)
-                value.shape = onnx_ir.Shape([n if isinstance(n, int) else s for n, s in sizes])
+                value.shape = onnx_ir.Shape(
+                    [
+                        n if isinstance(n, int) else str(n).replace(symbol, BATCH)
+                        for n in value.shape
+                    ]
+                )
     for node in model.graph.all_nodes():
         node.metadata_props.pop(STACK, None)
     made.save(path, external_data=False)

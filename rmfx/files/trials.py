@@ -30,7 +30,7 @@ class Trials:
     Attributes:
         inputs: the others; what is no floating-point number (indices, masks) keeps its value, since
             any other one might not be valid.
-        input_range: of the numbers, which are uniform in it; without an end, normally distributed.
+        input_range: of the numbers, as `numbers_like` has it.
         samples: batches whose rows alone are taken, if there are any.
     """
 
@@ -50,10 +50,26 @@ class Trials:
         shape = (batch or x.shape[0], *x.shape[1:]) if x.ndim else ()
         if not x.is_floating_point():
             return _tiled(x, shape[0]) if x.ndim else x
-        low, high = self.input_range or (-math.inf, math.inf)
-        if math.isfinite(high - low):
-            return torch.empty(shape).uniform_(low, high, generator=generator).to(x)
-        return torch.randn(shape, generator=generator).clamp(low, high).to(x)
+        return numbers_like(x, shape, self.input_range, generator)
+
+
+def numbers_like(
+    x: Tensor, shape: Sequence[int], input_range: Interval | None, generator: torch.Generator
+) -> Tensor:
+    """Random floating-point numbers of a tensor's type, on its device.
+
+    Args:
+        x: the tensor.
+        shape: of the numbers.
+        input_range: they are uniform in it; where it has no end they are normally distributed.
+        generator: of the numbers.
+    """
+    low, high = input_range or (-math.inf, math.inf)
+    if math.isfinite(low) and math.isfinite(high):
+        made = torch.rand(shape, generator=generator) * (high - low) + low
+    else:
+        made = torch.randn(shape, generator=generator)
+    return made.to(x.device, x.dtype).clamp(low, high)
 
 
 def _tiled(x: Tensor, batch: int) -> Tensor:

@@ -11,8 +11,6 @@ tensors where their storages overlap; a call of which nothing is known freezes a
 
 from __future__ import annotations
 
-import builtins
-import math
 import operator
 
 import torch
@@ -20,11 +18,10 @@ from torch import Tensor, fx
 
 from rmfx.errors import WeightError
 from rmfx.ir.functions import (
-    ATTRIBUTES_OF_NUMBERS,
     GIVING_CONTAINERS,
-    GIVING_NUMBERS,
     JOINS_OF_CONTAINERS,
-    MODULES_OF_NUMBERS,
+    asks_for_number,
+    is_of_numbers,
     torch_name,
 )
 from rmfx.ir.kinds import CASTS, is_ordinary
@@ -76,20 +73,12 @@ def _is_number(node: fx.Node) -> bool:
     value = noted(node)
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)):
         return True
-    if node.op == "call_method":
-        return node.target in GIVING_NUMBERS
-    if node.op != "call_function":
+    if asks_for_number(node) or node.target is torch._assert:
+        return True
+    if node.op != "call_function" or node.target is getattr:
         return False
-    if node.target is torch._assert:
-        return True
-    if node.target in (builtins.getattr, getattr):
-        return node.args[1] in ATTRIBUTES_OF_NUMBERS
-    if torch_name(node).startswith("sym_"):
-        return True
-    module = getattr(node.target, "__module__", None)
     of_numbers = all(gives_number(n) for n in node.all_input_nodes)
-    is_python = module in MODULES_OF_NUMBERS or node.target is math.floor
-    return bool(node.all_input_nodes) and of_numbers and is_python
+    return bool(node.all_input_nodes) and of_numbers and is_of_numbers(node.target)
 
 
 def functionalise(gm: fx.GraphModule) -> None:

@@ -28,7 +28,7 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from rmfx.errors import ShapeError
 
-from .functions import GIVING_NUMBERS, IN_PLACE_SYMBOLS, MODULES_OF_NUMBERS, torch_name
+from .functions import IN_PLACE_SYMBOLS, asks_for_number, is_of_numbers
 
 AGAIN = "convert the network again with example inputs like these"
 WAY_OUT = "use another size, or convert the network again with example inputs of this one"
@@ -270,13 +270,9 @@ def nodes_of_conditions(graph: fx.Graph) -> list[fx.Node]:
 
 def _asks(node: fx.Node) -> bool:
     """Whether a node does nothing but ask for sizes, or compute with numbers."""
-    if node.op == "call_method":
-        return node.target in GIVING_NUMBERS
-    place, name = (str(getattr(node.target, k, "")) for k in ("__module__", "__name__"))
-    of_numbers = place in MODULES_OF_NUMBERS and name not in IN_PLACE_SYMBOLS
-    return node.op == "call_function" and (
-        of_numbers or place == __name__ or torch_name(node).startswith("sym_")
-    )
+    place, name = (getattr(node.target, key, "") for key in ("__module__", "__name__"))
+    computes = place == __name__ or (is_of_numbers(node.target) and name not in IN_PLACE_SYMBOLS)
+    return asks_for_number(node) or (node.op == "call_function" and computes)
 
 
 def put_conditions(conditions: fx.Graph, graph: fx.Graph) -> None:

@@ -54,6 +54,20 @@ def is_in_place(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
+def asks_for_number(node: fx.Node) -> bool:
+    """Whether a node asks a value for a number, a size or the like."""
+    if node.op == "call_method":
+        return node.target in GIVING_NUMBERS
+    if node.target is getattr:
+        return node.args[1] in ATTRIBUTES_OF_NUMBERS
+    return torch_name(node).startswith("sym_")
+
+
+def is_of_numbers(target: Any) -> bool:
+    """Whether a function is one of Python's that, of numbers, gives a number."""
+    return getattr(target, "__module__", None) in MODULES_OF_NUMBERS
+
+
 # ---- of torch -----------------------------------------------------------------------------------
 SPLITS = ("split", "split_with_sizes", "chunk")
 KEEPING_RANK = (  # which give as many dimensions as they read

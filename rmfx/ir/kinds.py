@@ -227,8 +227,8 @@ SUMS: dict[Any, str] = {
     **dict.fromkeys([torch.sum, "sum", *overloads("sum.dim_IntList")], "sum"),
     **dict.fromkeys([torch.mean, "mean", *overloads("mean.dim")], "mean"),
 }
-COPYING_METHODS = ("clone", "detach")
-COPIES = (torch.clone, torch.detach, *overloads("clone", "detach", "alias"))
+NO_OP_METHODS = ("clone", "detach")
+NO_OP_CALLS = (torch.clone, torch.detach, *overloads("clone", "detach", "alias"))
 TRANSPOSITIONS = overloads("t", "permute")
 # What reads size and type of a tensor, but no value.
 FILLED = overloads("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from rmfx.files.trials import numbers_like
 from rmfx.interval import Interval
 
 Sizes = tuple[int, ...]
@@ -90,12 +91,7 @@ class Example:
     def _fresh(self, x: Tensor, shape: Sizes, generator: torch.Generator) -> Tensor:
         count = math.prod(shape)
         if x.is_floating_point():
-            low, high = self.input_range or (-math.inf, math.inf)
-            if math.isfinite(low) and math.isfinite(high):
-                made = torch.rand(shape, generator=generator) * (high - low) + low
-            else:
-                made = torch.randn(shape, generator=generator)
-            return made.to(x.device, x.dtype).clamp(low, high)
+            return numbers_like(x, shape, self.input_range, generator)
         if x.is_complex():
             return torch.randn(shape, dtype=torch.cfloat, generator=generator).to(x.device, x.dtype)
         if not x.numel():

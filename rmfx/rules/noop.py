@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from rmfx.errors import Refusal
-from rmfx.ir.kinds import COPIES, COPYING_METHODS, NO_OPS, is_a
+from rmfx.ir.kinds import NO_OP_CALLS, NO_OP_METHODS, NO_OPS, is_a
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
 from rmfx.ir.notes import why_frozen
@@ -60,10 +60,10 @@ def does_nothing(net: Net, node: fx.Node) -> bool:
     if node.op == "call_module":
         return is_a(net.module(node), NO_OPS)
     if node.op == "call_method":
-        return node.target in COPYING_METHODS and not node.kwargs
+        return node.target in NO_OP_METHODS and not node.kwargs
     if node.op != "call_function":
         return False
-    if node.target in COPIES:
+    if node.target in NO_OP_CALLS:
         return not node.kwargs  # memory_format=… puts values where a view expects them
     if node.target in NEUTRAL:
         return _is_neutral(node, source) and net.is_real(source)  # of truth values 1 makes numbers
