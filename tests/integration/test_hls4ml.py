@@ -11,6 +11,8 @@ import pytest
 import torch
 from builders import python_blocks
 
+import rmfx.cost
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "hls4ml.md"
 pytestmark = [pytest.mark.hls4ml, pytest.mark.slow]
 
@@ -64,3 +66,11 @@ def test_streams_of_the_plain_network_are_neither_cloned_nor_added(page: dict[st
 def test_repeated_slopes_of_prelu_are_read_correctly(page: dict[str, Any]) -> None:
     expected = page["other"](page["pictures"]).permute(0, 2, 3, 1)
     assert page["error"](expected, page["found_other"]) < 2e-4
+
+
+def test_what_a_designer_asks_for_is_as_the_page_says(page: dict[str, Any]) -> None:
+    """Multipliers, pace, and values that wait, by what hls4ml made of both networks."""
+    plain, residual = page["figures"](page["hardware"]), page["figures"](page["residual"])
+    assert (residual, plain) == ((4968, 900, 1116), (7720, 900, 1516))
+    fifos = sum(skip.fifo for skip in rmfx.cost.skips(page["model"], page["images"][:1]))
+    assert plain[2] < residual[2] + fifos == 1612
