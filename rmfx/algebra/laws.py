@@ -7,6 +7,12 @@ Laws (each has a property test):
     direct_sum(f, g)([x; y]) = [f(x); g(y)]
     plus(f, g)(x)            = f(x) + g(x)              = ∇ ∘ (f ⊕ g) ∘ Δ
 Δ and ∇ are merged by writing weight blocks side by side, never by multiplying with [I; I].
+
+Order. In r *runs* the channels of f and g take turns: r times [a share of f, a share of g]; one run
+is [f; g]. A layer of G groups reads and writes every number of runs that is a multiple of G, if G
+divides the groups of f and of g: each group then holds a share of both. A direct sum can also keep
+every group of f and of g to itself, where these are of one shape; then it writes the runs that it
+reads, if r divides both numbers of groups.
 """
 
 from __future__ import annotations
@@ -14,14 +20,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rmfx.errors import Refusal
 
-from .affine import AffineConv, Ints, at, grouped
+from .affine import AffineConv, Ints, Pads, at, grouped
 
 
 def compose(outer: AffineConv, inner: AffineConv) -> AffineConv | Refusal:
@@ -33,40 +40,88 @@ def compose(outer: AffineConv, inner: AffineConv) -> AffineConv | Refusal:
     refusal = _border_between(outer, inner)
     if refusal:
         return refusal
-    step, kernel = [], []
-    for s, d_out, d_in, span_out, span_in, k_out, k_in in zip(
-        inner.stride,
-        outer.dilation,
-        inner.dilation,
-        outer.span,
-        inner.span,
-        outer.kernel,
-        inner.kernel,
-        strict=True,
-    ):
-        grid = math.gcd(s * d_out if k_out > 1 else 0, d_in if k_in > 1 else 0) or 1
-        step.append(grid)
-        kernel.append((s * span_out + span_in) // grid + 1)
-    weight, groups = _compose_weights(outer, inner, tuple(step), tuple(kernel))
-    stride = tuple(a * b for a, b in zip(outer.stride, inner.stride, strict=True))
-    padding = []
-    for (left_out, _), (left_in, _), a_out, a_in, s_in, s, g, k in zip(
-        outer.padding,
-        inner.padding,
-        outer.growth,
-        inner.growth,
-        inner.stride,
-        stride,
-        step,
-        kernel,
-        strict=True,
-    ):
-        left = s_in * left_out + left_in
-        padding.append((left, a_in + s_in * a_out - left + g * (k - 1) + 1 - s))
+    window = _window_of_product(outer, inner)
+    weight, groups = _compose_weights(outer, inner, window.dilation, window.kernel)
     bias = outer.bias.to(weight)
     if inner.has_bias:
         bias = bias + sum_of_taps(outer, inner.bias)
-    return AffineConv(weight, bias, stride, tuple(padding), tuple(step), groups)
+    return AffineConv(weight, bias, window.stride, window.padding, window.dilation, groups)
+
+
+class _Window(NamedTuple):
+    """Where a layer reads."""
+
+    stride: Ints
+    padding: Pads
+    dilation: Ints
+    kernel: Ints
+
+
+def _window_of_product(outer: AffineConv, inner: AffineConv) -> _Window:
+    """Where outer ∘ inner reads."""
+    stride = tuple(a * b for a, b in zip(outer.stride, inner.stride, strict=True))
+    step, kernel, padding = [], [], []
+    for i in range(inner.dims):
+        s, taps = inner.stride[i], (outer.kernel[i] > 1, inner.kernel[i] > 1)
+        steps = (s * outer.dilation[i] * taps[0], inner.dilation[i] * taps[1])
+        grid = math.gcd(*steps) or 1
+        span = s * outer.span[i] + inner.span[i]
+        left = s * outer.padding[i][0] + inner.padding[i][0]
+        growth = inner.growth[i] + s * outer.growth[i]
+        step.append(grid)
+        kernel.append(span // grid + 1)
+        padding.append((left, growth - left + span + 1 - stride[i]))
+    return _Window(stride, tuple(padding), tuple(step), tuple(kernel))
+
+
+@dataclass(frozen=True, eq=False)
+class Unmerged(AffineConv):
+    """Linear layers in a row as one layer whose weights are not multiplied yet.
+
+    It has the shape of the product, and zeros without memory for weights. Where it stands may be
+    changed (stride, padding, more channels); `merged` is then the product standing there.
+
+    Attributes:
+        factors: the layers, the first one first.
+    """
+
+    factors: tuple[AffineConv, ...] = ()
+
+    def pad_channels(self, n_in: int, n_out: int) -> AffineConv:
+        """More channels, as of any layer."""
+        kernel, bias = self.kernel, self.bias[:1].expand(n_out)
+        return replace(self, weight=_nothing(self, n_out, n_in, *kernel), bias=bias, groups=1)
+
+    def merged(self) -> AffineConv | Refusal:
+        """The product."""
+        made = chain(self.factors)
+        if isinstance(made, Refusal):
+            return made
+        made = replace(made, stride=self.stride, padding=self.padding)
+        return made.pad_channels(self.in_channels, self.out_channels)
+
+
+def unmerged(factors: Sequence[AffineConv]) -> AffineConv | Refusal:
+    """Linear layers in a row as one layer, of which the shape is known and asked first."""
+    whole = factors[0]
+    for outer in factors[1:]:
+        refusal = _border_between(outer, whole)
+        if refusal:
+            return refusal
+        window = _window_of_product(outer, whole)
+        groups = math.gcd(outer.groups, whole.groups)
+        if outer.is_depthwise or whole.is_depthwise:
+            groups = min(outer.groups, whole.groups)
+        weight = _nothing(outer, outer.out_channels, whole.in_channels // groups, *window.kernel)
+        bias = weight.new_full((1,), float(outer.has_bias or whole.has_bias))
+        bias = bias.expand(outer.out_channels)
+        place = (window.stride, window.padding, window.dilation, groups)
+        whole = Unmerged(weight, bias, *place, tuple(factors))
+    return whole
+
+
+def _nothing(like: AffineConv, *sizes: int) -> Tensor:
+    return like.weight.new_zeros(()).expand(sizes)
 
 
 def chain(layers: Iterable[AffineConv]) -> AffineConv | Refusal:
@@ -81,54 +136,60 @@ def chain(layers: Iterable[AffineConv]) -> AffineConv | Refusal:
     return result
 
 
-def stack(*layers: AffineConv, runs: int = 1) -> AffineConv | Refusal:
-    """x ↦ [f(x); g(x); …], outputs one below the other.
-
-    Args:
-        runs: in so many runs the layers take turns, each with an equal part of its outputs; where
-            all layers have as many groups, or a multiple of it, so has the result.
-    """
+def stack(*layers: AffineConv, groups: int = 1, runs: int = 1) -> AffineConv | Refusal:
+    """x ↦ [f(x); g(x); …], outputs one below the other, or in `runs`."""
     same = common_window(layers)
     if isinstance(same, Refusal):
         return same
-    parts = _in_one_type([f.regroup(runs) for f in same])
-    weight = in_turn([f.weight for f in parts], runs)
-    return replace(parts[0], weight=weight, bias=in_turn([f.bias for f in parts], runs))
+    return _assemble(same, groups, (groups, runs), shares_input=True)
 
 
-def in_turn(parts: Sequence[Tensor], runs: int) -> Tensor:
-    """Tensors put together along their first dimension, taking turns in so many runs."""
-    return torch.cat([grouped(part, 0, runs) for part in parts], 1).flatten(0, 1)
-
-
-def join(*layers: AffineConv) -> AffineConv | Refusal:
-    """[x; y; …] ↦ f(x) + g(y) + …"""
+def join(*layers: AffineConv, groups: int = 1, runs: int = 1) -> AffineConv | Refusal:
+    """[x; y; …] ↦ f(x) + g(y) + …, inputs one below the other, or in `runs`."""
     same = common_window(layers)
     if isinstance(same, Refusal):
         return same
-    starts = itertools.accumulate((f.in_channels for f in same), initial=0)
-    total = sum(f.in_channels for f in same)
-    return _assemble(same, [(0, i) for i in list(starts)[:-1]], same[0].out_channels, total)
+    return _assemble(same, groups, (runs, 1), shares_output=True)
 
 
-def direct_sum(*layers: AffineConv) -> AffineConv | Refusal:
+def spread(
+    *layers: AffineConv, groups: int = 1, runs: tuple[int, int] = (1, 1)
+) -> AffineConv | Refusal:
+    """[x; y; …] ↦ [f(x); g(y); …], a share of each in every group; runs: before and behind."""
+    same = common_window(layers)
+    return same if isinstance(same, Refusal) else _assemble(same, groups, runs)
+
+
+def direct_sum(*layers: AffineConv, runs: int = 1) -> AffineConv | Refusal:
     """[x; y; …] ↦ [f(x); g(y); …], as a grouped layer where the groups fit, else dense."""
     same = common_window(layers)
     if isinstance(same, Refusal):
         return same
-    block = common_block([f.block for f in same])
-    if block and all(f.groups % (block[0] // f.block[0]) == 0 for f in same):
-        parts = _in_one_type([f.regroup(f.groups * f.block[0] // block[0]) for f in same])
-        return replace(
-            parts[0],
-            weight=torch.cat([f.weight for f in parts]),
-            bias=torch.cat([f.bias for f in parts]),
-            groups=sum(f.groups for f in parts),
-        )
-    rows = itertools.accumulate((f.out_channels for f in same), initial=0)
-    columns = itertools.accumulate((f.in_channels for f in same), initial=0)
-    n_out, n_in = sum(f.out_channels for f in same), sum(f.in_channels for f in same)
-    return _assemble(same, list(zip(rows, columns, strict=True))[:-1], n_out, n_in)
+    counts = groups_side_by_side(same)
+    if counts is None:
+        return _assemble(same, 1, (runs, runs))
+    parts = _in_one_type([f.regroup(n) for f, n in zip(same, counts, strict=True)])
+    return replace(
+        parts[0],
+        weight=in_turn([f.weight for f in parts], runs),
+        bias=in_turn([f.bias for f in parts], runs),
+        groups=sum(counts),
+    )
+
+
+def groups_side_by_side(layers: Sequence[AffineConv]) -> list[int] | None:
+    """The most groups that each layer can have so that all groups are of one shape, if any."""
+    block = common_block([f.block for f in layers])
+    if block is None or any(f.groups % (block[0] // f.block[0]) for f in layers):
+        return None
+    return [f.in_channels // block[0] for f in layers]
+
+
+def in_turn(parts: Sequence[Tensor], runs: int) -> Tensor:
+    """Tensors put together along their first dimension, taking turns in so many runs."""
+    if runs == 1:
+        return torch.cat(list(parts))
+    return torch.cat([grouped(part, 0, runs) for part in parts], 1).flatten(0, 1)
 
 
 def plus(*layers: AffineConv) -> AffineConv | Refusal:
@@ -179,23 +240,37 @@ def window_of(layers: Sequence[AffineConv]) -> tuple[Ints, Ints, Ints] | Refusal
 
 
 def _assemble(
-    layers: Sequence[AffineConv], corners: Sequence[tuple[int, int]], n_out: int, n_in: int
+    layers: Sequence[AffineConv],
+    groups: int,
+    runs: tuple[int, int],
+    *,
+    shares_input: bool = False,
+    shares_output: bool = False,
 ) -> AffineConv:
-    """A dense layer with each layer's weight written at its (output, input) corner.
+    """One layer of so many groups with the weights of each in their place, by views.
 
-    Biases of layers that share output rows add up; their weight blocks must not overlap.
+    Args:
+        runs: of inputs and outputs.
+        shares_input, shares_output: whether all layers read, or give, the same channels; biases of
+            those that do are added.
     """
-    layers = _in_one_type(layers)
-    first = layers[0]
-    weight = first.weight.new_zeros(n_out, n_in, *first.kernel)
-    bias = first.bias.new_zeros(n_out)
-    for f, (row, column) in zip(layers, corners, strict=True):
-        place = weight[row : row + f.out_channels, column : column + f.in_channels]
-        place = grouped(grouped(place, 0, f.groups), 2, f.groups)
-        blocks = grouped(f.weight, 0, f.groups)
-        place.diagonal(dim1=0, dim2=2).copy_(blocks.movedim(0, -1))
-        bias[row : row + f.out_channels] += f.bias
-    return replace(first, weight=weight, bias=bias, groups=1)
+    layers = _in_one_type([f.regroup(groups) for f in layers])
+    first, (before, behind) = layers[0], runs
+    outs = [f.out_channels // behind for f in layers]  # in a run
+    ins = [f.in_channels // before for f in layers]
+    n_out, n_in = outs[0] if shares_output else sum(outs), ins[0] if shares_input else sum(ins)
+    kernel, per_group = first.kernel, before // groups
+    weight = first.weight.new_zeros(behind, n_out, per_group, n_in, *kernel)
+    bias = first.bias.new_zeros(behind, n_out)
+    row = column = 0
+    for f, height, width in zip(layers, outs, ins, strict=True):
+        blocks = f.weight.reshape(behind, height, per_group, width, *kernel)
+        weight[:, row : row + height, :, column : column + width].copy_(blocks)
+        bias[:, row : row + height] += f.bias.reshape(behind, height)
+        row += 0 if shares_output else height
+        column += 0 if shares_input else width
+    weight = weight.reshape(behind * n_out, per_group * n_in, *kernel)
+    return replace(first, weight=weight, bias=bias.flatten(), groups=groups)
 
 
 def _in_one_type(layers: Sequence[AffineConv]) -> list[AffineConv]:

@@ -34,6 +34,7 @@ from .callees import is_touched
 from .conditions import Condition
 from .elements import Deferred, MaxPool, Virtual
 from .kinds import (
+    ADAPTIVE_AVERAGES,
     ADDS,
     AVERAGE_POOLS,
     BATCH_NORMS,
@@ -44,9 +45,10 @@ from .kinds import (
     PADS,
     SCALES,
     SUBS,
+    is_a,
 )
 from .net import Net
-from .nodes import describe, each, input_of
+from .nodes import describe, each, input_of, keeps_dims
 from .notes import type_of, why_frozen
 from .paddings import border, read_pad, read_pad_module, read_slice
 from .reasons import reason_for
@@ -248,3 +250,12 @@ def _read_max_pool(net: Net, node: fx.Node, module: Any) -> Deferred | MaxPool:
     if max(sizes[0]) == 1:  # takes one value of each place: rounding up makes no further one
         return Deferred(lambda channels, _: AffineConv.identity(channels, dims, stride=sizes[1]))
     return MaxPool(node, dims, (*sizes, module.ceil_mode), reason_for(net, node))
+
+
+def is_spatial_pool(net: Net, node: fx.Node, dims: int) -> bool:
+    """Whether a node averages over space, channel by channel; channels stay dimension 1."""
+    if why_frozen(node) or not dims:
+        return False
+    if is_a(net.module(node), ADAPTIVE_AVERAGES):
+        return net.guard(node) is None
+    return keeps_dims(node, dims) is not None

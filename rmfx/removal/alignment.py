@@ -14,14 +14,15 @@ from rmfx.ir.laterals import Lateral
 from rmfx.ir.nodes import between
 from rmfx.ir.notes import why_frozen
 
-from .assembly import Plan, work_of
+from .assembly import Plan, plan_of
 from .columns import Column, Linear, Pair, column_of, price_of
+from .layout import Target
 from .site import Chain, Norm, Site, Step
 
 Waits = tuple[Sequence[int], Sequence[int]]
 
 
-def aligned(site: Site, f: Chain, g: Chain) -> Plan | Refusal:
+def aligned(site: Site, f: Chain, g: Chain, target: Target) -> Plan | Refusal:
     """Two chains side by side: a shortest alignment of their layers."""
     f, g = (tuple(map(_without_norm, chain)) for chain in (f, g))
     if may_reorder(f + g):
@@ -45,10 +46,7 @@ def aligned(site: Site, f: Chain, g: Chain) -> Plan | Refusal:
     if not isinstance(columns[-1], Linear) or columns[-1].taps:
         ends = [AffineConv.identity(width, site.dims) for width in widths]
         columns.append(Linear(ends[0], ends[1]))
-    work = work_of(columns)
-    if isinstance(work, Refusal):
-        return work
-    return Plan(tuple(columns), work, layout="the branches side by side")
+    return plan_of(columns, target, "the branches side by side")
 
 
 def _unaligned(site: Site, f: Chain, g: Chain, waits: Waits) -> Refusal:

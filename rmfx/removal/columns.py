@@ -26,7 +26,7 @@ from torch import fx, nn
 from rmfx.algebra.activation import Activation, Block
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.blockwise import Blockwise, way_of
-from rmfx.algebra.laws import window_of
+from rmfx.algebra.laws import Unmerged, window_of
 from rmfx.algebra.layer import Layer
 from rmfx.data.moments import Moments
 from rmfx.errors import Refusal
@@ -37,7 +37,7 @@ from rmfx.ir.net import Net
 from rmfx.ir.notes import Shape, set_shape, shape_of
 from rmfx.rules.batch_norm import identity_norm
 
-from .side_tensors import Widths, call_again, combine
+from .side_tensors import Widths, call_again, combine, may_take_turns
 from .site import Norm, Site, Step
 
 Label = tuple[str, fx.Node]  # a module path, and the node whose name and place a new one takes
@@ -73,10 +73,12 @@ class Column(ABC):
     Attributes:
         steps: the layers of the site that it stands for.
         taps: nodes whose value it holds and others read, each with its block (0 or 1).
+        runs: in which the two blocks take turns behind it.
     """
 
     steps: tuple[Step, ...] = ()
     taps: tuple[tuple[fx.Node, int], ...] = ()
+    runs: int = 1
 
     @classmethod
     @abstractmethod
@@ -96,15 +98,17 @@ class Column(ABC):
 
     @property
     def may_take_turns(self) -> bool:
-        """Whether it does the same to all channels of a block."""
+        """Whether the blocks may take turns in what it reads and gives."""
         return True
+
+    @property
+    def taps_are_pooled(self) -> bool:
+        """Whether others read its value behind pools alone, where picking channels costs little."""
+        read = {value for value, _ in self.taps}
+        return all(step.pooled for step in self.steps if step.value in read)
 
     def padded(self, before: int, behind: int) -> Column:
         """The same with more channels of the carry before and behind it."""
-        return self
-
-    def in_turns(self, runs: int) -> Column:
-        """The same where the blocks take turns in so many runs."""
         return self
 
     def widths_behind(self, widths: Widths, dims: int) -> Widths:
@@ -164,6 +168,15 @@ class Linear(Column):
     def widths_behind(self, widths: Widths, dims: int) -> Widths:
         return self.main.out_channels, self.carry.out_channels
 
+    def merged(self) -> Linear | Refusal:
+        """The same with the products of what is not multiplied yet."""
+        blocks = [f.merged() if isinstance(f, Unmerged) else f for f in (self.main, self.carry)]
+        for block in blocks:
+            if isinstance(block, Refusal):
+                return block
+        main, carry = (f for f in blocks if isinstance(f, AffineConv))
+        return replace(self, main=main, carry=carry)
+
 
 @dataclass(frozen=True, eq=False)
 class Built(Linear):
@@ -189,15 +202,13 @@ class Built(Linear):
 class Pointwise(Column):
     """An activation column; None leaves a block unchanged.
 
-    `carried` is the node whose value the carry holds here, None if it is not a node's value. In so
-    many `runs` the blocks take turns.
+    `carried` is the node whose value the carry holds here, None if it is not a node's value.
     """
 
     main: Activation | Blockwise | None
     carry: Activation | Blockwise | None
     widths: Widths
     carried: fx.Node | None = None
-    runs: int = 1
 
     @classmethod
     def of(cls, layers: Sequence[Any], widths: Widths, carried: fx.Node | None) -> Column:
@@ -211,9 +222,6 @@ class Pointwise(Column):
 
     def padded(self, before: int, behind: int) -> Column:
         return replace(self, widths=(self.widths[0], behind))
-
-    def in_turns(self, runs: int) -> Column:
-        return replace(self, runs=runs)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -234,11 +242,10 @@ class Pointwise(Column):
 
 @dataclass(frozen=True, eq=False)
 class Normalised(Column):
-    """A batch norm on the main block, the identity on the carry; `runs` as in `Pointwise`."""
+    """A batch norm on the main block, the identity on the carry."""
 
     main: Norm
     carried: int
-    runs: int = 1
 
     @classmethod
     def of(cls, layers: Sequence[Any], widths: Widths, carried: fx.Node | None) -> Column:
@@ -246,9 +253,6 @@ class Normalised(Column):
 
     def padded(self, before: int, behind: int) -> Column:
         return replace(self, carried=behind)
-
-    def in_turns(self, runs: int) -> Column:
-        return replace(self, runs=runs)
 
     def _callee(self, spot: Spot) -> nn.Module:
         return identity_norm(self.main.module, self.carried, spot.moments, self.runs)
@@ -277,6 +281,10 @@ class Sided(Column):
         return main, self.lateral.channels_behind(carry, dims)
 
     @property
+    def may_take_turns(self) -> bool:
+        return may_take_turns(self.lateral)
+
+    @property
     def combination(self) -> fx.Node:
         return self.lateral.node
 
@@ -285,7 +293,8 @@ class Sided(Column):
 
     def put(self, spot: Spot) -> fx.Node:
         lateral = self.lateral.reading(spot.elsewhere)
-        return combine(spot.net, lateral, spot.source, self.block, spot.widths, spot.site.dims)
+        dims, runs = spot.site.dims, self.runs
+        return combine(spot.net, lateral, spot.source, self.block, spot.widths, dims, runs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ from rmfx.algebra.digits import affords
 from rmfx.algebra.laws import compose
 from rmfx.errors import Refusal
 
-from .assembly import Plan, work_of
+from .assembly import Plan
 from .columns import Column, Linear, Pointwise
 
 RELU = Activation(nn.ReLU())
@@ -44,8 +44,8 @@ def without_clamps(plan: Plan, dtype: torch.dtype) -> Plan | None:
         columns[i - 1 : i + 2] = _replaced(columns[i - 1 : i + 2], dtype)
     if len(columns) == len(plan.columns):
         return None
-    work = work_of(columns)
-    return None if isinstance(work, Refusal) else replace(plan, columns=tuple(columns), work=work)
+    changed = plan.with_columns(columns)
+    return None if isinstance(changed, Refusal) else changed
 
 
 def bits_of_clamps(plan: Plan) -> float:

@@ -13,33 +13,88 @@ own offset at the start. Border zeros are then never read.
 
 A shortcut whose kernel may read zero padding is itself exact only where the carry still equals x
 everywhere: at position 1, or after layers that keep size and place.
+
+A shortcut of several layers need not become one: beside a layer of the branch with its own stride
+and size it gives, everywhere, the very value that its next layer reads. So the layers may stand one
+by one, depthwise beside depthwise, and a wide 1x1 where the branch is narrow or has one too: made
+one, a depthwise 5x5 and a 1x1 would be a dense 5x5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 from rmfx.algebra.affine import AffineConv, Ints, Pads
-from rmfx.algebra.laws import reads_inside
+from rmfx.algebra.laws import reads_inside, unmerged
 from rmfx.errors import Refusal
 
+# A layer of the carry beside each of the branch, and how many of the shortcut's stand up to it.
+Beside = list[tuple[AffineConv, int]]
+Fit = Callable[[Sequence[AffineConv], AffineConv], AffineConv]  # see `fitted`
 UNEQUAL_SIZES = "the output sizes of branch and shortcut agree for some input sizes only"
 
 
 def placements(
-    layers: Sequence[AffineConv], shortcut: AffineConv, rigid: Collection[int] = ()
-) -> Iterator[tuple[int, list[AffineConv]]] | Refusal:
-    """Every exact way to run `shortcut` beside `layers`: (position j, one layer beside each).
+    layers: Sequence[AffineConv],
+    factors: Sequence[AffineConv],
+    rigid: Collection[int] = (),
+    fit: Fit | None = None,
+) -> Iterator[Beside] | Refusal:
+    """Every exact way to run a shortcut beside `layers`.
 
-    Positions count from 0. Refused if branch and shortcut differ in stride or output size.
+    Refused if branch and shortcut differ in stride or output size.
 
     Args:
+        factors: the shortcut's own layers, one at least.
         rigid: positions of layers (paddings) that the carry must pass in the same way.
+        fit: gives a shortcut the output size of layers that begin at the fork, where they agree.
     """
-    refusal = _unequal(layers, shortcut)
+    fit = fit or _as_it_is
+    whole = unmerged(factors)
+    if isinstance(whole, Refusal):
+        return whole
+    refusal = _unequal(layers, fit(layers, whole))
     if refusal:
         return refusal
+    return _ways(layers, factors, rigid, fit)
+
+
+def _as_it_is(layers: Sequence[AffineConv], shortcut: AffineConv) -> AffineConv:
+    return shortcut
+
+
+def _ways(
+    layers: Sequence[AffineConv],
+    factors: Sequence[AffineConv],
+    rigid: Collection[int],
+    fit: Fit,
+) -> Iterator[Beside]:
+    whole = unmerged(factors)
+    if not isinstance(whole, Refusal) and not _unequal(layers, whole := fit(layers, whole)):
+        for j, beside in _as_one(layers, whole, rigid):
+            yield [(g, len(factors) * (i >= j)) for i, g in enumerate(beside)]
+    for i, f in enumerate(layers[:-1]):
+        before = [(dirac(factors[0].in_channels, g, (0,) * g.dims), 0) for g in layers[:i]]
+        behind = [position - i - 1 for position in rigid if position > i]
+        for count in range(1, len(factors)):
+            own, rest = unmerged(factors[:count]), factors[count:]
+            if i in rigid or isinstance(own, Refusal):
+                continue
+            if all(g.preserves_size for g in (*layers[i + 1 :], *rest)):
+                own = fit([f], own)
+            if (own.stride, own.growth) != (f.stride, f.growth):
+                continue
+            for way in _ways(layers[i + 1 :], rest, behind, _as_it_is):
+                yield [*before, (own, count), *((g, n + count) for g, n in way)]
+        if i in rigid or not f.preserves_size:
+            return
+
+
+def _as_one(
+    layers: Sequence[AffineConv], shortcut: AffineConv, rigid: Collection[int]
+) -> Iterator[tuple[int, list[AffineConv]]]:
+    """A shortcut of one layer, of the branch's stride and size: (position j, one beside each)."""
     if reads_inside(shortcut):
         targets = tuple(-left for left, _ in shortcut.padding)
         offsets = _all_offsets(layers, targets, rigid, start_inside=False)

@@ -5,23 +5,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-
-from torch import fx
+from functools import partial
 
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.laws import chain as compose_chain
+from rmfx.algebra.laws import unmerged
 from rmfx.errors import Refusal
 from rmfx.ir.elements import MaxPool
 from rmfx.ir.notes import shape_of
 
 from .alignment import aligned
-from .assembly import Plan, groups_of, runs_of, work_of
-from .columns import Column, Linear, column_of, linear_of
-from .placement import fitted, placements
-from .site import Chain, Norm, Site, Step, merged
+from .assembly import Plan, plan_of
+from .columns import Column, Linear, column_of
+from .frames import frames
+from .layout import TIME, Target, described
+from .placement import Beside, fitted, placements
+from .site import Chain, Site
+from .widths import padded, widths_of
 
 
-def plans(site: Site) -> list[Plan] | Refusal:
+def plans(site: Site, target: Target = TIME) -> list[Plan] | Refusal:
     """Every exact arrangement that was found, cheapest first."""
     f, g = site.branches
     options: list[Plan] = []
@@ -30,7 +32,7 @@ def plans(site: Site) -> list[Plan] | Refusal:
         pooled = any(isinstance(step.layer, MaxPool) for step in main)
         if pooled or not all(step.layer.is_linear for step in shortcut):
             continue
-        found = _beside(site, main, shortcut)
+        found = _beside(site, main, shortcut, target)
         if isinstance(found, Refusal):
             refusals.append(found)
         else:
@@ -39,7 +41,7 @@ def plans(site: Site) -> list[Plan] | Refusal:
     if isinstance(single, Plan):
         options.append(single)
     if not options:
-        beside = aligned(site, f, g)
+        beside = aligned(site, f, g, target)
         if isinstance(beside, Refusal):
             refusals.append(beside)
         else:
@@ -47,7 +49,7 @@ def plans(site: Site) -> list[Plan] | Refusal:
     if not options:
         pools = (step.layer for step in f + g if isinstance(step.layer, MaxPool))
         return next((Refusal(p.reason, (p.node.name,)) for p in pools), refusals[0])
-    return sorted(options, key=lambda plan: (plan.work, len(plan.columns)))
+    return sorted(options, key=lambda plan: (plan.price, len(plan.columns)))
 
 
 # ---- two linear branches ------------------------------------------------------------------------
@@ -66,17 +68,14 @@ def merge(site: Site) -> Plan | Refusal:
         return other
     other = _fitted(site, [main], other)
     steps = tuple(itertools.chain(*site.branches))
-    columns = (Linear(main, other, steps=steps),)
-    work = work_of(columns)
-    if isinstance(work, Refusal):
-        return work.at(site.join.name)
-    return Plan(columns, work, layout="one layer")
+    plan = plan_of([Linear(main, other, steps=steps)], TIME, "one layer")
+    return plan.at(site.join.name) if isinstance(plan, Refusal) else plan
 
 
 def _as_one(site: Site, branch: Chain) -> AffineConv | Refusal:
     """A linear branch as one layer."""
     identity = AffineConv.identity(site.channels, site.dims)
-    layer = compose_chain([step.affine for step in branch] or [identity])
+    layer = unmerged([step.affine for step in branch] or [identity])
     nodes = (n.name for step in branch for n in step.nodes)
     return layer.at(*nodes) if isinstance(layer, Refusal) else layer
 
@@ -90,30 +89,45 @@ def _fitted(site: Site, linear: Sequence[AffineConv], shortcut: AffineConv) -> A
 
 
 # ---- a linear shortcut beside a chain -----------------------------------------------------------
-def _beside(site: Site, main: Chain, shortcut: Chain) -> list[Plan] | Refusal:
-    """A shortcut that is one linear map, at each place where it fits beside the main branch."""
-    single = _as_one(site, shortcut)
-    if isinstance(single, Refusal):
-        return single
-    main = _framed(site, main)
-    linear, rigid = _geometry(site, main)
-    single = _fitted(site, linear, single)
-    places = placements(linear, single, rigid)
-    if isinstance(places, Refusal):
-        return places.at(site.join.name)
-    value = shortcut[-1].value if shortcut else site.fork
+def _beside(site: Site, main: Chain, shortcut: Chain, target: Target) -> list[Plan] | Refusal:
+    """A linear shortcut at each place where its layers fit beside the main branch."""
     last = max((i for i, step in enumerate(shortcut) if step.tapped), default=-1)
     kept = frozenset(n for step in shortcut[: last + 1] for n in step.nodes)
     found: list[Plan] = []
-    for j, beside in places:
-        columns = _columns(main, beside, j, (site.fork, value), shortcut)
-        place = f"shortcut in layer {j + 1} of {len(beside)}" if len(beside) > 1 else "one layer"
-        for plan in _widths(columns):
-            layout = f"{place}{plan.layout}"
-            found.append(replace(plan, kept=kept, layout=layout))
+    refusal = Refusal("the shortcut fits beside no layer of the branch", (site.join.name,))
+    for framed in frames(main, site.channels, site.dims):
+        ways = _ways_beside(site, framed, shortcut)
+        if isinstance(ways, Refusal):
+            refusal = ways
+            continue
+        for beside in ways:
+            columns = _columns(site, framed, beside, shortcut)
+            place = _place([count for _, count in beside])
+            found += (
+                replace(plan, kept=kept, place=f"{place}{plan.place}")
+                for plan in _widths(columns, target)
+            )
     # Carrying the fork itself, as far as it goes, is best among equals: its sign may be known.
     found.reverse()
-    return found or Refusal("the shortcut fits beside no layer of the branch", (site.join.name,))
+    return found or refusal
+
+
+def _ways_beside(site: Site, main: Chain, shortcut: Chain) -> Sequence[Beside] | Refusal:
+    """Where the layers of a shortcut may stand beside those of a branch."""
+    linear, rigid = _geometry(site, main)
+    factors = [step.affine for step in shortcut] or [AffineConv.identity(site.channels, site.dims)]
+    ways = placements(linear, factors, rigid, partial(_fitted, site))
+    if isinstance(ways, Refusal):
+        return ways.at(site.join.name)
+    return list(ways) if shortcut else list(itertools.islice(ways, 1))
+
+
+def _place(counts: Sequence[int]) -> str:
+    """Beside which layers of the branch those of the shortcut stand."""
+    layers = [str(i + 1) for i, n in enumerate(counts) if n > (counts[i - 1] if i else 0)]
+    if len(counts) == 1:
+        return "one layer"
+    return f"shortcut in layer {' and '.join(layers)} of {len(counts)}"
 
 
 def _geometry(site: Site, main: Chain) -> tuple[list[AffineConv], list[int]]:
@@ -131,90 +145,30 @@ def _geometry(site: Site, main: Chain) -> tuple[list[AffineConv], list[int]]:
     return layers, rigid
 
 
-def _columns(
-    main: Chain,
-    beside: Sequence[AffineConv],
-    j: int,
-    values: tuple[fx.Node, fx.Node | None],
-    shortcut: Chain,
-) -> list[Column]:
+def _columns(site: Site, main: Chain, beside: Beside, shortcut: Chain) -> list[Column]:
     columns: list[Column] = []
-    position = -1  # of the last layer that moves or resizes the carry
+    position, before = -1, 0  # of the last layer that moves or resizes the carry, and up to it
     for step in main:
         position += step.layer.geometry(step.channels) is not None
-        carry = beside[position]
-        # What is carried: the fork before the shortcut's map, its value behind it.
-        carried = values[0] if position < j else values[1]
+        carry, count = beside[position]
+        # What is carried: the fork, then the value behind each layer of the shortcut.
+        carried = shortcut[count - 1].value if count and shortcut else site.fork
         layers = (step.layer, carry if isinstance(step.layer, AffineConv) else None)
         widths = (step.channels, carry.out_channels)
         column = column_of((step, None), layers, widths, carried)
-        if isinstance(column, Linear) and position == j:
-            column = replace(column, steps=(step, *shortcut))
+        if isinstance(column, Linear):
+            column = replace(column, steps=(step, *shortcut[before:count]))
+            before = count
         columns.append(column)
     return columns
 
 
-def _framed(site: Site, chain: Chain) -> Chain:
-    """The chain with a linear layer at both ends; batch norm stays only between them."""
-    steps = list(chain)
-    if steps and isinstance(steps[-1].layer, Norm):
-        steps[-1] = replace(steps[-1], layer=steps[-1].layer.affine)
-        whole = merged(*steps[-2:]) if len(steps) > 1 else None
-        steps[-2:] = [whole] if whole else steps[-2:]
-    if not steps or not isinstance(steps[0].layer, AffineConv):
-        steps.insert(0, _identity_step(site.channels, site.dims))
-    # A value that is read elsewhere must be there before ∇ adds to it.
-    if not isinstance(steps[-1].layer, AffineConv) or steps[-1].tapped:
-        steps.append(_identity_step(steps[-1].channels, site.dims))
-    return tuple(steps)
-
-
-def _identity_step(channels: int, dims: int) -> Step:
-    return Step(AffineConv.identity(channels, dims), (), None, channels)
-
-
-# ---- width of the carry --------------------------------------------------------------------------
-def _widths(columns: list[Column]) -> Iterator[Plan]:
-    """The arrangement with its carry as it is, and padded to each group width that occurs."""
-    linear = linear_of(columns)
-    groups = {1} | {c.main.block[0] for c in linear[1:-1] if c.main.block[0] == c.main.block[1]}
-    for width in sorted(groups):
-        if width > 1 and not any(c.carry.out_channels % width for c in linear[:-1]):
-            continue  # nothing to pad
-        padded = _padded(columns, width)
-        work = work_of(padded)
-        if not isinstance(work, Refusal):
-            yield Plan(tuple(padded), work, layout=_layout(padded, width))
-
-
-def _layout(columns: Sequence[Column], width: int) -> str:
-    """How the carry stands beside the main block between the two ends."""
-    if width > 1:
-        return f", carry padded to groups of {width}"
-    turns = ", in turns with the branch" if runs_of(columns) > 1 else ""
-    fits = {groups_of(column) is not None for column in linear_of(columns)[1:-1]}
-    if not fits:
-        return turns
-    how = "carry partly grouped" if len(fits) == 2 else "grouped" if True in fits else "dense"
-    return f"{turns}, {how}"
-
-
-def _padded(columns: list[Column], width: int) -> list[Column]:
-    """The carry padded with zero channels to a multiple of `width` between the two ends."""
-    if width == 1:
-        return columns
-    last = linear_of(columns)[-1]
-    before = linear_of(columns)[0].carry.in_channels
-    result: list[Column] = []
-    for column in columns:
-        behind = before
-        if isinstance(column, Linear):
-            own = column.carry.out_channels
-            behind = own if column is last else _up(own, width)
-        result.append(column.padded(before, behind))
-        before = behind
-    return result
-
-
-def _up(n: int, width: int) -> int:
-    return -(-n // width) * width
+def _widths(columns: list[Column], target: Target) -> Iterator[Plan]:
+    """The arrangement with its carry as it is, and padded to fit beside groups."""
+    own = None
+    for widths in widths_of(columns):
+        plan = plan_of(padded(columns, widths), target)
+        if not isinstance(plan, Refusal):
+            wider = ", carry padded to whole groups" if own else ""
+            yield replace(plan, place=f"{described(plan.layout)}{wider}")
+        own = widths

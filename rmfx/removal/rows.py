@@ -9,32 +9,28 @@ from torch import fx
 
 from rmfx.algebra.laws import area_after
 from rmfx.analysis.multiply_adds import Expense, expense_of
-from rmfx.errors import Refusal, RmfxError
+from rmfx.errors import Refusal
 from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
 from rmfx.ir.notes import SOURCE, positions, shape_of
 from rmfx.report import SiteReport
 
-from .assembly import sizes_of
-from .columns import Column, Linear, Pointwise, linear_of
+from .assembly import Plan
+from .columns import Linear, Pointwise, linear_of
 from .site import Site
 from .strategy import Settled
 
 
-def expected_expense(site: Site, columns: Sequence[Column]) -> Expense:
+def expected_expense(site: Site, plan: Plan) -> Expense:
     """What the columns of a plan will cost, once they are built."""
-    linear = linear_of(columns)
-    sizes = sizes_of(columns)
-    if isinstance(sizes, Refusal):  # the plan was made with the same laws
-        raise RmfxError(f"a planned layer cannot be built: {sizes.reason}")
-    built = zip(sizes, area_after([c.main for c in linear]), strict=True)
-    work, moved, size, area, width = 0.0, 0.0, 0, 1.0, site.channels
-    for column in columns:
+    linear = linear_of(plan.columns)
+    built = zip(plan.layout.forms, area_after([c.main for c in linear]), strict=True)
+    moved, size, area, width = 0.0, 0, 1.0, site.channels
+    for column in plan.columns:
         moved += width * area
         if isinstance(column, Linear):
-            weights, area = next(built)
-            work += weights * area
-            size += weights
+            form, area = next(built)
+            size += form.weights
             width = column.main.out_channels
             width += column.carry.out_channels if column is not linear[-1] else 0
         elif isinstance(column, Pointwise):
@@ -43,7 +39,7 @@ def expected_expense(site: Site, columns: Sequence[Column]) -> Expense:
     count = positions(shape_of(site.fork), site.dims)
     if count is None:
         return Expense(None, None, size)
-    return Expense(round(work * count), round(moved * count), size)
+    return Expense(round(plan.work * count), round(moved * count), size)
 
 
 def row_of_match(net: Net, site: Site, settled: Settled, nodes: Sequence[fx.Node]) -> SiteReport:
@@ -53,7 +49,7 @@ def row_of_match(net: Net, site: Site, settled: Settled, nodes: Sequence[fx.Node
         nodes: those that go.
     """
     before = expense_of(net, nodes)
-    after = expected_expense(site, settled.plan.columns)
+    after = expected_expense(site, settled.plan)
     carries = [c.carry.out_channels for c in linear_of(settled.plan.columns[:-1])]
     return SiteReport(
         place=module_path(site.join),
@@ -65,7 +61,7 @@ def row_of_match(net: Net, site: Site, settled: Settled, nodes: Sequence[fx.Node
         exactness=settled.exactness,
         gain=settled.gain,
         bits=settled.bits,
-        layout=settled.plan.layout,
+        layout=settled.plan.place,
         shape=shape_of(site.join),
         carry=max(carries, default=0),
         macs_before=before.macs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,7 +28,7 @@ from .columns import Column, Label, Shared, Spot
 from .plan import merge, plans
 from .policy import Policy, reason_to_keep
 from .rows import row_of_match, row_of_refusal, with_expense
-from .side_tensors import tap
+from .side_tensors import Share, tap
 from .site import Site, find_sites
 from .strategy import AUTO, Settled, is_large, settle
 
@@ -100,7 +101,7 @@ class ResidualRule:
 
     def _dearness(self, option: Option) -> tuple[bool, float]:
         settled = option[1]
-        return is_large(settled, self._allowed), settled.plan.work
+        return is_large(settled, self._allowed), settled.plan.price
 
     def _options(self, site: Site) -> Iterator[Option | Refusal]:
         """Every way to rewrite a site."""
@@ -108,12 +109,24 @@ class ResidualRule:
         if isinstance(found, Refusal):
             yield found
             return
+        best = math.inf
         for plan in found:
-            settled = settle(plan, self._ranges, self._allowed, site.dtype)
-            yield settled if isinstance(settled, Refusal) else (site, settled)
+            if plan.price >= best:  # a code only adds to it
+                return
+            whole = plan.with_weights()
+            if isinstance(whole, Refusal):
+                yield whole.at(site.join.name)
+                continue
+            settled = settle(whole, self._ranges, self._allowed, site.dtype)
+            if isinstance(settled, Refusal):
+                yield settled
+                continue
+            if not is_large(settled, self._allowed):
+                best = min(best, settled.plan.price)
+            yield site, settled
 
     def rewrite(self, net: Net, node: fx.Node, match: Match) -> None:
-        site, columns = match.site, build(match.settled.plan.columns)
+        site, columns = match.site, build(match.settled.plan)
         if isinstance(columns, Refusal):  # the plan was made with the same laws
             raise RmfxError(f"{node.name}: a planned layer cannot be built: {columns.reason}")
         old, row = _old(site, match.settled), match.row
@@ -155,7 +168,8 @@ class ResidualRule:
                 self.widened.add(column.combination.name)
             widths = column.widths_behind(widths, site.dims)
             for value, block in column.taps:
-                slices |= self._tap(net, site, made, value, (block, widths), old)
+                share = Share(block, widths, column.runs)
+                slices |= self._tap(net, site, made, value, share, old)
             new.append(made)
         return new
 
@@ -165,14 +179,12 @@ class ResidualRule:
         site: Site,
         wide: fx.Node,
         value: fx.Node,
-        place: tuple[int, tuple[int, int]],
+        share: Share,
         old: set[fx.Node],
     ) -> dict[fx.Node, fx.Node]:
         """Let others read an old value's block of a wide one; returns where they read it now."""
-        block, widths = place
-        channels = (0, widths[0]) if block == 0 else (widths[0], sum(widths))
         readers = [user for user in value.users if user not in old]
-        slices = tap(net, wide, value, channels, sum(widths), readers, site.dims)
+        slices = tap(net, wide, value, share, readers, site.dims)
         self.made.update(slices.values())
         net.make_stand_for(slices[value], net.stands_for(value))
         return slices
@@ -222,10 +234,10 @@ def _old(site: Site, settled: Settled) -> list[fx.Node]:
 def _compared(chosen: Settled, others: Sequence[Settled]) -> str:
     """The layout of an arrangement, beside the next best that has another one."""
     plan = chosen.plan
-    other = next((o.plan for o in others if o.plan.layout != plan.layout), None)
+    other = next((o.plan for o in others if o.plan.place != plan.place), None)
     if other is None or not plan.work:
-        return plan.layout
-    return f"{plan.layout} ({other.layout}: {other.work / plan.work:.2f} times the multiply-adds)"
+        return plan.place
+    return f"{plan.place} ({other.place}: {other.work / plan.work:.2f} times the multiply-adds)"
 
 
 def joins_of(net: Net) -> list[str]:

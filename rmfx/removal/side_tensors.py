@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.laws import in_turn
+from rmfx.errors import fault
 from rmfx.ir.elements import Border, MaxPool, Virtual
-from rmfx.ir.kinds import ADAPTIVE_AVERAGES, is_a
 from rmfx.ir.laterals import Lateral
 from rmfx.ir.net import Net
-from rmfx.ir.nodes import data_input, keeps_dims
+from rmfx.ir.nodes import data_input
 from rmfx.ir.notes import (
     ORIGIN,
     TYPE,
@@ -30,31 +31,41 @@ from rmfx.ir.notes import (
     notes_of,
     set_shape,
     shape_of,
-    why_frozen,
     with_channels,
     without_notes,
 )
-from rmfx.ir.reading import read
+from rmfx.ir.reading import is_spatial_pool, read
 
 # Far enough to give exactly 1 in every floating type.
 ONE_AT: dict[type[nn.Module], float] = {nn.Sigmoid: 40.0, nn.Hardsigmoid: 4.0}
 Widths = tuple[int, int]
 
 
+def may_take_turns(lateral: Lateral) -> bool:
+    """Whether a combination may act on one block of a value in which both take turns.
+
+    A factor of one position for each channel is put in their order for next to nothing.
+    """
+    shapes = [shape_of(gate) for gate in lateral.others]
+    small = all(shape is not None and set(shape[2:]) <= {1} for shape in shapes)
+    return lateral.node.target is torch.mul and small
+
+
 def combine(
-    net: Net, lateral: Lateral, wide: fx.Node, block: int, widths: Widths, dims: int
+    net: Net, lateral: Lateral, wide: fx.Node, block: int, widths: Widths, dims: int, runs: int = 1
 ) -> fx.Node:
     """The lateral's operation on one block of a wide value, at the graph's insert point.
 
     Args:
         wide: holds both blocks, of `widths` channels.
         block: 0 or 1, which one the operation concerns.
+        runs: in which the blocks take turns.
     """
     if lateral.is_concatenation:
         return _concatenate(net, lateral, wide, block, widths, dims)
     room = (0, widths[1]) if block == 0 else (widths[0], 0)
     operands = [
-        _filled(net, lateral.node, x, widths[block], room, value, dims)
+        _filled(net, lateral.node, x, widths[block], room, value, dims, runs)
         if isinstance(x, fx.Node) and value is not None
         else x
         for x, value in zip(lateral.operands, lateral.neutral, strict=True)
@@ -93,41 +104,60 @@ def call_again(net: Net, layer: Border | MaxPool, wide: fx.Node, width: int) -> 
 
 def take(net: Net, wide: fx.Node, start: int, stop: int, dims: int) -> fx.Node:
     """Channels `start` to `stop` of a value, at the graph's insert point."""
-    part = slice(start or None, stop)
-    index: Any = (slice(None), part) if dims else (..., part)
+    return _pick(net, wide, slice(start or None, stop), stop - start, dims)
+
+
+def _pick(net: Net, wide: fx.Node, channels: slice | list[int], count: int, dims: int) -> fx.Node:
+    index: Any = (slice(None), channels) if dims else (..., channels)
     made = net.graph.call_function(operator.getitem, (wide, index))
-    return _like(made, wide, _resized(wide, stop - start, dims))
+    return _like(made, wide, _resized(wide, count, dims))
+
+
+@dataclass(frozen=True)
+class Share:
+    """One block of a wide value.
+
+    Attributes:
+        block: 0 or 1.
+        widths: channels of both blocks.
+        runs: in which they take turns.
+    """
+
+    block: int
+    widths: Widths
+    runs: int
+
+    def taken(self, net: Net, wide: fx.Node, dims: int) -> fx.Node:
+        """Its channels, at the graph's insert point."""
+        count = self.widths[self.block]
+        start = self.widths[0] * self.block
+        if self.runs == 1:
+            return take(net, wide, start, start + count, dims)
+        numbers = torch.arange(sum(self.widths)).reshape(self.runs, -1)
+        begin = start // self.runs
+        own = numbers[:, begin : begin + count // self.runs]
+        return _pick(net, wide, own.flatten().tolist(), count, dims)
 
 
 def tap(
-    net: Net,
-    wide: fx.Node,
-    value: fx.Node,
-    channels: tuple[int, int],
-    width: int,
-    readers: Sequence[fx.Node],
-    dims: int,
+    net: Net, wide: fx.Node, value: fx.Node, share: Share, readers: Sequence[fx.Node], dims: int
 ) -> dict[fx.Node, fx.Node]:
     """Let the readers of an old value read its channels of a wide one.
-
-    Args:
-        channels: where they begin and end in the wide value.
-        width: channels of the wide value.
 
     Returns:
         The slices, by the old nodes whose values they hold: the value's own (a dead one if nobody
         reads it), and those behind pools, which are new nodes in the place of the old ones.
     """
-    pooled = [r for r in readers if _is_spatial_pool(net, r, dims)]
+    pooled = [r for r in readers if is_spatial_pool(net, r, dims)]
     with net.graph.inserting_after(wide):
-        slices = {value: take(net, wide, *channels, dims)}
+        slices = {value: share.taken(net, wide, dims)}
     for reader in readers:
         if reader not in pooled:
             reader.replace_input_with(value, slices[value])
     for pool in pooled:
-        whole = _remade(net, pool, {value: wide}, width, dims)
+        whole = _remade(net, pool, {value: wide}, sum(share.widths), dims)
         with net.graph.inserting_after(whole):
-            part = take(net, whole, *channels, dims)
+            part = share.taken(net, whole, dims)
         for reader in set(whole.users) - {part}:
             reader.replace_input_with(whole, part)
         slices[pool] = part
@@ -159,15 +189,6 @@ def _succeed(net: Net, node: fx.Node, made: fx.Node) -> None:
     made.name = name
 
 
-def _is_spatial_pool(net: Net, node: fx.Node, dims: int) -> bool:
-    """Whether a node pools over all of space, channel by channel."""
-    if why_frozen(node) or not dims:
-        return False
-    if is_a(net.module(node), ADAPTIVE_AVERAGES):
-        return net.guard(node) is None
-    return keeps_dims(node, dims) is True
-
-
 def _filled(
     net: Net,
     node: fx.Node,
@@ -176,6 +197,7 @@ def _filled(
     room: Widths,
     value: float,
     dims: int,
+    runs: int,
 ) -> fx.Node:
     """An operand of a node with a constant in the room before and behind its `width` channels."""
     if net.channels(other, dims) == 1 < width:
@@ -185,24 +207,36 @@ def _filled(
         expanded = net.graph.call_method("expand", (other, *sizes))
         other = _like(expanded, other, _resized(other, width, dims))
     elif node.target is torch.mul:
-        return _with_ones(net, node, other, room, dims)
-    return _padded(net, other, room, value, dims)
+        return _with_ones(net, node, other, room, dims, runs)
+    return _padded(net, other, room, value, dims, runs)
 
 
-def _with_ones(net: Net, product: fx.Node, gate: fx.Node, room: Widths, dims: int) -> fx.Node:
+def _layer_of_gate(
+    net: Net, product: fx.Node, gate: fx.Node
+) -> tuple[fx.Node, AffineConv, float] | None:
+    """The linear layer of which a factor is the sigmoid, and where that is 1; None of others."""
+    one_at = ONE_AT.get(type(net.module(gate)))  # type: ignore[arg-type]
+    source = None if one_at is None else data_input(gate)
+    if source is None or one_at is None or net.guard(gate) is not None:
+        return None
+    if set(gate.users) != {product} or set(source.users) != {gate} or net.dtype(source) is None:
+        return None
+    layer = read(net, source)
+    return (source, layer, one_at) if isinstance(layer, AffineConv) else None
+
+
+def _with_ones(
+    net: Net, product: fx.Node, gate: fx.Node, room: Widths, dims: int, runs: int
+) -> fx.Node:
     """A factor with ones in the room before and behind its channels.
 
     Where it is a sigmoid behind a linear layer, that layer gets outputs at which the sigmoid is 1.
     """
-    source = data_input(gate) if type(net.module(gate)) in ONE_AT else None
-    alone = source is not None and set(gate.users) == {product} and set(source.users) == {gate}
-    if source is None or not alone or net.guard(gate) is not None:
-        return _padded(net, gate, room, 1.0, dims)
-    layer, kind = read(net, source), net.dtype(source)
-    if not isinstance(layer, AffineConv) or layer.dims != dims or kind is None:
-        return _padded(net, gate, room, 1.0, dims)
-    one_at = ONE_AT[type(net.module(gate))]  # type: ignore[index]
-    wide = _with_constant_outputs(layer, room, one_at)
+    found, kind = _layer_of_gate(net, product, gate), net.dtype(gate)
+    if found is None or found[1].dims != dims or kind is None:
+        return _padded(net, gate, room, 1.0, dims, runs)
+    source, layer, one_at = found
+    wide = _with_constant_outputs(layer, room, one_at, runs)
     target, data = str(source.target), data_input(source)
     net.release([source])
     with net.graph.inserting_after(source):
@@ -212,25 +246,35 @@ def _with_ones(net: Net, product: fx.Node, gate: fx.Node, room: Widths, dims: in
     return _remade(net, gate, {}, wide.out_channels, dims)
 
 
-def _with_constant_outputs(layer: AffineConv, room: Widths, value: float) -> AffineConv:
-    """A layer with further outputs, before and behind its own, that are constant."""
+def _with_constant_outputs(layer: AffineConv, room: Widths, value: float, runs: int) -> AffineConv:
+    """A layer with further outputs, before and behind its own in each run, that are constant."""
     parts = [layer.regroup(1)]
     for i, width in enumerate(room):
         weight = layer.weight.new_zeros(width, layer.in_channels, *layer.kernel)
         bias = torch.full((width,), value, dtype=torch.float64, device=layer.weight.device)
         parts.insert(2 * i, replace(layer, weight=weight, bias=bias, groups=1))
-    bias = torch.cat([part.bias.to(torch.float64) for part in parts])
-    return replace(parts[1], weight=torch.cat([part.weight for part in parts]), bias=bias)
+    bias = in_turn([part.bias.to(torch.float64) for part in parts], runs)
+    weight = in_turn([part.weight for part in parts], runs)
+    return replace(parts[1], weight=weight, bias=bias)
 
 
-def _padded(net: Net, node: fx.Node, room: Widths, value: float, dims: int) -> fx.Node:
-    """A tensor with constant channels before and behind its own."""
+def _padded(net: Net, node: fx.Node, room: Widths, value: float, dims: int, runs: int) -> fx.Node:
+    """A tensor with constant channels before and behind its own, in each run."""
     if room == (0, 0):
         return node
+    own = net.channels(node, dims)
+    if runs > 1:
+        if own is None:  # a lateral is read where channels are known
+            raise fault(node.name, "its channels are not known")
+        one = _padded(net, node, (0, 1), value, dims, 1)
+        parts = [
+            torch.arange(own) if i == 1 else torch.full((room[i // 2],), own) for i in range(3)
+        ]
+        order = in_turn(parts, runs).tolist()
+        return _pick(net, one, order, len(order), dims)
     amounts = [*(0, 0) * dims, *room]
     made = net.graph.call_function(F.pad, (node, amounts), {"mode": "constant", "value": value})
-    channels = net.channels(node, dims)
-    return _like(made, node, _resized(node, channels + sum(room), dims) if channels else None)
+    return _like(made, node, _resized(node, own + sum(room), dims) if own else None)
 
 
 def _like(made: fx.Node, node: fx.Node, shape: Shape | None) -> fx.Node:

@@ -18,7 +18,7 @@ from rmfx.ir.laterals import Lateral
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import is_tensor_node
 from rmfx.ir.notes import shape_of, why_frozen
-from rmfx.ir.reading import sizes_of
+from rmfx.ir.reading import is_spatial_pool, sizes_of
 from rmfx.ir.sizes import agreements, may_spread
 from rmfx.ir.weights import weight_types
 
@@ -44,6 +44,7 @@ class Step:
         value: the node that holds its output, None if no node does.
         channels: of its output.
         tapped: whether that value is read off the branch, too.
+        pooled: whether all that read it there pool over space.
     """
 
     layer: Layer
@@ -51,6 +52,7 @@ class Step:
     value: fx.Node | None
     channels: int
     tapped: bool = False
+    pooled: bool = False
 
     @property
     def affine(self) -> AffineConv:
@@ -218,6 +220,7 @@ def _frame(
 def _resolve(path: Path, channels: int, dims: int, keep_norms: bool, net: Net) -> Chain | Refusal:
     """The steps of a branch, with everything known."""
     steps = []
+    on_path = {place.node for place in path}
     for place in path:
         node = place.node
         layer = place.element.resolved(channels, dims)
@@ -230,7 +233,9 @@ def _resolve(path: Path, channels: int, dims: int, keep_norms: bool, net: Net) -
         module = net.module(node) if keep_norms else None
         if isinstance(module, BATCH_NORMS) and isinstance(layer, AffineConv):
             layer = Norm(module, layer)
-        steps.append(Step(layer, (node,), node, channels, place.tapped))
+        readers = set(node.users) - on_path
+        pooled = bool(readers) and all(is_spatial_pool(net, n, dims) for n in readers)
+        steps.append(Step(layer, (node,), node, channels, place.tapped, pooled))
     return tuple(steps)
 
 

@@ -43,7 +43,7 @@ from rmfx.choices import STRATEGIES
 from rmfx.errors import OptionError, Refusal
 from rmfx.options import shown
 
-from .assembly import Plan, work_of
+from .assembly import Plan
 from .codes import (
     ORDER,
     Stretch,
@@ -163,10 +163,8 @@ def _settle(
     )
     if tuple(columns) == plan.columns:
         return settled
-    work = work_of(columns)
-    if isinstance(work, Refusal):
-        return work
-    return replace(settled, plan=replace(plan, columns=tuple(columns), work=work))
+    changed = plan.with_columns(columns)
+    return changed if isinstance(changed, Refusal) else replace(settled, plan=changed)
 
 
 def _exactness_of_rest(plan: Plan, dtype: torch.dtype) -> str:

@@ -77,7 +77,9 @@ class LinearRule:
             return None
         if len(weight_types(net, nodes)) != 1:
             return None
-        segments, refusal = self._cheapest([affine_at(net, n) for n in nodes])
+        # Functions move values (padding, slices): as long as they stay, they multiply nothing.
+        free = [net.callee(n) is None for n in nodes]
+        segments, refusal = self._cheapest([affine_at(net, n) for n in nodes], free)
         if len(segments) == len(nodes):
             return refusal.at(*(n.name for n in nodes)) if refusal else None
         if callable(self._policy) and not self._policy(_row(net, nodes, segments)):
@@ -109,7 +111,7 @@ class LinearRule:
         return nodes
 
     def _cheapest(
-        self, layers: list[AffineConv]
+        self, layers: list[AffineConv], free: list[bool]
     ) -> tuple[list[tuple[int, int, AffineConv]], Refusal | None]:
         """Best cut of a chain; best[i] covers the first i layers."""
         area = [1.0]
@@ -126,7 +128,8 @@ class LinearRule:
                 if isinstance(merged, Refusal):
                     refusal = merged
                     break
-                cost = self._cost(merged, area[end])
+                alone = end == begin + 1 and free[begin]
+                cost = self._cost(merged, 0.0 if alone else area[end])
                 total = tuple(a + b for a, b in zip(best[begin][0], cost, strict=True))
                 if total < best[end][0]:
                     best[end] = (total, [*best[begin][1], (begin, end, merged)])
