@@ -181,7 +181,7 @@ def rows_of(name: str) -> Iterator[dict[str, Any]]:
     case = CASES[name]()
     expected = answers(case.model, case.images)
     for form, (ways, network) in forms(case).items():
-        row = {"network": name, "activation": form, "carries pass by": ways}
+        row: dict[str, Any] = {"network": name, "activation": form, "carries pass by": ways}
         if network is None:
             yield row
             continue
@@ -206,7 +206,7 @@ def lost(rows: Iterable[dict[str, Any]]) -> float:
 
     Answers that are right by int8's own chance are no merit of a form, so none is above float32.
     """
-    found = {
+    found: dict[tuple[str, str, str], float] = {
         (row["network"], row["quantiser"], form): max(0.0, row["float32 %"] - row["int8 %"])
         for row in rows
         if "int8 %" in row

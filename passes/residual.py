@@ -30,6 +30,7 @@ from typing import Any
 from torch import fx, nn
 
 from rmfx.analysis.ranges import check_range
+from rmfx.choices import TARGETS
 from rmfx.errors import OptionError
 from rmfx.frontend.dynamo import find_lifted
 from rmfx.frontend.symbolic import BAKED
@@ -37,6 +38,7 @@ from rmfx.frontend.tracing import canonicalise_again, trace
 from rmfx.interval import Interval
 from rmfx.ir.notes import OWN_GRADIENT
 from rmfx.ir.undisturbed import undisturbed
+from rmfx.options import check_choice
 from rmfx.oracle.verification import Domain, checked
 from rmfx.removal.differentiable import linked
 from rmfx.removal.policy import Policy, check_policy
@@ -60,6 +62,7 @@ def remove_residuals(
     calibration: Iterable[Any] | None = None,
     differentiable: bool = False,
     policy: Policy = "all",
+    minimise: str = "time",
     verify: bool = True,
 ) -> fx.GraphModule:
     """Rewrite every residual connection that can be removed exactly.
@@ -100,6 +103,8 @@ def remove_residuals(
             multiply-adds and traffic to memory become less (needs example inputs); a function
             that is given the site's row (`rmfx.SiteReport`, with expected costs) and answers; or
             an `rmfx.MeasuredPolicy`, which times each site.
+        minimise: what the layout of main block and carry is chosen for: "time", that of CPUs, where
+            a group of few channels takes as long as one of 8; or "macs", multiply-adds alone.
         verify: compare the result with the model, on random inputs of several sizes, before it is
             returned; see `rmfx.verify`. Needs example inputs.
 
@@ -126,10 +131,16 @@ def remove_residuals(
     allowed = allowed_ways(activation)
     check_range(input_range)
     check_policy(policy)
+    check_choice("minimise", minimise, TARGETS)
     source = trace(model, example_inputs, fold=not differentiable)
     batches = CalibrationData(calibration) if calibration is not None else None
     rewrite = partial(
-        remove, strict=strict, allowed=allowed, input_range=input_range, policy=policy
+        remove,
+        strict=strict,
+        allowed=allowed,
+        input_range=input_range,
+        policy=policy,
+        minimise=minimise,
     )
     if differentiable:
         _check_differentiable(source, fold_batch_norm=fold_batch_norm)

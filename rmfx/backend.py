@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from rmfx.analysis.ranges import check_range
+from rmfx.choices import TARGETS
 from rmfx.errors import OptionError, RmfxError, WeightError
 from rmfx.frontend.dynamo import Lifted, can_be_seen, find_lifted, snapshot, with_weights
 from rmfx.frontend.freshness import MODES, Mode, Snapshot
@@ -43,7 +44,7 @@ class Options:
         backend: name of the backend that compiles the converted graph, or a function.
         backend_options: its options; for inductor its configuration.
         strict: raise where a residual connection is refused or a graph cannot be converted.
-        activation, input_range, policy: as for `rmfx.remove_residuals`.
+        activation, input_range, policy, minimise: as for `rmfx.remove_residuals`.
         differentiable: convert graphs whose gradients are asked for too; their weights are computed
             in the graph, at every call.
         weights: how a graph notices that weights have changed since they were baked. Every mode but
@@ -64,6 +65,7 @@ class Options:
     activation: str | Collection[str] = "auto"
     input_range: Interval | None = None
     policy: Policy = "all"
+    minimise: str = "time"
     differentiable: bool = False
     weights: Mode = "sampled"
     on_report: Callable[[Report], object] | None = None
@@ -87,6 +89,7 @@ class Options:
             raise OptionError("backend='rmfx' cannot compile with itself; name another backend")
         check_choice("weights", options.weights, MODES)
         check_policy(options.policy)
+        check_choice("minimise", options.minimise, TARGETS)
         check_range(options.input_range)
         allowed_ways(options.activation)
         return options
@@ -164,6 +167,7 @@ def _converted(
             activation=options.activation,
             input_range=options.input_range,
             policy=options.policy,
+            minimise=options.minimise,
             differentiable=differentiable,
             verify=verify,
         )

@@ -8,7 +8,16 @@ import math
 from collections.abc import Callable
 from typing import TypeVar
 
-from rmfx.choices import ALLOCATIONS, COSTS, FRONTENDS, IMPORTANCES, PASSES, RUNTIMES, STRATEGIES
+from rmfx.choices import (
+    ALLOCATIONS,
+    COSTS,
+    FRONTENDS,
+    IMPORTANCES,
+    PASSES,
+    RUNTIMES,
+    STRATEGIES,
+    TARGETS,
+)
 from rmfx.errors import RmfxError
 
 N = TypeVar("N", int, float)
@@ -123,6 +132,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _add_conversion_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--no-fold-batch-norm", action="store_true", help="keep batch norm layers")
+    text = "what layouts are chosen for: the time on CPUs, or multiply-adds (default: %(default)s)"
+    add("--minimise", choices=TARGETS, default=TARGETS[0], help=text)
     add("--strict", action="store_true", help="fail if one residual connection cannot be removed")
     text = "all values of the inputs, which can prove that a carry passes an activation unchanged"
     add("--input-range", metavar=("LOW", "HIGH"), nargs=2, type=float, help=text)

@@ -287,6 +287,7 @@ def _convert(
         input_range=_range_of(options),
         calibration=calibration or None,
         policy=options.policy,
+        minimise=options.minimise,
     )
 
 

@@ -63,6 +63,15 @@ def asks_for_number(node: fx.Node) -> bool:
     return torch_name(node).startswith("sym_")
 
 
+def reads_sizes_alone(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a node asks a value for its sizes and for nothing else."""
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    if torch_name(node).partition(".")[0] in LIKE_ANOTHER:
+        return value in node.args[1:] and value is not node.args[0] and not node.kwargs
+    return node.op == "call_method" and node.target in ("size", "dim", "numel", "ndimension")
+
+
 def is_of_numbers(target: Any) -> bool:
     """Whether a function is one of Python's that, of numbers, gives a number."""
     return getattr(target, "__module__", None) in MODULES_OF_NUMBERS
@@ -84,6 +93,7 @@ GIVING_CONTAINERS = (
     *(*SPLITS, *(f"unsafe_{name}" for name in SPLITS)),
     *("unbind", "tensor_split", "hsplit", "vsplit", "dsplit", "topk", "sort"),
 )
+LIKE_ANOTHER = ("expand_as", "view_as", "reshape_as")  # of a second tensor
 GIVING_NUMBERS = ("size", "dim", "numel", "ndimension", "stride", "item", "is_floating_point")
 ATTRIBUTES_OF_NUMBERS = ("shape", "ndim", "dtype", "device", "is_cuda")
 SWITCHES_OF_GRADIENTS = ("_set_grad_enabled", "set_grad_enabled", "wrap_with_set_grad_enabled")

@@ -28,6 +28,7 @@ from rmfx.algebra.laws import (
     stack,
     window_of,
 )
+from rmfx.choices import TARGETS
 from rmfx.errors import Refusal
 
 from .columns import Column, Linear, linear_of
@@ -46,8 +47,8 @@ class Target:
     narrow: int
 
 
-TIME = Target(narrow=8)
-MACS = Target(narrow=1)
+TIME, MACS = Target(narrow=8), Target(narrow=1)
+BY_NAME = dict(zip(TARGETS, (TIME, MACS), strict=True))
 
 
 @dataclass(frozen=True)

@@ -51,13 +51,10 @@ def placements(
         fit: gives a shortcut the output size of layers that begin at the fork, where they agree.
     """
     fit = fit or _as_it_is
-    whole = unmerged(factors)
-    if isinstance(whole, Refusal):
-        return whole
-    refusal = _unequal(layers, fit(layers, whole))
-    if refusal:
-        return refusal
-    return _ways(layers, factors, rigid, fit)
+    stride, growth = _chain_law(factors, factors[0].dims)
+    pads = tuple((0, a + 1 - s) for a, s in zip(growth, stride, strict=True))
+    alike = AffineConv.identity(1, len(stride), stride=stride, padding=pads)
+    return _unequal(layers, fit(layers, alike)) or _ways(layers, factors, rigid, fit)
 
 
 def _as_it_is(layers: Sequence[AffineConv], shortcut: AffineConv) -> AffineConv:

@@ -119,7 +119,9 @@ def _ways_beside(site: Site, main: Chain, shortcut: Chain) -> Sequence[Beside] |
     ways = placements(linear, factors, rigid, partial(_fitted, site))
     if isinstance(ways, Refusal):
         return ways.at(site.join.name)
-    return list(ways) if shortcut else list(itertools.islice(ways, 1))
+    found = list(ways) if shortcut else list(itertools.islice(ways, 1))
+    whole = _as_one(site, shortcut)
+    return whole if not found and isinstance(whole, Refusal) else found
 
 
 def _place(counts: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import fx
@@ -19,6 +20,8 @@ from rmfx.rules.batch_norm import fold
 from rmfx.rules.linear import LinearRule
 from rmfx.rules.noop import NoopRule
 
+from .layout import BY_NAME
+from .plan import plans
 from .policy import Policy
 from .rule import ResidualRule, check_strict, finish, joins_of
 from .strategy import AUTO
@@ -54,6 +57,7 @@ def remove(
     calibration: Iterable[Any] | None = None,
     weights_vary: bool = False,
     policy: Policy = "all",
+    minimise: str = "time",
 ) -> fx.GraphModule:
     """The network as plain chains, as far as it can be, and a report on its joins.
 
@@ -79,6 +83,7 @@ def remove(
         allowed=allowed,
         fold_batch_norm=fold_batch_norm,
         moments=measured.moments if measured else None,
+        arrange=partial(plans, target=BY_NAME[minimise]),
         policy=policy,
     )
     _, refusals = apply_rule(net, rule)

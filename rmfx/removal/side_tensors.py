@@ -21,6 +21,7 @@ from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import in_turn
 from rmfx.errors import fault
 from rmfx.ir.elements import Border, MaxPool, Virtual
+from rmfx.ir.functions import reads_sizes_alone
 from rmfx.ir.laterals import Lateral
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import data_input
@@ -149,11 +150,13 @@ def tap(
         reads it), and those behind pools, which are new nodes in the place of the old ones.
     """
     pooled = [r for r in readers if is_spatial_pool(net, r, dims)]
+    sizes = [r for r in readers if reads_sizes_alone(r, value) and share.runs > 1]
     with net.graph.inserting_after(wide):
         slices = {value: share.taken(net, wide, dims)}
+        like = take(net, wide, 0, share.widths[share.block], dims) if sizes else slices[value]
     for reader in readers:
         if reader not in pooled:
-            reader.replace_input_with(value, slices[value])
+            reader.replace_input_with(value, like if reader in sizes else slices[value])
     for pool in pooled:
         whole = _remade(net, pool, {value: wide}, sum(share.widths), dims)
         with net.graph.inserting_after(whole):

@@ -12,6 +12,7 @@ from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import compose
 from rmfx.algebra.layer import Layer
 from rmfx.errors import Refusal
+from rmfx.ir.functions import reads_sizes_alone
 from rmfx.ir.joins import read_join
 from rmfx.ir.kinds import BATCH_NORMS
 from rmfx.ir.laterals import Lateral
@@ -44,7 +45,7 @@ class Step:
         value: the node that holds its output, None if no node does.
         channels: of its output.
         tapped: whether that value is read off the branch, too.
-        pooled: whether all that read it there pool over space.
+        pooled: whether all that read it there pool over space, or ask for its sizes.
     """
 
     layer: Layer
@@ -234,7 +235,9 @@ def _resolve(path: Path, channels: int, dims: int, keep_norms: bool, net: Net) -
         if isinstance(module, BATCH_NORMS) and isinstance(layer, AffineConv):
             layer = Norm(module, layer)
         readers = set(node.users) - on_path
-        pooled = bool(readers) and all(is_spatial_pool(net, n, dims) for n in readers)
+        pooled = bool(readers) and all(
+            is_spatial_pool(net, n, dims) or reads_sizes_alone(n, node) for n in readers
+        )
         steps.append(Step(layer, (node,), node, channels, place.tapped, pooled))
     return tuple(steps)
 

@@ -51,8 +51,9 @@ class Split:
 
 def _split(layer: AffineConv, carry: Carry) -> Split | None:
     """Take a layer apart into what it reads of a carry and what else; None if that is nothing."""
-    if layer.groups != 1 or carry.first.dims != layer.dims:
+    if carry.first.dims != layer.dims:
         return None
+    layer = layer.regroup(1)
     mixing = ~hands_on(layer)
     carried = carry.rows >= 0
     space = [1] * layer.dims

@@ -38,6 +38,8 @@ from rmfx.ir.selections import may_select
 from rmfx.ir.weights import weight_types
 from rmfx.report import SiteReport
 
+# Multiply-adds in the time that it takes to read a value and to write it elsewhere.
+MOVING = 8.0
 Cost = tuple[float, ...]
 Segment = tuple[int, int, AffineConv]
 # The fewest layers, the least work, or a function of the row that the report would have.
@@ -77,9 +79,8 @@ class LinearRule:
             return None
         if len(weight_types(net, nodes)) != 1:
             return None
-        # Functions move values (padding, slices): as long as they stay, they multiply nothing.
-        free = [net.callee(n) is None for n in nodes]
-        segments, refusal = self._cheapest([affine_at(net, n) for n in nodes], free)
+        moves = [net.callee(n) is None for n in nodes]  # functions: paddings, slices
+        segments, refusal = self._cheapest([affine_at(net, n) for n in nodes], moves)
         if len(segments) == len(nodes):
             return refusal.at(*(n.name for n in nodes)) if refusal else None
         if callable(self._policy) and not self._policy(_row(net, nodes, segments)):
@@ -111,7 +112,7 @@ class LinearRule:
         return nodes
 
     def _cheapest(
-        self, layers: list[AffineConv], free: list[bool]
+        self, layers: list[AffineConv], moves: list[bool]
     ) -> tuple[list[tuple[int, int, AffineConv]], Refusal | None]:
         """Best cut of a chain; best[i] covers the first i layers."""
         area = [1.0]
@@ -128,8 +129,9 @@ class LinearRule:
                 if isinstance(merged, Refusal):
                     refusal = merged
                     break
-                alone = end == begin + 1 and free[begin]
-                cost = self._cost(merged, 0.0 if alone else area[end])
+                cost = self._cost(merged, area[end])
+                if end == begin + 1 and moves[begin]:
+                    cost = self._cost_of_moving(merged, area[end])
                 total = tuple(a + b for a, b in zip(best[begin][0], cost, strict=True))
                 if total < best[end][0]:
                     best[end] = (total, [*best[begin][1], (begin, end, merged)])
@@ -138,6 +140,10 @@ class LinearRule:
     def _cost(self, layer: AffineConv, area: float) -> Cost:
         work, size = layer.multiply_adds() * area, float(layer.weight.numel())
         return (1.0, work, size) if self._policy == "all" else (work, 1.0, size)
+
+    def _cost_of_moving(self, layer: AffineConv, area: float) -> Cost:
+        work = min(MOVING * layer.out_channels, layer.multiply_adds()) * area
+        return (1.0, work, 0.0) if self._policy == "all" else (work, 1.0, 0.0)
 
 
 def affine_at(net: Net, node: fx.Node) -> AffineConv:

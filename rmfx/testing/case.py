@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rmfx.choices import PASSES, STRATEGIES
+from rmfx.choices import PASSES, STRATEGIES, TARGETS
 
 from .compiled import CHANGES, MOST_CHANGES, MOVED
 from .networks.spec import NetworkSpec
@@ -29,6 +29,7 @@ class Case:
         without_inputs: whether the pass is also called without example inputs.
         input_range: whether `remove_residuals` is told the range of the inputs.
         calibrated: whether it is given the inputs as data, which a shift needs.
+        minimise: the option of `remove_residuals`.
         changes: what is done to the weights between calls of a compiled network.
     """
 
@@ -39,6 +40,7 @@ class Case:
     without_inputs: bool = False
     input_range: bool = False
     calibrated: bool = False
+    minimise: str = TARGETS[0]
     changes: tuple[str, ...] = ()
 
     def of(self, spec: NetworkSpec) -> Case:
@@ -56,7 +58,7 @@ class Case:
         # The fuzzer compares what a pass made, not what the pass found when it did so itself.
         options: dict[str, Any] = {} if self.frontend == "compiled" else {"verify": False}
         if self.transform == "remove_residuals":
-            options["activation"] = self.activation
+            options |= {"activation": self.activation, "minimise": self.minimise}
         if self.input_range:
             bound = max(float(x.abs().max()) for x in inputs)
             options["input_range"] = (-bound, bound)
@@ -95,6 +97,7 @@ def draw_case(
         input_range=bounded and transform == "remove_residuals",
         calibrated=transform == "remove_residuals" and ways != "auto" and not compiled,
         changes=_draw_changes(random, spec) if compiled else (),
+        minimise=random.choice(TARGETS),
     )
 
 

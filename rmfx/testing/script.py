@@ -64,7 +64,7 @@ def _options(case: Case) -> list[str]:
         return []
     own: dict[str, Any] = {} if case.frontend == "compiled" else {"verify": False}
     if case.transform == "remove_residuals":
-        own["activation"] = case.activation
+        own |= {"activation": case.activation, "minimise": case.minimise}
     lines = [f"options = {own!r}"]
     if case.input_range:
         lines.append("bound = max(float(x.abs().max()) for x in inputs)")

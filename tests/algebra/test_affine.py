@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,15 +15,19 @@ from torch import Tensor, nn
 
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import (
+    Unmerged,
     chain,
     common_block,
     common_window,
     compose,
     direct_sum,
+    groups_side_by_side,
     in_turn,
     join,
     plus,
+    spread,
     stack,
+    unmerged,
     window_of,
 )
 from rmfx.algebra.modules import from_batch_norm, from_conv, from_transposed_conv, to_modules
@@ -308,13 +312,85 @@ def test_stack_puts_outputs_one_below_the_other(found: list[AffineConv]) -> None
     assert same(apply(merged(stack(*found)), x), torch.cat([apply(f, x) for f in found], 1))
 
 
-@given(siblings(same_ins=True))
-def test_a_stack_may_take_turns_and_stay_grouped(found: list[AffineConv]) -> None:
-    x, runs = inputs_of_each(found)[0], math.gcd(*(f.groups for f in found))
-    together = merged(stack(*found, runs=runs))
-    parts = [apply(f, x).transpose(0, 1) for f in found]
-    assert together.groups == runs
-    assert same(apply(together, x), in_turn(parts, runs).transpose(0, 1))
+def in_runs(parts: Sequence[Tensor], runs: int) -> Tensor:
+    """Values (batch, channels, …) whose channels take turns."""
+    return in_turn([x.transpose(0, 1) for x in parts], runs).transpose(0, 1)
+
+
+def runs_of(data: st.DataObject, groups: int, *counts: int) -> int:
+    """A multiple of the groups that divides numbers of channels."""
+    fits = [n for n in range(1, math.gcd(*counts) + 1) if not n % groups]
+    return data.draw(st.sampled_from([n for n in fits if not any(c % n for c in counts)]))
+
+
+def groups_of(data: st.DataObject, found: list[AffineConv]) -> int:
+    """A number that divides the groups of each layer."""
+    common = math.gcd(*(f.groups for f in found))
+    return data.draw(st.sampled_from([n for n in range(1, common + 1) if common % n == 0]))
+
+
+@given(siblings(same_ins=True), st.data())
+def test_a_stack_may_take_turns_and_stay_grouped(
+    found: list[AffineConv], data: st.DataObject
+) -> None:
+    x, groups = inputs_of_each(found)[0], groups_of(data, found)
+    runs = runs_of(data, groups, *(f.out_channels for f in found))
+    together = merged(stack(*found, groups=groups, runs=runs))
+    assert together.groups == groups
+    assert same(apply(together, x), in_runs([apply(f, x) for f in found], runs))
+
+
+@given(siblings(same_outs=True), st.data())
+def test_a_join_may_read_what_takes_turns(found: list[AffineConv], data: st.DataObject) -> None:
+    xs, groups = inputs_of_each(found), groups_of(data, found)
+    runs = runs_of(data, groups, *(f.in_channels for f in found))
+    together = merged(join(*found, groups=groups, runs=runs))
+    total = sum(apply(f, x) for f, x in zip(found, xs, strict=True))
+    assert together.groups == groups
+    assert isinstance(total, Tensor)
+    assert same(apply(together, in_runs(xs, runs)), total)
+
+
+@given(siblings(), st.data())
+def test_each_group_may_hold_a_share_of_both(found: list[AffineConv], data: st.DataObject) -> None:
+    xs, groups = inputs_of_each(found), groups_of(data, found)
+    before = runs_of(data, groups, *(f.in_channels for f in found))
+    behind = runs_of(data, groups, *(f.out_channels for f in found))
+    together = merged(spread(*found, groups=groups, runs=(before, behind)))
+    ys = [apply(f, x) for f, x in zip(found, xs, strict=True)]
+    assert together.groups == groups
+    assert same(apply(together, in_runs(xs, before)), in_runs(ys, behind))
+
+
+@given(siblings(), st.data())
+def test_a_direct_sum_hands_its_runs_on(found: list[AffineConv], data: st.DataObject) -> None:
+    counts = groups_side_by_side(merged_window(*found))
+    widths = counts or [n for f in found for n in (f.in_channels, f.out_channels)]
+    runs = runs_of(data, 1, *widths)
+    together, xs = merged(direct_sum(*found, runs=runs)), inputs_of_each(found)
+    ys = [apply(f, x) for f, x in zip(found, xs, strict=True)]
+    assert together.groups == (sum(counts) if counts else 1)
+    assert same(apply(together, in_runs(xs, runs)), in_runs(ys, runs))
+
+
+@given(st.data())
+def test_the_shape_of_a_product_is_known_before_its_weights(data: st.DataObject) -> None:
+    inner = data.draw(layers(padding=st.tuples(st.integers(-1, 2), st.integers(-1, 2))))
+    outer = data.draw(layers(dims=inner.dims, ins=inner.out_channels))
+    shape, product = unmerged([inner, outer]), compose(outer, inner)
+    if isinstance(product, Refusal):
+        assert isinstance(shape, Refusal)
+        assert shape.reason == product.reason
+        return
+    assert isinstance(shape, Unmerged)
+    for name in ("stride", "padding", "dilation", "kernel", "groups", "block"):
+        assert getattr(shape, name) == getattr(product, name), name
+    assert shape.has_bias or not product.has_bias
+    wide = (product.in_channels + 2, product.out_channels + 1)
+    assert equal_weights(merged(shape.merged()), product)
+    padded = shape.pad_channels(*wide)
+    assert isinstance(padded, Unmerged)
+    assert equal_weights(merged(padded.merged()), product.pad_channels(*wide))
 
 
 @given(siblings(same_outs=True, count=3))

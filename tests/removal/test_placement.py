@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.laws import area_after, direct_sum, join, plus, reads_inside, stack
+from rmfx.algebra.laws import Unmerged, area_after, direct_sum, join, plus, reads_inside, stack
 from rmfx.errors import Refusal
 from rmfx.removal.placement import dirac, placements
 
@@ -51,10 +52,26 @@ def apply(layer: AffineConv, x: Tensor) -> Tensor:
     return result
 
 
-def found(layers: list[AffineConv], shortcut: AffineConv) -> list[tuple[int, list[AffineConv]]]:
-    result = placements(layers, shortcut)
+def ways(layers: list[AffineConv], *factors: AffineConv) -> list[list[tuple[AffineConv, int]]]:
+    result = placements(layers, factors)
     assert not isinstance(result, Refusal), result
     return list(result)
+
+
+def found(layers: list[AffineConv], shortcut: AffineConv) -> list[tuple[int, list[AffineConv]]]:
+    """Where a shortcut of one layer stands, and the layers beside those of the branch."""
+    places = ways(layers, shortcut)
+    return [([n for _, n in way].index(1), [g for g, _ in way]) for way in places]
+
+
+def whole(layer: AffineConv) -> AffineConv:
+    made = layer.merged() if isinstance(layer, Unmerged) else layer
+    assert isinstance(made, AffineConv), made
+    assert (made.kernel, made.groups, made.block) == (layer.kernel, layer.groups, layer.block)
+    assert (made.stride, made.padding, made.dilation) == (
+        layer.stride, layer.padding, layer.dilation,
+    )  # fmt: skip
+    return made
 
 
 def law_of(i: int, count: int) -> Any:
@@ -62,22 +79,25 @@ def law_of(i: int, count: int) -> Any:
     return plus if i == 0 == last else stack if i == 0 else join if i == last else direct_sum
 
 
-def check(layers: list[AffineConv], shortcut: AffineConv, sizes: tuple[int, ...]) -> int:
+def check(layers: list[AffineConv], sizes: tuple[int, ...], *factors: AffineConv) -> int:
     """Demand that each placement adds the shortcut's value; gives how many sizes were run."""
-    places, runs = found(layers, shortcut), 0
+    places, runs = ways(layers, *factors), 0
     for h in sizes:
-        x = torch.randn(1, shortcut.in_channels, *[h] * shortcut.dims, dtype=F64)
+        x = torch.randn(1, factors[0].in_channels, *[h] * factors[0].dims, dtype=F64)
         try:
             main = x
             for f in layers:
                 main = apply(f, main)
-            expected = apply(shortcut, x)
+            expected = x
+            for f in factors:
+                expected = apply(f, expected)
         except RuntimeError:  # the map is too small for a kernel, before anything was rewritten
             continue
         runs += 1
-        for _, beside in places:
+        for way in places:
             carry, plain = x, x
-            for i, (f, g) in enumerate(zip(layers, beside, strict=True)):
+            for i, (f, (g, _)) in enumerate(zip(layers, way, strict=True)):
+                g = whole(g)
                 carry = apply(g, carry)
                 layer = law_of(i, len(layers))(f, g)
                 assert isinstance(layer, AffineConv), layer
@@ -132,7 +152,69 @@ def shortcuts_of(draw: st.DrawFn, layers: list[AffineConv]) -> AffineConv:
 @given(st.data())
 def test_every_placement_is_exact(data: st.DataObject) -> None:
     layers = data.draw(chains(dims=data.draw(st.sampled_from((1, 1, 2)))))
-    check(layers, data.draw(shortcuts_of(layers)), (5, 12, 25, 31, 48))
+    check(layers, (5, 12, 25, 31, 48), data.draw(shortcuts_of(layers)))
+
+
+@st.composite
+def factors_of(draw: st.DrawFn, layers: list[AffineConv]) -> list[AffineConv]:
+    """A shortcut of two or three layers, of the chain's stride and growth as one."""
+    first = [draw(own_geometry(layers[0].dims)) for _ in range(draw(st.integers(1, 2)))]
+    stride, growth = total(layers)
+    own_stride, own_growth = total(first)
+    assume(stride % own_stride == 0 and (growth - own_growth) % own_stride == 0)
+    last, growth = stride // own_stride, (growth - own_growth) // own_stride
+    kernel, left = draw(st.sampled_from((1, 1, 3))), draw(st.integers(-1, 1))
+    right = growth - left + kernel - last
+    dims = layers[0].dims
+    return [*first, conv(kernel=kernel, stride=last, padding=(left, right), dims=dims)]
+
+
+@st.composite
+def own_geometry(draw: st.DrawFn, dims: int) -> AffineConv:
+    kernel, stride = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from((1, 1, 2)))
+    padding = draw(st.sampled_from((0, kernel // 2, (0, kernel - 1))))
+    made = conv(kernel=kernel, stride=stride, padding=padding, dims=dims, bias=draw(st.booleans()))
+    if draw(st.booleans()):
+        return replace(made, weight=made.weight[:, :1], groups=2)
+    return made
+
+
+@given(st.data())
+def test_the_layers_of_a_shortcut_may_stand_one_by_one(data: st.DataObject) -> None:
+    layers = data.draw(chains(dims=data.draw(st.sampled_from((1, 1, 2)))))
+    factors = data.draw(factors_of(layers))
+    if not isinstance(placements(layers, factors), Refusal):
+        check(layers, (5, 12, 25, 31), *factors)
+
+
+@given(st.data())
+def test_layers_of_the_branchs_own_geometry_stand_beside_it(data: st.DataObject) -> None:
+    """Whatever the branch does to sizes, a shortcut that does it layer for layer fits."""
+    layers = data.draw(chains(dims=1))
+    assume(len(layers) > 1)
+    factors = [
+        replace(
+            f, weight=torch.randn_like(f.weight[:, :1]), groups=2, bias=torch.randn(2, dtype=F64)
+        )
+        for f in layers
+    ]
+    counts = [[n for _, n in way] for way in ways(layers, *factors)]
+    if all(f.preserves_size for f in layers[:-1]):
+        assert [*range(1, len(layers) + 1)] in counts
+    check(layers, (9, 16, 31), *factors)
+
+
+def test_depthwise_stands_beside_depthwise() -> None:
+    """A shortcut of GhostNet: a strided 5x5 and a 1x1, which would be a dense 5x5 as one."""
+    narrow = {"kernel": 5, "stride": 2, "padding": 2, "dims": 2, "bias": False}
+    depthwise = replace(conv(**narrow), weight=torch.randn(2, 1, 5, 5, dtype=F64), groups=2)
+    layers = [conv(kernel=1, dims=2), depthwise, conv(kernel=1, dims=2)]
+    shortcut = replace(depthwise, weight=torch.randn(2, 1, 5, 5, dtype=F64))
+    found = ways(layers, shortcut, conv(kernel=1, dims=2))
+    best = min(found, key=lambda way: sum(g.weight.numel() for g, _ in way))
+    assert [n for _, n in best] == [0, 1, 2]
+    assert best[1][0].is_depthwise
+    assert check(layers, (8, 9, 14), shortcut, conv(kernel=1, dims=2)) == 3
 
 
 @given(st.data())
@@ -142,7 +224,7 @@ def test_same_size_chains_take_an_identity_at_every_position(data: st.DataObject
     layers = [conv(kernel=k, padding=k // 2) for k in kernels]
     shortcut = AffineConv.identity(2, 1)
     assert [j for j, _ in found(layers, shortcut)] == list(range(len(layers)))
-    assert check(layers, shortcut, (5, 6, 7)) == 3
+    assert check(layers, (5, 6, 7), shortcut) == 3
 
 
 @pytest.mark.parametrize(
@@ -174,14 +256,14 @@ def test_the_geometry_of_known_networks_fits(
     chain = [conv(dims=dims, **options) for options in layers]
     beside = conv(dims=dims, **shortcut)
     assert len(found(chain, beside)) == count
-    assert check(chain, beside, (7, 8, 9, 13)) == 4
+    assert check(chain, (7, 8, 9, 13), beside) == 4
 
 
 def test_a_shortcut_that_reads_padding_fits_after_layers_that_keep_the_size() -> None:
     layers = [conv(kernel=3, padding=1), conv(kernel=3, padding=1), conv(kernel=3, padding=1)]
     shortcut = conv(kernel=3, padding=1)
     assert [j for j, _ in found(layers, shortcut)] == [0, 1, 2]
-    assert check(layers, shortcut, (5, 8)) == 2
+    assert check(layers, (5, 8), shortcut) == 2
 
 
 def test_a_shortcut_that_reads_padding_does_not_fit_after_a_stride() -> None:
@@ -199,21 +281,21 @@ def test_channels_change_where_the_shortcut_stands(outs: int) -> None:
 
 
 def test_other_strides_are_refused() -> None:
-    result = placements([conv(stride=2, padding=1)], AffineConv.identity(2, 1))
+    result = placements([conv(stride=2, padding=1)], [AffineConv.identity(2, 1)])
     assert isinstance(result, Refusal)
     assert result.reason == "the branch has stride 2 and the shortcut 1"
 
 
 @pytest.mark.parametrize("padding", [0, 2, (0, 1)])
 def test_other_sizes_are_refused(padding: Any) -> None:
-    result = placements([conv(padding=padding)], AffineConv.identity(2, 1))
+    result = placements([conv(padding=padding)], [AffineConv.identity(2, 1)])
     assert isinstance(result, Refusal)
     assert "sizes" in result.reason
 
 
 def test_every_dimension_counts() -> None:
     tall = AffineConv(torch.ones(1, 1, 3, 3), torch.zeros(1), (1, 1), ((1, 1), (0, 0)), (1, 1))
-    assert isinstance(placements([tall], AffineConv.identity(1, 2)), Refusal)
+    assert isinstance(placements([tall], [AffineConv.identity(1, 2)]), Refusal)
 
 
 def test_layers_without_space_always_fit() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,18 +14,22 @@ from torch import Tensor, nn
 
 import rmfx
 from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.laws import Unmerged
 from rmfx.errors import Refusal
 from rmfx.ir.net import Net
 from rmfx.removal.assembly import Plan, build
 from rmfx.removal.columns import Built, Linear, Normalised, Pointwise
+from rmfx.removal.layout import MACS, TIME, Target
 from rmfx.removal.plan import plans
 from rmfx.removal.site import Site, find_sites
 
 Forward = Callable[[Any, Tensor], Any]
 
 
-def site_of(forward: Forward, *, keep_norms: bool = False, **parts: nn.Module) -> Site:
-    net = Net(rmfx.trace(ready(Apply(forward, **parts)), image()))
+def site_of(
+    forward: Forward, *, keep_norms: bool = False, channels: int = 4, **parts: nn.Module
+) -> Site:
+    net = Net(rmfx.trace(ready(Apply(forward, **parts)), image(2, channels, 9, 7)))
     join = [n for n in net.graph.nodes if n.target in (torch.add, torch.sub)][-1]
     sites = find_sites(net, join, keep_norms=keep_norms)
     assert isinstance(sites, list), sites
@@ -46,8 +50,14 @@ def block(*, act: Callable[[Tensor], Tensor] = F.relu, **parts: nn.Module) -> di
     return {"forward": lambda m, x: x + m.b(act(m.a(x))), **given}
 
 
+def whole(plan: Plan) -> Plan:
+    found = plan.with_weights()
+    assert not isinstance(found, Refusal), found
+    return found
+
+
 def built(plan: Plan) -> list[AffineConv]:
-    columns = build(plan.columns)
+    columns = build(whole(plan))
     assert not isinstance(columns, Refusal), columns
     return [column.layer for column in columns if isinstance(column, Built)]
 
@@ -103,8 +113,8 @@ def test_the_work_is_that_of_the_layers_that_get_built(name: str) -> None:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_cheapest_plan_comes_first(name: str) -> None:
-    works = [plan.work for plan in plans_of(**BLOCKS[name])]
-    assert works == sorted(works)
+    prices = [plan.price for plan in plans_of(**BLOCKS[name])]
+    assert prices == sorted(prices)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -134,23 +144,81 @@ def test_a_wide_shortcut_is_carried_before_its_projection() -> None:
 
 
 def test_the_carry_is_padded_to_the_width_of_the_groups_where_that_is_cheaper() -> None:
-    parts = {"a": conv(4, 9, 1), "b": conv(9, 9, groups=3), "c": conv(9, 4, 1)}
-    best = plans_of(lambda m, x: x + m.c(F.relu(m.b(F.relu(m.a(x))))), **parts)[0]
+    parts = {"a": conv(40, 90, 1), "b": conv(90, 90, groups=3), "c": conv(90, 40, 1)}
+    best = plans_of(lambda m, x: x + m.c(F.relu(m.b(F.relu(m.a(x))))), channels=40, **parts)[0]
     layers = built(best)
-    # 4 carried channels become 6, two more groups of 3 beside the three of the branch.
-    assert (layers[1].groups, layers[1].in_channels) == (5, 15)
+    # 40 carried channels become 60, two more groups of 30 beside the three of the branch.
+    assert (layers[1].groups, layers[1].in_channels) == (5, 150)
 
 
+def wide(*widths: int, groups: Sequence[int], kernels: Sequence[int]) -> dict[str, Any]:
+    """x beside layers of these widths with ReLU between them."""
+    layers = [
+        conv(ins, outs, kernel, groups=g)
+        for (ins, outs), g, kernel in zip(itertools.pairwise(widths), groups, kernels, strict=True)
+    ]
+    names = "abcdefg"[: len(layers)]
+
+    def forward(m: Any, x: Tensor) -> Any:
+        y = getattr(m, names[0])(x)
+        for name in names[1:]:
+            y = getattr(m, name)(F.relu(y))
+        return x + y
+
+    return {"forward": forward, "channels": widths[0], **dict(zip(names, layers, strict=True))}
+
+
+@pytest.mark.parametrize("target", [TIME, MACS], ids=["time", "macs"])
 @pytest.mark.parametrize(
-    ("name", "groups"),
-    {"depthwise first": 4, "grouped first": 2, "depthwise twice": 1, "activation first": 4}.items(),
+    ("given", "times"),
+    [
+        # A depthwise layer beside a carry is a depthwise layer of twice the channels; Δ and ∇ of
+        # their own are groups, and the 1x1 between them reads and writes any order.
+        (wide(64, 64, 64, 64, groups=(64, 1, 64), kernels=(3, 1, 3)), 4.2),
+        # Twice M outputs of M inputs: with two copies of these, four groups instead of a dense 3x3.
+        (wide(64, 32, 64, 64, groups=(1, 1, 64), kernels=(1, 3, 1)), 3.1),
+        # Groups of 8 beside a carry of 8 groups.
+        (wide(64, 64, 64, 64, groups=(1, 8, 1), kernels=(1, 3, 1)), 2.1),
+    ],
+    ids=["depthwise twice", "copies", "groups"],
 )
-def test_main_and_carry_take_turns_so_that_the_first_layer_stays_grouped(
-    name: str, groups: int
+def test_what_layouts_cost_beside_the_block(
+    given: dict[str, Any], times: float, target: Target
 ) -> None:
-    best = plans_of(**BLOCKS[name])[0]
-    assert built(best)[0].groups == groups
-    assert ("in turns" in best.layout) == (groups > 1)
+    found = plans(site_of(**given), target)
+    assert isinstance(found, list)
+    layers = [layer for layer in given.values() if isinstance(layer, nn.Conv2d)]
+    assert found[0].work < times * sum(layer.weight.numel() for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["depthwise first", "grouped first", "activation first"])
+def test_main_and_carry_take_turns_so_that_the_first_layer_stays_grouped(name: str) -> None:
+    found = plans(site_of(**BLOCKS[name]), MACS)
+    assert isinstance(found, list)
+    assert built(found[0])[0].groups > 1
+    assert "in turns" in found[0].place
+
+
+def test_narrow_groups_count_as_if_they_were_wide_where_time_is_the_target() -> None:
+    given = wide(64, 64, 64, groups=(64, 1), kernels=(3, 1))
+    found = {target: plans(site_of(**given), target)[0] for target in (TIME, MACS)}
+    first = {target: built(plan)[0] for target, plan in found.items()}
+    assert min(first[TIME].block) >= 8  # Δ of its own
+    assert first[MACS].block == (1, 2)  # merged into the depthwise layer
+    assert found[MACS].work < found[TIME].work
+
+
+def test_nothing_is_multiplied_before_a_plan_is_chosen() -> None:
+    """A depthwise shortcut of two layers at one place has the shape of their product alone."""
+    parts = {"a": conv(4, 6), "b": conv(6, 6), "s": conv(4, 4, groups=4), "t": conv(4, 6, 1)}
+    found = plans_of(lambda m, x: m.t(m.s(x)) + m.b(F.relu(m.a(x))), **parts)
+    shapes = [c.carry for plan in found for c in plan.columns if isinstance(c, Linear)]
+    waiting = [f for f in shapes if isinstance(f, Unmerged)]
+    assert waiting
+    assert all(f.weight.untyped_storage().nbytes() <= 8 for f in waiting)
+    assert not any(
+        isinstance(c.carry, Unmerged) for c in whole(found[0]).columns if isinstance(c, Linear)
+    )
 
 
 def test_a_batch_norm_may_stay_between_layers_but_not_at_the_end() -> None:
