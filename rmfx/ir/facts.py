@@ -280,7 +280,7 @@ class Inference:
         """What a number is if layers fix it."""
         value, index = size_read(node)
         if value is not None:
-            facts = self._known[value]
+            facts = self(value)  # which may be newer than what is known of the shape that was read
             return facts.channels if facts.has_channels_in(index) else None
         given = [self._known[a].number if isinstance(a, fx.Node) else a for a in node.args]
         return computed(node, given)

@@ -15,7 +15,8 @@ from rmfx.ir.nodes import between
 from rmfx.ir.notes import why_frozen
 
 from .assembly import Plan, plan_of
-from .columns import Column, Linear, Pair, column_of, price_of
+from .column import Column
+from .columns import Linear, Pair, column_of, price_of
 from .layout import Target
 from .site import Chain, Norm, Site, Step
 

@@ -9,7 +9,8 @@ from torch import fx
 
 from rmfx.errors import Refusal
 
-from .columns import Built, Column, Linear, linear_of
+from .column import Column
+from .columns import Built, Linear, linear_of
 from .layout import Layout, Target, built, layout_of
 
 

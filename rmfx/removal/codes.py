@@ -18,7 +18,8 @@ from rmfx.analysis.ranges import Range
 from rmfx.choices import STRATEGIES
 from rmfx.errors import Refusal
 
-from .columns import Column, Linear, Pointwise
+from .column import Column
+from .columns import Linear, Pointwise
 
 BITS_OF_SHIFT = 6  # a shift with few bits is exact itself
 ORDER = ("linear", *STRATEGIES).index

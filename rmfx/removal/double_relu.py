@@ -31,7 +31,8 @@ from rmfx.algebra.laws import compose
 from rmfx.errors import Refusal
 
 from .assembly import Plan
-from .columns import Column, Linear, Pointwise
+from .column import Column
+from .columns import Linear, Pointwise
 
 RELU = Activation(nn.ReLU())
 

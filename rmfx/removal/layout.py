@@ -31,7 +31,8 @@ from rmfx.algebra.laws import (
 from rmfx.choices import TARGETS
 from rmfx.errors import Refusal
 
-from .columns import Column, Linear, linear_of
+from .column import Column
+from .columns import Linear, linear_of
 
 Runs = tuple[int, int]  # before and behind a layer
 

@@ -29,7 +29,8 @@ from .codes import (
     power_of_two,
     scale_into,
 )
-from .columns import Column, Linear, Pointwise
+from .column import Column
+from .columns import Linear, Pointwise
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,8 @@ from rmfx.ir.notes import shape_of
 
 from .alignment import aligned
 from .assembly import Plan, plan_of
-from .columns import Column, Linear, column_of
+from .column import Column
+from .columns import Linear, column_of
 from .frames import frames
 from .layout import TIME, Target, described
 from .placement import Beside, fitted, placements
@@ -102,7 +103,7 @@ def _beside(site: Site, main: Chain, shortcut: Chain, target: Target) -> list[Pl
             continue
         for beside in ways:
             columns = _columns(site, framed, beside, shortcut)
-            place = _place([count for _, count in beside])
+            place = _place([count for _, count in beside], bool(shortcut))
             found += (
                 replace(plan, kept=kept, place=f"{place}{plan.place}")
                 for plan in _widths(columns, target)
@@ -124,8 +125,10 @@ def _ways_beside(site: Site, main: Chain, shortcut: Chain) -> Sequence[Beside] |
     return whole if not found and isinstance(whole, Refusal) else found
 
 
-def _place(counts: Sequence[int]) -> str:
+def _place(counts: Sequence[int], has_layers: bool) -> str:
     """Beside which layers of the branch those of the shortcut stand."""
+    if not has_layers:
+        return "identity beside one layer" if len(counts) == 1 else f"identity beside {len(counts)}"
     layers = [str(i + 1) for i, n in enumerate(counts) if n > (counts[i - 1] if i else 0)]
     if len(counts) == 1:
         return "one layer"

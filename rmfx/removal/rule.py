@@ -24,7 +24,8 @@ from rmfx.rules.concatenation import ConcatenationRule
 
 from .alignment import may_reorder
 from .assembly import Plan, build
-from .columns import Column, Label, Shared, Spot
+from .column import Column, Label, Spot
+from .columns import Shared
 from .plan import merge, plans
 from .policy import Policy, reason_to_keep
 from .rows import row_of_match, row_of_refusal, with_expense
@@ -32,7 +33,7 @@ from .side_tensors import Share, tap
 from .site import Site, find_sites
 from .strategy import AUTO, Settled, is_large, settle
 
-Option = tuple[Site, Settled]
+Option = tuple[Site, Settled, Sequence[Plan]]  # and every plan of the site
 Arrange = Callable[[Site], list[Plan] | Refusal]
 
 
@@ -82,9 +83,9 @@ class ResidualRule:
         options = [option for option in found if not isinstance(option, Refusal)]
         if not options:
             return next(option for option in found if isinstance(option, Refusal))
-        (site, settled), *others = sorted(options, key=self._dearness)
+        site, settled, plans_of_site = min(options, key=self._dearness)
         row = row_of_match(net, site, settled, _old(site, settled))
-        row = replace(row, layout=_compared(settled, [other for _, other in others]))
+        row = replace(row, layout=_compared(settled.plan, plans_of_site))
         kept = reason_to_keep(self._policy, net, site, row, self._both_forms)
         return kept or Match(site, settled, row)
 
@@ -123,7 +124,7 @@ class ResidualRule:
                 continue
             if not is_large(settled, self._allowed):
                 best = min(best, settled.plan.price)
-            yield site, settled
+            yield site, settled, found
 
     def rewrite(self, net: Net, node: fx.Node, match: Match) -> None:
         site, columns = match.site, build(match.settled.plan)
@@ -231,10 +232,9 @@ def _old(site: Site, settled: Settled) -> list[fx.Node]:
     return [n for n in sorted(dict.fromkeys(site.nodes)) if n not in settled.plan.kept]
 
 
-def _compared(chosen: Settled, others: Sequence[Settled]) -> str:
+def _compared(plan: Plan, others: Sequence[Plan]) -> str:
     """The layout of an arrangement, beside the next best that has another one."""
-    plan = chosen.plan
-    other = next((o.plan for o in others if o.plan.place != plan.place), None)
+    other = next((o for o in others if o.place != plan.place), None)
     if other is None or not plan.work:
         return plan.place
     return f"{plan.place} ({other.place}: {other.work / plan.work:.2f} times the multiply-adds)"

@@ -9,7 +9,7 @@ pooling is taken behind the pooling, next to a layer that it can be merged into.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,36 +42,101 @@ ONE_AT: dict[type[nn.Module], float] = {nn.Sigmoid: 40.0, nn.Hardsigmoid: 4.0}
 Widths = tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Share:
+    """One block of a wide value.
+
+    Attributes:
+        block: 0 or 1.
+        widths: channels of both blocks.
+        runs: in which they take turns.
+    """
+
+    block: int
+    widths: Widths
+    runs: int
+
+    def taken(self, net: Net, wide: fx.Node, dims: int) -> fx.Node:
+        """Its channels, at the graph's insert point."""
+        count = self.widths[self.block]
+        start = self.widths[0] * self.block
+        if self.runs == 1:
+            return take(net, wide, start, start + count, dims)
+        numbers = torch.arange(sum(self.widths)).reshape(self.runs, -1)
+        begin = start // self.runs
+        own = numbers[:, begin : begin + count // self.runs]
+        return _pick(net, wide, own.flatten().tolist(), count, dims)
+
+
 def may_take_turns(lateral: Lateral) -> bool:
     """Whether a combination may act on one block of a value in which both take turns.
 
     A factor of one position for each channel is put in their order for next to nothing.
     """
-    shapes = [shape_of(gate) for gate in lateral.others]
+    spread = spread_like_the_value(lateral)
+    shapes = [shape_of(spread.get(gate, gate)) for gate in lateral.others]
     small = all(shape is not None and set(shape[2:]) <= {1} for shape in shapes)
     return lateral.node.target is torch.mul and small
 
 
+def spread_like_the_value(lateral: Lateral) -> dict[fx.Node, fx.Node]:
+    """The other tensors that are spread out to the shape of the value, and what they spread out.
+
+    To be asked before anything is rewritten.
+    """
+    alone = [x for x in lateral.others if x.target == "expand_as" and len(x.users) == 1]
+    return {x: x.args[0] for x in alone if x.args[1:] == (lateral.value,)}  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Constant channels before and behind those of an operand, in each run.
+
+    Attributes:
+        sizes: how many there are before and behind.
+        value: of the constant.
+        dims: spatial dimensions.
+        runs: in which they take turns with the operand's own.
+    """
+
+    sizes: Widths
+    value: float
+    dims: int
+    runs: int
+
+
 def combine(
-    net: Net, lateral: Lateral, wide: fx.Node, block: int, widths: Widths, dims: int, runs: int = 1
+    net: Net,
+    lateral: Lateral,
+    wide: fx.Node,
+    share: Share,
+    dims: int,
+    spread: Mapping[fx.Node, fx.Node],
 ) -> fx.Node:
     """The lateral's operation on one block of a wide value, at the graph's insert point.
 
     Args:
-        wide: holds both blocks, of `widths` channels.
-        block: 0 or 1, which one the operation concerns.
-        runs: in which the blocks take turns.
+        wide: holds both blocks.
+        share: which of them the operation concerns.
+        spread: see `spread_like_the_value`.
     """
+    block, widths, runs = share.block, share.widths, share.runs
     if lateral.is_concatenation:
         return _concatenate(net, lateral, wide, block, widths, dims)
-    room = (0, widths[1]) if block == 0 else (widths[0], 0)
+    sizes = (0, widths[1]) if block == 0 else (widths[0], 0)
     operands = [
-        _filled(net, lateral.node, x, widths[block], room, value, dims, runs)
-        if isinstance(x, fx.Node) and value is not None
+        _filled(net, lateral.node, x, widths[block], _Room(sizes, value, dims, runs))
+        if isinstance(x, fx.Node) and x not in spread and value is not None
         else x
         for x, value in zip(lateral.operands, lateral.neutral, strict=True)
     ]
     operands[lateral.place] = wide
+    for i, x in enumerate(operands):
+        if x in spread and lateral.neutral[i] is not None:
+            # Spread out behind the constants: before them it would be a whole map to copy.
+            room = _Room(sizes, lateral.neutral[i] or 0.0, dims, runs)
+            inner = _filled(net, x, spread[x], widths[block], room)
+            operands[i] = _like(net.graph.call_method("expand_as", (inner, wide)), wide, None)
     node = lateral.node
     made = net.graph.call_function(node.target, tuple(operands), dict(node.kwargs))  # type: ignore[arg-type]
     return _like(made, lateral.node, _resized(lateral.node, sum(widths), dims))
@@ -112,32 +177,6 @@ def _pick(net: Net, wide: fx.Node, channels: slice | list[int], count: int, dims
     index: Any = (slice(None), channels) if dims else (..., channels)
     made = net.graph.call_function(operator.getitem, (wide, index))
     return _like(made, wide, _resized(wide, count, dims))
-
-
-@dataclass(frozen=True)
-class Share:
-    """One block of a wide value.
-
-    Attributes:
-        block: 0 or 1.
-        widths: channels of both blocks.
-        runs: in which they take turns.
-    """
-
-    block: int
-    widths: Widths
-    runs: int
-
-    def taken(self, net: Net, wide: fx.Node, dims: int) -> fx.Node:
-        """Its channels, at the graph's insert point."""
-        count = self.widths[self.block]
-        start = self.widths[0] * self.block
-        if self.runs == 1:
-            return take(net, wide, start, start + count, dims)
-        numbers = torch.arange(sum(self.widths)).reshape(self.runs, -1)
-        begin = start // self.runs
-        own = numbers[:, begin : begin + count // self.runs]
-        return _pick(net, wide, own.flatten().tolist(), count, dims)
 
 
 def tap(
@@ -192,26 +231,18 @@ def _succeed(net: Net, node: fx.Node, made: fx.Node) -> None:
     made.name = name
 
 
-def _filled(
-    net: Net,
-    node: fx.Node,
-    other: fx.Node,
-    width: int,
-    room: Widths,
-    value: float,
-    dims: int,
-    runs: int,
-) -> fx.Node:
-    """An operand of a node with a constant in the room before and behind its `width` channels."""
+def _filled(net: Net, reader: fx.Node, other: fx.Node, width: int, room: _Room) -> fx.Node:
+    """An operand of a node with constants beside its `width` channels."""
+    dims = room.dims
     if net.channels(other, dims) == 1 < width:
         rank = net.rank(other) or dims + 2
         sizes = [-1] * rank
         sizes[1 if dims else -1] = width
         expanded = net.graph.call_method("expand", (other, *sizes))
         other = _like(expanded, other, _resized(other, width, dims))
-    elif node.target is torch.mul:
-        return _with_ones(net, node, other, room, dims, runs)
-    return _padded(net, other, room, value, dims, runs)
+    elif room.value == 1.0:
+        return _with_ones(net, reader, other, room)
+    return _padded(net, other, room)
 
 
 def _layer_of_gate(
@@ -228,18 +259,17 @@ def _layer_of_gate(
     return (source, layer, one_at) if isinstance(layer, AffineConv) else None
 
 
-def _with_ones(
-    net: Net, product: fx.Node, gate: fx.Node, room: Widths, dims: int, runs: int
-) -> fx.Node:
+def _with_ones(net: Net, reader: fx.Node, gate: fx.Node, room: _Room) -> fx.Node:
     """A factor with ones in the room before and behind its channels.
 
     Where it is a sigmoid behind a linear layer, that layer gets outputs at which the sigmoid is 1.
     """
-    found, kind = _layer_of_gate(net, product, gate), net.dtype(gate)
+    found, kind = _layer_of_gate(net, reader, gate), net.dtype(gate)
+    dims = room.dims
     if found is None or found[1].dims != dims or kind is None:
-        return _padded(net, gate, room, 1.0, dims, runs)
+        return _padded(net, gate, room)
     source, layer, one_at = found
-    wide = _with_constant_outputs(layer, room, one_at, runs)
+    wide = _with_constant_outputs(layer, room.sizes, one_at, room.runs)
     target, data = str(source.target), data_input(source)
     net.release([source])
     with net.graph.inserting_after(source):
@@ -261,23 +291,24 @@ def _with_constant_outputs(layer: AffineConv, room: Widths, value: float, runs: 
     return replace(parts[1], weight=weight, bias=bias)
 
 
-def _padded(net: Net, node: fx.Node, room: Widths, value: float, dims: int, runs: int) -> fx.Node:
+def _padded(net: Net, node: fx.Node, room: _Room) -> fx.Node:
     """A tensor with constant channels before and behind its own, in each run."""
-    if room == (0, 0):
+    sizes, dims = room.sizes, room.dims
+    if sizes == (0, 0):
         return node
     own = net.channels(node, dims)
-    if runs > 1:
+    if room.runs > 1:
         if own is None:  # a lateral is read where channels are known
             raise fault(node.name, "its channels are not known")
-        one = _padded(net, node, (0, 1), value, dims, 1)
-        parts = [
-            torch.arange(own) if i == 1 else torch.full((room[i // 2],), own) for i in range(3)
-        ]
-        order = in_turn(parts, runs).tolist()
+        one = _padded(net, node, replace(room, sizes=(0, 1), runs=1))
+        before, behind = (torch.full((n,), own) for n in sizes)
+        order = in_turn([before, torch.arange(own), behind], room.runs).tolist()
         return _pick(net, one, order, len(order), dims)
-    amounts = [*(0, 0) * dims, *room]
-    made = net.graph.call_function(F.pad, (node, amounts), {"mode": "constant", "value": value})
-    return _like(made, node, _resized(node, own + sum(room), dims) if own else None)
+    amounts = [*(0, 0) * dims, *sizes]
+    made = net.graph.call_function(
+        F.pad, (node, amounts), {"mode": "constant", "value": room.value}
+    )
+    return _like(made, node, _resized(node, own + sum(sizes), dims) if own else None)
 
 
 def _like(made: fx.Node, node: fx.Node, shape: Shape | None) -> fx.Node:

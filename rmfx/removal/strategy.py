@@ -56,7 +56,8 @@ from .codes import (
     shift_codes,
     uniform_activation,
 )
-from .columns import Column, Linear, Normalised, Pointwise, linear_of
+from .column import Column
+from .columns import Linear, Normalised, Pointwise, linear_of
 from .double_relu import bits_of_clamps, without_clamps
 from .odd_pairs import Values, as_pair
 

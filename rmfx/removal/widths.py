@@ -12,7 +12,8 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from .columns import Column, Linear, linear_of
+from .column import Column
+from .columns import Linear, linear_of
 
 Widths = tuple[int, ...]  # of the carry behind each linear column but the last
 MOST_CHOICES = 64
