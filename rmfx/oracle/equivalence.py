@@ -141,15 +141,22 @@ def noise_floor(before: nn.Module, after: nn.Module, inputs: Any, *, seed: int =
     return max(changes, default=0.0)
 
 
-def moved_by_one_rounding(inputs: tuple[Any, ...], seed: int = 0) -> tuple[Any, ...]:
-    """Inputs of which every floating number is moved to one of its two neighbours, at random."""
+def moved_by_one_rounding(
+    inputs: tuple[Any, ...], seed: int = 0, *, times: int = 1
+) -> tuple[Any, ...]:
+    """Inputs of which every floating number is moved to one of its two neighbours, at random.
+
+    Args:
+        times: how much farther than to the neighbour.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def neighbour(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         up = torch.rand(x.shape, generator=generator).to(x.device) < 0.5
-        return x.nextafter(torch.where(up, math.inf, -math.inf).to(x.dtype))
+        one = x.nextafter(torch.where(up, math.inf, -math.inf).to(x.dtype))
+        return one if times == 1 else x + times * (one - x)
 
     moved: tuple[Any, ...] = pytree.tree_map(neighbour, inputs)
     return moved

@@ -26,6 +26,7 @@ from .trial_inputs import LARGE, SAME, Example, Inputs, candidates
 
 ONCE = 2  # times that of rounding the weights, which are rounded once
 COARSE = 100  # times the tolerance: what nobody takes for rounding
+NO_NUMBERS = "the original gives no finite values to compare with"
 MOVES = 4  # of a few numbers one rounding may do little by chance
 
 
@@ -57,7 +58,7 @@ class Pair:
         operands = (node.name for found in self._operands.values() for node, _ in found)
         noted = ({*self._operands, *operands}, {join.node for join in joins})
         self._sides = Sides(fresh, source, after, noted)
-        self._reason = "the original gives no finite values to compare with"
+        self._reason = NO_NUMBERS
         self._own: tuple[Shape, ...] = ()
         self._shapes: list[tuple[Shape, ...]] = []
         self._error, self._limit, self._magnified = 0.0, 0.0, 0.0
@@ -157,7 +158,7 @@ class Pair:
             with self._sides.autocast() as types:
                 used = [torch.empty(0, dtype=dtype) for dtype in types.values()]
             limit = default_tolerance(self._sides.kept, (inputs, before.output, used))
-            limit *= 2 ** self._bits(before)
+            limit *= 2 ** min(self._bits(before))
         places = list(self._places(inputs, before, after))
         wrong = [place for place in places if not place.error() <= limit * place.scale]
         allowances: dict[str | int, float] = {}
@@ -166,13 +167,20 @@ class Pair:
             roundings = [sides.again(sides.moved(inputs, seed)) for seed in range(MOVES)]
             if not (sides.writes and shares_memory(sides.kept)):  # which a cast takes apart
                 roundings.append(sides.again(inputs, precise=True))
+            # What ten roundings do where a bend is near may be far more than ten times that of one.
+            far = [sides.again(sides.moved(inputs, s, times=ROUNDINGS)) for s in range(MOVES)]
             rounded = [sides.again(inputs, weights=seed) for seed in range(MOVES)]
+            # A carry that loses bits, as far as its type affords it, makes more of each rounding.
+            bits, most = self._bits(before)
+            magnified = 2**bits if bits <= most else 1
             for whole in wrong:
                 place = whole.where_finite(roundings)
                 places[places.index(whole)] = place
                 floor = max(place.moved(other) for other in roundings)
                 of_weights = max(place.moved(other) for other in rounded)
-                allowed = limit * place.scale + max(ROUNDINGS * floor, ONCE * of_weights)
+                of_inputs = max(ROUNDINGS * floor, *(place.moved(other) for other in far))
+                rounding = max(of_inputs, ONCE * of_weights) * magnified
+                allowed = limit * place.scale + rounding
                 allowances[place.key] = allowed
                 if place.error() <= allowed:
                     continue
@@ -183,12 +191,12 @@ class Pair:
         self._note(places, limit, allowances)
         return True
 
-    def _bits(self, before: Run) -> float:
-        """The bits that carries lose by the report, as far as the outputs' type affords it."""
+    def _bits(self, before: Run) -> tuple[float, float]:
+        """The bits that carries lose by the report, and those that the outputs' type affords."""
         floating = (x for x in pytree.tree_leaves(before.output) if isinstance(x, Tensor))
         types = (x.dtype for x in floating if x.is_floating_point())
         most = AFFORDED * bits_of(next(types, torch.float32))
-        return min(most, max((join.bits for join in self._joins), default=0.0))
+        return max((join.bits for join in self._joins), default=0.0), most
 
     def _places(self, inputs: Inputs, before: Run, after: Run) -> Iterator[Place]:
         """What is compared, in the order of the graph."""

@@ -143,9 +143,9 @@ class Sides:
         """Copies of inputs, which a network may write to, and weights as they are."""
         return tuple(x if i in self.fixed else cloned(x) for i, x in enumerate(inputs))
 
-    def moved(self, inputs: Inputs, seed: int) -> Inputs:
-        """Inputs, without weights, moved by one rounding."""
-        moved = moved_by_one_rounding(inputs, seed)
+    def moved(self, inputs: Inputs, seed: int, *, times: int = 1) -> Inputs:
+        """Inputs, without weights, moved by one rounding, or by so many."""
+        moved = moved_by_one_rounding(inputs, seed, times=times)
         return tuple(inputs[i] if i in self.fixed else x for i, x in enumerate(moved))
 
     def autocast(self) -> contextlib.AbstractContextManager[dict[str, torch.dtype]]:

@@ -10,7 +10,7 @@ from torch import fx
 from rmfx.errors import Refusal
 
 from .column import Column
-from .columns import Built, Linear, linear_of
+from .columns import Built, Linear, Picked, linear_of
 from .layout import Layout, Target, built, layout_of
 
 
@@ -76,6 +76,10 @@ def build(plan: Plan) -> list[Column] | Refusal:
             made.append(replace(column, runs=runs) if runs > 1 else column)
             continue
         form = next(forms)
+        if form.groups == 0:
+            after = (column.main.out_channels, column.carry.out_channels)
+            made.append(Picked(column.picked or [], after, steps=column.steps, taps=column.taps))
+            continue
         layer = built(column, form, (column is linear[0], column is linear[-1]))
         if isinstance(layer, Refusal):
             return layer

@@ -30,6 +30,7 @@ from rmfx.algebra.laws import (
 )
 from rmfx.choices import TARGETS
 from rmfx.errors import Refusal
+from rmfx.rules.linear import MOVING
 
 from .column import Column
 from .columns import Linear, linear_of
@@ -58,7 +59,8 @@ class Form:
 
     Attributes:
         runs: in which the blocks take turns before and behind it; 1 at the ends of the chain.
-        groups: of the layer, None where each group of either block is one of its own.
+        groups: of the layer, None where each group of either block is one of its own; 0 where it is
+            an index and no layer.
         weights: how many it has.
         price: of a position of its output.
     """
@@ -135,6 +137,8 @@ def _forms(column: Linear, runs: Runs, ends: tuple[bool, bool], target: Target) 
     window = window_of(pair)
     if isinstance(window, Refusal):
         return
+    if column.picked is not None and runs == (1, 1) and not any(ends):
+        yield Form(runs, 0, 0, MOVING * len(column.picked))
     taps = math.prod(window[2])
     ins, outs = [f.in_channels for f in pair], [f.out_channels for f in pair]
     n_in, n_out = ins[0] if ends[0] else sum(ins), outs[0] if ends[1] else sum(outs)
@@ -174,7 +178,7 @@ def built(column: Linear, form: Form, ends: tuple[bool, bool]) -> AffineConv | R
 def described(layout: Layout) -> str:
     """How the carry stands beside the main block between the two ends."""
     turns = ", in turns with the branch" if any(f.runs[1] > 1 for f in layout.forms) else ""
-    grouped = {form.groups != 1 for form in layout.forms[1:-1]}
+    grouped = {form.groups != 1 for form in layout.forms[1:-1] if form.groups != 0}
     if not grouped:
         return turns
     how = "carry partly grouped" if len(grouped) == 2 else "grouped" if True in grouped else "dense"

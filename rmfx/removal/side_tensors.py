@@ -65,7 +65,7 @@ class Share:
         numbers = torch.arange(sum(self.widths)).reshape(self.runs, -1)
         begin = start // self.runs
         own = numbers[:, begin : begin + count // self.runs]
-        return _pick(net, wide, own.flatten().tolist(), count, dims)
+        return pick(net, wide, own.flatten().tolist(), dims)
 
 
 def may_take_turns(lateral: Lateral) -> bool:
@@ -171,6 +171,14 @@ def call_again(net: Net, layer: Border | MaxPool, wide: fx.Node, width: int) -> 
 def take(net: Net, wide: fx.Node, start: int, stop: int, dims: int) -> fx.Node:
     """Channels `start` to `stop` of a value, at the graph's insert point."""
     return _pick(net, wide, slice(start or None, stop), stop - start, dims)
+
+
+def pick(net: Net, wide: fx.Node, channels: list[int], dims: int) -> fx.Node:
+    """Some channels of a value, at the graph's insert point."""
+    start, count = channels[0], len(channels)
+    if channels == [*range(start, start + count)]:
+        return take(net, wide, start, start + count, dims)
+    return _pick(net, wide, channels, count, dims)
 
 
 def _pick(net: Net, wide: fx.Node, channels: slice | list[int], count: int, dims: int) -> fx.Node:
@@ -303,7 +311,7 @@ def _padded(net: Net, node: fx.Node, room: _Room) -> fx.Node:
         one = _padded(net, node, replace(room, sizes=(0, 1), runs=1))
         before, behind = (torch.full((n,), own) for n in sizes)
         order = in_turn([before, torch.arange(own), behind], room.runs).tolist()
-        return _pick(net, one, order, len(order), dims)
+        return pick(net, one, order, dims)
     amounts = [*(0, 0) * dims, *sizes]
     made = net.graph.call_function(
         F.pad, (node, amounts), {"mode": "constant", "value": room.value}

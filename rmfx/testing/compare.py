@@ -12,6 +12,7 @@ from rmfx.algebra.digits import AFFORDED, EXACTNESS, bits_of
 from rmfx.errors import VerificationError
 from rmfx.interval import Interval
 from rmfx.oracle.equivalence import Equivalence, Traced, compared, default_tolerance, traced
+from rmfx.oracle.pair import NO_NUMBERS
 from rmfx.oracle.verification import verified
 from rmfx.report import META_KEY, Report, SiteReport
 
@@ -24,6 +25,10 @@ COPRIME = "compared at a coprime size"
 ONE = "compared at a size of 1"
 SIZES = (OTHER_BATCH, OTHER_SIZE, COPRIME, ONE)  # what is counted of the sizes compared
 Compared = tuple[Equivalence, frozenset[str]]
+
+
+class NoNumbersError(AssertionError):
+    """The original gives no finite values for these inputs: nothing is said about the pass."""
 
 
 def compare(
@@ -47,6 +52,7 @@ def compare(
         What was measured at the example's size, and which of `SIZES` were compared.
 
     Raises:
+        NoNumbersError: the original gives no finite values for the example.
         AssertionError: they differ on the example.
         VerificationError: they differ on other inputs, or the result fails where the original runs
             and no condition of the result says why.
@@ -111,6 +117,8 @@ def _at_example(
             found = verified(before, after, inputs, tolerance, None, source, [inputs])
         except VerificationError:
             raise error from None
+        if found.reason == NO_NUMBERS:
+            raise NoNumbersError(str(error)) from error
         if found.reason:
             raise
     return Equivalence(max(found.error, found.magnified), found.joins)

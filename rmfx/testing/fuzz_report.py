@@ -60,7 +60,8 @@ class FuzzReport:
         seed: of the draws.
         examples: networks tried.
         without_inputs: of those, how many were also given to the pass without example inputs.
-        skipped: networks that nothing can trace in this way; they count as tried.
+        skipped: networks that nothing can trace in this way, or that give no numbers; they count as
+            tried.
         untraced: why, by what torch says without the names and numbers of one network.
         features: for each of `COUNTED`, in how many networks it occurred.
         removed: sites removed, by strategy and exactness.
@@ -140,7 +141,7 @@ class FuzzReport:
             _counts(features, "feature", "networks"),
             _counts(removed, "strategy", "exactness", "sites removed"),
             _counts(self.refused.most_common(), "reason", "sites refused"),
-            _counts(self.untraced.most_common(), "why it cannot be traced", "networks"),
+            _counts(self.untraced.most_common(), "why it tells nothing", "networks"),
             self.summary(),
         ]
         return "\n\n".join(filter(None, parts))
@@ -149,7 +150,7 @@ class FuzzReport:
         """One paragraph: how much was tried, and the largest error."""
         coarse = "".join(f", {e:.1e} in {t}" for t, e in self.errors.items() if t != "float64")
         seen = sum(self.features[name] > 0 for name in COUNTED)
-        skipped = f", {self.skipped} of which torch cannot trace" if self.skipped else ""
+        skipped = f", {self.skipped} of which tell nothing" if self.skipped else ""
         return (
             f"{self.examples} networks (seed {self.seed}, {self.frontend}){skipped} through"
             f" {self.name}, {self.without_inputs} of them without example inputs too;"

@@ -15,7 +15,7 @@ from rmfx.errors import OptionError, TraceError, first_line
 from rmfx.ir.spec import enforced
 
 from .case import Case
-from .compare import TracedOnce, compare, rows_of
+from .compare import NoNumbersError, TracedOnce, compare, rows_of
 from .compiled import compare_compiled, compiles
 from .fuzz_report import Failure, FuzzReport, Trial, without_names
 from .networks.spec import NetworkSpec
@@ -35,7 +35,7 @@ def try_case(report: FuzzReport, case: Case, apply: Callable[..., Any], example:
         for trial in _check(case, apply):
             report.count(trial, case.spec.dtype)
         report.without_inputs += case.without_inputs
-    except NotHeldError as error:
+    except (NotHeldError, NoNumbersError) as error:
         report.skipped += 1
         report.untraced[without_names(str(error))] += 1
     except Exception as error:  # noqa: BLE001  (whatever a pass raises is what is looked for)

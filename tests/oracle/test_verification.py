@@ -18,7 +18,9 @@ from torch import Tensor, fx, nn
 import rmfx
 from rmfx.errors import ShapeError
 from rmfx.ir.net import Net
+from rmfx.oracle.equivalence import traced
 from rmfx.oracle.trial_inputs import SAME, Example, candidates
+from rmfx.oracle.verification import verified
 from rmfx.testing import random_statistics
 
 X = torch.randn(2, 4, 8, 8, dtype=torch.float64)
@@ -214,6 +216,23 @@ def test_as_much_as_the_original_is_off_by_rounding_is_allowed(wrong: bool) -> N
             rmfx.verify(Function(before), after, x, tolerance=1e-3)
     else:
         assert rmfx.verify(Function(before), after, x, tolerance=1e-3).magnified > 0.5
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_what_ten_roundings_do_behind_a_bend_is_allowed(wrong: bool) -> None:
+    """One rounding of 1 in float16 is 1e-3, and does nothing in front of a bend at 1 + 4e-3."""
+
+    def behind(by: float) -> nn.Module:
+        return Function(lambda x: F.relu(1000 * (x + by - 1) - 4))
+
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float16)
+    assert behind(0.0)(x) == 0 < behind(0.005)(x)
+    original = behind(0.0)
+    if wrong:
+        with pytest.raises(rmfx.VerificationError, match="output 0 differs"):
+            verified(original, behind(0.05), (x,), None, None, traced, [(x,)])
+    else:
+        assert verified(original, behind(0.005), (x,), None, None, traced, [(x,)]).shapes
 
 
 def test_rounding_that_the_network_magnifies_is_allowed() -> None:
