@@ -102,8 +102,12 @@ class Unmerged(AffineConv):
 
 
 def unmerged(factors: Sequence[AffineConv]) -> AffineConv | Refusal:
-    """Linear layers in a row as one layer, of which the shape is known and asked first."""
+    """Linear layers in a row as one layer, of which the shape is known and asked first.
+
+    The first one may be such a product itself.
+    """
     whole = factors[0]
+    first = whole.factors if isinstance(whole, Unmerged) else (whole,)
     for outer in factors[1:]:
         refusal = _border_between(outer, whole)
         if refusal:
@@ -116,7 +120,7 @@ def unmerged(factors: Sequence[AffineConv]) -> AffineConv | Refusal:
         bias = weight.new_full((1,), float(outer.has_bias or whole.has_bias))
         bias = bias.expand(outer.out_channels)
         place = (window.stride, window.padding, window.dilation, groups)
-        whole = Unmerged(weight, bias, *place, tuple(factors))
+        whole = Unmerged(weight, bias, *place, (*first, *factors[1:]))
     return whole
 
 

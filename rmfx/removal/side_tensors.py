@@ -85,7 +85,14 @@ def spread_like_the_value(lateral: Lateral) -> dict[fx.Node, fx.Node]:
     To be asked before anything is rewritten.
     """
     alone = [x for x in lateral.others if x.target == "expand_as" and len(x.users) == 1]
-    return {x: x.args[0] for x in alone if x.args[1:] == (lateral.value,)}  # type: ignore[misc]
+    pairs = [(x, x.args[0]) for x in alone if x.args[1:] == (lateral.value,) and not x.kwargs]
+    found: dict[fx.Node, fx.Node] = {}
+    for spread, source in pairs:
+        shapes = [shape_of(n) for n in (source, lateral.value) if isinstance(n, fx.Node)]
+        # With fewer dimensions its channels would be another one of them.
+        if isinstance(source, fx.Node) and None not in shapes and len({*map(len, shapes)}) == 1:
+            found[spread] = source
+    return found
 
 
 @dataclass(frozen=True)
@@ -272,7 +279,8 @@ def _with_ones(net: Net, reader: fx.Node, gate: fx.Node, room: _Room) -> fx.Node
 
     Where it is a sigmoid behind a linear layer, that layer gets outputs at which the sigmoid is 1.
     """
-    found, kind = _layer_of_gate(net, reader, gate), net.dtype(gate)
+    found = _layer_of_gate(net, reader, gate)
+    kind = None if found is None else net.dtype(found[0])
     dims = room.dims
     if found is None or found[1].dims != dims or kind is None:
         return _padded(net, gate, room)

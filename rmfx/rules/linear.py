@@ -24,9 +24,9 @@ from typing import Literal
 from torch import fx
 
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.laws import compose
+from rmfx.algebra.laws import Unmerged, unmerged
 from rmfx.analysis.multiply_adds import expense_of
-from rmfx.errors import Refusal
+from rmfx.errors import Refusal, RmfxError
 from rmfx.ir.elements import Virtual
 from rmfx.ir.kinds import BATCH_NORMS
 from rmfx.ir.names import module_path
@@ -89,7 +89,10 @@ class LinearRule:
 
     def rewrite(self, net: Net, node: fx.Node, match: Cut) -> None:
         kind = weight_types(net, match.nodes).pop()
-        for begin, end, layer in match.segments:
+        for begin, end, shape in match.segments:
+            layer = shape.merged() if isinstance(shape, Unmerged) else shape
+            if isinstance(layer, Refusal):  # its shape was found by the same laws
+                raise RmfxError(f"{node.name}: planned layers do not merge: {layer.reason}")
             first = match.nodes[begin]
             for second in match.nodes[begin + 1 : end]:
                 net.merge(first, second, Virtual(layer, *kind), demands_of(net, (first, second)))
@@ -114,7 +117,7 @@ class LinearRule:
     def _cheapest(
         self, layers: list[AffineConv], moves: list[bool]
     ) -> tuple[list[tuple[int, int, AffineConv]], Refusal | None]:
-        """Best cut of a chain; best[i] covers the first i layers."""
+        """Best cut of a chain, by shapes; best[i] covers the first i layers."""
         area = [1.0]
         for layer in layers:
             area.append(area[-1] / math.prod(layer.stride))
@@ -125,7 +128,7 @@ class LinearRule:
             merged: AffineConv | Refusal = first
             for end in range(begin + 1, len(layers) + 1):
                 if end > begin + 1 and isinstance(merged, AffineConv):
-                    merged = compose(layers[end - 1], merged)
+                    merged = unmerged([merged, layers[end - 1]])
                 if isinstance(merged, Refusal):
                     refusal = merged
                     break
