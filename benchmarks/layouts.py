@@ -4,21 +4,29 @@ Networks whose blocks are no plain bottlenecks: depthwise layers, gates, shortcu
 layers, blocks under a long skip; and four others. One image of 224x224 (edsr: 32x32), batch norm
 folded, in float32, verified. "time" and "macs" are the option `minimise`; seconds are CPU time of
 the pass without verification. Limits: each network's ratio, as reached when this was written.
+
+`--export FOLDER` writes the converted networks, `--against FOLDER` times those that another version
+wrote beside this one's and the originals, in four runtimes, one thread: medians of rounds in turn.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import _zoo
 import torch
-from _common import Limit, choose_models, each, parser, show
+from _common import Limit, Spread, choose_models, each, parser, show
+from torch import Tensor, nn
 
 import rmfx
 import rmfx.cost
+from rmfx.timing.runtimes import RUNTIMES, Form, times_of, torch_threads
+
+ROUNDS = 5
 
 LIMITS = {
     "timm:starnet_s1": 2.0,
@@ -27,11 +35,11 @@ LIMITS = {
     "timm:ghostnet_100": 2.4,
     "timm:repghostnet_050": 2.6,
     "timm:seresnet50": 5.1,
-    "timm:ecaresnet26t": 4.55,
+    "timm:ecaresnet26t": 3.6,
     "timm:nf_resnet26": 3.9,
     "timm:resnetrs50": 5.2,
     "timm:convmixer_768_32": 1.2,
-    "timm:mixnet_s": 3.75,
+    "timm:mixnet_s": 1.65,
     "edsr": 3.7,
     "torchvision:resnet18": 1.78,
     "torchvision:resnet50": 3.93,
@@ -43,10 +51,7 @@ LIMITS = {
 @torch.no_grad()
 def measure(name: str) -> dict[str, Any]:
     """One network by both targets."""
-    net = {**_zoo.everything(), **_zoo.zoo()}[name]
-    model = net.build().eval().requires_grad_(False)
-    shape = net.shapes.even if name == "edsr" else (1, 3, 224, 224)
-    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    model, x = built(name)
     before = rmfx.cost.count(rmfx.fold_batch_norm(model, x), x)
     row: dict[str, Any] = {"network": name, "G before": before.macs / 1e9}
     for target in ("time", "macs"):
@@ -61,9 +66,61 @@ def measure(name: str) -> dict[str, Any]:
     return row
 
 
+def built(name: str) -> tuple[nn.Module, Tensor]:
+    """A network of the list, and an image for it."""
+    net = {**_zoo.everything(), **_zoo.zoo()}[name]
+    torch.manual_seed(0)
+    model = net.build().eval().requires_grad_(False)
+    shape = net.shapes.even if name == "edsr" else (1, 3, 224, 224)
+    return model, torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+def file_of(folder: Path, name: str) -> Path:
+    """Where a converted network is kept."""
+    return folder / f"{name.replace(':', '_')}.pt2"
+
+
+def export(name: str, folder: Path) -> None:
+    """Write one converted network."""
+    model, x = built(name)
+    made = rmfx.remove_residuals(model, x, verify=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.export.save(torch.export.export(made, (x,)), file_of(folder, name))
+
+
+@torch.no_grad()
+def timed(name: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """One network of another version beside this one's and the original: a row for each runtime."""
+    model, x = built(name)
+    forms = (
+        rmfx.fold_batch_norm(model, x),
+        torch.export.load(file_of(folder, name)).module(),
+        rmfx.remove_residuals(model, x, verify=False),
+    )
+    for runtime, how in RUNTIMES.items():
+        with torch_threads(1), how.scope():
+            runs = [how.prepare(Form(form, (x,)), 1) for form in forms]
+            times = times_of(runs, threads=1, rounds=ROUNDS, seconds=0.1)
+        pairs = {"new / original": (2, 0), "other / original": (1, 0), "other / new": (1, 2)}
+        row: dict[str, Any] = {"network": name, "runtime": runtime}
+        for title, (a, b) in pairs.items():
+            row[title] = Spread.of([s / t for s, t in zip(times[a], times[b], strict=True)]).text()
+        yield row
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns 1 if a limit is exceeded."""
-    options, names = choose_models(parser(str(__doc__)), LIMITS, arguments)
+    options_parser = parser(str(__doc__))
+    options_parser.add_argument("--export", type=Path, metavar="FOLDER")
+    options_parser.add_argument("--against", type=Path, metavar="FOLDER")
+    options, names = choose_models(options_parser, LIMITS, arguments)
+    if options.export:
+        for name in each(names):
+            export(name, options.export)
+        return 0
+    if options.against:
+        rows = [row for name in each(names) for row in timed(name, options.against)]
+        return show(rows, [], as_json=options.json)
     rows = [measure(name) for name in each(names)]
     limits = [Limit(row["network"], round(row["time"], 3), LIMITS[row["network"]]) for row in rows]
     return show(rows, limits, as_json=options.json)
