@@ -23,7 +23,7 @@ from typing import Any
 import _weights
 import torch
 from _common import FAILURES, Limit, message, parser, show
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 import rmfx
@@ -90,11 +90,22 @@ def in_torchao(network: nn.Module, seen: Tensor) -> Answer:
 
     config = x86.get_default_x86_inductor_quantization_config()
     quantizer = x86.X86InductorQuantizer().set_global(config)
+    if isinstance(network, fx.GraphModule):
+        for node in network.graph.nodes:
+            # The quantiser goes by classes, which here are those that layers were traced from.
+            node.meta.clear()
+            if node.op == "call_module":
+                kind = type(network.get_submodule(str(node.target)))
+                node.meta["nn_module_stack"] = {node.name: (node.name, kind)}
     prepared = prepare_pt2e(torch.export.export(network, (seen[:BATCH],)).module(), quantizer)
     for batch in seen.split(BATCH):
         prepared(batch)
-    made: Answer = convert_pt2e(prepared)
-    return made
+    made: fx.GraphModule = convert_pt2e(prepared)
+    layers = [n for n in made.graph.nodes if str(n.target).startswith("aten.conv")]
+    if not all("dequantize" in str(getattr(n.args[0], "target", "")) for n in layers):
+        raise RuntimeError("a convolution is not quantised")
+    answer: Answer = made
+    return answer
 
 
 def _onnx_file(network: nn.Module, example: Tensor, folder: Path) -> Path:

@@ -88,6 +88,7 @@ def functionalise(gm: fx.GraphModule) -> None:
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     aliases, types = _Aliases(gm), _Types(gm)
+    safe: list[tuple[fx.Node, fx.Node]] = []
     for node in gm.graph.nodes:
         effects = effects_of(gm, node)
         written = [n for n in effects.writes if not gives_number(n)]
@@ -97,6 +98,7 @@ def functionalise(gm: fx.GraphModule) -> None:
             reason = _why_stays(gm, node, written, aliases, types, order)
             if reason is None:
                 _redirect(node, written[0], order)
+                safe.append((node, written[0]))
                 continue
         aliases.visit(node, effects)
         if effects.owned:
@@ -104,6 +106,10 @@ def functionalise(gm: fx.GraphModule) -> None:
         if reason is not None:
             aliases.join(node, *written)
             aliases.freeze(node, f"{reason} ({node.name})")
+    for node, target in reversed(safe):
+        # What is written to again, in a way that stays, stays as it is: it writes to its target.
+        if aliases.is_frozen(node):
+            aliases.join(node, target)
     aliases.mark()
 
 
@@ -201,6 +207,10 @@ class _Aliases:
 
     def freeze(self, node: fx.Node, reason: str) -> None:
         self._reasons.setdefault(id(self._class[node]), reason)
+
+    def is_frozen(self, node: fx.Node) -> bool:
+        """Whether there is a reason for a value's class to stay as it is."""
+        return id(self._class[node]) in self._reasons
 
     def freeze_memory(self, tensors: tuple[Tensor, ...], reason: str) -> None:
         """Take note that a call writes to tensors that its module holds."""

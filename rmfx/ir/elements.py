@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -71,6 +71,10 @@ class Border(Layer):
     @property
     def reads_one_position(self) -> bool:
         return False
+
+    def resolved(self, channels: int | None, dims: int) -> Border:
+        """The same with a pair for each spatial dimension; it names the last ones."""
+        return replace(self, pairs=((0, 0),) * (dims - self.dims) + self.pairs)
 
     def unfit(self, channels: int, dims: int, rank: int | None) -> Refusal | None:
         return Refusal("padding reaches beyond space") if self.dims > dims else None

@@ -43,6 +43,7 @@ from .kinds import (
     CASTS,
     MAX_POOLS,
     PADS,
+    POOL_DIMS,
     SCALES,
     SUBS,
     is_a,
@@ -256,6 +257,7 @@ def is_spatial_pool(net: Net, node: fx.Node, dims: int) -> bool:
     """Whether a node averages over space, channel by channel; channels stay dimension 1."""
     if why_frozen(node) or not dims:
         return False
-    if is_a(net.module(node), ADAPTIVE_AVERAGES):
-        return net.guard(node) is None
+    module = net.module(node)
+    if is_a(module, ADAPTIVE_AVERAGES):
+        return module is not None and POOL_DIMS[type(module)] == dims and not net.guard(node)
     return keeps_dims(node, dims) is not None

@@ -395,3 +395,59 @@ def test_every_in_place_operator_writes(name: str) -> None:
     check(forward)
     model = model_of(forward)
     assert_equivalent(model, rmfx.remove_residuals(model, image()), image())
+
+
+def _written_twice(first: Callable[[Any], Tensor], m: Any) -> Tensor:
+    value = first(m)
+    value.add_(m.p)  # a write that has a functional form,
+    value[..., :1].mul_(0.5)  # and one that stays, and so does the one before it
+    return value
+
+
+TWICE: dict[str, Forward] = {
+    "a constant": lambda m, x: x * _written_twice(lambda m: torch.zeros_like(m.p), m) + m.b(x),
+    "a copy of a parameter": lambda m, x: x + _written_twice(lambda m: m.p * 1, m) * m.b(x),
+    "a clone of a value": lambda m, x: (
+        m.c(_written_twice(lambda _: (y := m.a(x)).clone(), m)) + (m.a(x) + m.b(x).softmax(1))
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", ["remove_residuals", "fold_batch_norm", "remove_noops"])
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("name", TWICE)
+def test_what_is_written_safely_and_then_not_stays_whole(
+    name: str, exported: bool, transform: str
+) -> None:
+    model = model_of(TWICE[name])
+    given = torch.export.export(model, (image(),)) if exported else model
+    made = getattr(rmfx, transform)(given, image(), verify=False)
+    for seed in range(3):  # what a call leaves behind shows at the next one
+        x = torch.randn(2, 4, 9, 7, generator=torch.Generator().manual_seed(seed)).double()
+        torch.testing.assert_close(made(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_a_value_read_beside_its_clone_is_not_written_to() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        r = m.a(x).relu()
+        k = r.clone()
+        k.add_(m.p)
+        k[:, :2].mul_(0.5)
+        return m.c(k), r + m.b(r).softmax(1)
+
+    model = model_of(forward)
+    for verb in (rmfx.remove_residuals, rmfx.remove_noops, rmfx.merge_branches):
+        made = verb(model, image(), verify=False)
+        for one, other in zip(made(image()), model(image()), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "again", ["fold_batch_norm", "merge_convs", "remove_noops", "remove_residuals"]
+)
+def test_a_differentiable_result_may_be_converted_again(again: str) -> None:
+    model = model_of(lambda m, x: (y := x.relu()) + m.b(m.a(y).relu()))
+    result = rmfx.remove_residuals(model, image(), differentiable=True)
+    made = getattr(rmfx, again)(result, image(), verify=False)
+    for _ in range(3):
+        torch.testing.assert_close(made(image()), model(image()), rtol=1e-10, atol=1e-10)

@@ -411,3 +411,42 @@ def test_gradients_reach_the_weights_of_a_gate() -> None:
         for p in model.parameters():
             p.mul_(1.1)
     torch.testing.assert_close(gm(image()), model(image()))
+
+
+@pytest.mark.parametrize(
+    ("dims", "pool"),
+    [
+        (1, nn.AdaptiveAvgPool2d(1)), (1, nn.AdaptiveAvgPool2d((4, 1))),
+        (2, nn.AdaptiveAvgPool3d(1)), (2, nn.AdaptiveAvgPool3d((4, 1, 1))),
+        (1, nn.AdaptiveAvgPool1d(1)), (2, nn.AdaptiveAvgPool2d(1)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_pool_over_channels_reads_the_branch_alone(dims: int, pool: nn.Module) -> None:
+    """On a batch of fewer dimensions than it is for, it averages channels as well."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        y = F.relu(m.a(x))
+        return x + m.b(y), m.pool(y)
+
+    parts = {name: conv(dims=dims) for name in "ab"}
+    x = image(2, 4, *(9, 8)[:dims])
+    model = ready(Apply(forward, pool=pool, **parts))
+    made = rmfx.remove_residuals(model, x, strict=True, verify=False)
+    for one, other in zip(made(x), model(x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(
+    "pad", [nn.ConstantPad1d(1, 2.0), nn.ConstantPad1d((2, 0), -1.0), nn.ZeroPad1d(1)], ids=str
+)
+def test_a_padding_of_fewer_dimensions_than_the_site(pad: nn.Module, first: bool) -> None:
+    narrow = conv(4, 4, (3, 3), padding=(1, 0))
+
+    def forward(m: Any, x: Tensor) -> Any:
+        y = F.relu(x)
+        branch = m.a(F.relu(m.b(m.pad(y)))) if first else m.b(m.pad(F.relu(m.a(y))))
+        return y + branch
+
+    assert_removed(ready(Apply(forward, a=conv(), b=narrow, pad=pad)), image(), without_inputs=not first)
