@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -43,7 +44,8 @@ class LRP(_LRP):  # type: ignore[misc]
     Linear layers, pools and changes of shape take the epsilon rule, activations hand relevance on.
 
     Args:
-        model: a plain network: what `remove_residuals` gives, or `to_sequential`; it is copied.
+        model: a plain network: what `remove_residuals` gives, or `to_sequential`; it is copied,
+            without hooks and rules that other tools have left.
 
     Raises:
         NotPlainError: the graph is not a chain; the message names the node.
@@ -55,13 +57,26 @@ class LRP(_LRP):  # type: ignore[misc]
         if len(network) and isinstance(network[0], Conditions):
             network = network[1:]  # which ask about sizes alone
         for name, layer in list(network.named_modules()):
+            _forget_hooks(layer)
             if isinstance(layer, MaskedActivation):
                 network.set_submodule(name, _Whole(layer))
         self._rules = {layer: _rule_of(name, layer) for name, layer in _leaves(network)}
         super().__init__(network)
 
-    def attribute(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The relevance of every input, as captum's `LRP.attribute` has it."""
+    def attribute(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The relevance of every input, a tensor, as captum's `LRP.attribute` has it.
+
+        Raises:
+            RmfxError: there are several inputs, or they are of float16.
+        """
+        if isinstance(inputs, tuple) and len(inputs) == 1:
+            (inputs,) = inputs
+        if not isinstance(inputs, Tensor) or inputs.dtype == torch.float16:
+            given = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise RmfxError(
+                f"relevance of {given}: a plain network has one tensor for an input, and the rules "
+                "divide by sums that float16 has no digits for; use model.float() and x.float()"
+            )
         for layer, rule in self._rules.items():
             if rule is not None:  # captum forgets rules after each call
                 layer.rule = rule()
@@ -75,6 +90,13 @@ def _is_chain(model: nn.Module) -> bool:
     own = (Conditions, MaskedActivation)
     leaves = (isinstance(layer, own) or not any(layer.children()) for layer in model.children())
     return type(model) is nn.Sequential and all(leaves)
+
+
+def _forget_hooks(layer: nn.Module) -> None:
+    """Take off what was registered on a layer, as captum's own LRP leaves it where it fails."""
+    for name in ("forward", "forward_pre", "backward", "backward_pre"):
+        getattr(layer, f"_{name}_hooks").clear()
+    vars(layer).pop("rule", None)
 
 
 class _Whole(nn.Module):

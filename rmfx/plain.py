@@ -43,7 +43,10 @@ def to_sequential(model: nn.Module | Any) -> nn.Sequential:
     conditions = take_conditions(graph)
     reason = _why_not_plain(graph)
     if reason is not None:
-        raise NotPlainError(f"the graph is not plain: {reason}")
+        raise NotPlainError(
+            f"the graph is not plain: {reason}; remove_residuals makes chains of residual "
+            "networks, and print(rmfx.report(result)) says of each sum why it stayed"
+        )
     network = nn.Sequential()
     if has_conditions(conditions):
         network.add_module("conditions", Conditions(conditions))

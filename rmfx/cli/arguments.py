@@ -235,6 +235,12 @@ def _parse_list(text: str, kind: type[N], what: str, most: float = math.inf) -> 
 
 def _parse_ways(text: str) -> str | tuple[str, ...]:
     names = tuple(text.split(","))
+    known = ("auto", "relu", "random", *STRATEGIES)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"unknown: {', '.join(map(repr, unknown))}; choose from {', '.join(known)}"
+        )
     return names[0] if len(names) == 1 else names
 
 

@@ -295,7 +295,8 @@ def _range_of(options: argparse.Namespace) -> Interval | None:
     """Between which numbers all inputs are, if that was said."""
     given: list[float] | None = options.input_range
     if given is not None and not given[0] <= given[1]:
-        raise UsageError(f"argument --input-range: {given[0]:g} is larger than {given[1]:g}")
+        text = f"argument --input-range: {given[0]:g} is not at most {given[1]:g}"
+        raise UsageError(text)
     return None if given is None else (given[0], given[1])
 
 

@@ -159,9 +159,14 @@ class Pair:
                 used = [torch.empty(0, dtype=dtype) for dtype in types.values()]
             limit = default_tolerance(self._sides.kept, (inputs, before.output, used))
             limit *= 2 ** min(self._bits(before))
+        bits, most = self._bits(before)
+        # Bits are lost of values of the size of 1: smaller ones are off by as much.
+        least = 1.0 if 0 < bits <= most else 0.0
         places = list(self._places(inputs, before, after))
-        wrong = [place for place in places if not place.error() <= limit * place.scale]
-        allowances: dict[str | int, float] = {}
+        allowances: dict[str | int, float] = {
+            place.key: limit * least for place in places if place.scale < least
+        }
+        wrong = [p for p in places if not p.error() <= limit * max(p.scale, least)]
         if wrong:
             sides = self._sides
             roundings = [sides.again(sides.moved(inputs, seed)) for seed in range(MOVES)]
@@ -171,7 +176,6 @@ class Pair:
             far = [sides.again(sides.moved(inputs, s, times=ROUNDINGS)) for s in range(MOVES)]
             rounded = [sides.again(inputs, weights=seed) for seed in range(MOVES)]
             # A carry that loses bits, as far as its type affords it, makes more of each rounding.
-            bits, most = self._bits(before)
             magnified = 2**bits if bits <= most else 1
             for whole in wrong:
                 place = whole.where_finite(roundings)
@@ -180,7 +184,7 @@ class Pair:
                 of_weights = max(place.moved(other) for other in rounded)
                 of_inputs = max(ROUNDINGS * floor, *(place.moved(other) for other in far))
                 rounding = max(of_inputs, ONCE * of_weights) * magnified
-                allowed = limit * place.scale + rounding
+                allowed = limit * max(place.scale, least) + rounding
                 allowances[place.key] = allowed
                 if place.error() <= allowed:
                     continue

@@ -408,7 +408,7 @@ TWICE: dict[str, Forward] = {
     "a constant": lambda m, x: x * _written_twice(lambda m: torch.zeros_like(m.p), m) + m.b(x),
     "a copy of a parameter": lambda m, x: x + _written_twice(lambda m: m.p * 1, m) * m.b(x),
     "a clone of a value": lambda m, x: (
-        m.c(_written_twice(lambda _: (y := m.a(x)).clone(), m)) + (m.a(x) + m.b(x).softmax(1))
+        m.c(_written_twice(lambda _: m.a(x).clone(), m)) + (m.a(x) + m.b(x).softmax(1))
     ),
 }
 

@@ -114,3 +114,19 @@ def test_the_page_runs(page: str) -> None:
     assert blocks
     for code in blocks:
         exec(compile(code, page, "exec"), names)
+
+
+def test_what_other_tools_left_on_a_network_is_in_nobodys_way() -> None:
+    """Captum's own LRP knows no Flatten, and where it fails it leaves hooks and rules."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
+    x = torch.rand(1, 1, 4, 4)
+    expected = attribution.LRP(network).attribute(x, target=0)
+    with pytest.raises(TypeError):
+        captum.LRP(network).attribute(x, target=0)
+    assert torch.equal(attribution.LRP(network).attribute((x,), target=0), expected)
+
+
+def test_half_types_are_refused_instead_of_nan() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
+    with pytest.raises(rmfx.RmfxError, match="float16"):
+        attribution.LRP(network.half()).attribute(torch.rand(1, 1, 4, 4).half(), target=0)

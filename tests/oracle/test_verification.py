@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 import rmfx
 from rmfx.errors import ShapeError
 from rmfx.ir.net import Net
+from rmfx.models import DigitsNet
 from rmfx.oracle.equivalence import traced
 from rmfx.oracle.trial_inputs import SAME, Example, candidates
 from rmfx.oracle.verification import verified
@@ -216,6 +217,16 @@ def test_as_much_as_the_original_is_off_by_rounding_is_allowed(wrong: bool) -> N
             rmfx.verify(Function(before), after, x, tolerance=1e-3)
     else:
         assert rmfx.verify(Function(before), after, x, tolerance=1e-3).magnified > 0.5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_clamp_as_two_relu_is_no_false_alarm_where_values_are_small(seed: int) -> None:
+    """Both ReLU6 of values far below 1 are sums with 6, at sizes of one pixel, too."""
+    torch.manual_seed(seed)
+    options = {"activation": "relu", "input_range": (0, 1)}
+    made = rmfx.remove_residuals(DigitsNet().eval(), torch.rand(1, 1, 28, 28), **options)
+    assert any(row.strategy == "double-relu" for row in rmfx.report(made).rows)
+    assert len(rmfx.report(made).verification.shapes) > 2
 
 
 @pytest.mark.parametrize("wrong", [False, True])

@@ -449,4 +449,6 @@ def test_a_padding_of_fewer_dimensions_than_the_site(pad: nn.Module, first: bool
         branch = m.a(F.relu(m.b(m.pad(y)))) if first else m.b(m.pad(F.relu(m.a(y))))
         return y + branch
 
-    assert_removed(ready(Apply(forward, a=conv(), b=narrow, pad=pad)), image(), without_inputs=not first)
+    assert_removed(
+        ready(Apply(forward, a=conv(), b=narrow, pad=pad)), image(), without_inputs=not first
+    )
