@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
@@ -131,6 +132,16 @@ def python_blocks(page: Path) -> list[str]:
     """The Python code that stands in a Markdown page, block by block."""
     found: list[str] = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
     return found
+
+
+def variables_of(page: Path, folder: Path) -> dict[str, Any]:
+    """What the code of a page leaves behind, run in order in a folder."""
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for code in python_blocks(page):
+            exec(compile(code, str(page), "exec"), names)
+    return names
 
 
 def adds(model: fx.GraphModule) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import python_blocks
+from builders import variables_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "finn.md"
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -19,12 +19,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The variables that the page's code leaves behind."""
     pytest.importorskip("brevitas", reason="pip install brevitas==0.13.4")
     pytest.importorskip("qonnx", reason="pip install qonnx==1.0.0")
-    names: dict[str, Any] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("finn"))
-        for code in python_blocks(PAGE):
-            exec(compile(code, str(PAGE), "exec"), names)
-    return names
+    return variables_of(PAGE, tmp_path_factory.mktemp("finn"))
 
 
 def counted(page: dict[str, Any], form: str) -> Counter[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import python_blocks
+from builders import variables_of
 
 import rmfx.cost
 
@@ -23,12 +23,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     pytest.importorskip("hls4ml")
     if shutil.which("g++") is None:
         pytest.skip("hls4ml compiles with g++")
-    names: dict[str, Any] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("hls4ml"))
-        for code in python_blocks(PAGE):
-            exec(compile(code, str(PAGE), "exec"), names)
-    return names
+    return variables_of(PAGE, tmp_path_factory.mktemp("hls4ml"))
 
 
 def test_plain_network_computes_what_the_residual_one_does(page: dict[str, Any]) -> None:
