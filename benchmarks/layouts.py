@@ -43,6 +43,7 @@ LIMITS = {
     "edsr": 3.7,
     "torchvision:resnet18": 1.78,
     "torchvision:resnet50": 3.93,
+    "torchvision:resnext50_32x4d": 2.42,
     "torchvision:mobilenet_v2": 1.1,
     "timm:mobilenetv4_conv_small": 1.23,
 }

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 META_KEY = "rmfx_report"
 REWRITES_KEY = "rmfx_rewrites"  # what rules have done so far, while a verb is at work
 MODIFIED_KEY = "rmfx_modified"
+# What `SiteReport.layout` may say.
+IN_TURNS, TAKEN_APART = "in turns with the branch", "layers taken apart"
+PADDED = "carry padded to whole groups"
+LAYOUTS = (IN_TURNS, TAKEN_APART, PADDED)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class SiteReport:
         gain: the largest factor, up or down, by which a carry is multiplied on the way, or its
             offset over its own size; None where nothing was rewritten.
         bits: how many of the type's bits its sums cost a carry, beside one rounding or a few.
-        layout: which of several exact arrangements it is, and what the next best one would cost.
+        layout: which of several exact arrangements it is, some of `LAYOUTS` among its words, and
+            what the next best one would cost.
         shape: of the join's value, where known.
         carry: carried channels.
         macs_before, macs_after: multiply-adds of the site, where shapes are known.

@@ -278,10 +278,10 @@ def _assemble(
 
 
 def _in_one_type(layers: Sequence[AffineConv]) -> list[AffineConv]:
-    """The layers in the smallest type that holds all their weights, on one device."""
+    """The layers in the smallest type that holds all their numbers, on one device."""
     dtype = layers[0].weight.dtype
-    for f in layers[1:]:
-        dtype = torch.promote_types(dtype, f.weight.dtype)
+    for tensor in itertools.chain(*((f.weight, f.bias) for f in layers)):
+        dtype = torch.promote_types(dtype, tensor.dtype)
     if sum(f.has_bias for f in layers) > 1:  # biases may be added
         dtype = torch.float64
     return [

@@ -28,6 +28,7 @@ from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
 from rmfx.ir.notes import gives_number, why_frozen
 from rmfx.ir.reading import read, read_affine
+from rmfx.ir.selections import may_select, selected
 from rmfx.options import shown
 
 
@@ -253,6 +254,8 @@ class Ranges:
         return known and not why_frozen(node) and self._net.guard(node) is None
 
     def _through(self, node: fx.Node, x: Range) -> Range:
+        if may_select(self._net, node) and self._net.guard(node) is None:
+            return self._of_selection(node, x)
         element = read(self._net, node) if node.op != "output" else Refusal("")
         if isinstance(element, Deferred):
             element = read_affine(self._net, node)
@@ -274,6 +277,19 @@ class Ranges:
             return ANYTHING
         x = x.on_axis(last=not element.dims)
         return affine_range(element, x) if x.low.numel() in (1, element.in_channels) else ANYTHING
+
+    def _of_selection(self, node: fx.Node, x: Range) -> Range:
+        """Of some channels, each with its own range."""
+        rank = self._net.rank(node)
+        source = input_of(node)
+        channels = None if rank is None or source is None else self._net.channels(source, rank - 2)
+        if rank is None or channels is None:
+            return ANYTHING
+        rows = selected(self._net, node, channels, rank - 2)
+        x = x.on_axis(last=rank == 2)
+        if rows is None or x.low.numel() not in (1, channels):
+            return ANYTHING
+        return Range(x.low.expand(channels)[rows], x.high.expand(channels)[rows], x.last)
 
     def _sum(self, terms: tuple[tuple[fx.Node, float], ...]) -> Range:
         low, high = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)

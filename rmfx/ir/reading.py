@@ -54,7 +54,7 @@ from .notes import type_of, why_frozen
 from .paddings import border, read_pad, read_pad_module, read_slice
 from .reasons import reason_for
 from .scales import read_scale, read_shift
-from .selections import may_select, selection
+from .selections import may_select, selected, selection
 from .sizes import Sizes, conditions_of
 
 aten = torch.ops.aten
@@ -128,7 +128,7 @@ def read_selection(net: Net, node: fx.Node, otherwise: Refusal) -> Deferred | Re
     # Channels stand in dimension 1, features in the last one.
     known = {dims: net.channels(source, dims) for dims in (max(rank - 2, 0), 0)}
     refused = all(
-        channels is not None and isinstance(build(channels, dims), Refusal)
+        channels is not None and selected(net, node, channels, dims) is None
         for dims, channels in known.items()
     )
     return otherwise if refused else Deferred(build)

@@ -127,6 +127,16 @@ def may_select(net: Net, node: fx.Node) -> bool:
 
 def selection(net: Net, node: fx.Node, channels: int, dims: int) -> AffineConv | None:
     """The channels that a node takes, as a pointwise layer; None if it does more than that."""
+    rows = selected(net, node, channels, dims)
+    if rows is None:
+        return None
+    weight = torch.zeros(len(rows), channels, dtype=torch.bfloat16)
+    weight[torch.arange(len(rows)), rows] = 1
+    return AffineConv.pointwise(weight, dims=dims)
+
+
+def selected(net: Net, node: fx.Node, channels: int, dims: int) -> list[int] | None:
+    """Which channels of its input a node takes, in order; None if it does more than that."""
     source = next(n for n in node.all_input_nodes if n.op != "get_attr")
     rank = net.rank(source) or (dims + 2 if dims else None)
     if rank is None or rank < 2 or (dims and rank != dims + 2):
@@ -141,9 +151,7 @@ def selection(net: Net, node: fx.Node, channels: int, dims: int) -> AffineConv |
     if found is None or found.dim() != rank or found.numel() != found.shape[axis]:
         return None
     rows = [int(row) for row in found.flatten().tolist()]  # numbers that weights may not decide
-    if not rows or not _is_noted(node, source, axis, len(rows)):
-        return None
-    return AffineConv.pointwise(torch.eye(channels, dtype=torch.bfloat16)[rows], dims=dims)
+    return rows if rows and _is_noted(node, source, axis, len(rows)) else None
 
 
 def _moves(node: fx.Node, rank: int) -> set[int] | None:

@@ -12,6 +12,7 @@ from rmfx.errors import Refusal
 from .column import Column
 from .columns import Built, Linear, Picked, linear_of
 from .layout import Layout, Target, built, layout_of
+from .order import Shuffled
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,11 @@ def build(plan: Plan) -> list[Column] | Refusal:
     forms, runs = iter(plan.layout.forms), 1
     made: list[Column] = []
     for column in plan.columns:
+        if isinstance(column, Shuffled):
+            before, runs = next(forms).runs
+            column = replace(column, before=before, runs=runs)
+            made += [] if column.stays else [column]
+            continue
         if not isinstance(column, Linear):
             made.append(replace(column, runs=runs) if runs > 1 else column)
             continue

@@ -102,6 +102,9 @@ class Column(ABC):
         nodes = [n for step in self.steps for n in step.nodes if n.op == "call_module"]
         if nodes:
             return str(nodes[0].target), nodes[0]
+        for step in self.steps:
+            if step.path:
+                return step.path, site.join
         place = module_path(site.join)
         role = "duplicate" if index == 0 else "merge"
         return (f"{place}.{role}" if place else f"{site.join.name}_{role}"), site.join

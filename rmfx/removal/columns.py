@@ -9,6 +9,7 @@ Both branches are written side by side, one *column* per layer of the plain chai
     lateral     a product, a sum or a concatenation with other tensors, on one block: the other
                 block meets ones, zeros or nothing
     shared      padding with other values than zeros, or a max pool, which both blocks get
+    order       an index that puts channels in another order, where a layer was taken apart
 
 A kind of column is one class, with its line in `KINDS`: which layers stand in it, at what price
 side by side, and what becomes of it in the graph.
@@ -36,6 +37,7 @@ from rmfx.ir.notes import Shape
 from rmfx.rules.batch_norm import identity_norm
 
 from .column import Column, Label, Spot
+from .order import Shuffle, Shuffled
 from .side_tensors import (
     Share,
     Widths,
@@ -274,6 +276,7 @@ KINDS: dict[type[Layer], type[Column]] = {
     Lateral: Sided,
     Border: Shared,
     MaxPool: Shared,
+    Shuffle: Shuffled,
 }
 
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import (
-    area_after,
     direct_sum,
     groups_side_by_side,
     join,
@@ -30,10 +30,12 @@ from rmfx.algebra.laws import (
 )
 from rmfx.choices import TARGETS
 from rmfx.errors import Refusal
+from rmfx.report import IN_TURNS, TAKEN_APART
 from rmfx.rules.linear import MOVING
 
 from .column import Column
 from .columns import Linear, linear_of
+from .order import Shuffled
 
 Runs = tuple[int, int]  # before and behind a layer
 
@@ -44,18 +46,20 @@ class Target:
 
     Attributes:
         narrow: channels that each side of a group counts for at least.
+        rearranges: whether layers may be taken apart and channels be put in another order.
     """
 
     narrow: int
+    rearranges: bool
 
 
-TIME, MACS = Target(narrow=8), Target(narrow=1)
+TIME, MACS = Target(narrow=8, rearranges=False), Target(narrow=1, rearranges=True)
 BY_NAME = dict(zip(TARGETS, (TIME, MACS), strict=True))
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a linear column becomes.
+    """What a linear column becomes, or one of order.
 
     Attributes:
         runs: in which the blocks take turns before and behind it; 1 at the ends of the chain.
@@ -73,7 +77,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Layout:
-    """The forms of a chain's linear columns.
+    """The forms of a chain's columns that have one.
 
     Attributes:
         work: multiply-adds per position of the chain's input.
@@ -88,58 +92,71 @@ class Layout:
 def layout_of(columns: Sequence[Column], target: Target) -> Layout | Refusal:
     """The cheapest layout of a chain."""
     linear = linear_of(columns)
-    for column in linear:
-        window = window_of((column.main, column.carry))
-        if isinstance(window, Refusal):
-            return window
-    areas = area_after([c.main for c in linear])
-    best: dict[int, tuple[float, tuple[Form, ...]]] = {1: (0.0, ())}  # by the runs behind
-    gaps = [*_runs_behind(columns, linear, target), [1]]
-    for column, area, behind in zip(linear, areas, gaps, strict=True):
-        ends = (column is linear[0], column is linear[-1])
-        found: dict[int, tuple[float, tuple[Form, ...]]] = {}
-        for (runs, (price, forms)), after in itertools.product(best.items(), behind):
-            form = min(
-                _forms(column, (runs, after), ends, target), key=lambda f: f.price, default=None
-            )
+    best: dict[int, tuple[float, float, tuple[Form, ...]]] = {1: (0.0, 0.0, ())}  # by runs behind
+    area, width = 1.0, 0
+    for column, behind in _with_runs_behind(columns, linear, target):
+        forms: Callable[[Runs], Iterator[Form]]
+        if isinstance(column, Shuffled):
+            forms = partial(_orders, column, width)
+        else:
+            window = window_of((column.main, column.carry))
+            if isinstance(window, Refusal):
+                return window
+            area /= math.prod(column.main.stride)
+            width = column.main.out_channels + column.carry.out_channels
+            ends = (column is linear[0], column is linear[-1])
+            forms = partial(_forms, column, ends, math.prod(window[2]), target)
+        found: dict[int, tuple[float, float, tuple[Form, ...]]] = {}
+        for (before, (price, work, so_far)), after in itertools.product(best.items(), behind):
+            form = min(forms((before, after)), key=lambda f: f.price, default=None)
             if form is None:
                 continue
             total = price + form.price * area
             if after not in found or total < found[after][0]:
-                found[after] = total, (*forms, form)
+                found[after] = total, work + form.weights * area, (*so_far, form)
         best = found
-    price, forms = best[1]
-    work = sum(form.weights * area for form, area in zip(forms, areas, strict=True))
-    return Layout(forms, work, price)
+    price, work, chosen = best[1]
+    return Layout(chosen, work, price)
 
 
-def _runs_behind(
+def _with_runs_behind(
     columns: Sequence[Column], linear: Sequence[Linear], target: Target
-) -> Iterator[list[int]]:
-    """The runs that are worth a look behind each linear column but the last."""
-    counts = {n for column in linear for f in (column.main, column.carry) for n in (f.groups,)}
+) -> Iterator[tuple[Linear | Shuffled, Sequence[int]]]:
+    """The columns that have a form, each with the runs that are worth a look behind it."""
+    counts = {f.groups for column in linear for f in (column.main, column.carry)}
     counts |= {n for c in linear for n in groups_side_by_side((c.main, c.carry)) or ()}
-    where = [i for i, column in enumerate(columns) if isinstance(column, Linear)]
-    for column, (start, end) in zip(linear, itertools.pairwise(where), strict=False):
-        between = columns[start:end]
-        alone = all(c.may_take_turns and c.taps_are_pooled for c in between)
-        most = math.gcd(column.main.out_channels, column.carry.out_channels)
-        if not column.main.dims or not alone:
-            yield [1]
+    placed = [(i, c) for i, c in enumerate(columns) if isinstance(c, Linear | Shuffled)]
+    ends = [*(i for i, _ in placed[1:]), len(columns)]
+    layer = linear[0]
+    for (start, column), end in zip(placed, ends, strict=True):
+        layer = column if isinstance(column, Linear) else layer
+        most = math.gcd(layer.main.out_channels, layer.carry.out_channels)
+        alone = all(c.may_take_turns and c.taps_are_pooled for c in columns[start:end])
+        if layer is linear[-1] or not layer.main.dims or not alone:
+            yield column, [1]
             continue
-        wide = {most // n for n in (1, target.narrow, 2 * target.narrow) if most % n == 0}
-        yield sorted({1} | wide | {n for n in counts if most % n == 0})
+        wide = {most // n for n in (target.narrow, 2 * target.narrow) if most % n == 0}
+        yield column, sorted({1, most} | wide | {math.gcd(most, n) for n in counts})
 
 
-def _forms(column: Linear, runs: Runs, ends: tuple[bool, bool], target: Target) -> Iterator[Form]:
-    """Every form of a linear column between given runs; ends: whether it is the first, the last."""
+def _orders(column: Shuffled, width: int, runs: Runs) -> Iterator[Form]:
+    """Channels may come to stand in any order; a move counts as one multiply-add."""
+    stays = replace(column, before=runs[0], runs=runs[1]).stays
+    yield Form(runs, 0, 0, 0.0 if stays else float(width))
+
+
+def _forms(
+    column: Linear, ends: tuple[bool, bool], taps: int, target: Target, runs: Runs
+) -> Iterator[Form]:
+    """Every form of a linear column between given runs.
+
+    Args:
+        ends: whether it is the first, the last.
+        taps: of the window of both blocks.
+    """
     pair = (column.main, column.carry)
-    window = window_of(pair)
-    if isinstance(window, Refusal):
-        return
     if column.picked is not None and runs == (1, 1) and not any(ends):
         yield Form(runs, 0, 0, MOVING * len(column.picked))
-    taps = math.prod(window[2])
     ins, outs = [f.in_channels for f in pair], [f.out_channels for f in pair]
     n_in, n_out = ins[0] if ends[0] else sum(ins), outs[0] if ends[1] else sum(outs)
     common = math.gcd(*(f.groups for f in pair)) if column.main.dims else 1
@@ -175,11 +192,15 @@ def built(column: Linear, form: Form, ends: tuple[bool, bool]) -> AffineConv | R
     return spread(*pair, groups=groups, runs=form.runs)
 
 
-def described(layout: Layout) -> str:
+def described(columns: Sequence[Column], layout: Layout) -> str:
     """How the carry stands beside the main block between the two ends."""
-    turns = ", in turns with the branch" if any(f.runs[1] > 1 for f in layout.forms) else ""
-    grouped = {form.groups != 1 for form in layout.forms[1:-1] if form.groups != 0}
+    placed = [column for column in columns if isinstance(column, Linear | Shuffled)]
+    layers = [f for c, f in zip(placed, layout.forms, strict=True) if isinstance(c, Linear)]
+    turns = f", {IN_TURNS}" if any(f.runs[1] > 1 for f in layers) else ""
+    made = any(step.path for column in columns for step in column.steps)
+    apart = f", {TAKEN_APART}" if made else ""
+    grouped = {form.groups != 1 for form in layers[1:-1] if form.groups != 0}
     if not grouped:
-        return turns
+        return turns + apart
     how = "carry partly grouped" if len(grouped) == 2 else "grouped" if True in grouped else "dense"
-    return f"{turns}, {how}"
+    return f"{turns}, {how}{apart}"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import unmerged
 from rmfx.errors import Refusal
 from rmfx.ir.elements import MaxPool
 from rmfx.ir.notes import shape_of
+from rmfx.report import PADDED
 
 from .alignment import aligned
 from .assembly import Plan, plan_of
@@ -21,6 +24,7 @@ from .frames import frames
 from .layout import TIME, Target, described
 from .placement import Beside, fitted, placements
 from .site import Chain, Site
+from .tiling import in_any_order, taken_apart
 from .widths import padded, widths_of
 
 
@@ -92,25 +96,51 @@ def _fitted(site: Site, linear: Sequence[AffineConv], shortcut: AffineConv) -> A
 # ---- a linear shortcut beside a chain -----------------------------------------------------------
 def _beside(site: Site, main: Chain, shortcut: Chain, target: Target) -> list[Plan] | Refusal:
     """A linear shortcut at each place where its layers fit beside the main branch."""
-    last = max((i for i, step in enumerate(shortcut) if step.tapped), default=-1)
-    kept = frozenset(n for step in shortcut[: last + 1] for n in step.nodes)
     found: list[Plan] = []
     refusal = Refusal("the shortcut fits beside no layer of the branch", (site.join.name,))
-    for framed in frames(main, site.channels, site.dims):
+    cheapest, forms = math.inf, list(frames(main, site.channels, site.dims))
+    best = forms[0]
+    for framed in forms:
         ways = _ways_beside(site, framed, shortcut)
         if isinstance(ways, Refusal):
             refusal = ways
             continue
-        for beside in ways:
-            columns = _columns(site, framed, beside, shortcut)
-            place = _place([count for _, count in beside], bool(shortcut))
-            found += (
-                replace(plan, kept=kept, place=f"{place}{plan.place}")
-                for plan in _widths(columns, target)
-            )
+        options = list(_arranged(site, framed, ways, shortcut, target))
+        price = min((plan.price for plan in options), default=math.inf)
+        cheapest, best = min((cheapest, best), (price, framed), key=itemgetter(0))
+        found += options
+    if found and target.rearranges:
+        price_of = partial(_price, site, shortcut, target)
+        for framed in dict.fromkeys((forms[0], best)):
+            apart = taken_apart(in_any_order(framed), price_of)
+            ways = _ways_beside(site, apart, shortcut)
+            if not isinstance(ways, Refusal):
+                found += _arranged(site, apart, ways, shortcut, target)
     # Carrying the fork itself, as far as it goes, is best among equals: its sign may be known.
     found.reverse()
     return found or refusal
+
+
+def _price(site: Site, shortcut: Chain, target: Target, main: Chain) -> float:
+    """Of the cheapest arrangement of a branch as it is."""
+    ways = _ways_beside(site, main, shortcut)
+    if isinstance(ways, Refusal):
+        return math.inf
+    options = _arranged(site, main, ways, shortcut, target)
+    return min((plan.price for plan in options), default=math.inf)
+
+
+def _arranged(
+    site: Site, main: Chain, ways: Sequence[Beside], shortcut: Chain, target: Target
+) -> Iterator[Plan]:
+    """A branch as it is beside a linear shortcut, at each of some places."""
+    last = max((i for i, step in enumerate(shortcut) if step.tapped), default=-1)
+    kept = frozenset(n for step in shortcut[: last + 1] for n in step.nodes)
+    for beside in ways:
+        columns = _columns(site, main, beside, shortcut)
+        place = _place([count for _, count in beside], bool(shortcut))
+        for plan in _widths(columns, target):
+            yield replace(plan, kept=kept, place=f"{place}{plan.place}")
 
 
 def _ways_beside(site: Site, main: Chain, shortcut: Chain) -> Sequence[Beside] | Refusal:
@@ -174,6 +204,6 @@ def _widths(columns: list[Column], target: Target) -> Iterator[Plan]:
     for widths in widths_of(columns):
         plan = plan_of(padded(columns, widths), target)
         if not isinstance(plan, Refusal):
-            wider = ", carry padded to whole groups" if own else ""
-            yield replace(plan, place=f"{described(plan.layout)}{wider}")
+            wider = f", {PADDED}" if own else ""
+            yield replace(plan, place=f"{described(plan.columns, plan.layout)}{wider}")
         own = widths

@@ -46,6 +46,7 @@ class Step:
         channels: of its output.
         tapped: whether that value is read off the branch, too.
         pooled: whether all that read it there pool over space, or ask for its sizes.
+        path: of the module that a layer without nodes becomes, where one is known.
     """
 
     layer: Layer
@@ -54,6 +55,7 @@ class Step:
     channels: int
     tapped: bool = False
     pooled: bool = False
+    path: str = ""
 
     @property
     def affine(self) -> AffineConv:

@@ -9,7 +9,8 @@ a layer of one tap. A layer hands a channel on where an output has one weight an
 the main block reads the channel as well, a carry begins anew.
 
 Forms handled: Conv1d/2d/3d and Linear of any stride and layout; activations that provably leave
-channels alone (by range, PReLU slope 1, bounds, or a mask); products with what is 1 on them.
+channels alone (by range, PReLU slope 1, bounds, or a mask); products with what is 1 on them;
+indices that take channels in any order.
 Not followed: taps that read padding somewhere, since zeros there are none of F's values; pairs
 [x; -x]; what is shifted into a bounded activation; modules with hooks, shared ones.
 """
@@ -38,6 +39,7 @@ from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of
 from rmfx.ir.notes import shape_of, why_frozen
 from rmfx.ir.reading import read
+from rmfx.ir.selections import may_select, selected
 from rmfx.modules.activations import OWN_ACTIVATIONS
 from rmfx.pruning.slicing import inputs_read
 
@@ -83,7 +85,11 @@ class Origins:
         if node.target is torch.mul and len(node.all_input_nodes) == 2:
             return self._gated(node)
         source = input_of(node)
-        if source is None or node.op != "call_module" or why_frozen(node):
+        if source is None or why_frozen(node):
+            return ()
+        if may_select(self._net, node):
+            return self._selected(node, source)
+        if node.op != "call_module":
             return ()
         element = read(self._net, node)
         if isinstance(element, AffineConv):
@@ -91,6 +97,16 @@ class Origins:
             return _through_layer(element, source, before)
         left = [c.only(self._passed(node, source, c)) for c in self._known[source]]
         return tuple(c for c in left if bool((c.rows >= 0).any()))
+
+    def _selected(self, node: fx.Node, source: fx.Node) -> Carries:
+        """Behind an index into channels: some of them, in another order."""
+        found: list[Carry] = []
+        for carry in self._known[source]:
+            chosen = selected(self._net, node, len(carry.rows), carry.first.dims)
+            if chosen is not None and self._net.guard(node) is None:
+                rows, factors = carry.rows[chosen], carry.factors[chosen]
+                found.append(replace(carry, rows=rows, factors=factors))
+        return tuple(c for c in found if bool((c.rows >= 0).any()))
 
     def _gated(self, node: fx.Node) -> Carries:
         """Behind a product: what the other factor provably multiplies by 1."""

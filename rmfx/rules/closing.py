@@ -150,7 +150,8 @@ def _ungroup(net: Net) -> None:
         if not isinstance(layer, AffineConv) or layer.groups == 1 or net.guard(node) is not None:
             continue
         carried = hands_on(layer).reshape(layer.groups, -1)
-        if bool((carried.any(1) & ~carried.all(1)).any()):
+        n_in, n_out = layer.block  # more outputs than inputs: copies of the main block
+        if bool((carried.any(1) & (~carried.all(1) | (n_in < n_out))).any()):
             put(net, node, layer.regroup(1))
 
 

@@ -10,7 +10,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from rmfx.oracle.equivalence import Equivalence
-from rmfx.report import SiteReport
+from rmfx.report import LAYOUTS, SiteReport
 from rmfx.table import Column, table
 
 from .compare import SIZES
@@ -18,8 +18,9 @@ from .compiled import CHANGES
 from .networks.features import FEATURES
 from .networks.spec import NetworkSpec
 
-# What is counted: what networks are made of, at which sizes they ran, what changed between calls
-COUNTED = FEATURES | {*SIZES} | {f"{change} between calls" for change in CHANGES}
+# What is counted: what networks are made of, at which sizes they ran, what changed between calls,
+# and how carries stood.
+COUNTED = FEATURES | {*SIZES} | {f"{change} between calls" for change in CHANGES} | {*LAYOUTS}
 
 
 class Trial(NamedTuple):
@@ -92,7 +93,9 @@ class FuzzReport:
 
     def count(self, trial: Trial, dtype: str) -> None:
         """Count in what came of a network of that type."""
-        self.features.update(trial.sizes)
+        layouts = {row.layout.split(" (")[0] for row in trial.rows}
+        stood = {words for words in LAYOUTS if any(words in text for text in layouts)}
+        self.features.update(trial.sizes | stood)
         for row in trial.rows:
             if row.status == "removed":
                 self.removed[row.strategy, row.exactness] += 1
