@@ -45,6 +45,7 @@ from rmfx.removal.policy import Policy, check_policy
 from rmfx.removal.remove import CalibrationData, is_calibrated, remove
 from rmfx.removal.rule import ResidualRule
 from rmfx.removal.strategy import allowed_ways
+from rmfx.removal.target import BY_NAME
 
 __all__ = ["ResidualRule", "remove_residuals"]
 
@@ -82,7 +83,9 @@ def remove_residuals(
             further (the form of RMNet, arXiv 2111.00687); the branch's last one is always folded.
         activation: how a carry may pass an activation: the strategies allowed, of which the first
             that works is used, in the order "identity", "scale", "per-channel", "odd-pair",
-            "shift", "double-relu", "masked". "auto" is all but "odd-pair", which costs channels,
+            "shift", "double-relu", "masked" (where `minimise` names a runtime, one that needs no
+            activation for each channel if that costs less there). "auto" is all but "odd-pair",
+            which costs channels (and counts where a runtime is named),
             "shift", which costs rounding and needs `calibration`, and "double-relu", which costs
             layers. "relu" is those that need the network's own activations and ReLU only: no PReLU,
             no clamp with bounds per channel and no mask is added ("identity", "scale", "odd-pair",
@@ -103,8 +106,10 @@ def remove_residuals(
             multiply-adds and traffic to memory become less (needs example inputs); a function
             that is given the site's row (`rmfx.SiteReport`, with expected costs) and answers; or
             an `rmfx.MeasuredPolicy`, which times each site.
-        minimise: what the layout of main block and carry is chosen for: "time", that of CPUs, where
-            a group of few channels takes as long as one of 8; or "macs", multiply-adds alone.
+        minimise: what the rewrite is made cheap for: "time", that of CPUs, where a group of few
+            channels takes as long as one of 8; "eager", "inductor", "onnxruntime" or "openvino",
+            time in that runtime, where activations that differ between channels count, too; or
+            "macs", multiply-adds alone, for which layers are taken apart: values get wider.
         verify: compare the result with the model, on random inputs of several sizes, before it is
             returned; see `rmfx.verify`. Needs example inputs.
 
@@ -128,10 +133,10 @@ def remove_residuals(
         >>> [type(m).__name__ for m in plain.children()]
         ['Conv2d', 'PReLU', 'Conv2d']
     """
-    allowed = allowed_ways(activation)
+    check_choice("minimise", minimise, TARGETS)
+    allowed = allowed_ways(activation, BY_NAME[minimise])
     check_range(input_range)
     check_policy(policy)
-    check_choice("minimise", minimise, TARGETS)
     source = trace(model, example_inputs, fold=not differentiable)
     batches = CalibrationData(calibration) if calibration is not None else None
     rewrite = partial(

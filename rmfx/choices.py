@@ -16,5 +16,5 @@ PASSES = (
 )
 FRONTENDS = ("module", "traced", "exported", "compiled")
 COSTS = ("macs", "parameters", "latency")  # of a network, which pruning makes smaller
-TARGETS = ("time", "macs")  # what a layout is chosen for
 RUNTIMES = ("eager", "inductor", "onnxruntime", "openvino")
+TARGETS = ("time", "macs", *RUNTIMES)  # what a rewrite is made cheap for

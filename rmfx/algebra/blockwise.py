@@ -88,13 +88,13 @@ class Blockwise(Layer):
 
     def to_module(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """One module that applies each block's activation to its channels."""
-        way = way_of(self.blocks)
+        means = means_of(self.blocks)
         active = [b.activation for b in self.blocks if b.activation and b.width]
-        if way == "identity":
+        if means == "same":
             return plain_copy(active[0].module)
-        if way == "masked":
+        if means == "masks":
             return _masked(self, dtype, device)
-        if all(a.row.slope for a in active):
+        if means == "slopes":
             slopes = torch.cat([_slope_of(b) for b in self.blocks]).to(device, dtype)
             return _prelu(slopes, self)
         low, high = (
@@ -134,15 +134,23 @@ def _part_of(module: nn.Module | None, channels: slice) -> Block:
     return Block(channels.stop - channels.start, Activation(module) if module else None)
 
 
-def way_of(blocks: Sequence[Block]) -> str:
-    """How one module applies each block's activation: "identity", "per-channel" or "masked"."""
+def means_of(blocks: Sequence[Block]) -> str:
+    """By what one module applies each block's activation.
+
+    "same" where it is one for all channels; else "slopes", "bounds" or "masks" for each one.
+    """
     active = [b.activation for b in blocks if b.activation and b.width]
     full = len(active) == sum(b.width > 0 for b in blocks)
     if full and len({a.signature for a in active}) == 1 and not active[0].is_per_channel:
-        return "identity"
-    if all(a.row.slope for a in active) or all(a.row.bounds for a in active):
-        return "per-channel"
-    return "masked"
+        return "same"
+    if all(a.row.slope for a in active):
+        return "slopes"
+    return "bounds" if all(a.row.bounds for a in active) else "masks"
+
+
+def way_of(blocks: Sequence[Block]) -> str:
+    """The strategy that a module serves as: "identity", "per-channel" or "masked"."""
+    return {"same": "identity", "masks": "masked"}.get(means_of(blocks), "per-channel")
 
 
 def _masked(whole: Blockwise, dtype: torch.dtype, device: torch.device) -> MaskedActivation:

@@ -132,7 +132,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _add_conversion_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--no-fold-batch-norm", action="store_true", help="keep batch norm layers")
-    text = "what layouts are chosen for: the time on CPUs, or multiply-adds (default: %(default)s)"
+    text = (
+        "what it is made cheap for: time on CPUs, multiply-adds, or time in one runtime"
+        " (default: %(default)s)"
+    )
     add("--minimise", choices=TARGETS, default=TARGETS[0], help=text)
     add("--strict", action="store_true", help="fail if one residual connection cannot be removed")
     text = "all values of the inputs, which can prove that a carry passes an activation unchanged"

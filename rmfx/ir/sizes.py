@@ -98,7 +98,9 @@ class Sizes:
             return self._of_its_own(node)
         inputs = [n for n in node.all_input_nodes if is_tensor_node(n)]
         found = None
-        if len(inputs) > 1 and node.target in KEEP_SIZE:
+        if node.target == "expand_as" and len(inputs) > 1:  # it has the sizes of the second one
+            found = self._known[inputs[1]]
+        elif len(inputs) > 1 and node.target in KEEP_SIZE:
             found = self._of_largest(node, inputs)
         elif len(inputs) == 1 and not why_frozen(node):
             before = self._known[inputs[0]]

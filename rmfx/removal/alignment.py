@@ -17,8 +17,8 @@ from rmfx.ir.notes import why_frozen
 from .assembly import Plan, plan_of
 from .column import Column
 from .columns import Linear, Pair, column_of, price_of
-from .layout import Target
 from .site import Chain, Norm, Site, Step
+from .target import Target
 
 Waits = tuple[Sequence[int], Sequence[int]]
 

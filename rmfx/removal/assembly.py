@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
+from rmfx.algebra.blockwise import means_of
 from rmfx.errors import Refusal
 
 from .column import Column
-from .columns import Built, Linear, Picked, linear_of
-from .layout import Layout, Target, built, layout_of
+from .columns import Built, Linear, Picked, Pointwise, linear_of
+from .layout import Layout, built, layout_of
 from .order import Shuffled
+from .target import Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,18 @@ class Plan:
     def price(self) -> float:
         """What it is chosen by."""
         return self.layout.price
+
+    @property
+    def beyond(self) -> float:
+        """Multiply-adds, per position of the fork, for activations that differ between channels."""
+        total, area = 0.0, 1.0
+        for column in self.columns:
+            if isinstance(column, Linear):
+                area /= math.prod(column.main.stride)
+            if isinstance(column, Pointwise):
+                rate = self.target.beyond.get(means_of(column.blocks), 0.0)
+                total += rate * area * sum(column.widths)
+        return total
 
     def with_columns(self, columns: Sequence[Column]) -> Plan | Refusal:
         """The same with other columns, in their own cheapest layout."""

@@ -28,7 +28,6 @@ from rmfx.algebra.laws import (
     stack,
     window_of,
 )
-from rmfx.choices import TARGETS
 from rmfx.errors import Refusal
 from rmfx.report import IN_TURNS, TAKEN_APART
 from rmfx.rules.linear import MOVING
@@ -36,25 +35,9 @@ from rmfx.rules.linear import MOVING
 from .column import Column
 from .columns import Linear, linear_of
 from .order import Shuffled
+from .target import Target
 
 Runs = tuple[int, int]  # before and behind a layer
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a layout is chosen for.
-
-    Attributes:
-        narrow: channels that each side of a group counts for at least.
-        rearranges: whether layers may be taken apart and channels be put in another order.
-    """
-
-    narrow: int
-    rearranges: bool
-
-
-TIME, MACS = Target(narrow=8, rearranges=False), Target(narrow=1, rearranges=True)
-BY_NAME = dict(zip(TARGETS, (TIME, MACS), strict=True))
 
 
 @dataclass(frozen=True)

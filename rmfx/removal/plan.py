@@ -21,9 +21,10 @@ from .assembly import Plan, plan_of
 from .column import Column
 from .columns import Linear, column_of
 from .frames import frames
-from .layout import TIME, Target, described
+from .layout import described
 from .placement import Beside, fitted, placements
 from .site import Chain, Site
+from .target import TIME, Target
 from .tiling import in_any_order, taken_apart
 from .widths import padded, widths_of
 

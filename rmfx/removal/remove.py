@@ -20,11 +20,11 @@ from rmfx.rules.batch_norm import fold
 from rmfx.rules.linear import LinearRule
 from rmfx.rules.noop import NoopRule
 
-from .layout import BY_NAME
 from .plan import plans
 from .policy import Policy
 from .rule import ResidualRule, check_strict, finish, joins_of
 from .strategy import AUTO
+from .target import BY_NAME
 
 
 class CalibrationData:

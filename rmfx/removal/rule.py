@@ -102,7 +102,7 @@ class ResidualRule:
 
     def _dearness(self, option: Option) -> tuple[bool, float]:
         settled = option[1]
-        return is_large(settled, self._allowed), settled.plan.price
+        return is_large(settled, self._allowed), settled.price
 
     def _options(self, site: Site) -> Iterator[Option | Refusal]:
         """Every way to rewrite a site."""
@@ -123,7 +123,7 @@ class ResidualRule:
                 yield settled
                 continue
             if not is_large(settled, self._allowed):
-                best = min(best, settled.plan.price)
+                best = min(best, settled.price)
             yield site, settled, found
 
     def rewrite(self, net: Net, node: fx.Node, match: Match) -> None:

@@ -60,6 +60,7 @@ from .column import Column
 from .columns import Linear, Normalised, Pointwise, linear_of
 from .double_relu import bits_of_clamps, without_clamps
 from .odd_pairs import Values, as_pair
+from .target import TIME, Target
 
 # Those that pass every carry bit for bit at its own width.
 AUTO = ("identity", "scale", "per-channel", "masked")
@@ -86,16 +87,25 @@ class Settled:
     gain: float = 1.0
     bits: float = 0.0
 
+    @property
+    def price(self) -> float:
+        """What the plan is chosen by, its activations counted."""
+        return self.plan.price + self.plan.beyond
 
-def allowed_ways(activation: str | Collection[str]) -> Collection[str]:
+
+def allowed_ways(activation: str | Collection[str], target: Target = TIME) -> Collection[str]:
     """The strategies that an option allows.
+
+    Args:
+        target: may count what an activation costs that differs between channels: an odd pair needs
+            none.
 
     Raises:
         OptionError: there is none of the name.
     """
     names = [activation] if isinstance(activation, str) else [*activation]
     if names == ["auto"]:
-        return AUTO
+        return (*AUTO, "odd-pair") if target.beyond else AUTO
     if not names or not all(isinstance(n, str) and n in (*STRATEGIES, "relu") for n in names):
         raise OptionError(
             f"activation={shown(activation)}: choose 'auto', 'relu' or some of "
@@ -110,10 +120,27 @@ def settle(
 ) -> Settled | Refusal:
     """Choose how the carry passes each activation, by the simplest strategy that is allowed.
 
+    Where the target counts what activations cost that differ between channels, one that needs none
+    is taken if it is cheaper.
+
     Args:
         allowed: names of `STRATEGIES`; with "relu" among them a small gain comes first.
         dtype: of the values.
     """
+    own = _simplest(plan, ranges, allowed, dtype)
+    even = {*allowed} - {"per-channel", "masked"}
+    if isinstance(own, Refusal) or not own.plan.beyond or len(even) == len(allowed):
+        return own
+    other = _simplest(plan, ranges, even, dtype)
+    if isinstance(other, Refusal) or other.exactness == EXACTNESS[-1]:
+        return own
+    return min(own, other, key=lambda settled: settled.price)
+
+
+def _simplest(
+    plan: Plan, ranges: Ranges, allowed: Collection[str], dtype: torch.dtype
+) -> Settled | Refusal:
+    """The same by the simplest strategies, whatever they cost."""
     own = _settle(plan, ranges, allowed, dtype)
     if "double-relu" not in allowed or _is_good(own, allowed):
         return own

@@ -19,9 +19,9 @@ from rmfx.errors import Refusal
 from rmfx.ir.net import Net
 from rmfx.removal.assembly import Plan, build
 from rmfx.removal.columns import Built, Linear, Normalised, Pointwise
-from rmfx.removal.layout import MACS, TIME, Target
 from rmfx.removal.plan import plans
 from rmfx.removal.site import Site, find_sites
+from rmfx.removal.target import MACS, TIME, Target
 
 Forward = Callable[[Any, Tensor], Any]
 

@@ -67,6 +67,18 @@ def test_the_gate_at_the_end_of_a_branch() -> None:
     assert_removed(model, image())
 
 
+def test_a_gate_spread_out_like_its_value_leaves_all_sizes_open() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        gate = m.gate(m.up(m.down(y.mean((2, 3), keepdim=True))))
+        return x + m.c(y * gate.expand_as(y))
+
+    model = ready(Apply(forward, **gated(a=conv(4, 6), c=conv(6, 4))))
+    converted = assert_removed(model, image(), without_inputs=False)
+    for shape in [(2, 4, 11, 5), (1, 4, 3, 3)]:
+        assert_equivalent(model, converted, [image(*shape)])
+
+
 @pytest.mark.parametrize("gate", [nn.Sigmoid(), nn.Hardsigmoid()], ids=str)
 def test_the_layer_before_a_sigmoid_makes_the_ones(gate: nn.Module) -> None:
     gm = assert_removed(ready(Apply(GATES["before the last layer"], **gated(gate))), image())
