@@ -3,7 +3,8 @@
 In float64 and with random batch norm statistics each network is converted with an even-sized
 example and compared with the original at that size and, where it takes one, at an odd size: at the
 output and at EVERY residual join. "Sensitivity" is the smallest error that a dropped operand would
-have caused at its join, so it says how much the comparison is worth.
+have caused at its join, so it says how much the comparison is worth. It is converted with
+`minimise="macs"`, too, for its multiply-adds, and compared at the even size.
 
 Limits: no network raises; relative error at most 1e-10 or, where the network itself magnifies
 rounding, ten times what one rounding of its input does to it there ("noise"); of the additions that
@@ -91,6 +92,7 @@ def evaluate(net: ZooNet, *, small: bool = False) -> Outcome:
     checks = [assert_equivalent(model, converted, even, tolerance=math.inf)]
     at_odd, note = _compare_odd(model, converted, odd)
     checks += [at_odd] if at_odd else []
+    least = rmfx.remove_residuals(model, even, minimise="macs", verify=False)
     plain = rmfx.is_plain(converted)
     sizes = (even, odd) if at_odd else (even,)
     return Outcome(
@@ -100,12 +102,14 @@ def evaluate(net: ZooNet, *, small: bool = False) -> Outcome:
         joins=min(len(check.joins) for check in checks),
         error_even=_largest_error(checks[0]),
         error_odd=_largest_error(at_odd) if at_odd else None,
+        error_least=_largest_error(assert_equivalent(model, least, even, tolerance=math.inf)),
         noise=max(noise_floor(model, converted, x) for x in sizes),
         sensitivity=_finite(min(check.sensitivity for check in checks)),
         plain=plain,
         sequential=_sequential_error(converted, sizes) if plain else None,
         identical=_is_identical(model, even) if not rmfx.report(converted).removed else None,
         macs_ratio=_macs_ratio(model, converted, even),
+        macs_ratio_least=_macs_ratio(model, least, even),
         pass_seconds=pass_seconds,
         seconds=time.perf_counter() - start,
         **_additions(model, converted, even),
