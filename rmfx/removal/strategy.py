@@ -120,21 +120,21 @@ def settle(
 ) -> Settled | Refusal:
     """Choose how the carry passes each activation, by the simplest strategy that is allowed.
 
-    Where the target counts what activations cost that differ between channels, one that needs none
-    is taken if it is cheaper.
+    Where the target counts what activations cost that differ between channels, the cheaper of two
+    is taken: with them, or with odd pairs.
 
     Args:
         allowed: names of `STRATEGIES`; with "relu" among them a small gain comes first.
         dtype: of the values.
     """
-    own = _simplest(plan, ranges, allowed, dtype)
-    even = {*allowed} - {"per-channel", "masked"}
-    if isinstance(own, Refusal) or not own.plan.beyond or len(even) == len(allowed):
-        return own
-    other = _simplest(plan, ranges, even, dtype)
-    if isinstance(other, Refusal) or other.exactness == EXACTNESS[-1]:
-        return own
-    return min(own, other, key=lambda settled: settled.price)
+    if plan.target.beyond:
+        either = ({*allowed} - {"odd-pair"}, {*allowed} - {"per-channel", "masked"})
+        found = [_simplest(plan, ranges, ways, dtype) for ways in either]
+        fits = [one for one in found if isinstance(one, Settled)]
+        sure = [one for one in fits if one.exactness != EXACTNESS[-1]]
+        if fits:
+            return min(sure or fits, key=lambda settled: settled.price)
+    return _simplest(plan, ranges, allowed, dtype)
 
 
 def _simplest(

@@ -37,6 +37,7 @@ from rmfx.removal.columns import Pointwise
 from rmfx.removal.plan import plans
 from rmfx.removal.site import find_sites
 from rmfx.removal.strategy import AUTO, Settled, settle
+from rmfx.removal.target import BY_NAME, Target
 from rmfx.testing import assert_equivalent
 
 ENDS = st.floats(-1e4, 1e4, width=32)
@@ -74,6 +75,29 @@ def clamped(act: nn.Module, *, stem: nn.Module | None = None) -> nn.Module:
     body = chain(conv(4, 8, 1), act, conv(8, 8, groups=8), act, conv(8, 4, 1))
     stem = chain(conv(), nn.ReLU6(), conv(4, 4, 1)) if stem is None else stem
     return ready(chain(stem, Residual(body), conv(4, 4, 1)))
+
+
+@pytest.mark.parametrize("act", [F.relu6, F.relu, F.silu])
+@pytest.mark.parametrize("rate", [0.0, 1e-3, 1e3])
+def test_what_uneven_activations_cost_decides_between_ways(
+    act: Any, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Target(beyond={"slopes": rate, "bounds": rate, "masks": rate})
+    monkeypatch.setitem(BY_NAME, "onnxruntime", target)
+    model = ready(Apply(lambda m, x: x + m.b(act(m.a(x))), a=conv(), b=conv()))
+    converted = assert_removed(model, image(), minimise="onnxruntime", input_range=(-8, 8))
+    (row,) = rmfx.report(converted).rows
+    plain = "masked" if act is F.silu else "per-channel"
+    assert row.strategy == (plain if rate < 1 else "odd-pair")
+
+
+def test_a_named_runtime_leaves_the_ways_that_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(BY_NAME, "openvino", Target(beyond={"slopes": 1e3}))
+    model = ready(Apply(lambda m, x: x + m.b(F.relu(m.a(x))), a=conv(), b=conv()))
+    options = {"minimise": "openvino", "activation": "per-channel"}
+    assert_removed(model, image(), strategy="per-channel", **options)
 
 
 # ---- the laws -----------------------------------------------------------------------------------
