@@ -266,13 +266,17 @@ class AffineConv(Layer):
         ]
         weight = self.weight.new_zeros(*self.weight.shape[:2], *kernel)
         weight[at(torch.meshgrid(*places, indexing="ij"))] = self.weight
-        padding = tuple(
+        padding = self.padding_in(left, dilation, kernel)
+        return replace(self, weight=weight, padding=padding, dilation=dilation)
+
+    def padding_in(self, left: Ints, dilation: Ints, kernel: Ints) -> Pads:
+        """The padding of a window that starts at −left and gives the same output size."""
+        return tuple(
             (new, a - new + d * (k - 1) + 1 - s)
             for new, a, d, k, s in zip(
                 left, self.growth, dilation, kernel, self.stride, strict=True
             )
         )
-        return replace(self, weight=weight, padding=padding, dilation=dilation)
 
     def pad_channels(self, n_in: int, n_out: int) -> AffineConv:
         """Append channels: new inputs are ignored, new outputs are zero."""
@@ -307,6 +311,18 @@ class AffineConv(Layer):
     def reading(self, order: Tensor) -> AffineConv:
         """The same map of inputs in another order, for a layer with one group."""
         return replace(self, weight=self.weight[:, order.to(self.weight.device)])
+
+
+def device_of(layers: Iterable[AffineConv]) -> torch.device:
+    """Where layers live together: those made of constants are on the CPU and follow the others."""
+    devices = {f.weight.device for f in layers}
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+def on_one_device(layers: Sequence[AffineConv]) -> list[AffineConv]:
+    """The layers, all where they live together."""
+    device = device_of(layers)
+    return [replace(f, weight=f.weight.to(device), bias=f.bias.to(device)) for f in layers]
 
 
 def at(place: Iterable[Any]) -> Any:

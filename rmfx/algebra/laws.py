@@ -1,7 +1,6 @@
-"""The algebra of linear layers: composition, Δ (duplicate), ⊕ (direct sum) and ∇ (add).
+"""The algebra of linear layers side by side: Δ (duplicate), ⊕ (direct sum) and ∇ (add).
 
 Laws (each has a property test):
-    compose(outer, inner)(x) = outer(inner(x))          where no border comes between
     stack(f, g)(x)           = [f(x); g(x)]             = (f ⊕ g) ∘ Δ
     join(f, g)([x; y])       = f(x) + g(y)              = ∇ ∘ (f ⊕ g)
     direct_sum(f, g)([x; y]) = [f(x); g(y)]
@@ -19,166 +18,56 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rmfx.errors import Refusal
 
-from .affine import AffineConv, Ints, Pads, at, grouped
-
-
-def compose(outer: AffineConv, inner: AffineConv) -> AffineConv | Refusal:
-    """outer ∘ inner as one layer.
-
-    Exact unless the outer layer reads its zero padding where the merged layer would read something
-    else: the inner layer's bias, or inputs that an inner kernel still sees from outside its border.
-    """
-    refusal = _border_between(outer, inner)
-    if refusal:
-        return refusal
-    window = _window_of_product(outer, inner)
-    weight, groups = _compose_weights(outer, inner, window.dilation, window.kernel)
-    bias = outer.bias.to(weight)
-    if inner.has_bias:
-        bias = bias + sum_of_taps(outer, inner.bias)
-    return AffineConv(weight, bias, window.stride, window.padding, window.dilation, groups)
-
-
-class _Window(NamedTuple):
-    """Where a layer reads."""
-
-    stride: Ints
-    padding: Pads
-    dilation: Ints
-    kernel: Ints
-
-
-def _window_of_product(outer: AffineConv, inner: AffineConv) -> _Window:
-    """Where outer ∘ inner reads."""
-    stride = tuple(a * b for a, b in zip(outer.stride, inner.stride, strict=True))
-    step, kernel, padding = [], [], []
-    for i in range(inner.dims):
-        s, taps = inner.stride[i], (outer.kernel[i] > 1, inner.kernel[i] > 1)
-        steps = (s * outer.dilation[i] * taps[0], inner.dilation[i] * taps[1])
-        grid = math.gcd(*steps) or 1
-        span = s * outer.span[i] + inner.span[i]
-        left = s * outer.padding[i][0] + inner.padding[i][0]
-        growth = inner.growth[i] + s * outer.growth[i]
-        step.append(grid)
-        kernel.append(span // grid + 1)
-        padding.append((left, growth - left + span + 1 - stride[i]))
-    return _Window(stride, tuple(padding), tuple(step), tuple(kernel))
-
-
-@dataclass(frozen=True, eq=False)
-class Unmerged(AffineConv):
-    """Linear layers in a row as one layer whose weights are not multiplied yet.
-
-    It has the shape of the product, and zeros without memory for weights. Where it stands may be
-    changed (stride, padding, more channels); `merged` is then the product standing there.
-
-    Attributes:
-        factors: the layers, the first one first.
-    """
-
-    factors: tuple[AffineConv, ...] = ()
-
-    def pad_channels(self, n_in: int, n_out: int) -> AffineConv:
-        """More channels, as of any layer."""
-        kernel, bias = self.kernel, self.bias[:1].expand(n_out)
-        return replace(self, weight=_nothing(self, n_out, n_in, *kernel), bias=bias, groups=1)
-
-    def merged(self) -> AffineConv | Refusal:
-        """The product."""
-        made = chain(self.factors)
-        if isinstance(made, Refusal):
-            return made
-        made = replace(made, stride=self.stride, padding=self.padding)
-        return made.pad_channels(self.in_channels, self.out_channels)
-
-
-def unmerged(factors: Sequence[AffineConv]) -> AffineConv | Refusal:
-    """Linear layers in a row as one layer, of which the shape is known and asked first.
-
-    The first one may be such a product itself.
-    """
-    whole = factors[0]
-    first = whole.factors if isinstance(whole, Unmerged) else (whole,)
-    for outer in factors[1:]:
-        refusal = _border_between(outer, whole)
-        if refusal:
-            return refusal
-        window = _window_of_product(outer, whole)
-        groups = math.gcd(outer.groups, whole.groups)
-        if outer.is_depthwise or whole.is_depthwise:
-            groups = min(outer.groups, whole.groups)
-        weight = _nothing(outer, outer.out_channels, whole.in_channels // groups, *window.kernel)
-        bias = weight.new_full((1,), float(outer.has_bias or whole.has_bias))
-        bias = bias.expand(outer.out_channels)
-        place = (window.stride, window.padding, window.dilation, groups)
-        whole = Unmerged(weight, bias, *place, (*first, *factors[1:]))
-    return whole
-
-
-def _nothing(like: AffineConv, *sizes: int) -> Tensor:
-    return like.weight.new_zeros(()).expand(sizes)
-
-
-def chain(layers: Iterable[AffineConv]) -> AffineConv | Refusal:
-    """All `layers`, applied in order, as one layer."""
-    iterator = iter(layers)
-    result = next(iterator)
-    for layer in iterator:
-        merged = compose(layer, result)
-        if isinstance(merged, Refusal):
-            return merged
-        result = merged
-    return result
+from .affine import AffineConv, Ints, at, device_of, grouped
 
 
 def stack(*layers: AffineConv, groups: int = 1, runs: int = 1) -> AffineConv | Refusal:
     """x ↦ [f(x); g(x); …], outputs one below the other, or in `runs`."""
-    same = common_window(layers)
-    if isinstance(same, Refusal):
-        return same
-    return _assemble(same, groups, (groups, runs), shares_input=True)
+    return _together(layers, groups, (groups, runs), shares_input=True)
 
 
 def join(*layers: AffineConv, groups: int = 1, runs: int = 1) -> AffineConv | Refusal:
     """[x; y; …] ↦ f(x) + g(y) + …, inputs one below the other, or in `runs`."""
-    same = common_window(layers)
-    if isinstance(same, Refusal):
-        return same
-    return _assemble(same, groups, (runs, 1), shares_output=True)
+    return _together(layers, groups, (runs, 1), shares_output=True)
 
 
 def spread(
     *layers: AffineConv, groups: int = 1, runs: tuple[int, int] = (1, 1)
 ) -> AffineConv | Refusal:
     """[x; y; …] ↦ [f(x); g(y); …], a share of each in every group; runs: before and behind."""
-    same = common_window(layers)
-    return same if isinstance(same, Refusal) else _assemble(same, groups, runs)
+    return _together(layers, groups, runs)
 
 
 def direct_sum(*layers: AffineConv, runs: int = 1) -> AffineConv | Refusal:
     """[x; y; …] ↦ [f(x); g(y); …], as a grouped layer where the groups fit, else dense."""
-    same = common_window(layers)
-    if isinstance(same, Refusal):
-        return same
-    counts = groups_side_by_side(same)
+    counts = groups_side_by_side(layers)
     if counts is None:
-        return _assemble(same, 1, (runs, runs))
-    parts = _in_one_type([f.regroup(n) for f, n in zip(same, counts, strict=True)])
-    return replace(
-        parts[0],
-        weight=in_turn([f.weight for f in parts], runs),
-        bias=in_turn([f.bias for f in parts], runs),
-        groups=sum(counts),
-    )
+        return _together(layers, 1, (runs, runs))
+    window = window_of(layers)
+    if isinstance(window, Refusal):
+        return window
+    total, first = sum(counts), layers[0]
+    n_in, n_out = (n * first.groups // counts[0] for n in first.block)
+    like = _like(layers)
+    weight = like.new_zeros(runs, total // runs, n_out, n_in, *window.kernel)
+    bias = like.new_zeros(runs, total // runs * n_out)
+    start = 0
+    for f, count in zip(layers, counts, strict=True):
+        end = start + count // runs
+        _write(weight[:, start:end][window.taps_of(f)], f, f.groups // count)
+        bias[:, start * n_out : end * n_out] = f.bias.reshape(runs, -1)
+        start = end
+    whole = window.around(first)
+    return replace(whole, weight=weight.flatten(0, 2), bias=bias.flatten(), groups=total)
 
 
 def groups_side_by_side(layers: Sequence[AffineConv]) -> list[int] | None:
@@ -221,8 +110,30 @@ def common_window(layers: Sequence[AffineConv]) -> list[AffineConv] | Refusal:
     return window if isinstance(window, Refusal) else [f.in_window(*window) for f in layers]
 
 
-def window_of(layers: Sequence[AffineConv]) -> tuple[Ints, Ints, Ints] | Refusal:
-    """The smallest (left padding, dilation, kernel) whose taps include those of every layer."""
+class Window(NamedTuple):
+    """Where several layers read."""
+
+    left: Ints
+    dilation: Ints
+    kernel: Ints
+
+    def taps_of(self, f: AffineConv) -> Any:
+        """An index of one layer's taps among those of the window."""
+        slices = []
+        for own, new, d, step, k in zip(
+            f.left, self.left, f.dilation, self.dilation, f.kernel, strict=True
+        ):
+            start = (new - own) // step
+            slices.append(slice(start, start + d * (k - 1) // step + 1, max(d // step, 1)))
+        return at(slices)
+
+    def around(self, f: AffineConv) -> AffineConv:
+        """A layer that reads here, as far as anything but its weights goes."""
+        return replace(f, padding=f.padding_in(*self), dilation=self.dilation)
+
+
+def window_of(layers: Sequence[AffineConv]) -> Window | Refusal:
+    """The smallest window whose taps include those of every layer."""
     first = layers[0]
     for f in layers[1:]:
         if f.dims != first.dims:
@@ -240,138 +151,72 @@ def window_of(layers: Sequence[AffineConv]) -> tuple[Ints, Ints, Ints] | Refusal
         left.append(begin)
         dilation.append(step)
         kernel.append((begin + end) // step + 1)
-    return tuple(left), tuple(dilation), tuple(kernel)
+    return Window(tuple(left), tuple(dilation), tuple(kernel))
 
 
-def _assemble(
+def _together(
     layers: Sequence[AffineConv],
     groups: int,
     runs: tuple[int, int],
     *,
     shares_input: bool = False,
     shares_output: bool = False,
-) -> AffineConv:
-    """One layer of so many groups with the weights of each in their place, by views.
+) -> AffineConv | Refusal:
+    """One layer of so many groups, the weights of each written to their place.
 
     Args:
         runs: of inputs and outputs.
         shares_input, shares_output: whether all layers read, or give, the same channels; biases of
             those that do are added.
     """
-    layers = _in_one_type([f.regroup(groups) for f in layers])
+    window = window_of(layers)
+    if isinstance(window, Refusal):
+        return window
     first, (before, behind) = layers[0], runs
     outs = [f.out_channels // behind for f in layers]  # in a run
     ins = [f.in_channels // before for f in layers]
     n_out, n_in = outs[0] if shares_output else sum(outs), ins[0] if shares_input else sum(ins)
-    kernel, per_group = first.kernel, before // groups
-    weight = first.weight.new_zeros(behind, n_out, per_group, n_in, *kernel)
-    bias = first.bias.new_zeros(behind, n_out)
+    like = _like(layers)
+    weight = like.new_zeros(behind, n_out, before // groups, n_in, *window.kernel)
+    bias = like.new_zeros(behind, n_out)
     row = column = 0
     for f, height, width in zip(layers, outs, ins, strict=True):
-        blocks = f.weight.reshape(behind, height, per_group, width, *kernel)
-        weight[:, row : row + height, :, column : column + width].copy_(blocks)
-        bias[:, row : row + height] += f.bias.reshape(behind, height)
+        place = weight[:, row : row + height, :, column : column + width][window.taps_of(f)]
+        if f.groups == groups:
+            place.copy_(f.weight.reshape(place.shape))
+        elif behind == before == groups:
+            _write(place.select(2, 0).unsqueeze(1), f, f.groups // groups)
+        else:
+            place.copy_(f.regroup(groups).weight.reshape(place.shape))
+        bias[:, row : row + height] += f.bias.reshape(behind, height).to(bias)
         row += 0 if shares_output else height
         column += 0 if shares_input else width
-    weight = weight.reshape(behind * n_out, per_group * n_in, *kernel)
-    return replace(first, weight=weight, bias=bias.flatten(), groups=groups)
+    weight = weight.reshape(behind * n_out, before // groups * n_in, *window.kernel)
+    return replace(window.around(first), weight=weight, bias=bias.flatten(), groups=groups)
 
 
-def _in_one_type(layers: Sequence[AffineConv]) -> list[AffineConv]:
-    """The layers in the smallest type that holds all their numbers, on one device."""
+def _write(place: Tensor, f: AffineConv, per: int) -> None:
+    """Write a layer's weights to groups that hold `per` of its own each, on their diagonals.
+
+    Args:
+        place: shape (runs, groups in a run, out, in, *kernel).
+    """
+    blocks = f.weight.reshape(*place.shape[:2], per, *reversed(f.block), *f.kernel)
+    if per == 1:
+        place.copy_(blocks.squeeze(2))
+        return
+    by_group = place.unflatten(2, (per, -1)).unflatten(4, (per, -1))
+    by_group.diagonal(dim1=2, dim2=4).copy_(blocks.movedim(2, -1))
+
+
+def _like(layers: Sequence[AffineConv]) -> Tensor:
+    """A tensor of the device of some layers, in the smallest type that holds all their numbers."""
     dtype = layers[0].weight.dtype
     for tensor in itertools.chain(*((f.weight, f.bias) for f in layers)):
         dtype = torch.promote_types(dtype, tensor.dtype)
     if sum(f.has_bias for f in layers) > 1:  # biases may be added
         dtype = torch.float64
-    return [
-        replace(f, weight=f.weight.to(dtype), bias=f.bias.to(dtype)) for f in _on_one_device(layers)
-    ]
-
-
-def _on_one_device(layers: Sequence[AffineConv]) -> list[AffineConv]:
-    """Layers made of constants live on the CPU and follow the others."""
-    devices = {f.weight.device for f in layers}
-    if len(devices) == 1:
-        return list(layers)
-    device = next(d for d in devices if d.type != "cpu")
-    return [replace(f, weight=f.weight.to(device), bias=f.bias.to(device)) for f in layers]
-
-
-def _border_between(outer: AffineConv, inner: AffineConv) -> Refusal | None:
-    """Why the outer layer's padding forbids merging, if it does."""
-    if outer.in_channels != inner.out_channels or outer.dims != inner.dims:
-        return Refusal("the layers do not fit one another")
-    if not outer.pads:
-        return None
-    if inner.has_bias:
-        return Refusal(
-            "the second layer pads with zeros what the first layer would fill with its bias"
-        )
-    for (left, right), (left_in, right_in), span, s in zip(
-        outer.padding, inner.padding, inner.span, inner.stride, strict=True
-    ):
-        sees_left = left > 0 and span - left_in >= s
-        sees_right = right > 0 and right_in < span
-        if sees_left or sees_right:
-            return Refusal(
-                "the second layer pads with zeros where the first layer's kernel would still see "
-                "its input"
-            )
-    return None
-
-
-def _compose_weights(
-    outer: AffineConv, inner: AffineConv, step: Ints, kernel: Ints
-) -> tuple[Tensor, int]:
-    """Weight and groups of outer ∘ inner: products of taps, summed where they meet."""
-    outer, inner = _on_one_device([outer, inner])
-    product_of: Callable[[Tensor, Tensor], Tensor] = torch.mul
-    if outer.is_depthwise and outer.is_pointwise:
-        rows = outer.weight.to(torch.float64).reshape(-1, 1, *[1] * inner.dims)
-        return inner.weight * rows, inner.groups
-    if inner.is_depthwise:
-        # Channel j of the inner layer is column j of its group in the outer weight.
-        columns = inner.weight.to(torch.float64)
-        columns = columns.reshape(outer.groups, 1, -1, *inner.kernel)
-        columns = columns.expand(-1, outer.block[1], *columns.shape[2:]).flatten(0, 1)
-        if inner.is_pointwise:
-            return outer.weight * columns.reshape(
-                *columns.shape[:2], *[1] * outer.dims
-            ), outer.groups
-        factors, groups = (outer.weight, columns), outer.groups
-    elif outer.is_depthwise:
-        factors, groups = (outer.weight.to(torch.float64), inner.weight), inner.groups
-    else:
-        groups = math.gcd(outer.groups, inner.groups)
-        outer, inner = outer.regroup(groups).in_float64(), inner.regroup(groups).in_float64()
-        factors = (grouped(outer.weight, 0, groups), grouped(inner.weight, 0, groups))
-        product_of = torch.matmul
-    n_in = inner.in_channels // groups
-    weight = torch.zeros(
-        outer.out_channels, n_in, *kernel, dtype=torch.float64, device=outer.weight.device
-    )
-    for t in itertools.product(*map(range, outer.kernel)):
-        for u in itertools.product(*map(range, inner.kernel)):
-            place = tuple(
-                (s * d_out * i + d_in * j) // g
-                for s, d_out, d_in, i, j, g in zip(
-                    inner.stride, outer.dilation, inner.dilation, t, u, step, strict=True
-                )
-            )
-            product = product_of(factors[0][at(t)], factors[1][at(u)])
-            weight[at(place)] += product.reshape(outer.out_channels, n_in)
-    return weight, groups
-
-
-def sum_of_taps(layer: AffineConv, value: Tensor) -> Tensor:
-    """The layer's response, without its bias, to an input that is `value` everywhere."""
-    weight = layer.weight.to(torch.float64)
-    taps = weight.flatten(2).sum(2) if layer.dims else weight
-    n_in, n_out = layer.block
-    per_group = taps.reshape(layer.groups, n_out, n_in)
-    values = value.to(taps).reshape(layer.groups, n_in)
-    return torch.einsum("goi,gi->go", per_group, values).flatten()
+    return torch.empty(0, dtype=dtype, device=device_of(layers))
 
 
 def reads_inside(layer: AffineConv) -> bool:
@@ -380,12 +225,3 @@ def reads_inside(layer: AffineConv) -> bool:
         left <= 0 and a - left < s
         for (left, _), a, s in zip(layer.padding, layer.growth, layer.stride, strict=True)
     )
-
-
-def area_after(layers: Sequence[AffineConv]) -> list[float]:
-    """Positions after each layer, relative to the chain's input."""
-    areas, area = [], 1.0
-    for f in layers:
-        area /= math.prod(f.stride)
-        areas.append(area)
-    return areas

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.affine import TRANSPOSED, AffineConv
-from rmfx.algebra.laws import direct_sum, sum_of_taps
+from rmfx.algebra.laws import direct_sum
 from rmfx.algebra.modules import from_conv
+from rmfx.algebra.products import sum_of_taps
 from rmfx.analysis.channel_labels import Channels
 from rmfx.analysis.labels import PAD_ARGUMENTS, Cut, Layer, Table
 from rmfx.errors import Refusal, RmfxError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.affine import MULTIPLYING, TRANSPOSED, AffineConv
-from rmfx.algebra.laws import sum_of_taps
+from rmfx.algebra.products import sum_of_taps
 from rmfx.ir.elements import Virtual
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import input_of

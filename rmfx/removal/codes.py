@@ -13,7 +13,7 @@ from rmfx.algebra.activation import Activation
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.blockwise import way_of
 from rmfx.algebra.digits import SMALLEST_SCALE, affords, lost_rows, smallest_scale
-from rmfx.algebra.laws import compose
+from rmfx.algebra.products import compose
 from rmfx.analysis.ranges import Range
 from rmfx.choices import STRATEGIES
 from rmfx.errors import Refusal

@@ -28,8 +28,9 @@ from torch import fx, nn
 from rmfx.algebra.activation import Activation, Block
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.blockwise import Blockwise, way_of
-from rmfx.algebra.laws import Unmerged, window_of
+from rmfx.algebra.laws import window_of
 from rmfx.algebra.layer import Layer
+from rmfx.algebra.products import Unmerged
 from rmfx.errors import Refusal
 from rmfx.ir.elements import Border, MaxPool, Virtual
 from rmfx.ir.laterals import Lateral

@@ -27,7 +27,7 @@ from torch import nn
 from rmfx.algebra.activation import Activation
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.digits import affords
-from rmfx.algebra.laws import compose
+from rmfx.algebra.products import compose
 from rmfx.errors import Refusal
 
 from .assembly import Plan

@@ -19,15 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.laws import (
-    direct_sum,
-    groups_side_by_side,
-    join,
-    plus,
-    spread,
-    stack,
-    window_of,
-)
+from rmfx.algebra.laws import direct_sum, groups_side_by_side, join, plus, spread, stack, window_of
 from rmfx.errors import Refusal
 from rmfx.report import IN_TURNS, TAKEN_APART
 from rmfx.rules.linear import MOVING

@@ -15,7 +15,8 @@ from torch import Tensor
 from rmfx.algebra.activation import Activation
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.digits import affords, factor_up_or_down, smallest_scale
-from rmfx.algebra.laws import chain, direct_sum, join, stack
+from rmfx.algebra.laws import direct_sum, join, stack
+from rmfx.algebra.products import chain
 from rmfx.errors import Refusal
 
 from .codes import (

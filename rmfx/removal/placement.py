@@ -26,7 +26,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 from rmfx.algebra.affine import AffineConv, Ints, Pads
-from rmfx.algebra.laws import reads_inside, unmerged
+from rmfx.algebra.laws import reads_inside
+from rmfx.algebra.products import unmerged
 from rmfx.errors import Refusal
 
 # A layer of the carry beside each of the branch, and how many of the shortcut's stand up to it.

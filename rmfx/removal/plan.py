@@ -10,7 +10,7 @@ from functools import partial
 from operator import itemgetter
 
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.laws import unmerged
+from rmfx.algebra.products import unmerged
 from rmfx.errors import Refusal
 from rmfx.ir.elements import MaxPool
 from rmfx.ir.notes import shape_of

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import fx
 
-from rmfx.algebra.laws import area_after
 from rmfx.analysis.multiply_adds import Expense, expense_of
 from rmfx.errors import Refusal
 from rmfx.ir.names import module_path
@@ -17,25 +17,29 @@ from rmfx.report import SiteReport
 
 from .assembly import Plan
 from .columns import Linear, Pointwise, linear_of
+from .order import Shuffled
 from .site import Site
 from .strategy import Settled
 
 
 def expected_expense(site: Site, plan: Plan) -> Expense:
     """What the columns of a plan will cost, once they are built."""
-    linear = linear_of(plan.columns)
-    built = zip(plan.layout.forms, area_after([c.main for c in linear]), strict=True)
+    forms = iter(plan.layout.forms)
     moved, size, area, width = 0.0, 0, 1.0, site.channels
     for column in plan.columns:
-        moved += width * area
+        read = width * area
         if isinstance(column, Linear):
-            form, area = next(built)
-            size += form.weights
+            size += next(forms).weights
+            area /= math.prod(column.main.stride)
             width = column.main.out_channels
-            width += column.carry.out_channels if column is not linear[-1] else 0
+            width += column.carry.out_channels if column is not plan.columns[-1] else 0
+        elif isinstance(column, Shuffled):
+            before, behind = next(forms).runs
+            if replace(column, before=before, runs=behind).stays:
+                continue
         elif isinstance(column, Pointwise):
             width = sum(column.widths)
-        moved += width * area
+        moved += read + width * area
     count = positions(shape_of(site.fork), site.dims)
     if count is None:
         return Expense(None, None, size)

@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.laws import compose
 from rmfx.algebra.layer import Layer
+from rmfx.algebra.products import compose
 from rmfx.errors import Refusal
 from rmfx.ir.functions import reads_sizes_alone
 from rmfx.ir.joins import read_join

@@ -176,7 +176,7 @@ def _settle(
     """The same with the activations as they are."""
     columns, used = list(plan.columns), list[Way]()
     for stretch in _stretches(columns):
-        best = _best(list(_options(columns, stretch, ranges, allowed, dtype)), allowed)
+        best = _best(_options(columns, stretch, ranges, allowed, dtype), allowed)
         if isinstance(best, Refusal):
             return best
         for i, column in best.columns.items():
@@ -205,16 +205,20 @@ def _exactness_of_rest(plan: Plan, dtype: torch.dtype) -> str:
     return exactness_of_taps(dtype)
 
 
-def _best(options: Sequence[Way | Refusal], allowed: Collection[str]) -> Way | Refusal:
-    """The simplest of those allowed, where it counts with a small gain."""
-    found = [one for one in options if isinstance(one, Way)]
+def _best(options: Iterator[Way | Refusal], allowed: Collection[str]) -> Way | Refusal:
+    """The simplest of those allowed, where it counts with a small gain; options: see `_options`."""
+    first = next(options)
+    if isinstance(first, Way) and first.names == {"identity"} and "identity" in allowed:
+        return first  # nothing is simpler
+    all_of_them = [first, *options]
+    found = [one for one in all_of_them if isinstance(one, Way)]
     fits = [one for one in found if one.names <= {*allowed}]
     if fits:
         small = [one for one in fits if one.gain <= SMALL_GAIN] if "relu" in allowed else []
         return min(small or fits, key=lambda one: ORDER(one.name))
     needed = max(found[0].names - {*allowed}, key=ORDER)
     reason = f"it needs the strategy {needed!r}, which the option activation excludes; allow it"
-    lacking = [one.reason for one in options if isinstance(one, Refusal)]
+    lacking = [one.reason for one in all_of_them if isinstance(one, Refusal)]
     return Refusal("; ".join([reason, *lacking]))
 
 

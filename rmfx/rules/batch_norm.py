@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.laws import compose, in_turn
+from rmfx.algebra.laws import in_turn
 from rmfx.algebra.modules import from_batch_norm
+from rmfx.algebra.products import compose
 from rmfx.data.moments import Moments
 from rmfx.errors import OptionError, Refusal
 from rmfx.ir.driver import apply_rule

@@ -29,7 +29,8 @@ from torch import Tensor, fx, nn
 from rmfx.algebra.activation import Activation, Block
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.blockwise import Blockwise
-from rmfx.algebra.laws import compose, reads_inside
+from rmfx.algebra.laws import reads_inside
+from rmfx.algebra.products import compose
 from rmfx.analysis.constant_channels import PinnedRanges
 from rmfx.errors import Refusal
 from rmfx.interval import Interval

@@ -25,7 +25,7 @@ from torch import fx, nn
 
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.blockwise import Blockwise
-from rmfx.algebra.laws import chain as compose_chain
+from rmfx.algebra.products import chain as compose_chain
 from rmfx.errors import Refusal
 from rmfx.ir.elements import Virtual
 from rmfx.ir.kinds import is_a

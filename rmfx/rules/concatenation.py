@@ -20,8 +20,8 @@ import torch
 from torch import fx
 
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.laws import chain as compose_chain
 from rmfx.algebra.laws import stack
+from rmfx.algebra.products import chain as compose_chain
 from rmfx.errors import Refusal
 from rmfx.ir.elements import Virtual
 from rmfx.ir.net import Net

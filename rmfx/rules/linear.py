@@ -3,8 +3,8 @@
     (outer ∘ inner)(x)  =  W₂·(W₁·x + b₁) + b₂  =  (W₂·W₁)·x + (W₂·b₁ + b₂)
 
 with · the convolution of kernels; strides multiply, and dilation, padding and groups follow from
-both layers (`rmfx.algebra.laws.compose`). A maximal chain of linear layers (convs, Linear, batch
-norm, constant scales, average pools, crops, zero padding) is cut into segments by dynamic
+both layers (`rmfx.algebra.products`). A maximal chain of linear layers (convs, Linear, batch norm,
+constant scales, average pools, crops, zero padding) is cut into segments by dynamic
 programming: every segment becomes one layer, and the cheapest cut wins. Cost is multiply-adds per
 position of the chain's input, then layers, then parameters; with `policy="all"` layers come first.
 
@@ -24,7 +24,7 @@ from typing import Literal
 from torch import fx
 
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.laws import Unmerged, unmerged
+from rmfx.algebra.products import Unmerged, unmerged
 from rmfx.analysis.multiply_adds import expense_of
 from rmfx.errors import Refusal, RmfxError
 from rmfx.ir.elements import Virtual

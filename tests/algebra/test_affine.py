@@ -15,11 +15,8 @@ from torch import Tensor, nn
 
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import (
-    Unmerged,
-    chain,
     common_block,
     common_window,
-    compose,
     direct_sum,
     groups_side_by_side,
     in_turn,
@@ -27,10 +24,10 @@ from rmfx.algebra.laws import (
     plus,
     spread,
     stack,
-    unmerged,
     window_of,
 )
 from rmfx.algebra.modules import from_batch_norm, from_conv, from_transposed_conv, to_modules
+from rmfx.algebra.products import Unmerged, chain, compose, unmerged
 from rmfx.errors import Refusal, WeightError
 
 F64 = torch.float64

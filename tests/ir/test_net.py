@@ -17,7 +17,7 @@ import rmfx
 from rmfx.algebra.activation import Activation, Block
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.blockwise import Blockwise
-from rmfx.algebra.laws import compose
+from rmfx.algebra.products import compose
 from rmfx.errors import Refusal, WeightError
 from rmfx.ir.elements import Virtual
 from rmfx.ir.net import Net

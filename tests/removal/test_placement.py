@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.laws import Unmerged, area_after, direct_sum, join, plus, reads_inside, stack
+from rmfx.algebra.laws import direct_sum, join, plus, reads_inside, stack
+from rmfx.algebra.products import Unmerged
 from rmfx.errors import Refusal
 from rmfx.removal.placement import dirac, placements
 
@@ -329,7 +330,3 @@ def test_a_dirac_tap_reads_one_offset(offset: int, stride: int, padding: int) ->
     assert y.shape == apply(f, x).shape
     for n in range(y.shape[2]):
         assert torch.equal(y[..., n], far[..., 4 + n * stride + offset])
-
-
-def test_areas_shrink_with_strides() -> None:
-    assert area_after([conv(dims=2), conv(dims=2, stride=2), conv(dims=2)]) == [1, 0.25, 0.25]

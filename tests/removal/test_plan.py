@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rmfx
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.laws import Unmerged
+from rmfx.algebra.products import Unmerged
 from rmfx.errors import Refusal
 from rmfx.ir.net import Net
 from rmfx.removal.assembly import Plan, build
