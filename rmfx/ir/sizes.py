@@ -15,7 +15,7 @@ Pooling with `ceil_mode` rounds the size up, with a last window that hangs over 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field, replace
 from operator import getitem
 from typing import Any
@@ -54,19 +54,25 @@ UNKNOWN_SIZES = (
 class SizeLaw:
     """Spatial sizes ⌊(H + growth)/stride⌋ of the sizes H of an input.
 
-    `clips` says that a slice is on the way, which gives 0 where that would be negative.
+    Attributes:
+        source: the input.
+        stride, growth: per spatial dimension.
+        clips: whether a slice is on the way, which gives 0 where that would be negative.
+        agreed: combinations on the way whose operands have equal sizes at the example's, though not
+            at all: where they do not agree, one may be spread out, and the law does not hold.
     """
 
     source: fx.Node
     stride: Ints
     growth: Ints
     clips: bool = field(default=False, compare=False)
+    agreed: frozenset[fx.Node] = field(default=frozenset(), compare=False)
 
     def through(self, stride: Ints, growth: Ints) -> SizeLaw:
         """The law behind a layer."""
         grown = tuple(a + s * g for a, s, g in zip(self.growth, self.stride, growth, strict=True))
         steps = tuple(s * t for s, t in zip(self.stride, stride, strict=True))
-        return SizeLaw(self.source, steps, grown, self.clips)
+        return replace(self, stride=steps, growth=grown)
 
 
 Reader = Callable[[Net, fx.Node], Layer | Refusal]
@@ -117,14 +123,18 @@ class Sizes:
         """Of a combination, which has the sizes of the operand that is not spread out."""
         laws = sorted((self._known[one] for one in inputs), key=lambda law: bool(law and law.clips))
         if len(set(laws)) == 1 and (node.target is not torch.cat or node.args[1] == 1):
-            return laws[0]
+            agreed = frozenset().union(*(law.agreed for law in laws if law))
+            return laws[0] and replace(laws[0], agreed=agreed)
         large = {law for law in laws if law is None or not _is_one_position(self.net, law)}
         if len(large) == 1 and node.target is not torch.cat:
             return large.pop()
         shape = shape_of(node, (None,) * 3)
         for one in inputs:
-            if None not in shape[2:] and shape_of(one, ())[2:] == shape[2:]:
-                return self._known[one]
+            law = self._known[one]
+            if law and None not in shape[2:] and shape_of(one, ())[2:] == shape[2:]:
+                # What is concatenated is never spread out.
+                here = {node} if node.target is not torch.cat else {}
+                return replace(law, agreed=law.agreed.union(here))
         return None
 
     def _behind(self, node: fx.Node, before: SizeLaw) -> SizeLaw | None:
@@ -195,24 +205,48 @@ def conditions_of(sizes: Sizes, node: fx.Node) -> tuple[Condition, ...] | Refusa
             )
         growth = law.growth[i] + law.stride[i] * (2 * p - k)
         found.append(Multiple(law.source, i - dims, node.name, law.stride[i], growth, s))
-    return tuple(found)
+    behind = _all_agree(sizes, law.agreed) if found else ()
+    return behind if isinstance(behind, Refusal) else (*found, *behind)
 
 
 def agreements(sizes: Sizes, node: fx.Node) -> tuple[Condition, ...] | Refusal:
     """The input sizes at which the tensors that a node combines have equal sizes.
 
     Nothing is demanded where they are equal at all sizes, nor where they follow from sizes of their
-    own, as those of a gate do, nor of what is spread out at the example's sizes already.
+    own, as those of a gate do, nor of what is spread out at the example's sizes already. Where
+    other combinations are on the way, of which only one operand's size is known to follow so, it is
+    demanded of them, too.
     """
+    return _all_agree(sizes, {node})
+
+
+def _all_agree(sizes: Sizes, nodes: Set[fx.Node]) -> tuple[Condition, ...] | Refusal:
+    """The same of several nodes, and of those on the way."""
+    found: list[Condition] = []
+    seen, waiting = {*nodes}, sorted(nodes)
+    while waiting:
+        agreed = _agreed(sizes, waiting.pop())
+        if isinstance(agreed, Refusal):
+            return agreed
+        conditions, others = agreed
+        found += conditions
+        waiting += sorted(others - seen)
+        seen |= others
+    return tuple(found)
+
+
+def _agreed(sizes: Sizes, node: fx.Node) -> tuple[list[Condition], frozenset[fx.Node]] | Refusal:
+    """The same of one node, and the combinations on the way of which it has to be demanded."""
     read = [x for x in node.all_input_nodes if is_tensor_node(x)]
     laws = [sizes.law(x) for x in read]
     known = [law for law in laws if law is not None]
     if len(laws) < 2:
-        return ()
+        return [], frozenset()
     if len(known) < len(laws):
         fixed = all(sizes_of_every_call(x) is not None for x in read)
-        return () if fixed else Refusal(UNKNOWN_SIZES)
+        return ([], frozenset()) if fixed else Refusal(UNKNOWN_SIZES)
     found: list[Condition] = []
+    others: frozenset[fx.Node] = frozenset()
     for (x, first), (y, second) in itertools.pairwise(zip(read, known, strict=True)):
         if (
             shape_of(x) is not None
@@ -229,8 +263,10 @@ def agreements(sizes: Sizes, node: fx.Node) -> tuple[Condition, ...] | Refusal:
             if any(x.op != "placeholder" for x in sources):
                 return Refusal(UNKNOWN_SIZES)
             found += _of_two(node, first, second)
+            others |= first.agreed | second.agreed
             continue
         different = [i for i in range(len(first.stride)) if _at(first, i) != _at(second, i)]
+        others |= first.agreed | second.agreed if different else first.agreed ^ second.agreed
         if different and first.source.op != "placeholder":
             if sizes_of_every_call(first.source) is None:
                 return Refusal(UNKNOWN_SIZES)
@@ -239,7 +275,7 @@ def agreements(sizes: Sizes, node: fx.Node) -> tuple[Condition, ...] | Refusal:
             pairs = tuple(zip(_at(first, i), _at(second, i), strict=True))
             dim = i - len(first.stride)
             found.append(Agreement(first.source, dim, node.name, pairs[0], pairs[1]))
-    return tuple(found)
+    return found, others
 
 
 def may_spread(sizes: Sizes, node: fx.Node, value: fx.Node) -> bool:

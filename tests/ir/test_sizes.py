@@ -54,6 +54,26 @@ def test_a_size_at_which_it_does_is_an_error(size: tuple[int, int]) -> None:
             form(image(2, 4, *size))
 
 
+@pytest.mark.parametrize("combine", [torch.add, torch.mul, torch.sub])
+def test_what_spreads_out_at_other_sizes_on_the_way_is_an_error(combine: Any) -> None:
+    """At a width of 1 or 2 the first combination is as wide as b makes it, not as a does."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        x = combine(x, m.b(x))
+        return m.c(x) + m.d(x)
+
+    kinds = {"a": (1, 0), "b": (1, 1), "c": (1, 0), "d": (2, 1)}
+    parts = {name: nn.Conv1d(2, 2, k, 2, padding) for name, (k, padding) in kinds.items()}
+    model, x = ready(Apply(forward, **parts)), torch.randn(1, 2, 5, dtype=torch.float64)
+    gm = rmfx.remove_residuals(model, x)
+    assert rmfx.report(gm).rows[-1].status == "removed"
+    assert_equivalent(model, gm, [x])
+    for width in (1, 2):
+        with pytest.raises(rmfx.ShapeError, match="combines equal sizes only where"):
+            gm(torch.randn(1, 2, width, dtype=torch.float64))
+
+
 def test_the_sequential_form_demands_the_same_sizes() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -87,7 +87,7 @@ class _Numbers:
         if known is not None:
             return _of_expression(known[dim])
         law = sizes_of(self.net).law(value)
-        if law is None or law.clips or dim < 2 or len(law.stride) != rank - 2:
+        if law is None or law.clips or law.agreed or dim < 2 or len(law.stride) != rank - 2:
             return None
         readers = [self.net.module(user) for user in law.source.users]
         if shape_of(value) is None and not any(type(m) in CONVS[1:] for m in readers):
