@@ -51,6 +51,11 @@ def bits_of(dtype: torch.dtype) -> float:
     return 1 - math.log2(torch.finfo(dtype).eps)
 
 
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether a type has so few bits that one rounding shows."""
+    return bits_of(dtype) < 12
+
+
 def affords(dtype: torch.dtype, bits: float) -> bool:
     """Whether a carry may lose so many bits."""
     return bits <= AFFORDED * bits_of(dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rmfx.algebra.digits import AFFORDED, bits_of
+from rmfx.algebra.digits import AFFORDED, bits_of, is_half
 from rmfx.errors import VerificationError, first_line
 from rmfx.frontend.checks import does_not_run
 from rmfx.frontend.memory import shares_memory
@@ -175,6 +175,10 @@ class Pair:
             # What ten roundings do where a bend is near may be far more than ten times that of one.
             far = [sides.again(sides.moved(inputs, s, times=ROUNDINGS)) for s in range(MOVES)]
             rounded = [sides.again(inputs, weights=seed) for seed in range(MOVES)]
+            if is_half(
+                self._type(before)
+            ):  # each layer rounds, of constants that it was given, too
+                far += [sides.again(inputs, weights=s, times=ROUNDINGS) for s in range(MOVES)]
             # A carry that loses bits, as far as its type affords it, makes more of each rounding.
             magnified = 2**bits if bits <= most else 1
             for whole in wrong:
@@ -195,11 +199,15 @@ class Pair:
         self._note(places, limit, allowances)
         return True
 
-    def _bits(self, before: Run) -> tuple[float, float]:
-        """The bits that carries lose by the report, and those that the outputs' type affords."""
+    def _type(self, before: Run) -> torch.dtype:
+        """That of the outputs."""
         floating = (x for x in pytree.tree_leaves(before.output) if isinstance(x, Tensor))
         types = (x.dtype for x in floating if x.is_floating_point())
-        most = AFFORDED * bits_of(next(types, torch.float32))
+        return next(types, torch.float32)
+
+    def _bits(self, before: Run) -> tuple[float, float]:
+        """The bits that carries lose by the report, and those that the outputs' type affords."""
+        most = AFFORDED * bits_of(self._type(before))
         return max((join.bits for join in self._joins), default=0.0), most
 
     def _places(self, inputs: Inputs, before: Run, after: Run) -> Iterator[Place]:

@@ -105,14 +105,15 @@ class Forms:
             module, graph = module and module.double(), graph and graph.double()
         return Forms(module, graph, self.as_it_is)
 
-    def move(self, seed: int) -> None:
-        """Move all weights by one rounding."""
+    def move(self, seed: int, times: int = 1) -> None:
+        """Move all weights by one rounding, or by so many."""
         for form in filter(None, (self.module, self.graph)):
             held = {id(x): x for x in (*form.parameters(), *form.buffers())}
             tensors = [x for x in held.values() if x.is_floating_point()]
             with torch.no_grad():
-                for x, moved in zip(tensors, moved_by_one_rounding((*tensors,), seed), strict=True):
-                    x.data.copy_(moved)
+                moved = moved_by_one_rounding((*tensors,), seed, times=times)
+                for x, new in zip(tensors, moved, strict=True):
+                    x.data.copy_(new)
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,6 +89,7 @@ class Sides:
         *,
         precise: bool = False,
         weights: int | None = None,
+        times: int = 1,
         seed: int = 0,
     ) -> Run:
         """Run the original once more from where `begin` found it.
@@ -97,12 +98,13 @@ class Sides:
             inputs: which may be others than before.
             precise: whether in float64.
             weights: a seed, with which its weights are moved by one rounding.
+            times: or by so many.
             seed: of the numbers that it draws at random.
         """
         as_it_was = not (self.writes or precise or weights is not None)
         forms = self._start[0] if as_it_was else self._start[0].apart(precise=precise)
         if weights is not None:
-            forms.move(weights)
+            forms.move(weights, times)
         inputs = in_float64(inputs) if precise else inputs
         return self._run(forms, 0, inputs, precise=precise, seed=seed)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from rmfx.algebra.digits import AFFORDED, EXACTNESS, bits_of
+from rmfx.algebra.digits import AFFORDED, EXACTNESS, bits_of, is_half
 from rmfx.errors import VerificationError
 from rmfx.interval import Interval
 from rmfx.oracle.equivalence import Equivalence, Traced, compared, default_tolerance, traced
@@ -17,7 +17,6 @@ from rmfx.oracle.verification import verified
 from rmfx.report import META_KEY, Report, SiteReport
 
 CALIBRATED = EXACTNESS[-1]
-HALF = 12  # more bits than a half type has
 SHIFTED = 1e-8  # the error that a shift may make: it costs digits
 OTHER_BATCH = "compared at another batch"
 OTHER_SIZE = "compared at other sizes"
@@ -79,9 +78,9 @@ def allowed(before: nn.Module, after: Any, inputs: tuple[Tensor, ...]) -> float:
     """The relative error that is rounding, for the types and the ways past activations in use."""
     rows = rows_of(after)
     tolerance: float = default_tolerance(before, inputs)
-    digits = min(bits_of(x.dtype) for x in inputs)
-    if digits > HALF:  # the tolerance of half types is wide enough
+    if not any(is_half(x.dtype) for x in inputs):  # the tolerance of half types is wide enough
         # A way that says it costs more than a type affords is not to be chosen at all.
+        digits = min(bits_of(x.dtype) for x in inputs)
         lost = min(AFFORDED * digits, max((row.bits for row in rows), default=0.0))
         tolerance *= 2.0**lost
     if any(row.strategy == "shift" for row in rows):

@@ -43,7 +43,33 @@ def try_case(report: FuzzReport, case: Case, apply: Callable[..., Any], example:
 
 
 def _check(case: Case, apply: Callable[..., Any]) -> Iterator[Trial]:
-    """Apply the pass and compare, with example inputs and perhaps without; give the results."""
+    """Apply the pass and compare, with example inputs and perhaps without; give the results.
+
+    Raises:
+        NotHeldError: the network itself does not run, or nothing can trace it.
+    """
+    try:
+        yield from _check_running(case, apply)
+    except (NotHeldError, NoNumbersError):
+        raise
+    except Exception as error:
+        own = _own_failure(case)
+        if own is None:
+            raise
+        raise NotHeldError(_said(own)) from error
+
+
+def _own_failure(case: Case) -> Exception | None:
+    """What the network itself raises on its inputs, as those that its type has no kernel for do."""
+    try:
+        case.spec.build(seed=0)(*case.spec.inputs(seed=0))
+    except Exception as error:  # noqa: BLE001  (torch may raise anything)
+        return error
+    return None
+
+
+def _check_running(case: Case, apply: Callable[..., Any]) -> Iterator[Trial]:
+    """The same of a network that runs."""
     model, inputs = case.spec.build(seed=0), case.spec.inputs(seed=0)
     options = case.options(inputs)
     if case.frontend == "compiled":

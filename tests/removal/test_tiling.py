@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from builders import Residual, assert_removed, chain, conv, conv_bn, image, ready
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -40,9 +40,11 @@ def chains(draw: st.DrawFn) -> tuple[Chain, Tensor]:
     dims, width = draw(st.integers(1, 3)), 8
     x = torch.randn(2, width, *[draw(st.integers(14, 19)) for _ in range(dims)], dtype=F64)
     steps: list[Step] = []
+    size = tuple(x.shape[2:])
     for _ in range(draw(st.integers(2, 3))):
         layer = draw(layers(dims, width))
-        width = layer.out_channels
+        width, size = layer.out_channels, layer.output_size(size)
+        assume(min(size) > 0)
         relu = Activation(nn.ReLU())
         steps += [Step(layer, (), None, width), Step(relu, (), None, width)]
     return tuple(steps[:-1]), x

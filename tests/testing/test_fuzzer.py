@@ -31,6 +31,7 @@ from rmfx.testing import (
     NetworkSpec,
     Node,
     Norm,
+    Pool,
     Repeat,
     Reshaped,
     Roll,
@@ -516,6 +517,49 @@ def test_what_is_nothing_but_rounding_is_no_wrong_number() -> None:
     assert compare(before, after, inputs)[0].error > 0.08
     with pytest.raises(AssertionError):
         compare(before, nn.Sequential(before, nn.Softplus()), inputs)
+
+
+def test_what_rounding_makes_of_constants_is_no_wrong_number() -> None:
+    """A branch that begins with a constant, behind bounds that are next to each other."""
+    same = {"padding": "same", "form": "functional keyword"}
+    branch = (
+        *(Write("x.__setitem__", value=-0.5), Norm(1, form="functional")),
+        *(Conv(1, 2, (3, 3), **same), Conv(2, 2, (3, 3), dilation=2, bias=False, **same)),
+        *(Norm(2, form="functional"), Norm(2, form="functional")),
+        Conv(2, 3, (3, 3), padding=2, dilation=2, bias=False, form="functional keyword"),
+        Act("hardtanh", "module in-place", (-0.001, 0.001)),
+        Join(((), (Roll((6,), (0,), "torch.roll keyword"),)), scale=-0.5),
+        Conv(3, 2, (3, 3), padding="valid", form="functional"),
+    )
+    other = (Conv(1, 2, (3, 3), bias=False, form="functional"), Norm(2, form="functional"))
+    nodes = (
+        *(Conv(3, 3, (1, 2), bias=False), Norm(3), Conv(3, 1, (2, 2), padding="same")),
+        *(Conv(1, 1, (3, 3), padding=2, bias=False), Norm(1, eps=0.001, form="functional")),
+        Join((other, branch), ("a + c * b",), -1.0),
+    )
+    first = Conv(1, 1, (4, 4), padding="same", bias=False, form="functional")
+    spec = NetworkSpec(((1, 3, 1, 2),), (*nodes[:4], first, *nodes[4:]), dtype="bfloat16")
+    model, inputs = spec.build(seed=0), spec.inputs(seed=0)
+    after = rmfx.remove_residuals(model, inputs, activation="scale", verify=False)
+    compare(model, after, inputs)
+    with pytest.raises(AssertionError):
+        compare(model, nn.Sequential(model, nn.Softplus()), inputs)
+
+
+def test_a_network_that_does_not_run_itself_tells_nothing() -> None:
+    """Torch has no average pool over three dimensions for bfloat16."""
+    spec = NetworkSpec(((1, 2, 6, 6, 6),), (Pool("avg", 3),), dtype="bfloat16")
+    report = FuzzReport("remove_residuals", "traced", 0)
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise rmfx.ShapeError("the model does not run on the example")
+
+    try_case(report, Case(spec, "remove_residuals"), refuses, 0)
+    assert (report.skipped, report.failure) == (1, None)
+    assert "not implemented" in next(iter(report.untraced))
+    runs = NetworkSpec(((1, 2, 6, 6, 6),), (Pool("avg", 3),))
+    try_case(report, Case(runs, "remove_residuals"), refuses, 0)
+    assert report.failure is not None
 
 
 def test_a_network_that_gives_no_numbers_tells_nothing() -> None:
