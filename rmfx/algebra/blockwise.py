@@ -32,10 +32,12 @@ class Blockwise(Layer):
     Attributes:
         blocks: channel blocks in order; at least one has an activation.
         dims: spatial dimensions after the channel dimension.
+        means: of its module, one of `all_means`; None for the simplest.
     """
 
     blocks: tuple[Block, ...]
     dims: int
+    means: str | None = None
     is_per_channel: ClassVar[bool] = True
 
     @property
@@ -88,7 +90,7 @@ class Blockwise(Layer):
 
     def to_module(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """One module that applies each block's activation to its channels."""
-        means = means_of(self.blocks)
+        means = self.means or all_means(self.blocks)[0]
         active = [b.activation for b in self.blocks if b.activation and b.width]
         if means == "same":
             return plain_copy(active[0].module)
@@ -134,23 +136,26 @@ def _part_of(module: nn.Module | None, channels: slice) -> Block:
     return Block(channels.stop - channels.start, Activation(module) if module else None)
 
 
-def means_of(blocks: Sequence[Block]) -> str:
-    """By what one module applies each block's activation.
+def all_means(blocks: Sequence[Block]) -> tuple[str, ...]:
+    """By what one module can apply each block's activation, the simplest first.
 
-    "same" where it is one for all channels; else "slopes", "bounds" or "masks" for each one.
+    "same" where it is one for all channels; else some of "slopes", "bounds" and "masks" for each.
     """
     active = [b.activation for b in blocks if b.activation and b.width]
     full = len(active) == sum(b.width > 0 for b in blocks)
     if full and len({a.signature for a in active}) == 1 and not active[0].is_per_channel:
-        return "same"
-    if all(a.row.slope for a in active):
-        return "slopes"
-    return "bounds" if all(a.row.bounds for a in active) else "masks"
+        return ("same",)
+    slopes, bounds = all(a.row.slope for a in active), all(a.row.bounds for a in active)
+    return (*("slopes",) * slopes, *("bounds",) * bounds, "masks")
+
+
+# The strategy that each of them serves as.
+WAYS = {"same": "identity", "slopes": "per-channel", "bounds": "per-channel", "masks": "masked"}
 
 
 def way_of(blocks: Sequence[Block]) -> str:
-    """The strategy that a module serves as: "identity", "per-channel" or "masked"."""
-    return {"same": "identity", "masks": "masked"}.get(means_of(blocks), "per-channel")
+    """The strategy that one module serves as, by the simplest means."""
+    return WAYS[all_means(blocks)[0]]
 
 
 def _masked(whole: Blockwise, dtype: torch.dtype, device: torch.device) -> MaskedActivation:

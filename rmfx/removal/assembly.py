@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from rmfx.algebra.blockwise import means_of
+from rmfx.algebra.blockwise import all_means
 from rmfx.errors import Refusal
 
 from .column import Column
@@ -54,8 +54,8 @@ class Plan:
             if isinstance(column, Linear):
                 area /= math.prod(column.main.stride)
             if isinstance(column, Pointwise):
-                rate = self.target.beyond.get(means_of(column.blocks), 0.0)
-                total += rate * area * sum(column.widths)
+                means = column.means or all_means(column.blocks)[0]
+                total += self.target.beyond.get(means, 0.0) * area * sum(column.widths)
         return total
 
     def with_columns(self, columns: Sequence[Column]) -> Plan | Refusal:

@@ -151,13 +151,15 @@ class Built(Linear):
 class Pointwise(Column):
     """An activation column; None leaves a block unchanged.
 
-    `carried` is the node whose value the carry holds here, None if it is not a node's value.
+    `carried` is the node whose value the carry holds here, None if it is not a node's value;
+    `means` are those of its module, None for the simplest.
     """
 
     main: Activation | Blockwise | None
     carry: Activation | Blockwise | None
     widths: Widths
     carried: fx.Node | None = None
+    means: str | None = None
 
     @classmethod
     def of(cls, layers: Sequence[Any], widths: Widths, carried: fx.Node | None) -> Column:
@@ -183,7 +185,7 @@ class Pointwise(Column):
         return not any(f.is_per_channel for f in (self.main, self.carry) if f is not None)
 
     def _callee(self, spot: Spot) -> Virtual | nn.Module:
-        site, whole = spot.site, Blockwise(self.blocks, spot.site.dims)
+        site, whole = spot.site, Blockwise(self.blocks, spot.site.dims, self.means)
         if way_of(whole.blocks) == "identity":
             return whole.to_module(site.dtype, site.device)
         return Virtual(whole, site.dtype, site.device)

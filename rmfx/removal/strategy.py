@@ -32,7 +32,7 @@ import torch
 
 from rmfx.algebra.activation import Activation
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.blockwise import way_of
+from rmfx.algebra.blockwise import WAYS
 from rmfx.algebra.digits import (
     EXACTNESS,
     SMALL_GAIN,
@@ -176,7 +176,8 @@ def _settle(
     """The same with the activations as they are."""
     columns, used = list(plan.columns), list[Way]()
     for stretch in _stretches(columns):
-        best = _best(_options(columns, stretch, ranges, allowed, dtype), allowed)
+        options = _options(columns, stretch, ranges, allowed, (dtype, plan.target))
+        best = _best(options, allowed)
         if isinstance(best, Refusal):
             return best
         for i, column in best.columns.items():
@@ -247,15 +248,18 @@ def _options(
     stretch: Stretch,
     ranges: Ranges,
     allowed: Collection[str],
-    dtype: torch.dtype,
+    place: tuple[torch.dtype, Target],
 ) -> Iterator[Way | Refusal]:
     """Ways to pass all activations of a stretch, the one without a code first.
 
     A refusal stands for a way that the type has no digits for, or of which too little is known.
+
+    Args:
+        place: the type of the values, and what is to be cheap.
     """
-    start, inside, end = stretch
+    (start, inside, end), (dtype, target) = stretch, place
     acts = {i: c for i in inside if isinstance(c := columns[i], Pointwise)}
-    yield _uncoded(acts, ranges)
+    yield _uncoded(acts, ranges, allowed, target)
     fixing = [act for c in acts.values() if (act := may_fix(c))]
     yield from _lacking(fixing, ranges, allowed)
     carried = next(iter(acts.values())).carried
@@ -299,7 +303,9 @@ def _lacking(
         yield Refusal("or pass calibration=[batch, ...], which a shift needs")
 
 
-def _uncoded(acts: dict[int, Pointwise], ranges: Ranges) -> Way:
+def _uncoded(
+    acts: dict[int, Pointwise], ranges: Ranges, allowed: Collection[str], target: Target
+) -> Way:
     """Every activation acts on the whole column where it leaves the carry as it is."""
     chosen: dict[int, Column] = {}
     names, rounds = set(), False
@@ -308,6 +314,7 @@ def _uncoded(acts: dict[int, Pointwise], ranges: Ranges) -> Way:
         if act is not None and node is not None and ranges.fixed_by(node, act):
             column = replace(column, carry=act)
             rounds = rounds or act.row.rounds
-        chosen[i] = column
-        names.add(way_of(column.blocks))
+        means = target.means(column.blocks, allowed)
+        chosen[i] = replace(column, means=means)
+        names.add(WAYS[means])
     return Way(chosen, frozenset(names), "rounding" if rounds else "bit-exact")
