@@ -12,9 +12,9 @@ from rmfx.algebra.blockwise import all_means
 from rmfx.errors import Refusal
 
 from .column import Column
-from .columns import Built, Linear, Picked, Pointwise, linear_of
+from .columns import Built, Linear, Pointwise, linear_of
 from .layout import Layout, built, layout_of
-from .order import Shuffled
+from .order import Ordered
 from .target import Target
 
 
@@ -88,7 +88,7 @@ def build(plan: Plan) -> list[Column] | Refusal:
     forms, runs = iter(plan.layout.forms), 1
     made: list[Column] = []
     for column in plan.columns:
-        if isinstance(column, Shuffled):
+        if isinstance(column, Ordered):
             before, runs = next(forms).runs
             column = replace(column, before=before, runs=runs)
             made += [] if column.stays else [column]
@@ -97,10 +97,6 @@ def build(plan: Plan) -> list[Column] | Refusal:
             made.append(replace(column, runs=runs) if runs > 1 else column)
             continue
         form = next(forms)
-        if form.groups == 0:
-            after = (column.main.out_channels, column.carry.out_channels)
-            made.append(Picked(column.picked or [], after, steps=column.steps, taps=column.taps))
-            continue
         layer = built(column, form, (column is linear[0], column is linear[-1]))
         if isinstance(layer, Refusal):
             return layer

@@ -9,7 +9,7 @@ Both branches are written side by side, one *column* per layer of the plain chai
     lateral     a product, a sum or a concatenation with other tensors, on one block: the other
                 block meets ones, zeros or nothing
     shared      padding with other values than zeros, or a max pool, which both blocks get
-    order       an index that puts channels in another order, where a layer was taken apart
+    order       an index into the channels of the main block, which may put both in other runs
 
 A kind of column is one class, with its line in `KINDS`: which layers stand in it, at what price
 side by side, and what becomes of it in the graph.
@@ -17,10 +17,8 @@ side by side, and what becomes of it in the graph.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
@@ -38,14 +36,13 @@ from rmfx.ir.notes import Shape
 from rmfx.rules.batch_norm import identity_norm
 
 from .column import Column, Label, Spot
-from .order import Shuffle, Shuffled
+from .order import Order, Ordered
 from .side_tensors import (
     Share,
     Widths,
     call_again,
     combine,
     may_take_turns,
-    pick,
     spread_like_the_value,
 )
 from .site import Norm, Site, Step
@@ -77,17 +74,6 @@ class Linear(Column):
     def widths_behind(self, widths: Widths, dims: int) -> Widths:
         return self.main.out_channels, self.carry.out_channels
 
-    @cached_property
-    def picked(self) -> list[int] | None:
-        """Which channels of both blocks it takes, where an index does that and nothing else."""
-        nodes = [node for step in self.steps for node in step.nodes]
-        if [node.target for node in nodes] != [operator.getitem] or not self.main.dims:
-            return None
-        if not all(map(_takes_channels, (self.main, self.carry))):
-            return None
-        rows = [f.regroup(1).weight.flatten(1).argmax(1).tolist() for f in (self.main, self.carry)]
-        return rows[0] + [self.main.in_channels + row for row in rows[1]]
-
     def merged(self) -> Linear | Refusal:
         """The same with the products of what is not multiplied yet."""
         blocks = [f.merged() if isinstance(f, Unmerged) else f for f in (self.main, self.carry)]
@@ -96,35 +82,6 @@ class Linear(Column):
                 return block
         main, carry = (f for f in blocks if isinstance(f, AffineConv))
         return replace(self, main=main, carry=carry)
-
-
-def _takes_channels(layer: AffineConv) -> bool:
-    """Whether every output is a channel of the input, as it is."""
-    if not layer.reads_one_position or any(map(any, layer.padding)) or layer.has_bias:
-        return False
-    ones = layer.weight == 1
-    return bool((ones | (layer.weight == 0)).all()) and bool((ones.flatten(1).sum(1) == 1).all())
-
-
-@dataclass(frozen=True, eq=False)
-class Picked(Column):
-    """An index into both blocks; `after` are their channels behind it."""
-
-    channels: list[int]
-    after: Widths
-
-    @classmethod
-    def of(cls, layers: Sequence[Any], widths: Widths, carried: fx.Node | None) -> Column:
-        raise TypeError("an index is a form of a linear column")
-
-    def widths_behind(self, widths: Widths, dims: int) -> Widths:
-        return self.after
-
-    def label(self, site: Site, index: int) -> Label:
-        return "", self.steps[0].nodes[0]
-
-    def put(self, spot: Spot) -> fx.Node:
-        return pick(spot.net, spot.source, self.channels, spot.site.dims)
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +236,7 @@ KINDS: dict[type[Layer], type[Column]] = {
     Lateral: Sided,
     Border: Shared,
     MaxPool: Shared,
-    Shuffle: Shuffled,
+    Order: Ordered,
 }
 
 

@@ -19,6 +19,7 @@ from dataclasses import replace
 from rmfx.algebra.activation import Activation
 from rmfx.algebra.affine import AffineConv
 
+from .order import Order
 from .site import Chain, Norm, Step, merged
 
 MOST_COPIES = 4  # of a value: more would cost more where it is made than they save
@@ -26,7 +27,7 @@ MOST_COPIES = 4  # of a value: more would cost more where it is made than they s
 
 def frames(main: Chain, channels: int, dims: int) -> Iterator[Chain]:
     """Every form of a branch, from a fork of some channels."""
-    framed = _framed(main, channels, dims)
+    framed = _with_indices(_framed(main, channels, dims))
     may_part = [(False, True)[: 1 + _is_grouped(step)] for step in (framed[0], framed[-1])]
     for start, end in itertools.product(*may_part):
         first = (_identity(channels, dims),) * start
@@ -47,6 +48,26 @@ def _framed(chain: Chain, channels: int, dims: int) -> Chain:
     if not isinstance(steps[-1].layer, AffineConv) or steps[-1].tapped:
         steps.append(_identity(steps[-1].channels, dims))
     return tuple(steps)
+
+
+def _with_indices(chain: Chain) -> Chain:
+    """The chain with an index into channels as what it is, between layers."""
+    inner = [replace(step, layer=_index(step) or step.layer) for step in chain[1:-1]]
+    return (chain[0], *inner, *chain[1:][-1:])
+
+
+def _index(step: Step) -> Order | None:
+    """Which channels a step takes, where it is an index that does nothing else."""
+    layer = step.layer
+    if not isinstance(layer, AffineConv) or [node.op for node in step.nodes] != ["call_function"]:
+        return None
+    moves = not layer.reads_one_position or any(map(any, layer.padding)) or layer.has_bias
+    ones = layer.weight == 1
+    if moves or not layer.dims or not bool((ones | (layer.weight == 0)).all()):
+        return None
+    if layer.groups > 1 or not bool((ones.flatten(1).sum(1) == 1).all()):
+        return None
+    return Order(tuple(ones.flatten(1).int().argmax(1).tolist()))
 
 
 def _identity(channels: int, dims: int) -> Step:

@@ -5,9 +5,9 @@ a form of so many groups that reads some runs and writes some; what stands betwe
 channel alone and keeps the runs. So the cheapest layout of a chain is a shortest path over
 (column, runs), of which only the shapes of the layers are asked.
 
-The price of a form is its multiply-adds. Where the target is time, groups of fewer than 8 channels
-count as if they had 8, except in depthwise layers: the libraries of CPUs compute in vectors of 8 or
-16 channels, and take as long for a group of 2 as for one of 8.
+The price of a form is its multiply-adds. Where the target is time, groups of few channels count as
+if they had more (`Target`), except in depthwise layers: the libraries of CPUs compute in vectors of
+8 or 16 channels, and take as long for a group of 2 as for one of 8 in a layer of one tap.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import direct_sum, groups_side_by_side, join, plus, spread, stack, window_of
 from rmfx.errors import Refusal
 from rmfx.report import IN_TURNS, TAKEN_APART
-from rmfx.rules.linear import MOVING
 
 from .column import Column
 from .columns import Linear, linear_of
-from .order import Shuffled
+from .order import Ordered
 from .target import Target
 
 Runs = tuple[int, int]  # before and behind a layer
@@ -71,8 +70,8 @@ def layout_of(columns: Sequence[Column], target: Target) -> Layout | Refusal:
     area, width = 1.0, 0
     for column, behind in _with_runs_behind(columns, linear, target):
         forms: Callable[[Runs], Iterator[Form]]
-        if isinstance(column, Shuffled):
-            forms = partial(_orders, column, width)
+        if isinstance(column, Ordered):
+            forms = partial(_orders, column, target.moving * width)
         else:
             window = window_of((column.main, column.carry))
             if isinstance(window, Refusal):
@@ -96,16 +95,17 @@ def layout_of(columns: Sequence[Column], target: Target) -> Layout | Refusal:
 
 def _with_runs_behind(
     columns: Sequence[Column], linear: Sequence[Linear], target: Target
-) -> Iterator[tuple[Linear | Shuffled, Sequence[int]]]:
+) -> Iterator[tuple[Linear | Ordered, Sequence[int]]]:
     """The columns that have a form, each with the runs that are worth a look behind it."""
     counts = {f.groups for column in linear for f in (column.main, column.carry)}
     counts |= {n for c in linear for n in groups_side_by_side((c.main, c.carry)) or ()}
-    placed = [(i, c) for i, c in enumerate(columns) if isinstance(c, Linear | Shuffled)]
+    placed = [(i, c) for i, c in enumerate(columns) if isinstance(c, Linear | Ordered)]
     ends = [*(i for i, _ in placed[1:]), len(columns)]
-    layer = linear[0]
+    layer, width = linear[0], 0
     for (start, column), end in zip(placed, ends, strict=True):
         layer = column if isinstance(column, Linear) else layer
-        most = math.gcd(layer.main.out_channels, layer.carry.out_channels)
+        width = column.main.channels_behind(width, layer.main.dims)
+        most = math.gcd(width, layer.carry.out_channels)
         alone = all(c.may_take_turns and c.taps_are_pooled for c in columns[start:end])
         if layer is linear[-1] or not layer.main.dims or not alone:
             yield column, [1]
@@ -114,10 +114,10 @@ def _with_runs_behind(
         yield column, sorted({1, most} | wide | {math.gcd(most, n) for n in counts})
 
 
-def _orders(column: Shuffled, width: int, runs: Runs) -> Iterator[Form]:
-    """Channels may come to stand in any order; a move counts as one multiply-add."""
+def _orders(column: Ordered, price: float, runs: Runs) -> Iterator[Form]:
+    """Channels may come to stand in any order."""
     stays = replace(column, before=runs[0], runs=runs[1]).stays
-    yield Form(runs, 0, 0, 0.0 if stays else float(width))
+    yield Form(runs, 0, 0, 0.0 if stays else price)
 
 
 def _forms(
@@ -130,8 +130,6 @@ def _forms(
         taps: of the window of both blocks.
     """
     pair = (column.main, column.carry)
-    if column.picked is not None and runs == (1, 1) and not any(ends):
-        yield Form(runs, 0, 0, MOVING * len(column.picked))
     ins, outs = [f.in_channels for f in pair], [f.out_channels for f in pair]
     n_in, n_out = ins[0] if ends[0] else sum(ins), outs[0] if ends[1] else sum(outs)
     common = math.gcd(*(f.groups for f in pair)) if column.main.dims else 1
@@ -149,7 +147,8 @@ def _form(
 ) -> Form:
     n_in, n_out, taps = sizes
     block = (n_in // count, n_out // count)
-    sides = block if block == (1, 1) else [max(n, target.narrow) for n in block]
+    least = target.narrow if taps == 1 else target.narrow_window
+    sides = block if block == (1, 1) else [max(n, least) for n in block]
     return Form(runs, groups, n_in * block[1] * taps, float(count * math.prod(sides) * taps))
 
 
@@ -169,7 +168,7 @@ def built(column: Linear, form: Form, ends: tuple[bool, bool]) -> AffineConv | R
 
 def described(columns: Sequence[Column], layout: Layout) -> str:
     """How the carry stands beside the main block between the two ends."""
-    placed = [column for column in columns if isinstance(column, Linear | Shuffled)]
+    placed = [column for column in columns if isinstance(column, Linear | Ordered)]
     layers = [f for c, f in zip(placed, layout.forms, strict=True) if isinstance(c, Linear)]
     turns = f", {IN_TURNS}" if any(f.runs[1] > 1 for f in layers) else ""
     made = any(step.path for column in columns for step in column.steps)

@@ -18,28 +18,30 @@ from .site import Site
 
 
 @dataclass(frozen=True)
-class Shuffle(Layer):
-    """Groups of channels take turns, as torch.nn.ChannelShuffle has it, in each of some blocks.
+class Order(Layer):
+    """Channels of a value, in some order.
 
     Attributes:
-        blocks: of channels, which stay where they are.
-        groups: of each block, which take turns behind it.
+        rows: which channel of its input each of its output is; None where they stay.
     """
 
-    blocks: int = 1
-    groups: int = 1
+    rows: tuple[int, ...] | None = None
 
-    def order(self, channels: int) -> Tensor:
-        """Which channel of its input each of its output is."""
-        numbers = torch.arange(channels).reshape(self.blocks, self.groups, -1)
-        return numbers.transpose(1, 2).flatten()
+    @staticmethod
+    def shuffle(channels: int, *, groups: int, blocks: int = 1) -> Order:
+        """Groups take turns, as torch.nn.ChannelShuffle has it, in each of some blocks."""
+        numbers = torch.arange(channels).reshape(blocks, groups, -1)
+        return Order(tuple(numbers.transpose(1, 2).flatten().tolist()))
+
+    def channels_behind(self, channels: int, dims: int) -> int:
+        return channels if self.rows is None else len(self.rows)
 
 
 @dataclass(frozen=True, eq=False)
-class Shuffled(Column):
+class Ordered(Column):
     """The branch's channels in another order, and both blocks in other runs."""
 
-    main: Shuffle
+    main: Order
     before: int = 1  # the runs in front of it
 
     @classmethod
@@ -49,15 +51,19 @@ class Shuffled(Column):
     @property
     def stays(self) -> bool:
         """Whether every channel stays where it is."""
-        return self.main.groups == 1 and self.before == self.runs
+        return self.main.rows is None and self.before == self.runs
+
+    def widths_behind(self, widths: Widths, dims: int) -> Widths:
+        return self.main.channels_behind(widths[0], dims), widths[1]
 
     def label(self, site: Site, index: int) -> Label:
-        return "", site.join
+        nodes = [node for step in self.steps for node in step.nodes]
+        return "", nodes[0] if nodes else site.join
 
     def put(self, spot: Spot) -> fx.Node:
         main, carry = spot.widths
-        carried = main + torch.arange(carry)
-        stood = in_turn([torch.arange(main), carried], self.before)
-        wanted = in_turn([self.main.order(main), carried], self.runs)
-        channels = stood.argsort()[wanted]
+        own, carried = torch.arange(main), main + torch.arange(carry)
+        rows: Tensor = own if self.main.rows is None else torch.tensor(self.main.rows)
+        stood = in_turn([own, carried], self.before).argsort()
+        channels = stood[in_turn([rows, carried], self.runs)]
         return pick(spot.net, spot.source, channels.tolist(), spot.site.dims)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import fx
 
 from rmfx.algebra.digits import EXACTNESS
+from rmfx.analysis.multiply_adds import expense_of
 from rmfx.analysis.ranges import Ranges
 from rmfx.data.batches import check_batches
 from rmfx.data.calibration import measure
+from rmfx.errors import Refusal
 from rmfx.interval import Interval
 from rmfx.ir.driver import apply_rule
 from rmfx.ir.net import Net
@@ -24,7 +27,7 @@ from .plan import plans
 from .policy import Policy
 from .rule import ResidualRule, check_strict, finish, joins_of
 from .strategy import AUTO
-from .target import BY_NAME
+from .target import BY_NAME, Target
 
 
 class CalibrationData:
@@ -66,28 +69,48 @@ def remove(
     measured = None
     if calibration is not None:
         measured = measure(source, calibration, extremes="shift" in allowed)
-    net = Net(source)
-    joins = joins_of(net)
-    # No-ops first: a dropout at the end of a branch would be one more layer to pass.
-    apply_rule(net, NoopRule(keep_detach=weights_vary))
-    # Batch norm next: what is folded needs no column, and no identity batch norm on the carry.
-    if fold_batch_norm:
-        fold(net)
-    rule = ResidualRule(
-        Ranges(
-            net,
-            input_range,
-            weights_vary=weights_vary,
-            measured=measured.extremes if measured else None,
-        ),
-        allowed=allowed,
-        fold_batch_norm=fold_batch_norm,
-        moments=measured.moments if measured else None,
-        arrange=partial(plans, target=BY_NAME[minimise]),
-        policy=policy,
-    )
-    _, refusals = apply_rule(net, rule)
-    check_strict("remove_residuals", refusals, strict=strict)
-    # Last, where it is cheaper: a Δ or ∇ that stands alone merges with the layer next to its site.
-    apply_rule(net, LinearRule(keep_norms=not fold_batch_norm, concerns=rule.made.__contains__))
-    return finish(net, rule, refusals, joins)
+
+    def removed(target: Target) -> _Removed:
+        net = Net(source)
+        joins = joins_of(net)
+        # No-ops first: a dropout at the end of a branch would be one more layer to pass.
+        apply_rule(net, NoopRule(keep_detach=weights_vary))
+        # Batch norm next: what is folded needs no column, and no identity batch norm on the carry.
+        if fold_batch_norm:
+            fold(net)
+        extremes = measured.extremes if measured else None
+        rule = ResidualRule(
+            Ranges(net, input_range, weights_vary=weights_vary, measured=extremes),
+            allowed=allowed,
+            fold_batch_norm=fold_batch_norm,
+            moments=measured.moments if measured else None,
+            arrange=partial(plans, target=target),
+            policy=policy,
+        )
+        _, refusals = apply_rule(net, rule)
+        check_strict("remove_residuals", refusals, strict=strict)
+        # Last, where it is cheaper: a Δ or ∇ that stands alone merges with the layer next to it.
+        apply_rule(net, LinearRule(keep_norms=not fold_batch_norm, concerns=rule.made.__contains__))
+        return _Removed(net, rule, refusals, joins)
+
+    target = BY_NAME[minimise]
+    found = removed(target)
+    if target.rearranges and found.rule.nested:
+        # What is taken apart for one carry may be dear beside that of a site around it.
+        found = min(found, removed(replace(target, rearranges=False)), key=_Removed.cost)
+    return finish(found.net, found.rule, found.refusals, found.joins)
+
+
+@dataclass(frozen=True, eq=False)
+class _Removed:
+    """A net whose sites are rewritten, and what was done."""
+
+    net: Net
+    rule: ResidualRule
+    refusals: Mapping[fx.Node, Refusal]
+    joins: Sequence[str]
+
+    def cost(self) -> int:
+        """Its multiply-adds, or its parameters where these are not known."""
+        whole = expense_of(self.net, self.net.graph.nodes)
+        return whole.parameters if whole.macs is None else whole.macs

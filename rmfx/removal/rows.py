@@ -17,7 +17,7 @@ from rmfx.report import SiteReport
 
 from .assembly import Plan
 from .columns import Linear, Pointwise, linear_of
-from .order import Shuffled
+from .order import Ordered
 from .site import Site
 from .strategy import Settled
 
@@ -33,7 +33,7 @@ def expected_expense(site: Site, plan: Plan) -> Expense:
             area /= math.prod(column.main.stride)
             width = column.main.out_channels
             width += column.carry.out_channels if column is not plan.columns[-1] else 0
-        elif isinstance(column, Shuffled):
+        elif isinstance(column, Ordered):
             before, behind = next(forms).runs
             if replace(column, before=before, runs=behind).stays:
                 continue

@@ -53,6 +53,7 @@ class ResidualRule:
         rows: what was done, by the name of the join.
         made: the nodes that rewrites have put into the graph.
         widened: the nodes whose place a combination with other tensors took, carry included.
+        nested: whether a site had another one inside, which had been rewritten before.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class ResidualRule:
         self.rows: dict[str, SiteReport] = {}
         self.made: set[fx.Node] = set()
         self.widened: set[str] = set()
+        self.nested = False
 
     def match(self, net: Net, node: fx.Node) -> Match | Refusal | None:
         sites = find_sites(net, node, keep_norms=not self._fold)
@@ -131,6 +133,7 @@ class ResidualRule:
         if isinstance(columns, Refusal):  # the plan was made with the same laws
             raise RmfxError(f"{node.name}: a planned layer cannot be built: {columns.reason}")
         old, row = _old(site, match.settled), match.row
+        self.nested = self.nested or not self.made.isdisjoint(old)
         labels = [column.label(site, i) for i, column in enumerate(columns)]
         net.demand(demands_of(net, site.nodes))
         net.fix_channels(site.fork, site.dims)

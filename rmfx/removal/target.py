@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from rmfx.algebra.activation import Block
 from rmfx.algebra.blockwise import WAYS, all_means
 from rmfx.choices import TARGETS
+from rmfx.rules.linear import MOVING
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,18 @@ class Target:
     """What counts.
 
     Attributes:
-        narrow: channels that each side of a group counts for at least.
+        narrow: channels that each side of a group counts for at least, in a layer of one tap.
+        narrow_window: the same in a layer of several.
         rearranges: whether layers may be taken apart and channels be put in another order.
+        moving: multiply-adds in the time that it takes to put a channel elsewhere.
         beyond: multiply-adds that a value takes in an activation that has "slopes", "bounds" or
             "masks" for each channel, beyond what it takes in one that is the same for all.
     """
 
     narrow: int = 8
+    narrow_window: int = 4
     rearranges: bool = False
+    moving: float = MOVING
     beyond: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def means(self, blocks: Sequence[Block], allowed: Collection[str]) -> str:
@@ -35,7 +40,7 @@ class Target:
         return min(fits or possible[:1], key=lambda means: self.beyond.get(means, 0.0))
 
 
-TIME, MACS = Target(), Target(narrow=1, rearranges=True)
+TIME, MACS = Target(), Target(narrow=1, narrow_window=1, rearranges=True, moving=1.0)
 EAGER = Target(beyond={"slopes": 0, "bounds": 23, "masks": 28})
 INDUCTOR = Target(beyond={"slopes": 5, "bounds": 4, "masks": 40})
 ONNXRUNTIME = Target(beyond={"slopes": 500, "bounds": 40, "masks": 50})

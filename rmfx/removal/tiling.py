@@ -29,7 +29,7 @@ from torch import Tensor
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.layer import Layer
 
-from .order import Shuffle
+from .order import Order
 from .site import Chain, Step
 
 MOST_PARTS = 8  # of inputs or outputs: values get as many times as wide
@@ -72,9 +72,9 @@ def in_any_order(chain: Chain) -> Chain:
     steps: list[Step] = []
     for step, behind in zip(chain, [*chain[1:], None], strict=True):
         steps.append(step)
-        ordered = behind is None or isinstance(behind.layer, Shuffle)
+        ordered = behind is None or isinstance(behind.layer, Order)
         if isinstance(step.layer, AffineConv) and step.layer.dims and not ordered:
-            steps.append(Step(Shuffle(), (), None, step.channels))
+            steps.append(Step(Order(), (), None, step.channels))
     return tuple(steps)
 
 
@@ -200,12 +200,13 @@ def _tiled(layer: AffineConv, ins: int, outs: int) -> Parts:
     before: list[Layer] = []
     if outs > 1:
         copies = AffineConv.pointwise(_ones(layer, n_in * outs, 1), dims=layer.dims, groups=n_in)
-        before = [copies, Shuffle(groups=n_in)]
+        before = [copies, Order.shuffle(n_in * outs, groups=n_in)]
     if ins == 1:
         return Parts(before, core, [])
     ones = _ones(layer, n_out, ins)
     sums = AffineConv.pointwise(ones, layer.bias, dims=layer.dims, groups=n_out)
-    return Parts(before, core, [Shuffle(outs, ins), sums])
+    order = Order.shuffle(n_out * ins, groups=ins, blocks=outs)
+    return Parts(before, core, [order, sums])
 
 
 def _ones(like: AffineConv, *sizes: int) -> Tensor:

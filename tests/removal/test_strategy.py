@@ -102,9 +102,9 @@ def test_a_named_runtime_leaves_the_ways_that_were_asked_for(
 
 def test_onnx_runtime_gets_bounds_where_it_would_be_slow_with_slopes() -> None:
     """A bottleneck, in which odd pairs would cost more."""
-    branch = chain(conv(16, 4, 1), nn.ReLU(), conv(4, 4), nn.ReLU(), conv(4, 16, 1))
-    model = ready(chain(conv(16, 16), Residual(branch)))
-    x = image(2, 16, 9, 7)
+    branch = chain(conv(48, 12, 1), nn.ReLU(), conv(12, 12), nn.ReLU(), conv(12, 48, 1))
+    model = ready(chain(conv(48, 48), Residual(branch)))
+    x = image(2, 48, 9, 7)
     names = {how: types(assert_removed(model, x, minimise=how)) for how in ("time", "onnxruntime")}
     assert names["time"].count("PReLU") == names["onnxruntime"].count("ChannelClamp") == 2
     assert "ChannelClamp" not in names["time"]
