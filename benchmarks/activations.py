@@ -29,7 +29,6 @@ ROUNDS = 7
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "slopes": nn.ReLU,
     "bounds": nn.ReLU6,
-    "lower bounds": nn.ReLU,
     "masks": nn.SiLU,
 }
 
@@ -45,8 +44,7 @@ def beyond(runtime: str, kind: str, shape: tuple[int, int]) -> float:
     channels, size = shape
     act = KINDS[kind]()
     halves = (Block(channels // 2, Activation(act)), Block(channels // 2, None))
-    whole = Blockwise(halves, 2, kind.split()[-1])
-    uneven = whole.to_module(torch.float32, torch.device("cpu"))
+    uneven = Blockwise(halves, 2, kind).to_module(torch.float32, torch.device("cpu"))
     inputs = (torch.randn(1, channels, size, size),)
     how = RUNTIMES[runtime]
     with torch_threads(1), how.scope():

@@ -40,14 +40,14 @@ FUZZ = "tests/testing/test_random_networks.py"
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "Dirac tap: always the kernel's first",
-        "rmfx/algebra/affine.py",
-        "torch.tensor([(t * d - own + new) // step for t in range(k)]",
-        "torch.tensor([(t * d) // step for t in range(k)]",
+        "rmfx/algebra/laws.py",
+        "start = (new - own) // step",
+        "start = 0",
         ("tests/algebra/test_affine.py", FUZZ),
     ),
     Mutant(
         "merge: the inner layer's bias is lost",
-        "rmfx/algebra/laws.py",
+        "rmfx/algebra/products.py",
         "bias = bias + sum_of_taps(outer, inner.bias)",
         "bias = bias + 0 * sum_of_taps(outer, inner.bias)",
         ("tests/algebra/test_affine.py", FUZZ),

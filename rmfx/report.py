@@ -23,7 +23,8 @@ MODIFIED_KEY = "rmfx_modified"
 # What `SiteReport.layout` may say.
 IN_TURNS, TAKEN_APART = "in turns with the branch", "layers taken apart"
 PADDED = "carry padded to whole groups"
-LAYOUTS = (IN_TURNS, TAKEN_APART, PADDED)
+MERGED = "linear layers merged"
+LAYOUTS = (IN_TURNS, TAKEN_APART, PADDED, MERGED)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,11 @@ class Blockwise(Layer):
         return sum(b.width for b in self.blocks)
 
     @property
+    def own_means(self) -> str:
+        """By what its module applies the activations: one of `all_means`."""
+        return self.means or all_means(self.blocks)[0]
+
+    @property
     def signature(self) -> tuple[object, ...]:
         """Equal for two values that are the same function."""
         return tuple((b.width, b.activation and b.activation.signature) for b in self.blocks)
@@ -90,7 +95,7 @@ class Blockwise(Layer):
 
     def to_module(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """One module that applies each block's activation to its channels."""
-        means = self.means or all_means(self.blocks)[0]
+        means = self.own_means
         active = [b.activation for b in self.blocks if b.activation and b.width]
         if means == "same":
             return plain_copy(active[0].module)

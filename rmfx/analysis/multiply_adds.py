@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,24 @@ class Expense:
     moved: int | None
     parameters: int
 
+    def __sub__(self, other: Expense) -> Expense:
+        return Expense(
+            _known(operator.sub, self.macs, other.macs),
+            _known(operator.sub, self.moved, other.moved),
+            self.parameters - other.parameters,
+        )
+
+    def __add__(self, other: Expense) -> Expense:
+        return Expense(
+            _known(operator.add, self.macs, other.macs),
+            _known(operator.add, self.moved, other.moved),
+            self.parameters + other.parameters,
+        )
+
+
+def _known(combine: Callable[[int, int], int], one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else combine(one, other)
+
 
 def expense_of(net: Net, nodes: Iterable[fx.Node]) -> Expense:
     """What some nodes of a net cost."""
@@ -52,7 +71,7 @@ def work_of(node: fx.Node, callee: Virtual | nn.Module | None) -> tuple[int | No
     if layer is None:
         return 0, 0
     if isinstance(layer, Blockwise):
-        return 0, sum(block.width for block in layer.blocks)
+        return 0, layer.width if layer.own_means == "slopes" else 0  # others are buffers
     if isinstance(layer, AffineConv):
         size = layer.weight.numel() + (layer.out_channels if layer.has_bias else 0)
     else:

@@ -51,11 +51,8 @@ class ChannelClamp(nn.Module):
         super().__init__()
         self.register_buffer("low", low.reshape(-1, *[1] * dims))
         self.register_buffer("high", high.reshape(-1, *[1] * dims))
-        self._is_open = bool((high == INF).all())
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._is_open:  # one operation, not two
-            return torch.maximum(x, self.low)  # type: ignore[arg-type]
         return torch.clamp(x, self.low, self.high)  # type: ignore[arg-type]
 
 

@@ -12,11 +12,13 @@ if they had more (`Target`), except in depthwise layers: the libraries of CPUs c
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import direct_sum, groups_side_by_side, join, plus, spread, stack, window_of
@@ -63,28 +65,59 @@ class Layout:
     price: float
 
 
+class _Shape(NamedTuple):
+    """A linear column, as far as its forms go.
+
+    Attributes:
+        n_in, n_out: channels before and behind it.
+        taps: of the window of both blocks.
+        groups: that both blocks have in common.
+        side_by_side: groups of each block where these are of one shape.
+        inner: whether both blocks stand before it, behind it.
+    """
+
+    n_in: int
+    n_out: int
+    taps: int
+    groups: int
+    side_by_side: tuple[int, ...] | None
+    inner: tuple[bool, bool]
+
+    @staticmethod
+    def of(column: Linear, kernel: Sequence[int], inner: tuple[bool, bool]) -> _Shape:
+        pair = (column.main, column.carry)
+        ins, outs = [f.in_channels for f in pair], [f.out_channels for f in pair]
+        counts = groups_side_by_side(pair) if all(inner) and column.main.dims else None
+        return _Shape(
+            sum(ins) if inner[0] else ins[0],
+            sum(outs) if inner[1] else outs[0],
+            math.prod(kernel),
+            math.gcd(*(f.groups for f in pair)) if column.main.dims else 1,
+            tuple(counts) if counts else None,
+            inner,
+        )
+
+
 def layout_of(columns: Sequence[Column], target: Target) -> Layout | Refusal:
     """The cheapest layout of a chain."""
     linear = linear_of(columns)
     best: dict[int, tuple[float, float, tuple[Form, ...]]] = {1: (0.0, 0.0, ())}  # by runs behind
     area, width = 1.0, 0
     for column, behind in _with_runs_behind(columns, linear, target):
-        forms: Callable[[Runs], Iterator[Form]]
+        form_of: Callable[[Runs], Form]
         if isinstance(column, Ordered):
-            forms = partial(_orders, column, target.moving * width)
+            form_of = partial(_order, column, target.moving * width)
         else:
             window = window_of((column.main, column.carry))
             if isinstance(window, Refusal):
                 return window
             area /= math.prod(column.main.stride)
             width = column.main.out_channels + column.carry.out_channels
-            ends = (column is linear[0], column is linear[-1])
-            forms = partial(_forms, column, ends, math.prod(window[2]), target)
+            inner = (column is not linear[0], column is not linear[-1])
+            form_of = partial(_form, _Shape.of(column, window.kernel, inner), target)
         found: dict[int, tuple[float, float, tuple[Form, ...]]] = {}
         for (before, (price, work, so_far)), after in itertools.product(best.items(), behind):
-            form = min(forms((before, after)), key=lambda f: f.price, default=None)
-            if form is None:
-                continue
+            form = form_of((before, after))
             total = price + form.price * area
             if after not in found or total < found[after][0]:
                 found[after] = total, work + form.weights * area, (*so_far, form)
@@ -114,42 +147,29 @@ def _with_runs_behind(
         yield column, sorted({1, most} | wide | {math.gcd(most, n) for n in counts})
 
 
-def _orders(column: Ordered, price: float, runs: Runs) -> Iterator[Form]:
+def _order(column: Ordered, price: float, runs: Runs) -> Form:
     """Channels may come to stand in any order."""
-    stays = replace(column, before=runs[0], runs=runs[1]).stays
-    yield Form(runs, 0, 0, 0.0 if stays else price)
+    stays = column.main.rows is None and runs[0] == runs[1]
+    return Form(runs, 0, 0, 0.0 if stays else price)
 
 
-def _forms(
-    column: Linear, ends: tuple[bool, bool], taps: int, target: Target, runs: Runs
-) -> Iterator[Form]:
-    """Every form of a linear column between given runs.
-
-    Args:
-        ends: whether it is the first, the last.
-        taps: of the window of both blocks.
-    """
-    pair = (column.main, column.carry)
-    ins, outs = [f.in_channels for f in pair], [f.out_channels for f in pair]
-    n_in, n_out = ins[0] if ends[0] else sum(ins), outs[0] if ends[1] else sum(outs)
-    common = math.gcd(*(f.groups for f in pair)) if column.main.dims else 1
-    if not all(ends):
-        common = math.gcd(common, *(n for n, end in zip(runs, ends, strict=True) if not end))
-    for groups in {1, common}:
-        yield _form(runs, groups, groups, (n_in, n_out, taps), target)
-    counts = None if any(ends) or not column.main.dims else groups_side_by_side(pair)
+@functools.lru_cache(maxsize=1 << 16)  # the same shapes come again and again
+def _form(shape: _Shape, target: Target, runs: Runs) -> Form:
+    """The cheapest form of a linear column between given runs."""
+    common = math.gcd(shape.groups, *itertools.compress(runs, shape.inner))
+    common = common if any(shape.inner) else shape.groups
+    options: list[tuple[int | None, int]] = [(n, n) for n in {1, common}]
+    counts = shape.side_by_side
     if counts and runs[0] == runs[1] and not any(n % runs[0] for n in counts):
-        yield _form(runs, None, sum(counts), (n_in, n_out, taps), target)
-
-
-def _form(
-    runs: Runs, groups: int | None, count: int, sizes: tuple[int, int, int], target: Target
-) -> Form:
-    n_in, n_out, taps = sizes
-    block = (n_in // count, n_out // count)
-    least = target.narrow if taps == 1 else target.narrow_window
-    sides = block if block == (1, 1) else [max(n, least) for n in block]
-    return Form(runs, groups, n_in * block[1] * taps, float(count * math.prod(sides) * taps))
+        options.append((None, sum(counts)))
+    least = target.narrow if shape.taps == 1 else target.narrow_window
+    forms = []
+    for groups, count in options:
+        block = (shape.n_in // count, shape.n_out // count)
+        sides = block if block == (1, 1) else [max(n, least) for n in block]
+        price = float(count * math.prod(sides) * shape.taps)
+        forms.append(Form(runs, groups, shape.n_in * block[1] * shape.taps, price))
+    return min(forms, key=lambda form: form.price)
 
 
 def built(column: Linear, form: Form, ends: tuple[bool, bool]) -> AffineConv | Refusal:

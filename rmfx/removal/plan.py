@@ -25,7 +25,7 @@ from .layout import described
 from .placement import Beside, fitted, placements
 from .site import Chain, Site
 from .target import TIME, Target
-from .tiling import in_any_order, taken_apart
+from .tiling import hollow, in_any_order, taken_apart
 from .widths import padded, widths_of
 
 
@@ -111,7 +111,7 @@ def _beside(site: Site, main: Chain, shortcut: Chain, target: Target) -> list[Pl
         cheapest, best = min((cheapest, best), (price, framed), key=itemgetter(0))
         found += options
     if found and target.rearranges:
-        price_of = partial(_price, site, shortcut, target)
+        price_of = partial(_price, site, hollow(shortcut), target)
         for framed in dict.fromkeys((forms[0], best)):
             apart = taken_apart(in_any_order(framed), price_of)
             ways = _ways_beside(site, apart, shortcut)

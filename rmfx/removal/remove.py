@@ -90,7 +90,10 @@ def remove(
         _, refusals = apply_rule(net, rule)
         check_strict("remove_residuals", refusals, strict=strict)
         # Last, where it is cheaper: a Δ or ∇ that stands alone merges with the layer next to it.
-        apply_rule(net, LinearRule(keep_norms=not fold_batch_norm, concerns=rule.made.__contains__))
+        linear = LinearRule(keep_norms=not fold_batch_norm, concerns=rule.made.__contains__)
+        apply_rule(net, linear)
+        for nodes, difference in linear.saved:
+            rule.count_in(nodes, difference)
         return _Removed(net, rule, refusals, joins)
 
     target = BY_NAME[minimise]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
-from rmfx.analysis.multiply_adds import expense_of
+from rmfx.analysis.multiply_adds import Expense, expense_of
 from rmfx.analysis.ranges import Ranges
 from rmfx.data.moments import Moments
 from rmfx.errors import Refusal, RefusedError, RmfxError, fault
@@ -19,7 +19,7 @@ from rmfx.ir.net import Net
 from rmfx.ir.nodes import put_in_order
 from rmfx.ir.notes import set_type, type_of
 from rmfx.ir.reading import demands_of
-from rmfx.report import META_KEY, Report, SiteReport
+from rmfx.report import MERGED, META_KEY, Report, SiteReport
 from rmfx.rules.concatenation import ConcatenationRule
 
 from .alignment import may_reorder
@@ -76,6 +76,7 @@ class ResidualRule:
         self.made: set[fx.Node] = set()
         self.widened: set[str] = set()
         self.nested = False
+        self._made_at: dict[str, set[fx.Node]] = {}  # what stands for a site, by its join
 
     def match(self, net: Net, node: fx.Node) -> Match | Refusal | None:
         sites = find_sites(net, node, keep_norms=not self._fold)
@@ -147,6 +148,18 @@ class ResidualRule:
             # The last node stands where the join stood; what followed it may be replaced by now.
             put_in_order(site.fork, new[-1].next)
         self.rows[row.join] = with_expense(row, expense_of(net, new))
+        self._made_at[row.join] = {*new}
+
+    def count_in(self, nodes: Collection[fx.Node], difference: Expense) -> None:
+        """Count in the row of a site what merging some of its nodes with others has changed."""
+        for join, made in self._made_at.items():
+            if not made.isdisjoint(nodes):
+                row = self.rows[join]
+                after = Expense(row.macs_after, row.moved_after, row.params_after or 0)
+                merged = row.layout.replace(" (", f", {MERGED} (", 1)
+                merged = merged if MERGED in merged else f"{row.layout}, {MERGED}"
+                self.rows[join] = replace(with_expense(row, after + difference), layout=merged)
+                return
 
     def _put_columns(
         self,

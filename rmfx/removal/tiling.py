@@ -54,13 +54,13 @@ def taken_apart(chain: Chain, price: Callable[[Chain], float]) -> Chain:
         price: of a chain beside its carry; asked of chains without weights, too.
     """
     for ways_of in (_by_taps, _by_tiles):
-        hollow = [_hollow(step) for step in chain]
+        empty = hollow(chain)
         chosen: list[Way | None] = [None] * len(chain)
-        least = price(tuple(hollow))
+        least = price(empty)
         for i, step in enumerate(chain):
             for way in ways_of(step.layer, (i == 0, i == len(chain) - 1)):
                 ways = [*chosen[:i], way, *chosen[i + 1 :]]
-                found = price(_apart(hollow, ways))
+                found = price(_apart(empty, ways))
                 if found < least:
                     least, chosen = found, ways
         chain = _apart(chain, chosen)
@@ -109,14 +109,19 @@ def _path_of(step: Step) -> str:
     return modules[0] if modules else "layer"
 
 
+def hollow(chain: Chain) -> Chain:
+    """The chain with numbers without memory, for whoever asks for shapes only."""
+    return tuple(map(_hollow, chain))
+
+
 def _hollow(step: Step) -> Step:
-    """The step with zeros without memory for weights."""
     layer = step.layer
     if not isinstance(layer, AffineConv):
         return step
-    return replace(
-        step, layer=replace(layer, weight=layer.weight.new_zeros(()).expand_as(layer.weight))
-    )
+    number = torch.zeros((), dtype=layer.weight.dtype, device=layer.weight.device)
+    weight = number.expand(tuple(layer.weight.shape))
+    bias = (number + float(layer.has_bias)).expand(layer.out_channels)
+    return replace(step, layer=replace(layer, weight=weight, bias=bias))
 
 
 # ---- taps ---------------------------------------------------------------------------------------

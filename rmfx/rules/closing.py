@@ -12,7 +12,8 @@ own any more. What was a choice of some channels stays one: W_K reads only what 
 
 Forms handled: carries through Conv1d/2d/3d and Linear of any stride and layout, scaled or not,
 through activations that provably leave them alone (by range, PReLU slope 1, bounds, or a mask).
-Not handled: carries as pairs [x; -x], and those shifted into a bounded activation; they stay.
+Not handled: carries as pairs [x; -x], and those shifted into a bounded activation; they stay. Where
+the branch's own value travels in copies, or its layers were taken apart, these stay, too.
 """
 
 from __future__ import annotations

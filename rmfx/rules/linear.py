@@ -25,7 +25,7 @@ from torch import fx
 
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.products import Unmerged, unmerged
-from rmfx.analysis.multiply_adds import expense_of
+from rmfx.analysis.multiply_adds import Expense, expense_of
 from rmfx.errors import Refusal, RmfxError
 from rmfx.ir.elements import Virtual
 from rmfx.ir.kinds import BATCH_NORMS
@@ -55,7 +55,11 @@ class Cut:
 
 
 class LinearRule:
-    """Merge a maximal chain of linear layers into the cheapest equivalent chain."""
+    """Merge a maximal chain of linear layers into the cheapest equivalent chain.
+
+    Attributes:
+        saved: the nodes of each chain that was merged, and what they cost less (or more) than it.
+    """
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class LinearRule:
         self._policy = policy
         self._keep_norms = keep_norms
         self._concerns = concerns
+        self.saved: list[tuple[frozenset[fx.Node], Expense]] = []
 
     def match(self, net: Net, node: fx.Node) -> Cut | Refusal | None:
         before = input_of(node)
@@ -89,6 +94,7 @@ class LinearRule:
 
     def rewrite(self, net: Net, node: fx.Node, match: Cut) -> None:
         kind = weight_types(net, match.nodes).pop()
+        before = expense_of(net, match.nodes)
         for begin, end, shape in match.segments:
             layer = shape.merged() if isinstance(shape, Unmerged) else shape
             if isinstance(layer, Refusal):  # its shape was found by the same laws
@@ -96,6 +102,8 @@ class LinearRule:
             first = match.nodes[begin]
             for second in match.nodes[begin + 1 : end]:
                 net.merge(first, second, Virtual(layer, *kind), demands_of(net, (first, second)))
+        after = expense_of(net, [match.nodes[begin] for begin, _, _ in match.segments])
+        self.saved.append((frozenset(match.nodes), after - before))
 
     def _is_linear(self, net: Net, node: fx.Node) -> bool:
         module = net.callee(node)

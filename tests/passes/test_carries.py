@@ -49,7 +49,7 @@ BLOCKS: dict[str, nn.Module] = {
     "grouped first": Residual(chain(conv_bn(4, 6, groups=2), nn.PReLU(), conv_bn(6, 4, 1))),
     "masked": Residual(chain(conv_bn(4, 6), nn.SiLU(), conv_bn(6, 4))),
     "nested": Residual(
-        chain(conv_bn(4, 4), nn.ReLU(), Residual(chain(conv_bn(4, 4), nn.ReLU(), conv_bn(4, 4))))
+        chain(conv_bn(4, 4), nn.ReLU(), Residual(chain(conv_bn(4, 6), nn.ReLU(), conv_bn(6, 4))))
     ),
     "long": Residual(chain(*[chain(conv_bn(4, 4), nn.ReLU()) for _ in range(4)], conv_bn(4, 4))),
 }

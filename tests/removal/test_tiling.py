@@ -127,6 +127,37 @@ def test_sites_are_exact_and_cheaper(branch: object, shape: tuple[int, ...]) -> 
     assert row.macs_after < 0.9 * (rmfx.report(default).rows[0].macs_after or 0)
 
 
+class Nested(nn.Module):
+    """A long skip around a basic block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Residual(chain(conv(16, 16), nn.ReLU(), conv(16, 16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.inner(x)) + x
+
+
+def test_what_is_taken_apart_inside_of_a_long_skip_is_no_loss() -> None:
+    model, x = ready(Nested()), image(1, 16, 9, 9)
+    work = {}
+    for target in ("time", "macs"):
+        plain = assert_removed(model, x, sites=2, minimise=target)
+        work[target] = rmfx.cost.count(plain, x).macs
+    assert work["macs"] <= work["time"]
+
+
+@pytest.mark.parametrize("minimise", ["time", "macs", "onnxruntime"])
+def test_the_report_tells_what_is_left_once_layers_are_merged(minimise: str) -> None:
+    branch = chain(conv(24, 48, 1), conv(48, 24, 1), nn.SiLU(), conv(24, 24))
+    shortcut = chain(conv(24, 24, groups=24), conv(24, 24, 1))
+    model, x = ready(Residual(branch, shortcut)), image(2, 24, 9, 7)
+    plain = assert_removed(model, x, minimise=minimise)
+    (row,) = rmfx.report(plain).rows
+    count = rmfx.cost.count(plain, x)
+    assert (row.macs_after, row.params_after) == (count.macs, count.parameters)
+
+
 def test_carries_of_layers_taken_apart_are_closed_again() -> None:
     model = ready(
         chain(Residual(chain(*conv_bn(16, 16), nn.ReLU(), *conv_bn(16, 16))), conv(16, 16))
