@@ -7,13 +7,15 @@ the pass without verification. Limits: each network's ratio, as reached when thi
 
 `--export FOLDER` writes the converted networks, `--against FOLDER` times those that another version
 wrote beside this one's and the originals, in four runtimes, one thread: medians of rounds in turn.
+`--named` times what `minimise` makes of them with each runtime's name, beside "time".
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +100,37 @@ def timed(name: str, folder: Path) -> Iterator[dict[str, Any]]:
         torch.export.load(file_of(folder, name)).module(),
         rmfx.remove_residuals(model, x, verify=False),
     )
-    for runtime, how in RUNTIMES.items():
-        with torch_threads(1), how.scope():
-            runs = [how.prepare(Form(form, (x,)), 1) for form in forms]
-            times = times_of(runs, threads=1, rounds=ROUNDS, seconds=0.1)
+    for runtime in RUNTIMES:
         pairs = {"new / original": (2, 0), "other / original": (1, 0), "other / new": (1, 2)}
-        row: dict[str, Any] = {"network": name, "runtime": runtime}
-        for title, (a, b) in pairs.items():
-            row[title] = Spread.of([s / t for s, t in zip(times[a], times[b], strict=True)]).text()
-        yield row
+        yield {"network": name, "runtime": runtime, **ratios(runtime, forms, x, pairs)}
+
+
+@torch.no_grad()
+def named(name: str) -> Iterator[dict[str, Any]]:
+    """One network, made cheap for CPUs and for each runtime, beside the original."""
+    model, x = built(name)
+    before = rmfx.fold_batch_norm(model, x)
+    usual = rmfx.remove_residuals(model, x, verify=False)
+    for runtime in RUNTIMES:
+        own = rmfx.remove_residuals(model, x, minimise=runtime, verify=False)
+        ways = sorted({row.strategy for row in rmfx.report(own).rows if row.status == "removed"})
+        pairs = {"time / original": (1, 0), "named / original": (2, 0), "time / named": (1, 2)}
+        found = ratios(runtime, (before, usual, own), x, pairs)
+        yield {"network": name, "runtime": runtime, **found, "ways": ", ".join(ways)}
+
+
+def ratios(
+    runtime: str, forms: Sequence[nn.Module], x: Tensor, pairs: Mapping[str, tuple[int, int]]
+) -> dict[str, str]:
+    """Times of some forms over those of others in one runtime, one thread."""
+    how = RUNTIMES[runtime]
+    with torch_threads(1), how.scope():
+        runs = [how.prepare(Form(form, (x,)), 1) for form in forms]
+        times = times_of(runs, threads=1, rounds=ROUNDS, seconds=0.1)
+    return {
+        title: Spread.of([s / t for s, t in zip(times[a], times[b], strict=True)]).text()
+        for title, (a, b) in pairs.items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,13 +138,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options_parser = parser(str(__doc__))
     options_parser.add_argument("--export", type=Path, metavar="FOLDER")
     options_parser.add_argument("--against", type=Path, metavar="FOLDER")
+    options_parser.add_argument("--named", action="store_true", help="by runtime")
     options, names = choose_models(options_parser, LIMITS, arguments)
     if options.export:
         for name in each(names):
             export(name, options.export)
         return 0
-    if options.against:
-        rows = [row for name in each(names) for row in timed(name, options.against)]
+    if options.against or options.named:
+        of = named if options.named else partial(timed, folder=options.against)
+        rows = [row for name in each(names) for row in of(name)]
         return show(rows, [], as_json=options.json)
     rows = [measure(name) for name in each(names)]
     limits = [Limit(row["network"], round(row["time"], 3), LIMITS[row["network"]]) for row in rows]
