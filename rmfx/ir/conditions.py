@@ -275,6 +275,12 @@ def _asks(node: fx.Node) -> bool:
     return asks_for_number(node) or (node.op == "call_function" and computes)
 
 
+def put_inputs_first(graph: fx.Graph) -> None:
+    """Put all inputs before whatever reads the first, so that conditions find room there."""
+    for one, following in itertools.pairwise(graph.find_nodes(op="placeholder")):
+        one.append(following)
+
+
 def put_conditions(conditions: fx.Graph, graph: fx.Graph) -> None:
     """Put conditions behind the inputs of a graph, except those that it has already."""
     if not has_conditions(conditions):

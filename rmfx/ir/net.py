@@ -20,7 +20,14 @@ from rmfx.errors import WeightError
 from rmfx.report import META_KEY, REWRITES_KEY, Report
 
 from .callees import Callees
-from .conditions import AGAIN, Condition, demand_sizes, put_conditions, take_conditions
+from .conditions import (
+    AGAIN,
+    Condition,
+    demand_sizes,
+    put_conditions,
+    put_inputs_first,
+    take_conditions,
+)
 from .converted import ConvertedModule, as_tree, computed_tensors, copied_value, copy_graph
 from .elements import Virtual
 from .facts import Inference
@@ -267,6 +274,7 @@ class Net:
                 module = self._callees.modules[target]
                 memo.update(computed_tensors(module))
                 root[target] = copy.deepcopy(module, memo)
+        put_inputs_first(self.graph)
         by_rank = not all(self._ignores_rank(node, root) for node in rewritten)
         if by_rank or self.source.meta.get(BY_RANK):
             demand_assumed(self.graph, assumed)

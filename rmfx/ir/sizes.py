@@ -298,14 +298,20 @@ def _is_within(sizes: Sizes, node: fx.Node, value: fx.Node, other: fx.Node) -> b
     if law is None or found is None or len(found.stride) != len(law.stride):
         return False
     if found == law:
-        return True
+        return found.agreed == law.agreed or _may_demand(sizes, node)
     if _is_one_position(sizes.net, found):
         return True
     shapes = [shape_of(x)[2:] for x in (value, other) if shape_of(x) is not None]
     of_inputs = all(one.source.op == "placeholder" for one in (law, found))
     same_source = law.source is found.source or node.target in SUMS
     # The result then demands that they agree, unless the example's are not equal themselves.
-    return of_inputs and same_source and (len(shapes) < 2 or shapes[0] == shapes[1])
+    equal = len(shapes) < 2 or shapes[0] == shapes[1]
+    return of_inputs and same_source and equal and _may_demand(sizes, node)
+
+
+def _may_demand(sizes: Sizes, node: fx.Node) -> bool:
+    """Whether a result can demand sizes at which what a node combines agrees, and so on the way."""
+    return not isinstance(agreements(sizes, node), Refusal)
 
 
 def _is_one_position(net: Net, law: SizeLaw) -> bool:

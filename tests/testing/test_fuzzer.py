@@ -27,11 +27,13 @@ from rmfx.testing import (
     Focal,
     Gain,
     Join,
+    Linear,
     Mean,
     NetworkSpec,
     Node,
     Norm,
     Pool,
+    Recall,
     Repeat,
     Reshaped,
     Roll,
@@ -517,6 +519,28 @@ def test_what_is_nothing_but_rounding_is_no_wrong_number() -> None:
     assert compare(before, after, inputs)[0].error > 0.08
     with pytest.raises(AssertionError):
         compare(before, nn.Sequential(before, nn.Softplus()), inputs)
+
+
+def _held_at_other_sizes(spec: NetworkSpec, *, traced: bool) -> None:
+    model, inputs = spec.build(seed=0), spec.inputs(seed=0)
+    before = fx.symbolic_trace(model) if traced else model
+    after = rmfx.remove_residuals(before, inputs, verify=False)
+    assert rmfx.report(after).removed > 0
+    compare(before, after, inputs)
+
+
+def test_another_input_may_spread_out_what_a_branch_adds() -> None:
+    """Beside a value whose sizes nobody knows, so that nothing can be demanded of them."""
+    other = ((Recall("input1", form="b - a"),), (Reshaped(()),), ())
+    branches = ((Join(other, ("a + b", "a + b")),), (Conv(1, 1, (3, 3), padding=1),))
+    nodes = (Conv(1, 1, (3, 3)), Join(branches))
+    _held_at_other_sizes(NetworkSpec(((1, 1, 9, 5), (1, 1, 7, 3)), nodes), traced=False)
+
+
+def test_what_is_demanded_comes_before_what_reads_the_first_of_two_inputs() -> None:
+    branches = ((Linear(1, 1), Join(((), ()))), (), ())
+    spec = NetworkSpec(((1, 1, 1), (1, 1, 1)), (Join(branches, ("a + b", "a + b")),))
+    _held_at_other_sizes(spec, traced=True)
 
 
 def test_what_rounding_makes_of_constants_is_no_wrong_number() -> None:
