@@ -175,9 +175,8 @@ class Pair:
             # What ten roundings do where a bend is near may be far more than ten times that of one.
             far = [sides.again(sides.moved(inputs, s, times=ROUNDINGS)) for s in range(MOVES)]
             rounded = [sides.again(inputs, weights=seed) for seed in range(MOVES)]
-            if is_half(
-                self._type(before)
-            ):  # each layer rounds, of constants that it was given, too
+            if is_half(self._type(before)):
+                # Each layer rounds, what it makes of constants, too, which no input moves.
                 far += [sides.again(inputs, weights=s, times=ROUNDINGS) for s in range(MOVES)]
             # A carry that loses bits, as far as its type affords it, makes more of each rounding.
             magnified = 2**bits if bits <= most else 1

@@ -89,8 +89,8 @@ def build(plan: Plan) -> list[Column] | Refusal:
     made: list[Column] = []
     for column in plan.columns:
         if isinstance(column, Ordered):
-            before, runs = next(forms).runs
-            column = replace(column, before=before, runs=runs)
+            column = column.between(next(forms).runs)
+            runs = column.runs
             made += [] if column.stays else [column]
             continue
         if not isinstance(column, Linear):

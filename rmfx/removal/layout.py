@@ -149,8 +149,7 @@ def _with_runs_behind(
 
 def _order(column: Ordered, price: float, runs: Runs) -> Form:
     """Channels may come to stand in any order."""
-    stays = column.main.rows is None and runs[0] == runs[1]
-    return Form(runs, 0, 0, 0.0 if stays else price)
+    return Form(runs, 0, 0, 0.0 if column.between(runs).stays else price)
 
 
 @functools.lru_cache(maxsize=1 << 16)  # the same shapes come again and again

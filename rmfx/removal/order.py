@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ class Ordered(Column):
     @classmethod
     def of(cls, layers: Sequence[Any], widths: Widths, carried: fx.Node | None) -> Column:
         return cls(layers[0])
+
+    def between(self, runs: tuple[int, int]) -> Ordered:
+        """The same between some runs."""
+        return replace(self, before=runs[0], runs=runs[1])
 
     @property
     def stays(self) -> bool:

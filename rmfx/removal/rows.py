@@ -34,8 +34,7 @@ def expected_expense(site: Site, plan: Plan) -> Expense:
             width = column.main.out_channels
             width += column.carry.out_channels if column is not plan.columns[-1] else 0
         elif isinstance(column, Ordered):
-            before, behind = next(forms).runs
-            if replace(column, before=before, runs=behind).stays:
+            if column.between(next(forms).runs).stays:
                 continue
         elif isinstance(column, Pointwise):
             width = sum(column.widths)

@@ -156,9 +156,10 @@ class ResidualRule:
             if not made.isdisjoint(nodes):
                 row = self.rows[join]
                 after = Expense(row.macs_after, row.moved_after, row.params_after or 0)
-                merged = row.layout.replace(" (", f", {MERGED} (", 1)
-                merged = merged if MERGED in merged else f"{row.layout}, {MERGED}"
-                self.rows[join] = replace(with_expense(row, after + difference), layout=merged)
+                chosen, bracket, other = row.layout.partition(" (")
+                chosen += "" if MERGED in chosen else f", {MERGED}"
+                row = replace(row, layout=f"{chosen}{bracket}{other}")
+                self.rows[join] = with_expense(row, after + difference)
                 return
 
     def _put_columns(

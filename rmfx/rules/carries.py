@@ -102,9 +102,11 @@ class Origins:
     def _selected(self, node: fx.Node, source: fx.Node) -> Carries:
         """Behind an index into channels: some of them, in another order."""
         found: list[Carry] = []
+        if self._net.guard(node) is not None:
+            return ()
         for carry in self._known[source]:
             chosen = selected(self._net, node, len(carry.rows), carry.first.dims)
-            if chosen is not None and self._net.guard(node) is None:
+            if chosen is not None:
                 rows, factors = carry.rows[chosen], carry.factors[chosen]
                 found.append(replace(carry, rows=rows, factors=factors))
         return tuple(c for c in found if bool((c.rows >= 0).any()))
