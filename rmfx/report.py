@@ -25,6 +25,17 @@ IN_TURNS, TAKEN_APART = "in turns with the branch", "layers taken apart"
 PADDED = "carry padded to whole groups"
 MERGED = "linear layers merged"
 LAYOUTS = (IN_TURNS, TAKEN_APART, PADDED, MERGED)
+# What `SiteReport.strategy` may say, and what it means.
+WAYS = {
+    "identity": "unchanged",
+    "scale": "times a power of two",
+    "per-channel": "slopes or bounds of its own",
+    "odd-pair": "as x and -x",
+    "shift": "moved to where it stays",
+    "double-relu": "a clamp becomes two ReLU",
+    "masked": "a mask lets it by",
+    "linear": "there is none to pass",
+}
 
 
 @dataclass(frozen=True)
@@ -230,7 +241,17 @@ class Report:
             return "no residual connections: the graph adds no two tensors"
         total = f"{self.removed} of {len(self.rows)} residual connections removed"
         total += f", {self.kept} kept by choice" if self.kept else ""
-        return f"{table(self.rows, _COLUMNS)}\n{total}"
+        return f"{table(self.rows, _COLUMNS)}\n{legend(self.rows)}\n{total}"
+
+
+def legend(rows: Sequence[SiteReport]) -> str:
+    """A line on what the words in a table of sites mean."""
+    used = [f"{way} ({WAYS[way]})" for way in WAYS if any(row.strategy == way for row in rows)]
+    text = (
+        "carry: channels that take the shortcut's value along; gain: the largest factor, up or"
+        " down, on its way"
+    )
+    return f"{text}; strategy: how it passes activations: {', '.join(used)}" if used else text
 
 
 def _lists(value: Any) -> Any:

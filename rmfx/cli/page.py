@@ -26,7 +26,7 @@ from rmfx.frontend.tracing import trace
 from rmfx.ir.conditions import nodes_of_conditions
 from rmfx.ir.notes import shape_of
 from rmfx.latency import LatencyReport
-from rmfx.report import CARRY, GAIN, HEAD, SIZE, SiteReport
+from rmfx.report import CARRY, GAIN, HEAD, SIZE, SiteReport, legend
 from rmfx.table import Column, short
 
 INSTALL_COMMAND = "pip install 'rmfx[html]'"
@@ -132,6 +132,7 @@ def page(
         notes=_notes(latency),
         drawings=drawings,
         columns=[column.title for column in COLUMNS],
+        legend=legend(conversion.report.rows),
         rows=[{"cells": _cells(row)} for row in conversion.report.rows],
         version=importlib.metadata.version("rmfx"),
     )
