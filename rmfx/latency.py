@@ -211,9 +211,17 @@ class _Pair:
 
     def __init__(self, network: Network, batch: int, settings: Settings) -> None:
         self.network, self.batch, self.settings = network, batch, settings
-        self.inputs = tuple(Trials(network.inputs).draw(batch))
         tolerance = settings.tolerance
-        self.tolerance = default_tolerance(self.inputs) if tolerance is None else tolerance
+        self.tolerance = default_tolerance(network.inputs) if tolerance is None else tolerance
+
+    @cached_property
+    def trial(self) -> tuple[list[Tensor], object]:
+        """Inputs, and what the network as given computes of them."""
+        return Trials(self.network.inputs).run(as_function(self.network.model), self.batch)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return tuple(self.trial[0])
 
     @cached_property
     def conversion(self) -> Conversion:
@@ -226,11 +234,6 @@ class _Pair:
     def forms(self) -> tuple[Form, Form]:
         conversion = self.conversion
         return Form(conversion.before, self.inputs), Form(conversion.after, self.inputs)
-
-    @cached_property
-    def expected(self) -> object:
-        """What the network as given computes."""
-        return as_function(self.network.model)(*self.inputs)
 
     @property
     def notes(self) -> list[str]:
@@ -259,7 +262,7 @@ class _Pair:
             with as_failure(), RUNTIMES[runtime].scope():
                 row["macs"] = self.macs
                 runs = [RUNTIMES[runtime].prepare(x, self.settings.threads) for x in self.forms]
-                errors = [relative_error(self.expected, _tensors(run())) for run in runs]
+                errors = [relative_error(self.trial[1], _tensors(run())) for run in runs]
                 row["error"] = max(errors)
                 self._verify(*errors)
                 times = self.settings.times(runs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from builders import Residual, basic_branch, chain, conv, conv_bn, conv_branch, 
 from torch import nn
 
 import rmfx
+from rmfx.choices import STRATEGIES
 from rmfx.cost import counting as cost
+from rmfx.report import WAYS
 
 
 def converted(*, inputs: bool = True) -> torch.fx.GraphModule:
@@ -100,6 +103,28 @@ def test_the_table_tells_gain_and_bits() -> None:
     assert "rounding (-2.8 bits)" in first
     assert first[header.index("gain")] == "4"
     assert rmfx.report(converted()).rows[0].bits == 0
+
+
+def test_a_line_below_the_table_explains_its_words() -> None:
+    assert set(WAYS) == {*STRATEGIES, "linear"}
+    lines = str(rmfx.report(converted())).splitlines()
+    (legend,) = (line for line in lines if line.startswith("carry: channels"))
+    assert lines.index(legend) == len(lines) - 3
+    assert "gain: the largest factor" in legend
+    assert "identity (unchanged), masked (a mask lets it by)" in legend
+    assert "odd-pair" not in legend
+    model = ready(Residual(conv_branch(nn.LeakyReLU(0.5))))
+    report = rmfx.report(rmfx.remove_residuals(model, image(), activation="odd-pair"))
+    assert "odd-pair (as x and -x)" in str(report)
+
+
+def test_sources_name_no_folders() -> None:
+    module = ready(Residual(conv_branch()))
+    for model in (module, torch.export.export(module, (image(),))):
+        for row in rmfx.report(rmfx.remove_residuals(model, image())).rows:
+            assert row.source is not None
+            assert not Path(row.source).is_absolute()
+            assert row.source.rpartition(":")[0].endswith("builders.py")
 
 
 def test_dict_survives_json() -> None:

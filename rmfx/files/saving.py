@@ -27,7 +27,8 @@ from rmfx.errors import RmfxError, VerificationError
 from rmfx.interval import Interval
 
 from .onnx_model import write_onnx
-from .trials import HALVES, Trials, default_tolerance, relative_error, tensors_of
+from .source_lines import shorten_stacks
+from .trials import HALVES, Trials, default_tolerance, relative_error
 
 SUFFIXES = (".pt2", ".onnx")
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -51,7 +52,7 @@ class SavedFile:
         path: where it is.
         size: bytes.
         free_batch: whether it takes batches of any size; otherwise that of the example inputs only.
-        runs: how many random inputs it was checked on.
+        runs: how many inputs it was checked on: random ones, and the example where it is not all 0.
         error: the largest relative error, max |file - original| / max |original|.
         tolerance: the error that would have been too large.
     """
@@ -139,15 +140,12 @@ def save(
         raise SaveError("onnxruntime computes convolutions in float32 only; use float32 or .pt2")
     source = Trials(inputs, input_range, samples)
     program, free_batch = _export(gm, original, source)
-    # Three batches of other numbers than zeros: as given, and where batches are free one and five.
-    sizes: list[int | None] = [None, 1, 5] if free_batch else [None] * 3
-    trials = [source.draw(batch, seed) for seed, batch in enumerate(sizes)]
     limit = default_tolerance(inputs) if tolerance is None else tolerance
     with whole_file(place) as temporary:
         _write(program, temporary, free_batch)
-        error = _verify(original, _load(temporary), trials, limit)
+        runs, error = _verify(original, _load(temporary), source, free_batch, limit)
         size = temporary.stat().st_size
-    return SavedFile(place, size, free_batch, len(trials), error, limit)
+    return SavedFile(place, size, free_batch, runs, error, limit)
 
 
 def as_function(model: nn.Module | ExportedProgram) -> nn.Module:
@@ -188,15 +186,16 @@ def _flush(path: Path) -> None:
 
 def _export(gm: fx.GraphModule, original: Function, source: Trials) -> tuple[ExportedProgram, bool]:
     """The program to write, and whether its batch is free."""
-    inputs = tuple(source.inputs)
+    # The file will hold its example inputs: random numbers, no data of the caller's.
+    example = Trials(source.inputs, source.input_range)
     if _takes_any_batch(gm, original, source):
         # A batch of one would be taken for a constant; two stand for any number.
-        batched, batch = tuple(source.draw(batch=2)), Dim("batch")
+        batched, batch = tuple(example.draw(batch=2)), Dim("batch")
         with contextlib.suppress(*_EXPORT_ERRORS):
-            shapes = tuple({0: batch} for _ in inputs)
+            shapes = tuple({0: batch} for _ in batched)
             return torch.export.export(gm, batched, dynamic_shapes=shapes), True
     try:
-        return torch.export.export(gm, inputs), False
+        return torch.export.export(gm, tuple(example.draw())), False
     except _EXPORT_ERRORS as error:
         raise SaveError(f"torch.export cannot export the network: {error}") from error
 
@@ -206,11 +205,11 @@ def _takes_any_batch(gm: fx.GraphModule, original: Function, source: Trials) -> 
     inputs = source.inputs
     if any(x.ndim < 2 for x in inputs) or len({x.shape[0] for x in inputs}) != 1:
         return False
-    trial = source.draw(batch=inputs[0].shape[0] + 1)
     try:
         with torch.no_grad():
-            return relative_error(original(*trial), gm(*trial)) <= default_tolerance(inputs)
-    except _EXPORT_ERRORS:
+            trial, expected = source.run(original, inputs[0].shape[0] + 1)
+            return relative_error(expected, gm(*trial)) <= default_tolerance(inputs)
+    except (*_EXPORT_ERRORS, VerificationError):
         return False
 
 
@@ -227,6 +226,7 @@ def _write(program: ExportedProgram, path: Path, free_batch: bool) -> None:
         else:
             # To memory first: where a disk is full, torch's own writer ends the whole process.
             written = io.BytesIO()
+            shorten_stacks(program.graph_module)
             torch.export.save(program, written)
             path.write_bytes(written.getbuffer())
     except _EXPORT_ERRORS as error:
@@ -250,21 +250,22 @@ def _load(path: Path) -> Function:
 
 
 def _verify(
-    original: Function, written: Function, trials: Sequence[Sequence[Tensor]], tolerance: float
-) -> float:
-    """The largest error over all trials; an error where it is above the tolerance."""
-    worst = 0.0
+    original: Function, written: Function, source: Trials, free_batch: bool, tolerance: float
+) -> tuple[int, float]:
+    """On how many inputs both were run, and the largest error.
+
+    Raises:
+        VerificationError: it is above the tolerance, or the original gives no numbers.
+    """
+    # Three batches of other numbers than zeros: as given, and where batches are free one and five.
+    sizes: list[int | None] = [None, 1, 5] if free_batch else [None] * 3
     with torch.no_grad():
-        for trial in trials:
-            expected = original(*trial)
-            if not all(x.isfinite().all() for x in tensors_of(expected) if x.is_floating_point()):
-                raise VerificationError(
-                    "the original gives NaN or Inf on random inputs, so nothing can be compared"
-                )
-            worst = max(worst, relative_error(expected, written(*trial)))
+        trials = [source.run(original, batch, seed) for seed, batch in enumerate(sizes)]
+        trials += [(own, original(*own)) for own in source.own()]
+        worst = max(relative_error(expected, written(*trial)) for trial, expected in trials)
     if not worst <= tolerance:
         raise VerificationError(
             f"the written file differs from the original by {worst:.2g} (relative); at most"
             f" {tolerance:.2g} is accepted; nothing was kept"
         )
-    return worst
+    return len(trials), worst

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from rmfx.errors import VerificationError
 from rmfx.interval import Interval
 
 # Two orders of magnitude above the rounding of one operation: depth adds up, and another order of
@@ -45,6 +47,33 @@ class Trials:
             return [_tiled(x, batch or y.shape[0]) for x, y in zip(rows, self.inputs, strict=True)]
         generator = torch.Generator().manual_seed(seed)
         return [self._like(x, batch, generator) for x in self.inputs]
+
+    def own(self, batch: int | None = None) -> Iterator[list[Tensor]]:
+        """The rows of the others themselves, again and again; nothing where zeros tell a shape."""
+        low, high = self.input_range or (-math.inf, math.inf)
+        numbers = [x for x in self.inputs if x.is_floating_point()]
+        inside = all(bool(((low <= x) & (x <= high)).all()) for x in numbers)
+        if not self.samples and inside and any(bool(x.any()) for x in numbers):
+            yield [_tiled(x, batch or x.shape[0]) if x.ndim else x for x in self.inputs]
+
+    def run(
+        self, network: Callable[..., Any], batch: int | None = None, seed: int = 0
+    ) -> tuple[list[Tensor], Any]:
+        """Inputs for which a network gives numbers, and what it gives.
+
+        They are drawn, or the others' own where it gives no numbers on those.
+
+        Raises:
+            VerificationError: it gives NaN or Inf on all.
+        """
+        for trial in (self.draw(batch, seed), *self.own(batch)):
+            output = network(*trial)
+            if all(x.isfinite().all() for x in tensors_of(output) if x.is_floating_point()):
+                return trial, output
+        raise VerificationError(
+            "the original gives NaN or Inf on random inputs, so nothing can be compared; give it"
+            " inputs of the kind that it is made for (on the command line: --inputs FILE)"
+        )
 
     def _like(self, x: Tensor, batch: int | None, generator: torch.Generator) -> Tensor:
         shape = (batch or x.shape[0], *x.shape[1:]) if x.ndim else ()

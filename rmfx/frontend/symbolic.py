@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
 
 from rmfx.errors import TraceError, first_line
+from rmfx.files.source_lines import short_path
 from rmfx.ir.functions import IN_PLACE_SYMBOLS
 from rmfx.ir.nodes import replaced_method
 from rmfx.ir.notes import OWN_GRADIENT, SOURCE
@@ -187,14 +188,15 @@ def _user_line() -> str | None:
     while frame is not None:
         path = frame.f_code.co_filename
         if is_user_file(path):
-            return f"{path}:{frame.f_lineno}"
+            return f"{short_path(path)}:{frame.f_lineno}"
         frame = frame.f_back
     return None
 
 
 def is_user_file(path: str) -> bool:
     """Whether code of a file is neither PyTorch's nor the tracer's."""
-    return "/torch/" not in path.replace("\\", "/") and path != __file__
+    named = f"/{path}".replace("\\", "/")  # saved programs name files relative to their packages
+    return "/torch/" not in named and path != __file__
 
 
 def _autocast_state() -> tuple[int, bool, bool]:

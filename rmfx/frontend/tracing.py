@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from rmfx.errors import TraceError
+from rmfx.files.source_lines import short_path
 from rmfx.frontend.idioms.border_fill import pad_before
 from rmfx.frontend.idioms.crops import crop_by_numbers
 from rmfx.ir.conditions import put_conditions, take_conditions
@@ -143,7 +144,7 @@ def _note_sources(graph: fx.Graph) -> None:
     """Read source lines off the stack that Dynamo and export note."""
     for node in graph.nodes:
         lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-        own = [f"{path}:{line}" for path, line in lines if is_user_file(path)]
+        own = [f"{short_path(path)}:{line}" for path, line in lines if is_user_file(path)]
         if own and SOURCE not in node.meta:
             node.meta[SOURCE] = own[-1]
 

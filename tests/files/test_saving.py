@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,50 @@ def test_an_original_that_gives_nan_cannot_be_compared(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="NaN"):
         save(gm, tmp_path / "net.pt2", IMAGE)
     assert os.listdir(tmp_path) == []
+
+
+class Root(nn.Module):
+    """Gives numbers for positive inputs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sqrt(x) + 1
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_network_for_some_inputs_is_checked_on_those(suffix: str, tmp_path: Path) -> None:
+    if suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    gm, inputs = fx.symbolic_trace(Root()), (torch.rand(2, 3) + 0.5,)
+    with pytest.raises(VerificationError, match="--inputs FILE"):
+        save(gm, tmp_path / f"net{suffix}", (torch.zeros(2, 3),))
+    saved = save(gm, tmp_path / f"net{suffix}", inputs)
+    assert saved.free_batch
+    assert saved.runs == 4
+    with pytest.raises(VerificationError, match="differs from the original"):
+        save(gm, tmp_path / f"net{suffix}", inputs, reference=fx.symbolic_trace(nn.ReLU()))
+
+
+def test_a_difference_on_the_example_alone_is_found(tmp_path: Path) -> None:
+    example = torch.full((2, 3), 50.0)  # far from what is drawn at random
+    with pytest.raises(VerificationError, match="differs from the original"):
+        save(fx.symbolic_trace(nn.ReLU6()), tmp_path / "n.pt2", (example,), reference=nn.ReLU())
+
+
+def test_a_file_names_no_folders_and_holds_no_data(tmp_path: Path) -> None:
+    example = torch.full((2, 192), 7.25)
+    for gm, inputs in ((make_net(), IMAGE), (fx.symbolic_trace(Reshape()), (example,))):
+        save(gm, tmp_path / "net.pt2", inputs)
+        with zipfile.ZipFile(tmp_path / "net.pt2") as archive:
+            (entry,) = (name for name in archive.namelist() if name.endswith("model.json"))
+            text = archive.read(entry).decode()
+        files = re.findall(r'File \\"([^"]+)\\"', text)
+        assert all(not Path(file).is_absolute() for file in files), files
+        assert os.path.dirname(torch.__file__) not in text
+        assert os.getcwd() not in text
+        program = torch.export.load(tmp_path / "net.pt2")
+        assert program.example_inputs is not None
+        assert not any(bool((x == 7.25).any()) for x in program.example_inputs[0])
 
 
 def test_a_network_that_cannot_be_exported_is_explained(

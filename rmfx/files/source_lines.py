@@ -1,0 +1,66 @@
+"""Where code stands, without the folders of the machine that it stands on.
+
+What is saved or reported goes to other people. So a file of code is named relative to the working
+directory, or to the package that it belongs to; one that is in neither by its name alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from pathlib import PurePath, PureWindowsPath
+
+from torch import fx
+
+_STACK = "stack_trace"
+_FRAME = re.compile(r'File "([^"]+)"')
+_INSTALLED = ("site-packages", "dist-packages")
+
+
+def short_path(path: str) -> str:
+    """A file of code as reports name it.
+
+    >>> short_path("/home/somebody/env/lib/site-packages/nets/block.py")
+    'nets/block.py'
+    >>> short_path("/home/somebody/block.py"), short_path("<stdin>")
+    ('block.py', '<stdin>')
+    """
+    return _shortened(path, _working_folder(), tuple(sys.path))
+
+
+def _working_folder() -> str:
+    """The working directory, "" where it was deleted."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
+
+
+@functools.lru_cache(maxsize=1024)  # every node of a trace asks
+def _shortened(path: str, here: str, searched: tuple[str, ...]) -> str:
+    file = PureWindowsPath(path) if PureWindowsPath(path).is_absolute() else PurePath(path)
+    if not file.is_absolute():
+        return path
+    for i in reversed(range(len(file.parts) - 1)):
+        if file.parts[i] in _INSTALLED:
+            return PurePath(*file.parts[i + 1 :]).as_posix()
+    innermost = sorted(map(PurePath, searched), key=lambda folder: -len(folder.parts))
+    for folder in (PurePath(here), *innermost):
+        # Everything is relative to the root, which says nothing of a package.
+        if len(folder.parts) > 1 and folder.is_absolute() and file.is_relative_to(folder):
+            return file.relative_to(folder).as_posix()
+    return file.name
+
+
+def shorten_stacks(gm: fx.GraphModule) -> None:
+    """Name files as reports do in what a graph, and those inside, tell of where nodes come from."""
+    for part in gm.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if isinstance(stack := node.meta.get(_STACK), str):
+                node.meta[_STACK] = _FRAME.sub(_short_frame, stack)
+
+
+def _short_frame(frame: re.Match[str]) -> str:
+    return f'File "{short_path(frame[1])}"'
