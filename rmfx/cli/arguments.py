@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rmfx.choices import (
     ALLOCATIONS,
@@ -22,6 +22,8 @@ from rmfx.errors import RmfxError
 
 N = TypeVar("N", int, float)
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
+_INPUT_DTYPES = (*_DTYPES, "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
+_INPUT_FILES = (".pt", ".npz", ".safetensors")
 _MODEL_HELP = """\
 MODEL is one of
   torchvision:NAME         an architecture of torchvision, e.g. torchvision:resnet18
@@ -42,7 +44,10 @@ _FUZZ_HELP = "Exit codes: 0 if the pass held, 1 if a network broke it, 2 for wro
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command; the options say in `command` which one was given."""
+    """The parser of the command; the options say in `command` which one was given.
+
+    Their `parser` is that of this one, which tells how it is used.
+    """
     parser = argparse.ArgumentParser(
         prog="rmfx",
         description="Removes residual connections from trained networks, exactly.",
@@ -70,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_fuzz_options(command)
     for command in commands.choices.values():
+        command.set_defaults(parser=command)
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.add_argument("--traceback", action="store_true", help="show where an error arose")
     return parser
@@ -105,14 +111,27 @@ def _commands_for_models() -> tuple[tuple[str, str, tuple[AddOptions, ...]], ...
 
 
 def _add_input_options(parser: argparse.ArgumentParser) -> None:
+    # What not every command takes.
+    parser.set_defaults(weights=None, dtype=None, input_range=None, calibration=None, data=None)
     add = parser.add_argument
-    add(
+    examples = parser.add_mutually_exclusive_group()
+    examples.add_argument(
         "--input-shape",
         metavar="N,C,H,W",
         action="append",
         type=_parse_shape,
         help="shape of an input, batch first, e.g. 1,3,224,224; repeat it for several inputs",
     )
+    text = (
+        "example inputs with values: tensors as .pt, .npz or .safetensors, several in the order of"
+        " the network's arguments or under their names"
+    )
+    examples.add_argument("--inputs", metavar="FILE", type=_parse_inputs, help=text)
+    text = (
+        "type of the inputs, e.g. int64 for indices; repeat it for several that differ (default:"
+        " that of the file, or of the model's weights)"
+    )
+    add("--input-dtype", metavar="TYPE", action="append", choices=_INPUT_DTYPES, help=text)
     add(
         "--activation",
         default="auto",
@@ -138,13 +157,16 @@ def _add_conversion_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--minimise", choices=TARGETS, default=TARGETS[0], help=text)
     add("--strict", action="store_true", help="fail if one residual connection cannot be removed")
-    text = "all values of the inputs, which can prove that a carry passes an activation unchanged"
-    add("--input-range", metavar=("LOW", "HIGH"), nargs=2, type=float, help=text)
     text = (
-        "package.module:function that gives batches of (inputs, classes), which show how large"
-        " values are; a shift needs it"
+        "between which two numbers all values of the inputs are, which can prove that a carry"
+        " passes an activation unchanged"
     )
-    add("--calibration", metavar="NAME", help=text)
+    add("--input-range", metavar=("LOW", "HIGH"), nargs=2, type=float, action=_Range, help=text)
+    text = (
+        "package.module:function that gives batches of inputs, or of (inputs, classes), which show"
+        " how large values are; a shift needs it"
+    )
+    add("--calibration", metavar="NAME", type=_parse_name, help=text)
     text = "remove all that can be removed, or only what should pay by a simple cost model"
     add("--policy", choices=("all", "profitable"), default="all", help=text)
 
@@ -160,7 +182,8 @@ def _add_page_options(parser: argparse.ArgumentParser) -> None:
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-o", "--output", metavar="OUT", required=True, help="file to write: .pt2 or .onnx")
-    add("--tolerance", type=float, help="largest relative error accepted in the written file")
+    text = "largest relative error accepted in the written file"
+    add("--tolerance", type=_parse_number, help=text)
 
 
 def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +192,7 @@ def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
     add("--target", metavar="SHARE,...", type=_parse_shares, required=True, help=text)
     add("--of", choices=COSTS, default=COSTS[0], help="the cost that is meant (macs)")
     text = "package.module:function that gives batches of (inputs, classes)"
-    add("--data", metavar="NAME", help=text)
+    add("--data", metavar="NAME", type=_parse_name, help=text)
     text = "how much a filter matters (taylor with --data, else l2)"
     add("--importance", choices=IMPORTANCES, help=text)
     add("--allocation", choices=ALLOCATIONS, default=ALLOCATIONS[0], help="how layers share it")
@@ -183,13 +206,13 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("models", metavar="MODEL", nargs="+", help="what to measure, see below")
     # How long a network takes does not depend on its weights; the runtimes share float32 only.
-    parser.set_defaults(weights=None, dtype=None)
     names = ",".join(RUNTIMES)
     add("--runtimes", type=_parse_runtimes, default=tuple(RUNTIMES), help=f"some of {names} (all)")
     add("--batch", metavar="N,...", type=_parse_batches, default=(1, 8), help="sizes (1,8)")
     add("--threads", type=_parse_count, help="for one inference")
     add("--rounds", type=_parse_count, default=20, help="measurements of each form (20)")
-    add("--tolerance", type=float, help="largest relative error accepted of a runtime")
+    text = "largest relative error accepted of a runtime"
+    add("--tolerance", type=_parse_number, help=text)
     add("-o", "--output", metavar="FILE.json", help="file to write the measurements to")
     add("--plot", metavar="FILE", help="file to draw the ratios to: .svg or .png")
 
@@ -205,7 +228,8 @@ def _add_fuzz_options(parser: argparse.ArgumentParser) -> None:
     add("--frontend", choices=FRONTENDS, default=FRONTENDS[0], help="how the networks are held")
     ways = f"how carries pass activations: auto, relu, random, or some of {','.join(STRATEGIES)}"
     add("--activation", metavar="WAYS", type=_parse_ways, default="auto", help=ways)
-    add("--time", metavar="SECONDS", type=float, help="draw no more networks after so many")
+    text = "draw no more networks after so many"
+    add("--time", metavar="SECONDS", type=_parse_number, help=text)
 
 
 def _parse_shape(text: str) -> tuple[int, ...]:
@@ -224,6 +248,47 @@ def _parse_count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _parse_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or above")
+    return number
+
+
+class _Range(argparse.Action):
+    """Two finite numbers, the lower one first."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        low, high = values
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise argparse.ArgumentError(
+                self, f"{low:g} {high:g} are not two finite numbers, the lower one first"
+            )
+        setattr(namespace, self.dest, (low, high))
+
+
+def _parse_name(text: str) -> str:
+    module, _, name = text.partition(":")
+    if not module or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name like package.module:function")
+    return text
+
+
+def _parse_inputs(text: str) -> str:
+    if not text.endswith(_INPUT_FILES):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in {' or '.join(_INPUT_FILES)}")
+    return text
 
 
 def _parse_list(text: str, kind: type[N], what: str, most: float = math.inf) -> tuple[N, ...]:

@@ -25,7 +25,6 @@ from rmfx.conversion import Conversion, convert
 from rmfx.demo import run as demo
 from rmfx.errors import OptionError, RmfxError
 from rmfx.files.figures import PLOT_SUFFIXES, check_plotting
-from rmfx.files.loading import LoadedModel
 from rmfx.files.saving import (
     SUFFIXES,
     SavedFile,
@@ -35,15 +34,14 @@ from rmfx.files.saving import (
     whole_file,
 )
 from rmfx.fuzz import fuzz
-from rmfx.interval import Interval
 from rmfx.latency import LatencyReport, Network, measure_latency, plot
-from rmfx.options import as_tuple
+from rmfx.oracle.pair import NO_NUMBERS
 from rmfx.removal.remove import is_calibrated
 from rmfx.table import Column, table
 from rmfx.timing.speed import LatencyError, Settings
 
 from .arguments import UsageError
-from .given import batches_of, describe, load, required
+from .given import Given, load
 from .page import check_packages, page
 from .pruning_curve import plot as draw_curve
 from .pruning_curve import pruning_curve
@@ -76,13 +74,22 @@ def run_report(options: argparse.Namespace) -> None:
     steps = 2 + bool(options.html) + len(options.runtimes)
     with _quiet_stdout(), _progress(steps, width=30) as step:
         step("load")
-        loaded, inputs = load(options, options.model)
+        given = load(options, options.model)
         step("convert and verify")
-        conversion = _convert(options, loaded, inputs, _calibration_of(options))
+        conversion = _convert(options, given)
         if options.html:
-            _write_page(options, loaded, required(inputs), conversion, step)
-    head = describe(options, loaded, inputs)
+            _write_page(options, given, conversion, step)
+    head = _head(options, given, conversion)
     _show(options, f"{head}\n{conversion}", {"model": options.model, **conversion.to_dict()})
+
+
+def _head(options: argparse.Namespace, given: Given, conversion: Conversion) -> str:
+    """A line on what was worked with, and what it takes to compare anything."""
+    verified = conversion.report.verification
+    advice = ""
+    if verified is not None and verified.reason == NO_NUMBERS:
+        advice = " Give inputs of the kind that the network is made for, with --inputs FILE."
+    return f"{given.describe(options)}{advice}"
 
 
 def _check_page(options: argparse.Namespace) -> None:
@@ -109,15 +116,14 @@ def _check_file(option: str, path: str, suffixes: tuple[str, ...]) -> None:
 
 def _write_page(
     options: argparse.Namespace,
-    loaded: LoadedModel,
-    inputs: tuple[Tensor, ...],
+    given: Given,
     conversion: Conversion,
     step: Callable[[str], object],
 ) -> None:
-    latency = None
+    latency, inputs = None, given.required
     if options.runtimes:
         settings = Settings(runtimes=options.runtimes, batches=(1,), activation=options.activation)
-        network = Network(options.model, loaded.model, inputs)
+        network = Network(options.model, given.loaded.model, inputs)
         latency = measure_latency([network], settings, step)
     step("write the page")
     with whole_file(Path(options.html)) as path:
@@ -129,22 +135,21 @@ def run_convert(options: argparse.Namespace) -> None:
     _check_file("-o", options.output, SUFFIXES)
     with _quiet_stdout(), _progress(3, width=30) as step:
         step("load")
-        loaded, inputs = load(options, options.model)
-        inputs = required(inputs)
+        given = load(options, options.model)
+        inputs = given.required
         step("convert and verify")
-        calibration = _calibration_of(options)
-        conversion = _convert(options, loaded, inputs, calibration)
+        conversion = _convert(options, given)
         step("write and check")
         saved = save(
             conversion.after,
             options.output,
             inputs,
-            reference=loaded.model,
+            reference=given.loaded.model,
             tolerance=options.tolerance,
-            input_range=_range_of(options),
-            samples=calibration if is_calibrated(conversion.after) else (),
+            input_range=options.input_range,
+            samples=_calibration(given) if is_calibrated(conversion.after) else (),
         )
-    head = describe(options, loaded, inputs)
+    head = _head(options, given, conversion)
     result = {
         "model": options.model,
         "output": dataclasses.asdict(saved) | {"path": str(saved.path)},
@@ -156,14 +161,13 @@ def run_convert(options: argparse.Namespace) -> None:
 def run_prune(options: argparse.Namespace) -> None:
     """Prune a network to the sizes asked for."""
     _check_pruning_files(options)
-    data = None if options.data is None else batches_of(options.data)
     with _quiet_stdout(), _progress(None, width=40) as step:
         step("load")
-        loaded, inputs = load(options, options.model)
-        inputs = required(inputs)
+        given = load(options, options.model)
+        data = given.batches or None
         curve = pruning_curve(
-            loaded.model,
-            inputs,
+            given.loaded.model,
+            given.required,
             options.target,
             data=data,
             loss=torch.nn.functional.cross_entropy,
@@ -176,11 +180,11 @@ def run_prune(options: argparse.Namespace) -> None:
         )
         if options.output is not None:
             step("write and check")
-            save(curve.networks[0], options.output, inputs)
+            save(curve.networks[0], options.output, given.required)
     if options.plot is not None:
         with whole_file(Path(options.plot)) as path:
             draw_curve(curve, path, options.model)
-    head = describe(options, loaded, inputs)
+    head = given.describe(options)
     _show(options, f"{head}\n{curve}", {"model": options.model, **curve.to_dict()})
 
 
@@ -202,7 +206,7 @@ def _describe_file(saved: SavedFile) -> str:
     batch = "batches of any size" if saved.free_batch else "the batch size of the example"
     lines = [
         f"Wrote {saved.path} ({saved.size / 1e6:.1f} MB, for {batch}).",
-        f"Loaded it and ran it on {saved.runs} random inputs: it differs from the original by"
+        f"Loaded it and ran it on {saved.runs} inputs: it differs from the original by"
         f" {saved.error:.1e} at most (accepted up to {saved.tolerance:.0e}).",
     ]
     return "\n".join(lines)
@@ -259,8 +263,8 @@ def run_fuzz(options: argparse.Namespace) -> None:
 
 def _network(options: argparse.Namespace, name: str, step: Callable[[str], object]) -> Network:
     step(f"load {name}")
-    loaded, inputs = load(options, name)
-    return Network(name, loaded.model, required(inputs))
+    given = load(options, name)
+    return Network(name, given.loaded.model, given.required)
 
 
 def _write_bench_files(options: argparse.Namespace, report: LatencyReport) -> None:
@@ -272,38 +276,23 @@ def _write_bench_files(options: argparse.Namespace, report: LatencyReport) -> No
             plot(report, path)
 
 
-def _convert(
-    options: argparse.Namespace,
-    loaded: LoadedModel,
-    inputs: tuple[Tensor, ...] | None,
-    calibration: list[tuple[Any, ...]],
-) -> Conversion:
+def _convert(options: argparse.Namespace, given: Given) -> Conversion:
     return convert(
-        loaded.model,
-        inputs,
+        given.loaded.model,
+        given.inputs,
         strict=options.strict,
         fold_batch_norm=not options.no_fold_batch_norm,
         activation=options.activation,
-        input_range=_range_of(options),
-        calibration=calibration or None,
+        input_range=options.input_range,
+        calibration=_calibration(given) or None,
         policy=options.policy,
         minimise=options.minimise,
     )
 
 
-def _range_of(options: argparse.Namespace) -> Interval | None:
-    """Between which numbers all inputs are, if that was said."""
-    given: list[float] | None = options.input_range
-    if given is not None and not given[0] <= given[1]:
-        text = f"argument --input-range: {given[0]:g} is not at most {given[1]:g}"
-        raise UsageError(text)
-    return None if given is None else (given[0], given[1])
-
-
-def _calibration_of(options: argparse.Namespace) -> list[tuple[Any, ...]]:
+def _calibration(given: Given) -> list[tuple[Tensor, ...]]:
     """The inputs on which values are measured."""
-    batches = batches_of(options.calibration) if options.calibration else ()
-    return [as_tuple(inputs) for inputs, _ in batches]
+    return [inputs for inputs, _ in given.batches]
 
 
 def _show(options: argparse.Namespace, text: str, result: dict[str, Any]) -> None:

@@ -25,14 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; by default those of the process.
     """
-    parser = make_parser()
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     try:
         with _terminable(), reported("the command"):
             commands = importlib.import_module(f"{__package__}.commands")  # which loads torch
             getattr(commands, f"run_{options.command}")(options)
     except UsageError as error:
-        parser.error(str(error))
+        options.parser.error(str(error))
     except RmfxError as error:
         if options.traceback:
             raise

@@ -48,6 +48,23 @@ def inputs_of(batch: Any) -> Any:
     return batch[0]
 
 
+def arguments_of(batch: Any, fits: Callable[[int], bool]) -> tuple[Tensor, ...]:
+    """The inputs of a batch that may be a pair of inputs and something else, or inputs alone.
+
+    Args:
+        batch: of either kind.
+        fits: whether the network takes so many inputs; a pair is read as one wherever that fits.
+
+    Returns:
+        Nothing where neither fits.
+    """
+    is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    for arguments in (as_tuple(batch[0]), as_tuple(batch)) if is_pair else (as_tuple(batch),):
+        if all(isinstance(x, Tensor) for x in arguments) and fits(len(arguments)):
+            return arguments
+    return ()
+
+
 def output_on(network: Callable[..., Any], inputs: Any, what: str = "batch of data") -> Any:
     """What a network gives for the inputs of a batch, be they one tensor or several.
 

@@ -19,7 +19,6 @@ import difflib
 import importlib
 import inspect
 import os
-import pickle
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -29,23 +28,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from rmfx.errors import RmfxError, first_line
+from rmfx.errors import first_line
 
 from .expressions import UnsafeFileError
 from .programs import check_program
+from .tensors import LoadError, read_tensors
 
 _IMAGE = (1, 3, 224, 224)
 _VIDEO = (1, 3, 16, 112, 112)
 _DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
-
-
-class LoadError(RmfxError):
-    """A model or a weights file cannot be loaded as asked."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ def load_model(
             " that ends in .pt2"
         )
     load = {"torchvision": _load_torchvision, "timm": _load_timm}.get(kind)
-    model, shape = load(name) if load else (_call_factory(kind, name), None)
+    model, shape = load(name) if load else _call_factory(kind, name)
     if weights is not None:
         load_weights(model, weights)
     model.eval().requires_grad_(False)
@@ -151,18 +145,7 @@ def _count(names: list[str], what: str, shown: int = 3) -> str:
 
 
 def _read_state(path: Path) -> Mapping[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise LoadError(f"{path} cannot be read: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        raise LoadError(
-            f"{path} is damaged, or holds more than weights (only tensors are read, never code)"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise LoadError(f"{path} is damaged or no weights file: {first_line(error)}") from error
+    state = read_tensors(path)
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -224,7 +207,14 @@ def _load_timm(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     if not timm.is_model(name):
         raise LoadError(f"timm has no model {name!r}{_suggest(name, timm.list_models())}")
     model = timm.create_model(name, pretrained=False)
-    return model, (1, *model.pretrained_cfg.get("input_size", _IMAGE[1:]))
+    return model, _own_size(model) or _IMAGE
+
+
+def _own_size(model: nn.Module) -> tuple[int, ...] | None:
+    """The size of input that a model names itself, as those of timm do."""
+    told = getattr(model, "pretrained_cfg", None)
+    size = told.get("input_size") if isinstance(told, Mapping) else None
+    return (1, *size) if size else None
 
 
 def _suggest(name: str, names: Iterable[str]) -> str:
@@ -268,14 +258,15 @@ def named_object(text: str) -> object:
     return found
 
 
-def _call_factory(module_name: str, attribute: str) -> nn.Module:
+def _call_factory(module_name: str, attribute: str) -> tuple[nn.Module, tuple[int, ...] | None]:
     text = f"{module_name}:{attribute}"
     found = named_object(text)
     if isinstance(found, nn.Module):
-        return copy.deepcopy(found)
+        return copy.deepcopy(found), _own_size(found)
     if not callable(found):
         raise LoadError(f"{text} is a {type(found).__name__}, neither a module nor a function")
-    return _call(found, text)
+    model = _call(found, text)
+    return model, _own_size(model)
 
 
 def _call(factory: Callable[[], object], text: str) -> nn.Module:

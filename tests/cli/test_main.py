@@ -368,7 +368,9 @@ def test_demo_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_report_without_inputs_says_how_to_give_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", DIGITS]) == 0
-    assert "give --input-shape, such as 1,3,224,224." in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Nothing was run and nothing was verified, as its inputs are not known" in text
+    assert "give --inputs FILE, or give --input-shape, such as 1,3,224,224." in text
 
 
 def test_bad_input_shapes_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,7 +389,14 @@ def test_bad_input_shapes_are_wrong_usage(capsys: pytest.CaptureFixture[str]) ->
         (["report", DIGITS, "--dtype", "int8"], "invalid choice: 'int8'"),
         (["explode"], "invalid choice: 'explode'"),
         (["report", DIGITS, "--input-range", "1"], "expected 2 arguments"),
-        (["report", DIGITS, "--input-range", "1", "0"], "1 is not at most 0"),
+        (["report", DIGITS, "--input-range", "1", "0"], "1 0 are not two finite numbers"),
+        (["report", DIGITS, "--input-range", "0", "inf"], "0 inf are not two finite numbers"),
+        (["report", DIGITS, "--input-range", "nan", "1"], "not two finite numbers"),
+        (["report", DIGITS, "--input-range", "1", "1"], "not two finite numbers"),
+        (["report", DIGITS, "--calibration", "nets"], "'nets' is no name like package.module"),
+        (["report", DIGITS, "--calibration", ":data"], "':data' is no name like package.module"),
+        (["convert", DIGITS, "-o", "n.pt2", "--tolerance", "nan"], "not a number, 0 or above"),
+        (["fuzz", "--time", "-1"], "not a number, 0 or above"),
         (["report", DIGITS, "--activation", "magic"], "unknown: 'magic'"),
         (["bench"], "required: MODEL"),
         (["bench", DIGITS, "--runtimes", "eager,abacus"], "unknown: 'abacus'"),
@@ -464,6 +473,13 @@ def test_prints_of_the_model_stay_out_of_the_json(capsys: pytest.CaptureFixture[
 def test_traceback_shows_where_an_error_arose() -> None:
     with pytest.raises(rmfx.RmfxError):
         main(["report", "nothing:net", "--traceback"])
+
+
+def test_wrong_usage_shows_how_its_command_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["report", DIGITS, "--runtimes=eager"], ["convert", DIGITS, "-o", "n.pt2"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert f"usage: rmfx {arguments[0]} [-h]" in capsys.readouterr().err
 
 
 def test_an_interruption_while_writing_leaves_nothing(

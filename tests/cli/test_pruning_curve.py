@@ -84,7 +84,7 @@ def test_the_file_is_the_pruned_network(tmp_path: Path, capsys: pytest.CaptureFi
         (["--target", "0.5", "--data", "digits_of_test:nothing"], 1, "must give batches"),
         (["--target", "0.5", "--data", "digits_of_test:broken"], 1, "raised ValueError: no"),
         (["--target", "0.5", "--data", "digits_of_test:digit"], 1, "there is no 'digit'"),
-        (["--target", "0.5", "--data", "digits"], 1, "names nothing"),
+        (["--target", "0.5", "--data", "digits"], 2, "is no name like package.module:function"),
         (["--target", "0.0001"], 1, "cannot be reached"),
     ],
 )

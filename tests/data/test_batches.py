@@ -11,6 +11,7 @@ from builders import image, ready
 from torch import nn
 
 import rmfx
+from rmfx.data.batches import arguments_of
 from rmfx.errors import OptionError
 from rmfx.models import cifar_resnet
 
@@ -69,3 +70,26 @@ def test_data_of_one_pass() -> None:
     rmfx.insert_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), iter([X]))
     with pytest.raises(OptionError, match="data=None: pass a list of batches of inputs"):
         rmfx.insert_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("batch", "inputs", "count"),
+    [
+        (X, 1, 1),
+        ([X], 1, 1),
+        ((X, CLASSES), 1, 1),  # the classes are none of the inputs
+        ([X, CLASSES], 2, 2),
+        (((X, X), CLASSES), 2, 2),
+        (((X, X), None), 2, 2),
+        ((X, X, X), 3, 3),
+        ((X, X, X), 1, 0),
+        ({"x": X}, 1, 0),
+        ((X, "name"), 1, 1),
+        ((X, "name"), 2, 0),
+        (3, 1, 0),
+    ],
+)
+def test_a_batch_is_read_as_a_pair_or_as_inputs_alone(batch: Any, inputs: int, count: int) -> None:
+    found = arguments_of(batch, lambda n: n == inputs)
+    assert [x is X for x in found[:1]] == [True] * (count > 0)
+    assert len(found) == count

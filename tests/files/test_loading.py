@@ -84,6 +84,24 @@ def test_timm_model_knows_its_input_size() -> None:
     assert loaded.inputs[0].shape[:2] == (1, 3)
 
 
+class Sized(nn.ReLU):
+    """Names the size of its inputs as models of timm do."""
+
+    pretrained_cfg = {"input_size": (3, 96, 64)}  # noqa: RUF012
+
+
+SIZED = Sized()
+
+
+def test_a_model_that_names_its_size_comes_with_example_inputs(here: str) -> None:
+    for name in ("Sized", "SIZED"):
+        loaded = load_model(f"{here}:{name}")
+        assert loaded.inputs is not None
+        assert loaded.inputs[0].shape == (1, 3, 96, 64)
+        assert not loaded.random
+    assert load_model("torch.nn:ReLU").inputs is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -207,11 +225,15 @@ def _garble(path: Path) -> None:
     path.write_bytes(b"\x00\x01 this is no weights file \xff" * 20)
 
 
+def _scramble(path: Path) -> None:
+    path.write_bytes(b"abc")
+
+
 def _empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [_truncate, _garble, _empty])
+@pytest.mark.parametrize("damage", [_truncate, _garble, _scramble, _empty])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_corrupt_weights_file_is_explained(damage: object, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"weights{suffix}"
