@@ -45,6 +45,7 @@ def test_the_page_says_what_was_done() -> None:
     text = made()
     assert "2 of 3 residual connections are removed, 1 cannot be removed exactly" in text
     assert "GroupNorm divides by statistics" in text
+    assert "gain: the largest factor, up or down, on its way" in text
     assert text.count('<tr><td class=""') == 3
     assert len(re.findall(r'class="node add"', text)) == 3 + 1  # before, and the one that stays
     assert 'class="node carry"' in text
