@@ -1,0 +1,109 @@
+"""Calls of torch that act on each value alone become one activation.
+
+An operator is pointwise by its tag. A step by comparison, rounding, a cast there and back, or what
+quantises and dequantises, takes several of them, between which values have other types: what stands
+between one value and another of its type, and reads nothing else but constants, is an activation,
+whatever it is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor, fx, nn
+
+from rmfx.algebra.activation import is_activation
+from rmfx.ir.facts import Inference
+from rmfx.ir.kinds import FILLED, NO_OP_CALLS
+from rmfx.ir.notes import FUNCTIONAL, gives_number, type_of
+from rmfx.modules.activations import Composed
+
+from .dispatch import Probes, Step, is_open, is_pointwise, shapes_for, types_for
+
+MOST = 32  # calls in a row
+OF_TYPES = ("dtype", "device")
+
+
+def composed(
+    gm: fx.GraphModule, node: fx.Node, facts: Inference, probes: Probes
+) -> tuple[nn.Module, fx.Node] | None:
+    """A node as an activation of an earlier value, which is given with it; None if it is none."""
+    if not _is_call(gm, node):
+        return None
+    region = {node}
+    while len(region) <= MOST:
+        bases = _read_by(region)
+        if len(bases) == 1 and _same_type(facts, bases[0], node):
+            calls = _cut_out(gm, bases[0], region, node)
+            return (Composed(calls), bases[0]) if _acts_alone(calls, bases[0], facts, probes) else None
+        last = max(bases, default=None)
+        if last is None or not _is_call(gm, last):
+            return None
+        region.add(last)
+    return None
+
+
+def _is_call(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node may be a part of an activation."""
+    if node.op == "call_module":
+        return is_activation(gm.get_submodule(str(node.target))) and len(node.args) == 1
+    if node.target is getattr:
+        return node.args[1] in OF_TYPES
+    return is_open(node) and not gives_number(node)
+
+
+def _read_by(region: Collection[fx.Node]) -> list[fx.Node]:
+    """The values that some nodes read and do not make, in order."""
+    read = {n for node in region for n in node.all_input_nodes}
+    return sorted(n for n in read - set(region) if n.op != "get_attr")
+
+
+def _same_type(facts: Inference, base: fx.Node, node: fx.Node) -> bool:
+    """Whether two values are of one type of real numbers, as far as that is known."""
+    kinds = [type_of(n) for n in (base, node)]
+    return not gives_number(base) and facts.is_real(base) and len({*kinds} - {None}) <= 1
+
+
+def _cut_out(
+    gm: fx.GraphModule, base: fx.Node, region: Collection[fx.Node], end: fx.Node
+) -> fx.GraphModule:
+    """The nodes between two values as a graph of their own, which writes to nothing it is given."""
+    graph = fx.Graph()
+    copies = {base: graph.placeholder("x")}
+    constants = {n for node in region for n in node.all_input_nodes if n.op == "get_attr"}
+    for node in sorted({*region, *constants}):
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.meta.get(FUNCTIONAL) and node.op != "call_module":
+            with graph.inserting_before(copies[node]):
+                kept = graph.call_method("clone", (copies[node].args[0],))
+            copies[node].args = (kept, *copies[node].args[1:])
+        copies[node].meta = {}
+    graph.output(copies[end])
+    return fx.GraphModule(gm, graph, "Calls").eval()
+
+
+def _acts_alone(
+    calls: fx.GraphModule, base: fx.Node, facts: Inference, probes: Probes
+) -> bool:
+    """Whether a graph gives, of each value alone, one of the same type."""
+    for (shape,) in shapes_for([base], facts):
+        for kind in types_for(base):
+            x = probes.empty(shape, kind)
+            ran = probes.run(is_pointwise, lambda: calls(x))  # noqa: B023
+            if ran is None or not isinstance(ran[1], Tensor):
+                return False
+            if all(step.operator in FILLED for step in ran[0]):
+                return False  # it reads no value
+            kept = (ran[1].shape, ran[1].dtype, ran[1].device) == (x.shape, x.dtype, x.device)
+            if not kept or not all(_is_alone(step, x) for step in ran[0]):
+                return False
+    return True
+
+
+def _is_alone(step: Step, x: Tensor) -> bool:
+    """Whether an operator reads x, what has its shape, and single numbers, place by place."""
+    if step.operator in NO_OP_CALLS:
+        return True
+    if not is_pointwise(step.operator):
+        return False
+    return all(t.shape == x.shape or t.numel() == 1 for t in (*step.tensors, *step.made))
