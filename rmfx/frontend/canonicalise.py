@@ -18,7 +18,7 @@ from torch import fx, nn
 from rmfx.algebra.activation import is_activation
 from rmfx.frontend.idioms.shuffles import find_shuffles
 from rmfx.frontend.idioms.zero_channels import pad_for_zeros
-from rmfx.ir.facts import Inference, facts_of
+from rmfx.ir.facts import facts_of
 from rmfx.ir.kinds import (
     ADDCMULS,
     ARITHMETIC,
@@ -54,7 +54,7 @@ from .layers import (
     reshaped,
 )
 from .parts import slice_of_split, take_first
-from .pointwise import composed
+from .pointwise import bounded, composed
 
 # What rewrites a call into the dialect, by its target; each may give a module for it to call.
 _FORMS: dict[Any, Callable[[fx.GraphModule, fx.Node], nn.Module | None]] = {
@@ -123,9 +123,9 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
             batch_norm_for(gm, node)
         elif node.op in ("call_function", "call_method"):
             _canonicalise_call(gm, node, taken)
+    _ask(gm, taken)
     sizes = OpenSizes(gm)  # what splits and shuffles do changes no value
     facts = facts_of(gm, sizes=sizes)
-    _ask(gm, facts, taken)
     for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
         slice_of_split(facts, node)  # once the layers are modules, which say what sizes they fix
     pad_for_zeros(gm)
@@ -143,8 +143,9 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
         call_module(gm, node, module, input_of_call(node), taken)
 
 
-def _ask(gm: fx.GraphModule, facts: Inference, taken: set[str]) -> None:
+def _ask(gm: fx.GraphModule, taken: set[str]) -> None:
     """Read what no table knows by what it dispatches to, and what acts on each value alone."""
+    facts = facts_of(gm)
     probes = Probes(gm, facts)
     for node in list(gm.graph.nodes):
         if not is_open(node) or gives_number(node) or not node.users:
@@ -159,9 +160,9 @@ def _ask(gm: fx.GraphModule, facts: Inference, taken: set[str]) -> None:
                 node.args, node.kwargs = found[1:]
                 _canonicalise_call(gm, node, taken)
         if _may_be_pointwise(node):
-            found = composed(gm, node, facts, probes)
-            if found is not None:
-                call_module(gm, node, *found, taken)
+            made = composed(gm, node, facts, probes) or bounded(gm, node, probes)
+            if made is not None:
+                call_module(gm, node, *made, taken)
 
 
 def _may_be_pointwise(node: fx.Node) -> bool:
@@ -175,7 +176,8 @@ def _may_be_pointwise(node: fx.Node) -> bool:
     if node.target in SELECTIONS.values():
         return node.target is torch.where or len(read) == 1
     kinds = {type_of(n) for n in (node, *read)}
-    return node.target not in DIALECT or (None not in kinds and len(kinds) > 1)
+    differ = None not in kinds and len(kinds) > 1
+    return node.target not in DIALECT or differ or forms.has_options(node)
 
 
 def _is_no_number(node: fx.Node) -> bool:

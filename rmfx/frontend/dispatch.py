@@ -31,6 +31,7 @@ PRIMES = (11, 13, 17, 19, 23)  # sizes of a value, one for each dimension
 OTHERS = (29, 31, 37, 41, 43)  # coprime to those
 RANKS = (2, 3, 4, 5)
 QUESTIONS = ("prim",)  # operators that ask a tensor about itself
+Shape = tuple[int, ...]
 Known = Callable[[OpOverload], Any]
 
 
@@ -92,33 +93,38 @@ def is_open(node: fx.Node) -> bool:
     return is_symbol or is_torchs(node.target)
 
 
-def shapes_for(nodes: Sequence[fx.Node], facts: Inference) -> Iterator[list[tuple[int, ...]]]:
-    """Shapes that values may have together: what is common to all of these is so at every size."""
+def families(nodes: Sequence[fx.Node], facts: Inference) -> Iterator[list[list[Shape]]]:
+    """Families of shapes that values may have together, of which all but some sizes differ.
+
+    In the first nothing is common to all; in the others the channels, in dimension 1 or the last.
+    """
     shapes = [shape_of(n) for n in nodes]
-    ranks = RANKS if len(nodes) == 1 and facts.rank(nodes[0]) is None else (None,)
+    if len(nodes) == 1 and facts.rank(nodes[0]) is None:
+        yield [[sizes[:rank]] for rank in RANKS for sizes in (PRIMES, OTHERS)]
+        return
     if len(nodes) > 1 and not all(shape is not None and None not in shape for shape in shapes):
         return
-    for sizes in (PRIMES, OTHERS):
-        for rank in ranks:
-            fresh, known = iter(sizes), {} if len(nodes) == 1 else {1: 1}
-            yield [_resized(n, rank or facts.rank(n) or 0, facts, fresh, known) for n in nodes]
+    given = [
+        shape or (None,) * (facts.rank(n) or 0) for n, shape in zip(nodes, shapes, strict=True)
+    ]
+    for kept in (None, 1, -1):
+        yield [_others(given, kept, iter(sizes)) for sizes in (PRIMES, OTHERS)]
 
 
-def _resized(
-    node: fx.Node, rank: int, facts: Inference, fresh: Iterator[int], known: dict[int, int]
-) -> tuple[int, ...]:
-    """A shape in which sizes that are not fixed have become others, equal ones the same."""
-    shape = shape_of(node) or (None,) * rank
+def _others(given: Sequence[Any], kept: int | None, fresh: Iterator[int]) -> list[Shape]:
+    """Shapes in which all sizes but those of a dimension are others, equal ones the same again."""
+    known: dict[int, int] = {} if len(given) == 1 else {1: 1}
     found = []
-    for dim, size in enumerate(shape):
-        fixed = facts.size(node, dim)
-        if fixed is None and size in known:
-            fixed = known[size]
-        if fixed is None:
-            fixed = next(fresh)
-            known[size if size is not None else -fixed] = fixed
-        found.append(fixed)
-    return tuple(found)
+    for shape in given:
+        made = []
+        for dim, size in enumerate(shape):
+            is_kept = size is not None and kept is not None and dim == kept % len(shape)
+            other = size if is_kept else known.get(size) or next(fresh)
+            made.append(other)
+            if size is not None and not is_kept:
+                known[size] = other
+        found.append(tuple(made))
+    return found
 
 
 def types_for(node: fx.Node) -> tuple[torch.dtype, ...]:
@@ -139,16 +145,19 @@ class Probes:
         self._gm, self._facts = gm, facts
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def of(self, node: fx.Node) -> Iterator[dict[fx.Node, Any]]:
-        """Values of the nodes that a call reads, at several sizes, and of its constants."""
+    def of(self, node: fx.Node) -> Iterator[list[dict[fx.Node, Any]]]:
+        """Families of values of the nodes that a call reads, and its constants with each."""
         data = [n for n in node.all_input_nodes if n.op != "get_attr"]
         if not data or any(gives_number(n) for n in data):
             return
         constants = {n: attribute(self._gm, n) for n in node.all_input_nodes if n.op == "get_attr"}
-        for shapes in shapes_for(data, self._facts):
-            for kinds in zip(*map(types_for, data), strict=False):
-                made = map(self.empty, shapes, kinds)
-                yield {**dict(zip(data, made, strict=True)), **constants}
+        kinds = list(zip(*map(types_for, data), strict=False))
+        for family in families(data, self._facts):
+            yield [
+                {**dict(zip(data, map(self.empty, shapes, some), strict=True)), **constants}
+                for shapes in family
+                for some in kinds
+            ]
 
     def empty(self, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
         """A value that has a shape and a type, and nothing else."""
@@ -166,28 +175,30 @@ class Probes:
             return None
         return recorder.steps, result
 
+    def _runs(
+        self, node: fx.Node, known: Known
+    ) -> list[tuple[list[Step], Any, dict[fx.Node, Any]]]:
+        """The operators, result and values of the first family at all of which a call runs."""
+        for family in self.of(node):
+            calls = [partial(run_node, node, values, self._gm.get_submodule) for values in family]
+            ran = [self.run(known, call) for call in calls]
+            if None not in ran:
+                return [(*one, values) for one, values in zip(ran, family, strict=True) if one]
+        return []
+
     def synonym(self, node: fx.Node, known: Known) -> tuple[OpOverload, Any, Any] | None:
         """The one operator that a call amounts to, with its arguments; None if there is none."""
-        found = None
-        for values in self.of(node):
-            ran = self.run(known, partial(run_node, node, values, self._gm.get_submodule))
-            made = None if ran is None else _only_step(*ran, values)
-            if made is None or (found is not None and found != made):
-                return None
-            found = made
-        return found
+        found = [_only_step(*run) for run in self._runs(node, known)]
+        return found[0] if found and all(one == found[0] for one in found) else None
 
     def handed_on(self, node: fx.Node) -> fx.Node | None:
         """The value that a call gives as it is, None if it computes."""
-        source = None
-        for values in self.of(node):
-            ran = self.run(bool, partial(run_node, node, values, self._gm.get_submodule))
-            if ran is None or ran[0]:
-                return None
-            source = next((n for n, value in values.items() if value is ran[1]), None)
-            if source is None:
-                return None
-        return source
+        runs = self._runs(node, bool)
+        sources = {
+            next((n for n, value in values.items() if value is result), None)
+            for steps, result, values in runs
+        }
+        return sources.pop() if len(sources) == 1 and not any(steps for steps, *_ in runs) else None
 
 
 def _only_step(
@@ -206,7 +217,7 @@ def _only_step(
 
 def is_pointwise(op: OpOverload) -> bool:
     """Whether an operator computes each value from those at its place alone."""
-    if torch.Tag.nondeterministic_seeded in op.tags or op._schema.is_mutable:
+    if torch.Tag.nondeterministic_seeded in op.tags:
         return False
     return torch.Tag.pointwise in op.tags or op in UNTAGGED or op._schema.name in QUANTISING
 

@@ -8,17 +8,23 @@ whatever it is made of.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from rmfx.algebra.activation import is_activation
+from rmfx.interval import INF
 from rmfx.ir.facts import Inference
-from rmfx.ir.kinds import FILLED, NO_OP_CALLS
-from rmfx.ir.notes import FUNCTIONAL, gives_number, type_of
-from rmfx.modules.activations import Composed
+from rmfx.ir.functions import is_in_place, torch_name
+from rmfx.ir.kinds import FILLED, NO_OP_CALLS, aten
+from rmfx.ir.nodes import attribute
+from rmfx.ir.notes import gives_number, type_of
+from rmfx.modules.activations import ChannelClamp, Composed
 
-from .dispatch import Probes, Step, is_open, is_pointwise, shapes_for, types_for
+from .dispatch import Probes, Step, families, is_open, is_pointwise, types_for
 
 MOST = 32  # calls in a row
 OF_TYPES = ("dtype", "device")
@@ -35,7 +41,9 @@ def composed(
         bases = _read_by(region)
         if len(bases) == 1 and _same_type(facts, bases[0], node):
             calls = _cut_out(gm, bases[0], region, node)
-            return (Composed(calls), bases[0]) if _acts_alone(calls, bases[0], facts, probes) else None
+            return (
+                (Composed(calls), bases[0]) if _acts_alone(calls, bases[0], facts, probes) else None
+            )
         last = max(bases, default=None)
         if last is None or not _is_call(gm, last):
             return None
@@ -55,7 +63,15 @@ def _is_call(gm: fx.GraphModule, node: fx.Node) -> bool:
 def _read_by(region: Collection[fx.Node]) -> list[fx.Node]:
     """The values that some nodes read and do not make, in order."""
     read = {n for node in region for n in node.all_input_nodes}
-    return sorted(n for n in read - set(region) if n.op != "get_attr")
+    return sorted(n for n in read - set(region) if n.op != "get_attr" and _type_read(n) is None)
+
+
+def _type_read(node: fx.Node) -> torch.dtype | None:
+    """The type that a node reads of a value, if that is known."""
+    if node.target is not getattr or node.args[1] != "dtype":
+        return None
+    kind = type_of(node.args[0])  # type: ignore[arg-type]
+    return None if kind is None else kind[0]
 
 
 def _same_type(facts: Inference, base: fx.Node, node: fx.Node) -> bool:
@@ -70,23 +86,28 @@ def _cut_out(
     """The nodes between two values as a graph of their own, which writes to nothing it is given."""
     graph = fx.Graph()
     copies = {base: graph.placeholder("x")}
-    constants = {n for node in region for n in node.all_input_nodes if n.op == "get_attr"}
-    for node in sorted({*region, *constants}):
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.meta.get(FUNCTIONAL) and node.op != "call_module":
+    read = {n for node in region for n in node.all_input_nodes}
+    constants = {n for n in read if n.op == "get_attr"}
+    types = {n for n in read if _type_read(n) is not None and n.args[0] in (base, *region)}
+
+    def of(node: fx.Node) -> Any:
+        return copies[node] if node in copies else _type_read(node)
+
+    for node in sorted({*region, *constants, *types}):
+        copies[node] = graph.create_node(
+            node.op, node.target, *fx.map_arg((node.args, node.kwargs), of)
+        )
+        if is_in_place(torch_name(node).partition(".")[0]):
             with graph.inserting_before(copies[node]):
                 kept = graph.call_method("clone", (copies[node].args[0],))
             copies[node].args = (kept, *copies[node].args[1:])
-        copies[node].meta = {}
     graph.output(copies[end])
     return fx.GraphModule(gm, graph, "Calls").eval()
 
 
-def _acts_alone(
-    calls: fx.GraphModule, base: fx.Node, facts: Inference, probes: Probes
-) -> bool:
+def _acts_alone(calls: fx.GraphModule, base: fx.Node, facts: Inference, probes: Probes) -> bool:
     """Whether a graph gives, of each value alone, one of the same type."""
-    for (shape,) in shapes_for([base], facts):
+    for (shape,) in next(families([base], facts)):
         for kind in types_for(base):
             x = probes.empty(shape, kind)
             ran = probes.run(is_pointwise, lambda: calls(x))  # noqa: B023
@@ -107,3 +128,51 @@ def _is_alone(step: Step, x: Tensor) -> bool:
     if not is_pointwise(step.operator):
         return False
     return all(t.shape == x.shape or t.numel() == 1 for t in (*step.tensors, *step.made))
+
+
+# ---- bounds that differ from channel to channel -------------------------------------------------
+_BOUNDS: dict[OpOverload, tuple[str, str]] = {  # lower and upper one, by their names in the schema
+    aten.clamp.Tensor: ("min", "max"),
+    aten.clamp_min.Tensor: ("min", ""),
+    aten.clamp_max.Tensor: ("", "max"),
+    aten.maximum.default: ("other", ""),
+    aten.minimum.default: ("", "other"),
+}
+
+
+def bounded(gm: fx.GraphModule, node: fx.Node, probes: Probes) -> tuple[nn.Module, fx.Node] | None:
+    """A clamp by constants, a number for each channel, and what it reads; None if it is none."""
+    found = probes.synonym(node, _BOUNDS.__contains__)
+    if found is None or found[0] not in _BOUNDS:
+        return None
+    op, args, options = found
+    given = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | options
+    if given["self"].op == "get_attr" and "other" in given:
+        given["self"], given["other"] = given["other"], given["self"]
+    bounds = [given.get(name) for name in _BOUNDS[op]]
+    if type_of(given["self"]) is None or any(n is not None and n.op != "get_attr" for n in bounds):
+        return None
+    ends: list[Any] = [n and attribute(gm, n) for n in bounds]
+    clamp = _channel_clamp(ends, *type_of(given["self"]))
+    return None if clamp is None else (clamp, given["self"])
+
+
+def _channel_clamp(
+    ends: Sequence[Tensor | None], kind: torch.dtype, device: torch.device
+) -> ChannelClamp | None:
+    """The clamp between two tensors of one type, each a number or (channels, 1, …)."""
+    shapes = {end.shape for end in ends if end is not None and end.numel() > 1}
+    if len(shapes) != 1 or any(end is not None and end.dtype != kind for end in ends):
+        return None
+    (shape,) = shapes
+    dims = next(i for i, n in enumerate(reversed(shape)) if n > 1)
+    width = shape[-1 - dims]
+    if width != shape.numel():
+        return None
+    low, high = (
+        torch.full((width,), infinity, dtype=kind, device=device)
+        if end is None
+        else end.detach().flatten().expand(width)
+        for end, infinity in zip(ends, (-INF, INF), strict=True)
+    )
+    return ChannelClamp(low, high, dims).eval()
