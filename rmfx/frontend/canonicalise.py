@@ -27,6 +27,7 @@ from rmfx.ir.kinds import (
     CONCATENATIONS,
     ELEMENTWISE,
     IN_PLACE_BY_METHOD,
+    LAYER_KINDS,
     NARROWS,
     SELECTIONS,
     SUMS,
@@ -54,7 +55,7 @@ from .layers import (
     reshaped,
 )
 from .parts import slice_of_split, take_first
-from .pointwise import bounded, composed
+from .pointwise import bounded, composed, reads_one
 
 # What rewrites a call into the dialect, by its target; each may give a module for it to call.
 _FORMS: dict[Any, Callable[[fx.GraphModule, fx.Node], nn.Module | None]] = {
@@ -148,9 +149,9 @@ def _ask(gm: fx.GraphModule, taken: set[str]) -> None:
     facts = facts_of(gm)
     probes = Probes(gm, facts)
     for node in list(gm.graph.nodes):
-        if not is_open(node) or gives_number(node) or not node.users:
+        if not node.users or gives_number(node) or not (is_open(node) or _is_no_layer(gm, node)):
             continue
-        if node.target not in DIALECT:
+        if node.op != "call_module" and node.target not in DIALECT:
             if (source := probes.handed_on(node)) is not None:
                 node.replace_all_uses_with(source)
                 continue
@@ -165,12 +166,20 @@ def _ask(gm: fx.GraphModule, taken: set[str]) -> None:
                 call_module(gm, node, *made, taken)
 
 
+def _is_no_layer(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node calls a module of torch that no table knows."""
+    if not reads_one(gm, node):
+        return False
+    module = gm.get_submodule(str(node.target))
+    return not is_activation(module) and not is_a(module, LAYER_KINDS)
+
+
 def _may_be_pointwise(node: fx.Node) -> bool:
     """Whether a call is no operation of the dialect, or one that only looks like one.
 
     What chooses by a comparison, or combines values of several types, is no sum and no product.
     """
-    if node.op == "call_module" or _is_no_number(node):
+    if _is_no_number(node):
         return False
     read = [n for n in node.all_input_nodes if n.op != "get_attr"]
     if node.target in SELECTIONS.values():

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
-from rmfx.algebra.activation import is_activation
 from rmfx.interval import INF
+from rmfx.ir.callees import is_touched
 from rmfx.ir.facts import Inference
 from rmfx.ir.functions import is_in_place, torch_name
-from rmfx.ir.kinds import FILLED, NO_OP_CALLS, aten
+from rmfx.ir.kinds import FILLED, NO_OP_CALLS, aten, kind_of
 from rmfx.ir.nodes import attribute
-from rmfx.ir.notes import gives_number, type_of
+from rmfx.ir.notes import gives_number, type_of, why_frozen
 from rmfx.modules.activations import ChannelClamp, Composed
 
 from .dispatch import Probes, Step, families, is_open, is_pointwise, types_for
@@ -54,10 +54,18 @@ def composed(
 def _is_call(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node may be a part of an activation."""
     if node.op == "call_module":
-        return is_activation(gm.get_submodule(str(node.target))) and len(node.args) == 1
+        return reads_one(gm, node)
     if node.target is getattr:
         return node.args[1] in OF_TYPES
     return is_open(node) and not gives_number(node)
+
+
+def reads_one(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node calls a module of torch, as it is, of one value."""
+    if node.op != "call_module" or why_frozen(node) or len(node.args) + len(node.kwargs) != 1:
+        return False
+    module = gm.get_submodule(str(node.target))
+    return kind_of(module) is not None and not is_touched(module)
 
 
 def _read_by(region: Collection[fx.Node]) -> list[fx.Node]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rmfx.algebra.activation import TABLE, Activation, Block, is_activation
 from rmfx.algebra.blockwise import Blockwise, way_of
@@ -61,6 +61,7 @@ MODULES: tuple[nn.Module, ...] = (
     Pointwise("square"),
     Pointwise("pow", 2),
     Pointwise("pow", 3),
+    Composed(fx.symbolic_trace(lambda x: torch.floor(x) * (x > 0))),
     *map(Pointwise, ("exp", "expm1", "sinh", "cosh", "asinh", "atan", "sin", "cos", "erf", "sign")),
 )
 IDS = [str(module) for module in MODULES]
