@@ -12,7 +12,13 @@ from torch import Tensor, fx, nn
 
 from rmfx.algebra.activation import TABLE, Activation, Block, is_activation
 from rmfx.algebra.blockwise import Blockwise, way_of
-from rmfx.modules.activations import ChannelClamp, ChannelPReLU, MaskedActivation, Pointwise
+from rmfx.modules.activations import (
+    ChannelClamp,
+    ChannelPReLU,
+    Composed,
+    MaskedActivation,
+    Pointwise,
+)
 
 CPU = torch.device("cpu")
 
