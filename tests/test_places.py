@@ -23,19 +23,24 @@ def removed(model: nn.Module) -> bool:
     return rmfx.report(rmfx.remove_residuals(model, image())).removed == 1
 
 
-def test_an_activation_is_a_row_of_the_table_and_its_functions(
+def way(model: nn.Module) -> str | None:
+    """How the carry of the one site passes the activation."""
+    (row,) = rmfx.report(rmfx.remove_residuals(model, image())).rows
+    return row.strategy
+
+
+def test_an_activation_needs_no_entry_and_a_row_of_the_table_says_what_else_it_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    by_module = ready(Residual(chain(conv(), nn.Softsign(), conv())))
+    by_module = ready(Residual(chain(conv(), nn.LeakyReLU(), conv())))
     parts = {"a": conv(), "b": conv()}
-    by_function = ready(Apply(lambda m, x: x + m.b(F.softsign(m.a(x))), **parts))
-    assert removed(by_module)
-    assert removed(by_function)
-    monkeypatch.delitem(CALLS, F.softsign)
-    assert removed(by_module)
-    assert not removed(by_function)
-    monkeypatch.delitem(TABLE, nn.Softsign)
-    assert not removed(by_module)
+    by_function = ready(Apply(lambda m, x: x + m.b(F.leaky_relu(m.a(x))), **parts))
+    assert way(by_module) == way(by_function) == "per-channel"
+    monkeypatch.delitem(TABLE, nn.LeakyReLU)
+    assert way(by_module) == "masked"
+    monkeypatch.delitem(CALLS, F.leaky_relu)
+    monkeypatch.delitem(CALLS, torch.ops.aten.leaky_relu.default)
+    assert way(by_function) == "masked"
 
 
 def test_a_gate_is_an_entry_of_what_is_neutral(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,7 @@ from torch import Tensor, nn
 
 from rmfx.errors import Refusal, WeightValueError
 from rmfx.interval import EVERYWHERE, INF, Interval
-from rmfx.modules.activations import (
-    POINTWISE,
-    Pointwise,
-)
+from rmfx.modules.activations import POINTWISE, Composed, Pointwise
 
 from .layer import Layer
 
@@ -120,6 +117,7 @@ TABLE: dict[type[nn.Module], Row] = {
     Pointwise: Row(
         identity=lambda m: (0.0, INF) if m.name == "abs" else (INF, -INF), image=_pointwise_image
     ),
+    Composed: Row(),
 }
 
 
@@ -193,7 +191,8 @@ class Activation(Layer):
             return (nn.PReLU, module.num_parameters, _slope_as_key(module))
         ignored = ("training", "inplace")
         options = {k: v for k, v in vars(module).items() if k[0] != "_" and k not in ignored}
-        return (type(module), *sorted(options.items()))
+        constants = (id(tensor) for tensor in (*module.parameters(), *module.buffers()))
+        return (type(module), *sorted(options.items()), *constants)
 
     @property
     def has_parameters(self) -> bool:

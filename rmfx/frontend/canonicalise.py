@@ -23,8 +23,11 @@ from rmfx.ir.kinds import (
     ADDCMULS,
     ARITHMETIC,
     CHOICES_OF_TWO,
+    COMPARISONS,
     CONCATENATIONS,
+    ELEMENTWISE,
     IN_PLACE_BY_METHOD,
+    LAYER_KINDS,
     NARROWS,
     SELECTIONS,
     SUMS,
@@ -33,13 +36,14 @@ from rmfx.ir.kinds import (
     is_a,
 )
 from rmfx.ir.names import name_nodes
-from rmfx.ir.nodes import must_stay, replace_by_number
-from rmfx.ir.notes import FUNCTIONAL, VAL, gives_container, gives_number, why_frozen
+from rmfx.ir.nodes import MEANS, must_stay, replace_by_number
+from rmfx.ir.notes import FUNCTIONAL, VAL, gives_container, gives_number, type_of, why_frozen
 from rmfx.ir.open_sizes import OpenSizes
 from rmfx.ir.ranks import asks_for_rank
 
 from . import forms
 from .calls import CALLS
+from .dispatch import Probes, is_open
 from .layers import (
     batch_norm_for,
     call_module,
@@ -51,6 +55,7 @@ from .layers import (
     reshaped,
 )
 from .parts import slice_of_split, take_first
+from .pointwise import bounded, composed, reads_one
 
 # What rewrites a call into the dialect, by its target; each may give a module for it to call.
 _FORMS: dict[Any, Callable[[fx.GraphModule, fx.Node], nn.Module | None]] = {
@@ -69,6 +74,12 @@ _FORMS: dict[Any, Callable[[fx.GraphModule, fx.Node], nn.Module | None]] = {
     **dict.fromkeys((aten.addmm.default, aten.mm.default), linear_by_product),
 }
 
+# What calls of the dialect are; they are read as they stand.
+DIALECT = frozenset(
+    (*ELEMENTWISE.values(), torch.cat, F.pad, operator.getitem, "reshape", torch.reshape)
+    + (aten.reshape.default, "contiguous", aten.contiguous.default, *MEANS)
+)
+
 
 def has_functional_form(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether `canonicalise` can express an in-place call without writing."""
@@ -77,7 +88,10 @@ def has_functional_form(gm: fx.GraphModule, node: fx.Node) -> bool:
         return is_activation(module) or is_a(module, nn.modules.dropout._DropoutNd)
     if node.target in ARITHMETIC:
         return not forms.has_options(node)
-    return node.target in CALLS and module_for(gm, node) is not None
+    if node.target in CALLS and module_for(gm, node) is not None:
+        return True
+    facts = facts_of(gm)
+    return is_open(node) and composed(gm, node, facts, Probes(gm, facts)) is not None
 
 
 def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
@@ -110,6 +124,7 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
             batch_norm_for(gm, node)
         elif node.op in ("call_function", "call_method"):
             _canonicalise_call(gm, node, taken)
+    _ask(gm, taken)
     sizes = OpenSizes(gm)  # what splits and shuffles do changes no value
     facts = facts_of(gm, sizes=sizes)
     for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
@@ -127,6 +142,57 @@ def _canonicalise_call(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> No
     module = _FORMS.get(node.target, module_for)(gm, node)
     if module is not None:
         call_module(gm, node, module, input_of_call(node), taken)
+
+
+def _ask(gm: fx.GraphModule, taken: set[str]) -> None:
+    """Read what no table knows by what it dispatches to, and what acts on each value alone."""
+    facts = facts_of(gm)
+    probes = Probes(gm, facts)
+    for node in list(gm.graph.nodes):
+        if not node.users or gives_number(node) or not (is_open(node) or _is_no_layer(gm, node)):
+            continue
+        if node.op != "call_module" and node.target not in DIALECT:
+            if (source := probes.handed_on(node)) is not None:
+                node.replace_all_uses_with(source)
+                continue
+            found = probes.synonym(node, lambda op: op in CALLS or op in _FORMS)
+            if found is not None and (found[0] in CALLS or found[0] in _FORMS):
+                forms.becomes(node, found[0])
+                node.args, node.kwargs = found[1:]
+                _canonicalise_call(gm, node, taken)
+        if _may_be_pointwise(node):
+            made = composed(gm, node, facts, probes) or bounded(gm, node, probes)
+            if made is not None:
+                call_module(gm, node, *made, taken)
+
+
+def _is_no_layer(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node calls a module of torch that no table knows."""
+    if not reads_one(gm, node):
+        return False
+    module = gm.get_submodule(str(node.target))
+    return not is_activation(module) and not is_a(module, LAYER_KINDS)
+
+
+def _may_be_pointwise(node: fx.Node) -> bool:
+    """Whether a call is no operation of the dialect, or one that only looks like one.
+
+    What chooses by a comparison, or combines values of several types, is no sum and no product.
+    """
+    if _is_no_number(node):
+        return False
+    read = [n for n in node.all_input_nodes if n.op != "get_attr"]
+    if node.target in SELECTIONS.values():
+        return node.target is torch.where or len(read) == 1
+    kinds = {type_of(n) for n in (node, *read)}
+    differ = None not in kinds and len(kinds) > 1
+    return node.target not in DIALECT or differ or forms.has_options(node)
+
+
+def _is_no_number(node: fx.Node) -> bool:
+    """Whether a node is known to give something else than real numbers."""
+    kind = type_of(node)
+    return node.target in COMPARISONS or (kind is not None and not kind[0].is_floating_point)
 
 
 def _write_by_method(node: fx.Node) -> None:

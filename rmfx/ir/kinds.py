@@ -108,6 +108,7 @@ SPATIAL = _kinds(lambda row: row.spatial)
 HULLS = _kinds(lambda row: row.hull)
 FRESH = _kinds(lambda row: row.fresh)
 ANY_RANK = _kinds(lambda row: row.any_rank)
+LAYER_KINDS = _kinds(lambda row: row.kinds != tuple(TABLE))  # activations are another table's
 KEEPING_BATCH = _kinds(lambda row: nn.Embedding not in row.kinds)  # in the first dimension
 
 

@@ -85,7 +85,19 @@ def _only_holds(gm: fx.GraphModule, path: str, module: nn.Module) -> bool:
 def free_name(gm: fx.GraphModule, base: str, taken: set[str]) -> str:
     """A name that nothing of the module has, from one that may be taken."""
     name, i = base, 1
-    while name in taken or hasattr(gm, name):
+    while name in taken or _is_attribute(gm, name):
         name, i = f"{base}_{i}", i + 1
     taken.add(name)
     return name
+
+
+def _is_attribute(gm: fx.GraphModule, path: str) -> bool:
+    """Whether something stands at a path: a tensor, a module or a method of every module, as `to`.
+
+    A module that is to be made on the way has the methods of every one.
+    """
+    *parents, last = path.split(".")
+    holder: object = gm
+    for name in parents:
+        holder = getattr(holder, name, nn.Module)
+    return hasattr(holder, last)

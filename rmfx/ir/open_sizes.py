@@ -248,7 +248,8 @@ class OpenSizes:
         found = self._run(set(), lambda size, dim: size, on_meta)
         if found is not None and not any(_differences(self._noted, found)):
             return on_meta
-        return AsFakes(FakeTensorMode(allow_non_fake_inputs=True))
+        # What has no law for shapes would run for real, on as much memory as large inputs take.
+        return AsFakes(FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False))
 
     def _run(self, places: Places, resize: Resize, weights: Weights) -> Shapes | None:
         def made(shape: torch.Size, kind: Kind) -> Tensor:

@@ -49,7 +49,7 @@ from .kinds import (
     is_a,
 )
 from .net import Net
-from .nodes import describe, each, input_of, keeps_dims
+from .nodes import data_read, describe, each, input_of, keeps_dims
 from .notes import type_of, why_frozen
 from .paddings import border, read_pad, read_pad_module, read_slice
 from .reasons import reason_for
@@ -104,7 +104,7 @@ def _keeps_values(node: fx.Node) -> bool:
         return True
     if node.target == "to" and len(node.args) == 1 and set(node.kwargs) == {"memory_format"}:
         return True
-    known = all(type_of(n) is not None for n in (node, *node.all_input_nodes))
+    known = all(type_of(n) is not None for n in (node, *data_read(node)))
     return node.target in (*CASTS, *CAST_OPERATORS) and known and not _changes_type(node)
 
 

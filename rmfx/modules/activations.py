@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rmfx.interval import EVERYWHERE, INF, Interval
 
@@ -37,6 +37,22 @@ class Pointwise(nn.Module):
     def extra_repr(self) -> str:
         """For print."""
         return ", ".join([self.name, *map(str, self.options)])
+
+
+class Composed(nn.Module):
+    """A function of each value alone that several calls of torch compute, or one without a name.
+
+    Args:
+        calls: of one input, whose shape and type it keeps; the constants that it reads are its own.
+    """
+
+    def __init__(self, calls: fx.GraphModule) -> None:
+        super().__init__()
+        self.calls = calls
+        self.text = "; ".join(calls.code.strip().splitlines()[1:])  # tells two of them apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.calls(x)  # type: ignore[no-any-return]
 
 
 class ChannelClamp(nn.Module):
@@ -107,10 +123,12 @@ class MaskedActivation(nn.Module):
         for i, activation in enumerate(self.activations):
             mask = getattr(self, f"mask{i}")
             # A root of a carry below 0 would be NaN, and so its gradient; 1 is in every domain.
-            own = torch.where(mask, x, 1.0) if isinstance(activation, Pointwise) else x
+            own = torch.where(mask, x, 1.0) if isinstance(activation, NAMELESS) else x
             y = torch.where(mask, activation(own), y)
         return y
 
 
+# Functions that may have no value below 0.
+NAMELESS = (Pointwise, Composed)
 # Modules that passes make; they are layers to whoever traces the result.
 OWN_ACTIVATIONS = (ChannelClamp, ChannelPReLU, MaskedActivation)

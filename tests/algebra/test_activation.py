@@ -8,11 +8,17 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rmfx.algebra.activation import TABLE, Activation, Block, is_activation
 from rmfx.algebra.blockwise import Blockwise, way_of
-from rmfx.modules.activations import ChannelClamp, ChannelPReLU, MaskedActivation, Pointwise
+from rmfx.modules.activations import (
+    ChannelClamp,
+    ChannelPReLU,
+    Composed,
+    MaskedActivation,
+    Pointwise,
+)
 
 CPU = torch.device("cpu")
 
@@ -61,6 +67,7 @@ MODULES: tuple[nn.Module, ...] = (
     Pointwise("square"),
     Pointwise("pow", 2),
     Pointwise("pow", 3),
+    Composed(fx.symbolic_trace(lambda x: torch.floor(x) * (x > 0))),
     *map(Pointwise, ("exp", "expm1", "sinh", "cosh", "asinh", "atan", "sin", "cos", "erf", "sign")),
 )
 IDS = [str(module) for module in MODULES]

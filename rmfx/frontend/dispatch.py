@@ -1,0 +1,248 @@
+"""What a call is, by what it dispatches to.
+
+One operator goes by many names: `torch.arctan`, `x.arctan()` and `torch.special`'s are `aten.atan`.
+A call that no table knows runs on tensors without values, of several sizes, and what arrives at
+PyTorch's dispatcher is written down. What holds for each of these runs is taken to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import decomposition_table
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rmfx.ir.facts import Inference
+from rmfx.ir.functions import WRITING, is_torchs
+from rmfx.ir.kinds import aten
+from rmfx.ir.nodes import attribute, run_node
+from rmfx.ir.notes import gives_container, gives_number, shape_of, type_of, why_frozen
+from rmfx.ir.threads import FAKES, without_logs, without_warnings
+
+PRIMES = (11, 13, 17, 19, 3)  # sizes of a value, one for each dimension
+OTHERS = (29, 31, 37, 41, 2)  # coprime to those
+RANKS = (2, 3, 4, 5)
+QUESTIONS = ("prim",)  # operators that ask a tensor about itself
+Shape = tuple[int, ...]
+Known = Callable[[OpOverload], Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operator that ran: its arguments and its result, tensors as they were."""
+
+    operator: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that it reads."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    @property
+    def made(self) -> list[Tensor]:
+        """Those that it gives."""
+        return [leaf for leaf in pytree.tree_leaves(self.result) if isinstance(leaf, Tensor)]
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down the operators that run; those that are not known run as what they are made of.
+
+    Args:
+        known: whether an operator is to be written down as it is.
+    """
+
+    def __init__(self, known: Known) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = known
+        self.steps: list[Step] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = kwargs or {}
+        made_of = None if self._known(func) else decomposition_table.get(func)
+        if made_of is not None:
+            with self:
+                return made_of(*args, **given)
+        result = func(*args, **given)
+        if func.namespace not in QUESTIONS:
+            self.steps.append(Step(func, args, given, result))
+        return result
+
+
+def is_open(node: fx.Node) -> bool:
+    """Whether a node calls torch, which may be asked what it does."""
+    if why_frozen(node) or any(gives_container(n) for n in node.all_input_nodes):
+        return False
+    if node.op != "call_function":
+        return node.op == "call_method"
+    name = str(getattr(node.target, "__name__", ""))
+    is_symbol = getattr(node.target, "__module__", None) == "_operator" and name not in WRITING
+    return is_symbol or is_torchs(node.target)
+
+
+def families(nodes: Sequence[fx.Node], facts: Inference) -> Iterator[list[list[Shape]]]:
+    """Families of shapes that values may have together, of which all but some sizes differ.
+
+    In the first nothing is common to all; in the others the channels, in dimension 1 or the last.
+    """
+    shapes = [shape_of(n) for n in nodes]
+    if len(nodes) == 1 and facts.rank(nodes[0]) is None:
+        yield [[sizes[:rank]] for rank in RANKS for sizes in (PRIMES, OTHERS)]
+        return
+    if len(nodes) > 1 and not all(shape is not None and None not in shape for shape in shapes):
+        return
+    given = [
+        shape or (None,) * (facts.rank(n) or 0) for n, shape in zip(nodes, shapes, strict=True)
+    ]
+    for kept in (None, 1, -1):
+        yield [_others(given, kept, iter(sizes)) for sizes in (PRIMES, OTHERS)]
+
+
+def _others(given: Sequence[Any], kept: int | None, fresh: Iterator[int]) -> list[Shape]:
+    """Shapes in which all sizes but those of a dimension are others, equal ones the same again."""
+    known: dict[int, int] = {} if len(given) == 1 else {1: 1}
+    found = []
+    for shape in given:
+        made = []
+        for dim, size in enumerate(shape):
+            is_kept = size is not None and kept is not None and dim == kept % len(shape)
+            other = size if is_kept else known.get(size) or next(fresh)
+            made.append(other)
+            if size is not None and not is_kept:
+                known[size] = other
+        found.append(tuple(made))
+    return found
+
+
+def types_for(node: fx.Node) -> tuple[torch.dtype, ...]:
+    """The type of a value, or two that it may have."""
+    kind = type_of(node)
+    return (torch.float32, torch.float64) if kind is None else (kind[0],)
+
+
+class Probes:
+    """Values without numbers for the nodes that a call reads.
+
+    Args:
+        gm: the graph.
+        facts: what is known of its values.
+    """
+
+    def __init__(self, gm: fx.GraphModule, facts: Inference) -> None:
+        self._gm, self._facts = gm, facts
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def of(self, node: fx.Node) -> Iterator[list[dict[fx.Node, Any]]]:
+        """Families of values of the nodes that a call reads, and its constants with each."""
+        data = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        if not data or any(gives_number(n) for n in data):
+            return
+        constants = {n: attribute(self._gm, n) for n in node.all_input_nodes if n.op == "get_attr"}
+        kinds = list(zip(*map(types_for, data), strict=False))
+        for family in families(data, self._facts):
+            yield [
+                {**dict(zip(data, map(self.empty, shapes, some), strict=True)), **constants}
+                for shapes in family
+                for some in kinds
+            ]
+
+    def empty(self, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        """A value that has a shape and a type, and nothing else."""
+        with self._mode:
+            return torch.empty(shape, dtype=kind)
+
+    def run(self, known: Known, call: Callable[[], Any]) -> tuple[list[Step], Any] | None:
+        """The operators of a call and what it gives, None where it does not run."""
+        recorder = Recorder(known)
+        try:
+            with self._mode, torch.no_grad(), recorder, without_warnings(), without_logs(FAKES):
+                result = call()
+        # What does not run on tensors without values, or of these sizes, stays as it is.
+        except Exception:  # noqa: BLE001  (operators raise whatever they like)
+            return None
+        return recorder.steps, result
+
+    def _runs(
+        self, node: fx.Node, known: Known
+    ) -> list[tuple[list[Step], Any, dict[fx.Node, Any]]]:
+        """The operators, result and values of the first family at all of which a call runs."""
+        for family in self.of(node):
+            calls = [partial(run_node, node, values, self._gm.get_submodule) for values in family]
+            ran = [self.run(known, call) for call in calls]
+            if None not in ran:
+                return [(*one, values) for one, values in zip(ran, family, strict=True) if one]
+        return []
+
+    def synonym(self, node: fx.Node, known: Known) -> tuple[OpOverload, Any, Any] | None:
+        """The one operator that a call amounts to, with its arguments; None if there is none."""
+        found = [_only_step(*run) for run in self._runs(node, known)]
+        return found[0] if found and all(one == found[0] for one in found) else None
+
+    def handed_on(self, node: fx.Node) -> fx.Node | None:
+        """The value that a call gives as it is, None if it computes."""
+        runs = self._runs(node, bool)
+        sources = {
+            next((n for n, value in values.items() if value is result), None)
+            for steps, result, values in runs
+        }
+        return sources.pop() if len(sources) == 1 and not any(steps for steps, *_ in runs) else None
+
+
+def _only_step(
+    steps: Sequence[Step], result: Any, values: Mapping[fx.Node, Any]
+) -> tuple[OpOverload, Any, Any] | None:
+    """The one operator that has run, reading nodes; None if there are others or other tensors."""
+    if len(steps) != 1 or steps[0].result is not result or steps[0].operator._schema.is_mutable:
+        return None
+    names = {id(value): node for node, value in values.items()}
+    if any(id(tensor) not in names for tensor in steps[0].tensors):
+        return None
+    given = (steps[0].args, steps[0].kwargs)
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: names[id(t)], given)
+    return steps[0].operator, args, kwargs
+
+
+def is_pointwise(op: OpOverload) -> bool:
+    """Whether an operator computes each value from those at its place alone."""
+    if torch.Tag.nondeterministic_seeded in op.tags:
+        return False
+    return torch.Tag.pointwise in op.tags or op in UNTAGGED or op._schema.name in QUANTISING
+
+
+# Of each value alone, though torch does not tag them so.
+UNTAGGED = frozenset(
+    getattr(getattr(aten, name), overload)
+    for name, overload in (
+        ("_to_copy", "default"),
+        ("alias", "default"),
+        ("detach", "default"),
+        ("lift_fresh", "default"),
+        ("lift_fresh_copy", "default"),
+        ("zeros_like", "default"),
+        ("ones_like", "default"),
+        ("full_like", "default"),
+        ("scalar_tensor", "default"),
+        ("fake_quantize_per_tensor_affine_cachemask", "default"),
+        ("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "default"),
+        ("quantize_per_tensor", "default"),
+        ("quantize_per_tensor", "tensor_qparams"),
+        ("dequantize", "self"),
+    )
+)
+QUANTISING = (
+    "quantized_decomposed::quantize_per_tensor",
+    "quantized_decomposed::dequantize_per_tensor",
+)
