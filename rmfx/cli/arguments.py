@@ -113,13 +113,11 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         type=_parse_shape,
         help="shape of an input, batch first, e.g. 1,3,224,224; repeat it for several inputs",
     )
-    add(
-        "--activation",
-        default="auto",
-        metavar="WAYS",
-        type=_parse_ways,
-        help=f"how carries pass activations: auto, relu, or some of {','.join(STRATEGIES)} (auto)",
+    text = (
+        f"how carries pass activations: auto, relu, or some of {','.join(STRATEGIES)};"
+        " relu multiplies none by more than 16, relu,scale by any number (auto)"
     )
+    add("--activation", default="auto", metavar="WAYS", type=_parse_ways, help=text)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
