@@ -48,7 +48,8 @@ class SiteReport:
             they do so only within the range of the calibration data, widened by its own width on
             both sides.
         gain: the largest factor, up or down, by which a carry is multiplied on the way, or its
-            offset over its own size; None where nothing was rewritten.
+            offset over its own size; None where nothing was rewritten. The 4 by which
+            "double-relu" multiplies the branch is not counted.
         bits: how many of the type's bits its sums cost a carry, beside one rounding or a few.
         layout: which of several exact arrangements it is, some of `LAYOUTS` among its words, and
             what the next best one would cost.
