@@ -254,7 +254,7 @@ def sample_view() -> None:
 
 def sample_odd_pair() -> None:
     model = Block(lambda x: F.leaky_relu(x, -0.999)).eval().bfloat16()
-    rmfx.remove_residuals(model, images().bfloat16(), activation="relu")
+    rmfx.remove_residuals(model, images().bfloat16(), activation=("relu", "odd-pair"))
 
 
 def sample_float16() -> None:
@@ -473,7 +473,7 @@ CAUSES: tuple[Cause, ...] = (
             ),
         ),
         ("tests/algebra/test_digits.py",),
-        {"activation": "relu"},
+        {"activation": ("relu", "odd-pair")},
     ),
     Cause(
         "float16",

@@ -173,14 +173,14 @@ def noise(expected: Tensor, found: Tensor) -> float:
     return float((found - expected).norm() / (expected - expected.mean(0)).norm())
 
 
-def forms(case: Case) -> dict[str, tuple[str, nn.Module | None]]:
+def forms(case: Case, names: Iterable[str]) -> dict[str, tuple[str, nn.Module | None]]:
     """How carries pass activations and the network, None if refused, for each different one."""
     example = case.calibration[:BATCH]
     made = {"original": ("", rmfx.fold_batch_norm(case.model, example))}
     alike: dict[str, list[str]] = {}
-    for name, options in WAYS.items():
-        data = {"input_range": case.input_range, "calibration": [case.calibration]}
-        given = {key: data.get(key, value) for key, value in options.items()}
+    data = {"input_range": case.input_range, "calibration": [case.calibration]}
+    for name in names:
+        given = {key: data.get(key, value) for key, value in WAYS[name].items()}
         converted = rmfx.remove_residuals(case.model, example, **given)
         rows = rmfx.report(converted).rows
         ways = ", ".join(sorted({str(row.strategy or "refused") for row in rows}))
@@ -190,11 +190,11 @@ def forms(case: Case) -> dict[str, tuple[str, nn.Module | None]]:
 
 
 @torch.no_grad()
-def rows_of(name: str) -> Iterator[dict[str, Any]]:
-    """One network: a row for each way and quantiser."""
+def rows_of(name: str, ways_asked: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """One network: a row for the original, and each way, by each quantiser."""
     case = CASES[name]()
     expected = answers(case.model, case.images)
-    for form, (ways, network) in forms(case).items():
+    for form, (ways, network) in forms(case, ways_asked).items():
         row: dict[str, Any] = {"network": name, "activation": form, "carries pass by": ways}
         if network is None:
             yield row
@@ -226,17 +226,20 @@ def lost(rows: Iterable[dict[str, Any]]) -> float:
         if "int8 %" in row
         for form in row["activation"].split("; ")
     }
-    return max(at - found[(n, q, "original")] for (n, q, f), at in found.items() if f == "relu")
+    beyond = (at - found[(n, q, "original")] for (n, q, f), at in found.items() if f == "relu")
+    return max(beyond, default=0.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns 1 if the limit is exceeded, 2 without the weights."""
     made = parser(str(__doc__))
     made.add_argument("--networks", default=",".join(CASES), help="default: %(default)s")
+    made.add_argument("--ways", default=";".join(WAYS), help="default: %(default)s")
     options = made.parse_args(arguments)
     logging.getLogger("nncf").setLevel(logging.ERROR)
     try:
-        rows = [row for name in options.networks.split(",") for row in rows_of(name)]
+        names, ways = options.networks.split(","), options.ways.split(";")
+        rows = [row for name in names for row in rows_of(name, ways)]
     except _weights.MissingWeightsError as error:
         print(error, file=sys.stderr)
         return 2

@@ -36,6 +36,7 @@ WAYS = {
     "masked": "a mask lets it by",
     "linear": "there is none to pass",
 }
+DEAR = 8.0  # times the multiply-adds, above which a report says so in words
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class SiteReport:
             they do so only within the range of the calibration data, widened by its own width on
             both sides.
         gain: the largest factor, up or down, by which a carry is multiplied on the way, or its
-            offset over its own size; None where nothing was rewritten.
+            offset over its own size; None where nothing was rewritten. The 4 by which
+            "double-relu" multiplies the branch is not counted.
         bits: how many of the type's bits its sums cost a carry, beside one rounding or a few.
         layout: which of several exact arrangements it is, some of `LAYOUTS` among its words, and
             what the next best one would cost.
@@ -211,6 +213,14 @@ class Report:
         return sum(row.status == "kept" for row in self.rows)
 
     @property
+    def times(self) -> float | None:
+        """Multiply-adds of the removed sites, after over before; None where they are not known."""
+        removed = [row for row in self.rows if row.status == "removed"]
+        before = sum(row.macs_before or 0 for row in removed)
+        after = sum(row.macs_after or 0 for row in removed)
+        return after / before if before and after else None
+
+    @property
     def adds_left(self) -> int:
         """Additions of two tensors that are still in the graph."""
         return len(self.rows) - self.removed
@@ -241,7 +251,19 @@ class Report:
             return "no residual connections: the graph adds no two tensors"
         total = f"{self.removed} of {len(self.rows)} residual connections removed"
         total += f", {self.kept} kept by choice" if self.kept else ""
-        return f"{table(self.rows, _COLUMNS)}\n{legend(self.rows)}\n{total}"
+        return f"{table(self.rows, _COLUMNS)}\n{legend(self.rows)}\n{total}{self._dearness()}"
+
+    def _dearness(self) -> str:
+        """What is said where a conversion costs many times what was there."""
+        if self.times is None or self.times < DEAR:
+            return ""
+        told = f"; their sites take {self.times:.1f} times the multiply-adds"
+        if any(row.strategy == "odd-pair" for row in self.rows):
+            told += (
+                ": a depthwise layer between two activations has to put an odd pair together, and"
+                " becomes a whole one; activation='auto' takes no pairs"
+            )
+        return told
 
 
 def legend(rows: Sequence[SiteReport]) -> str:

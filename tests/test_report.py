@@ -91,6 +91,22 @@ def test_table_has_a_line_for_every_site_and_a_sum() -> None:
     assert max(len(line) for line in lines) < 220
 
 
+def test_the_table_says_where_a_conversion_is_dear_and_what_is_cheaper() -> None:
+    act, depthwise = nn.SiLU(), conv(192, 192, groups=192)
+    body = chain(conv(32, 192, 1), act, depthwise, act, conv(192, 32, 1))
+    model, x = ready(Residual(body)), image(1, 32, 5, 4)
+    dear = rmfx.report(rmfx.remove_residuals(model, x, activation="relu"))
+    (row,) = dear.rows
+    assert row.macs_before is not None
+    assert dear.times == (row.macs_after or 0) / row.macs_before > 8
+    cheap = rmfx.report(rmfx.remove_residuals(model, x))
+    assert "times the multiply-adds" not in str(cheap)
+    assert rmfx.report(rmfx.remove_residuals(model)).times is None
+    told = f"1 of 1 residual connections removed; their sites take {dear.times:.1f} times the mult"
+    assert told in str(dear)
+    assert "activation='auto' takes no pairs" in str(dear)
+
+
 def test_the_table_tells_gain_and_bits() -> None:
     slope = nn.LeakyReLU(-0.75)
     model = ready(chain(Residual(conv_branch(slope)), Residual(nn.MaxPool2d(3, 1, 1))))

@@ -132,13 +132,11 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         " that of the file, or of the model's weights)"
     )
     add("--input-dtype", metavar="TYPE", action="append", choices=_INPUT_DTYPES, help=text)
-    add(
-        "--activation",
-        default="auto",
-        metavar="WAYS",
-        type=_parse_ways,
-        help=f"how carries pass activations: auto, relu, or some of {','.join(STRATEGIES)} (auto)",
+    text = (
+        f"how carries pass activations: auto, relu, or some of {','.join(STRATEGIES)};"
+        " relu multiplies none by more than 16, relu,scale by any number (auto)"
     )
+    add("--activation", default="auto", metavar="WAYS", type=_parse_ways, help=text)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -1,12 +1,18 @@
 """A clamp on the main block as two ReLU in a row.
 
-    clamp(x, a, b) = a + relu((b − a) − relu(b − x))
+    clamp(x, a, b) = a + relu(s·(b − a) − s·relu(b − x)) / s
 
 A clamp takes from a carry what lies outside its bounds, and a carry scaled into them has few bits
 left in int8. ReLU takes only what is negative. So every clamp of a plan becomes ReLU, a depthwise
 1x1 layer with a Dirac tap beside it, and ReLU; b − x goes into the layer before, a into the layer
 behind. Both sums are of the size of b − a however large x is, so rounding costs as much as it
 costs the clamp's own largest value: log₂ max(|a|, |b|, b − a) bits of values of the size of 1.
+
+s is for int8, which gives both blocks one scale. A carry that needs this way may be far larger
+than b − a; how much larger, only data tell. With s = 1 a carry of 16 times the clamp would leave it
+4 of 8 bits; with s = √16 neither block loses more than 2 bits, however large the carry is up to
+that. Floating point does not mind a power of two. s stays 1 where no linear layer directly behind
+divides by it, and in float16, where small weights have no digits left to divide.
 
 Left as it is, too: a clamp whose bounds are so large that the type does not afford these bits.
 
@@ -26,7 +32,7 @@ from torch import nn
 
 from rmfx.algebra.activation import Activation
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.digits import affords
+from rmfx.algebra.digits import SMALL_GAIN, SMALLEST_SCALE, affords
 from rmfx.algebra.products import compose
 from rmfx.errors import Refusal
 
@@ -35,6 +41,7 @@ from .column import Column
 from .columns import Linear, Pointwise
 
 RELU = Activation(nn.ReLU())
+RAISED = math.sqrt(SMALL_GAIN)  # a power of two
 
 
 def without_clamps(plan: Plan, dtype: torch.dtype) -> Plan | None:
@@ -75,22 +82,31 @@ def _replaced(columns: Sequence[Column], dtype: torch.dtype) -> Sequence[Column]
     if not affords(dtype, _bits(low, high)):
         return columns
     turned = compose(_affine(before.main, -1.0, high), before.main)
-    if low:
-        if clamp.taps or not isinstance(behind, Linear):
-            return columns
-        raised = compose(behind.main, _affine(before.main, 1.0, low))
-        if isinstance(raised, Refusal):
-            return columns
-        behind = replace(behind, main=raised)
-    if isinstance(turned, Refusal):
+    s = _room(clamp, behind, dtype)
+    read = _reading(behind, _affine(before.main, 1 / s, low)) if s > 1 or low else behind
+    if isinstance(turned, Refusal) or read is None or (low and clamp.taps):
         return columns
     device = before.carry.weight.device
     again = Linear(
-        main=_affine(before.main, -1.0, high - low),
+        main=_affine(before.main, -s, s * (high - low)),
         carry=AffineConv.identity(before.carry.out_channels, before.main.dims, device=device),
     )
     relu = replace(clamp, main=RELU, steps=(), taps=())
-    return [replace(before, main=turned), relu, again, replace(clamp, main=RELU), behind]
+    return [replace(before, main=turned), relu, again, replace(clamp, main=RELU), read]
+
+
+def _room(clamp: Column, behind: Column, dtype: torch.dtype) -> float:
+    """How many times its size a clamp's result may have, which the column behind divides by."""
+    divides = isinstance(behind, Linear) and not clamp.taps
+    return RAISED if divides and torch.finfo(dtype).tiny < SMALLEST_SCALE else 1.0
+
+
+def _reading(behind: Column, inner: AffineConv) -> Column | None:
+    """A column that first applies a layer to its main block; None if it cannot."""
+    if not isinstance(behind, Linear):
+        return None
+    main = compose(behind.main, inner)
+    return None if isinstance(main, Refusal) else replace(behind, main=main)
 
 
 def _affine(like: AffineConv, factor: float, shift: float) -> AffineConv:

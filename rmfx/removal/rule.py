@@ -31,7 +31,7 @@ from .policy import Policy, reason_to_keep
 from .rows import row_of_match, row_of_refusal, with_expense
 from .side_tensors import Share, tap
 from .site import Site, find_sites
-from .strategy import AUTO, Settled, is_large, settle
+from .strategy import AUTO, Settled, settle
 
 Option = tuple[Site, Settled, Sequence[Plan]]  # and every plan of the site
 Arrange = Callable[[Site], list[Plan] | Refusal]
@@ -86,7 +86,7 @@ class ResidualRule:
         options = [option for option in found if not isinstance(option, Refusal)]
         if not options:
             return next(option for option in found if isinstance(option, Refusal))
-        site, settled, plans_of_site = min(options, key=self._dearness)
+        site, settled, plans_of_site = min(options, key=lambda option: option[1].price)
         row = row_of_match(net, site, settled, _old(site, settled))
         row = replace(row, layout=_compared(settled.plan, plans_of_site))
         kept = reason_to_keep(self._policy, net, site, row, self._both_forms)
@@ -102,10 +102,6 @@ class ResidualRule:
             net, ResidualRule(Ranges(net), fold_batch_norm=self._fold, arrange=self._arrange)
         )
         return Net(source).finish(), net.finish()
-
-    def _dearness(self, option: Option) -> tuple[bool, float]:
-        settled = option[1]
-        return is_large(settled, self._allowed), settled.price
 
     def _options(self, site: Site) -> Iterator[Option | Refusal]:
         """Every way to rewrite a site."""
@@ -125,8 +121,7 @@ class ResidualRule:
             if isinstance(settled, Refusal):
                 yield settled
                 continue
-            if not is_large(settled, self._allowed):
-                best = min(best, settled.price)
+            best = min(best, settled.price)
             yield site, settled, found
 
     def rewrite(self, net: Net, node: fx.Node, match: Match) -> None:

@@ -7,7 +7,8 @@
     odd-pair     x travels as [x; −x], because act(x) − act(−x) = κ·x: twice the channels
     shift        scaled and shifted, its range lies there: costs the rounding of a sum
     double-relu  a clamp between a and b is written as a + relu((b − a) − relu(b − x)), which the
-                 carry passes by the ways above: costs the rounding of that sum, in the main block
+                 carry passes by the ways above: costs the rounding of that sum, in the main block,
+                 which stands at four times its size beside the carry
     masked       `where(carry, x, act(x))`: bit for bit
 
 A *code* is what the carry is written as between two linear layers: the layer before encodes it, the
@@ -20,12 +21,14 @@ that costs little, else with the range of the data and as much again on both sid
 the result is wrong.
 
 No way is chosen that the type has no digits for: see `algebra/digits.py`. Who asks for "relu"
-quantises, so there a way of a small gain comes before a simpler one of a large gain.
+may quantise, so there no way of a large gain is chosen, unless one that multiplies is named beside
+"relu".
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,8 +69,9 @@ from .target import TIME, Target
 AUTO = ("identity", "scale", "per-channel", "masked")
 
 
-# Those that need no activation but the network's own, and ReLU.
+# Those that need no activation but the network's own, and ReLU; and those that multiply.
 SAME_ACTIVATION = ("identity", "scale", "odd-pair", "shift", "double-relu")
+MULTIPLYING = {"scale", "odd-pair", "shift"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +98,7 @@ class Settled:
 
 
 def allowed_ways(activation: str | Collection[str], target: Target = TIME) -> Collection[str]:
-    """The strategies that an option allows.
+    """The strategies that an option allows; "relu" stays among them where gains must be small.
 
     Args:
         target: may count what an activation costs that differs between channels: an odd pair needs
@@ -112,7 +116,10 @@ def allowed_ways(activation: str | Collection[str], target: Target = TIME) -> Co
             f"{', '.join(STRATEGIES)}"
         )
     chosen = {*names}
-    return chosen | {*SAME_ACTIVATION} if "relu" in chosen else chosen
+    if "relu" not in chosen:
+        return chosen
+    any_gain = {"relu"} if chosen & MULTIPLYING else set()
+    return (chosen | {*SAME_ACTIVATION}) - any_gain
 
 
 def settle(
@@ -124,7 +131,7 @@ def settle(
     is taken: with them, or with odd pairs.
 
     Args:
-        allowed: names of `STRATEGIES`; with "relu" among them a small gain comes first.
+        allowed: names of `STRATEGIES`; with "relu" among them gains must be small.
         dtype: of the values.
     """
     if plan.target.beyond:
@@ -142,13 +149,13 @@ def _simplest(
 ) -> Settled | Refusal:
     """The same by the simplest strategies, whatever they cost."""
     own = _settle(plan, ranges, allowed, dtype)
-    if "double-relu" not in allowed or _is_good(own, allowed):
+    if "double-relu" not in allowed or _is_right(own):
         return own
     other = without_clamps(plan, dtype)
     if other is None:
         return own
     found = _settle(other, ranges, {"identity", *allowed}, dtype)
-    if isinstance(found, Refusal) or not (isinstance(own, Refusal) or _is_good(found, allowed)):
+    if isinstance(found, Refusal) or not (isinstance(own, Refusal) or _is_right(found)):
         return own
     return replace(
         found,
@@ -158,16 +165,9 @@ def _simplest(
     )
 
 
-def is_large(settled: Settled, allowed: Collection[str]) -> bool:
-    """Whether a gain is more than whoever quantises can do with."""
-    return "relu" in allowed and settled.gain > SMALL_GAIN
-
-
-def _is_good(found: Settled | Refusal, allowed: Collection[str]) -> bool:
-    """Whether there is a way that is right for all values, without a large gain."""
-    if isinstance(found, Refusal) or found.exactness == "calibrated range":
-        return False
-    return not is_large(found, allowed)
+def _is_right(found: Settled | Refusal) -> bool:
+    """Whether there is a way that is right for all values."""
+    return isinstance(found, Settled) and found.exactness != EXACTNESS[-1]
 
 
 def _settle(
@@ -177,7 +177,7 @@ def _settle(
     columns, used = list(plan.columns), list[Way]()
     for stretch in _stretches(columns):
         options = _options(columns, stretch, ranges, allowed, (dtype, plan.target))
-        best = _best(options, allowed)
+        best = _best(options, {*allowed})
         if isinstance(best, Refusal):
             return best
         for i, column in best.columns.items():
@@ -206,21 +206,27 @@ def _exactness_of_rest(plan: Plan, dtype: torch.dtype) -> str:
     return exactness_of_taps(dtype)
 
 
-def _best(options: Iterator[Way | Refusal], allowed: Collection[str]) -> Way | Refusal:
-    """The simplest of those allowed, where it counts with a small gain; options: see `_options`."""
+def _best(options: Iterator[Way | Refusal], allowed: Set[str]) -> Way | Refusal:
+    """The simplest of those allowed; options: see `_options`."""
     first = next(options)
     if isinstance(first, Way) and first.names == {"identity"} and "identity" in allowed:
         return first  # nothing is simpler
     all_of_them = [first, *options]
     found = [one for one in all_of_them if isinstance(one, Way)]
-    fits = [one for one in found if one.names <= {*allowed}]
-    if fits:
-        small = [one for one in fits if one.gain <= SMALL_GAIN] if "relu" in allowed else []
-        return min(small or fits, key=lambda one: ORDER(one.name))
-    needed = max(found[0].names - {*allowed}, key=ORDER)
-    reason = f"it needs the strategy {needed!r}, which the option activation excludes; allow it"
-    lacking = [one.reason for one in all_of_them if isinstance(one, Refusal)]
-    return Refusal("; ".join([reason, *lacking]))
+    most = SMALL_GAIN if "relu" in allowed else math.inf
+    fits = [one for one in found if one.names <= allowed]
+    small = [one for one in fits if one.gain <= most]
+    if small:
+        return min(small, key=lambda one: ORDER(one.name))
+    needed = max(found[0].names - allowed, key=ORDER)
+    reasons = [f"it needs the strategy {needed!r}, which the option activation excludes; allow it"]
+    reasons += [
+        f"or name {one.name!r} beside 'relu', which alone takes a gain of {most:g} at most, here"
+        f" {one.gain:.3g}: floating point does not mind, int8 does"
+        for one in fits
+    ]
+    reasons += [one.reason for one in all_of_them if isinstance(one, Refusal)]
+    return Refusal("; ".join(reasons))
 
 
 def _stretches(columns: Sequence[Column]) -> Iterator[Stretch]:

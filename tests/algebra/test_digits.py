@@ -335,7 +335,7 @@ def test_sums_of_weights_and_batch_norms_on_the_carry_round() -> None:
     assert exactness(normalised, fold_batch_norm=False) == "rounding"
 
 
-# ---- whoever asks for "relu" quantises ----------------------------------------------------------
+# ---- whoever asks for "relu" may quantise -------------------------------------------------------
 
 
 def wide(act: nn.Module, *, signed: bool = False) -> Any:
@@ -358,6 +358,25 @@ def test_relu_takes_two_relu_rather_than_a_large_gain(signed: bool) -> None:
     (row,) = rmfx.report(gm).rows
     assert row.strategy == ("odd-pair" if signed else "scale")
     assert row.gain == 2**11
+
+
+def test_relu_takes_no_large_gain_unless_a_way_that_multiplies_is_named() -> None:
+    # A raised clamp is not two ReLU before a padding.
+    model = wide(nn.Hardtanh(-2, 6), signed=True)
+    row = rmfx.report(rmfx.remove_residuals(model, image(), activation="relu")).rows[0]
+    assert row.status == "refused"
+    assert "name 'scale' beside 'relu'" in row.reason
+    assert "16 at most, here 8.19e+03" in row.reason
+    for beside in ("scale", "odd-pair"):
+        gm = assert_removed(model, image(), activation=("relu", beside), strategy="scale")
+        assert rmfx.report(gm).rows[0].gain == 2**13
+    gm = rmfx.remove_residuals(model, image(), activation=("relu", "masked"))
+    assert rmfx.report(gm).rows[0].strategy == "masked"
+
+
+def test_with_any_gain_allowed_the_simplest_way_comes_first() -> None:
+    gm = assert_removed(wide(nn.ReLU6()), image(), activation=("relu", "scale"), strategy="scale")
+    assert types(gm).count("ReLU6") == 2
 
 
 def test_relu_takes_a_simpler_way_of_a_small_gain() -> None:
@@ -418,6 +437,53 @@ def test_a_raised_clamp_before_a_padding_is_left() -> None:
 
     assert removed(0.0)
     assert not removed(-0.5)  # for a pair its ends differ, and padding would read 0.5
+
+
+def test_a_clamp_stands_at_four_times_its_size_beside_a_carry() -> None:
+    seen = list[Tensor]()
+    model = wide(nn.ReLU6(), signed=True)
+    for layer in (0, 2):
+        model[1].branch[layer].weight.data *= 100  # so that there are values beyond the clamp
+    gm = assert_removed(model, image(), activation="relu", strategy="double-relu")
+    for act in (m for m in gm.modules() if isinstance(m, nn.ReLU)):
+        act.register_forward_hook(lambda _, __, y: seen.append(y[:, :8].detach()))
+    gm(image())
+    _, first, _, second = (float(y.max()) for y in seen)
+    assert (first, second) == (24, 24)
+
+
+def test_two_relu_have_the_gradient_of_their_clamp() -> None:
+    model = wide(nn.ReLU6()).requires_grad_(True)
+    gm = rmfx.remove_residuals(model, image(), activation="relu", differentiable=True)
+    assert rmfx.report(gm).rows[0].strategy == "double-relu"
+    weight = model[1].branch[0].weight
+    found, expected = (torch.autograd.grad(m(image()).sum(), weight)[0] for m in (gm, model))
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_relu_in_any_type(dtype: torch.dtype) -> None:
+    model, x = wide(nn.Hardtanh(0, 2)).to(dtype), image(dtype=dtype)
+    gm = rmfx.remove_residuals(model, x, activation="relu")
+    assert rmfx.report(gm).rows[0].strategy == "double-relu"
+    taps = gm.get_submodule("1.merge_1").weight.unique().tolist()
+    assert taps == ([-1, 1] if dtype == torch.float16 else [-4, 1])
+
+
+def test_a_clamp_that_others_read_keeps_its_size() -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.act = conv(), conv(), conv(), nn.ReLU6()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.act(self.a(x))
+            return (x + self.b(y)) * 2 + self.c(y)
+
+    model = ready(Read())
+    gm = rmfx.remove_residuals(model, image(), activation=("odd-pair", "double-relu"))
+    assert rmfx.report(gm).rows[0].strategy == "double-relu"
+    assert_equivalent(model, gm, 3 * image(1, 4, 6, 11), tolerance=1e-10)
 
 
 def test_a_clamp_is_left_where_others_read_what_comes_before_it() -> None:

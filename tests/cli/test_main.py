@@ -81,6 +81,14 @@ class Clamped(nn.Module):
         return x + self.last(nn.functional.relu6(self.first(x)))  # type: ignore[no-any-return]
 
 
+class Raised(Clamped):
+    """The same around a clamp that lets some negative values pass, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.hardtanh(self.first(x), -2, 6)
+        return x + self.last(y)  # type: ignore[no-any-return]
+
+
 def photos() -> list[tuple[Tensor, Tensor]]:
     """Batches of pictures with values between 10 and 20."""
     generator = torch.Generator().manual_seed(0)
@@ -150,6 +158,16 @@ def test_a_negative_range_is_no_option(capsys: pytest.CaptureFixture[str]) -> No
     asked = ("nets:Clamped", "--input-shape=1,1,8,8", "--activation", "identity")
     found = run_json(capsys, "report", *asked, "--input-range", "-1", "-.5")
     assert found["report"]["refused"] == 1
+
+
+def test_relu_takes_a_large_gain_by_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("nets:Raised", "--input-shape=1,1,8,8", "--input-range", "-9000", "9000")
+    (site,) = run_json(capsys, "report", *asked, "--activation", "relu")["report"]["sites"]
+    assert site["status"] == "refused"
+    assert "name 'scale' beside 'relu'" in site["reason"]
+    found = run_json(capsys, "convert", *asked, "--activation", "relu,scale", "-o", "net.pt2")
+    (site,) = found["report"]["sites"]
+    assert (site["status"], site["strategy"], site["gain"]) == ("removed", "scale", 2**13)
 
 
 def test_calibration_measures_a_shift(capsys: pytest.CaptureFixture[str]) -> None:

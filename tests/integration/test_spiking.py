@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import patch
 
 import pytest
 import torch
-from builders import ready
+from builders import variables_of
 from torch import Tensor, nn
 
 import rmfx
@@ -17,23 +20,7 @@ from rmfx.demo import load_digits, load_model
 
 pytestmark = pytest.mark.bench
 INSTALL = "pip install 'rmfx[spiking]'"
-DRIVER = ("samna", "samnagui", *(f"samna.{chip}" for chip in ("dynapcnn", "speck2e", "speck2f")))
-
-
-class Small(nn.Module):
-    """A residual network of the layers that a chip of spiking neurons has, and one addition."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.pool1 = nn.Conv2d(1, 8, 3, padding=1), nn.AvgPool2d(2)
-        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.pool2, self.head = nn.AvgPool2d(2), nn.Linear(8 * 7 * 7, 10)
-        self.relu1, self.relu2, self.relu3, self.relu4 = (nn.ReLU() for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool1(self.relu1(self.stem(x)))
-        x = self.pool2(self.relu3(x + self.b(self.relu2(self.a(x)))))
-        return self.relu4(self.head(x.flatten(1)))  # type: ignore[no-any-return]
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "spiking.md"
 
 
 def plain_of(model: nn.Module, x: Tensor) -> nn.Sequential:
@@ -74,20 +61,33 @@ def test_spikingjelly_takes_the_plain_network_alone() -> None:
         spiking(model)
 
 
-def test_the_mapper_of_a_chip_reads_the_plain_network_alone(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The variables that the page's code leaves behind; the chip's driver never runs."""
+    pytest.importorskip("spikingjelly", reason=INSTALL)
+    pytest.importorskip("sinabs", reason=INSTALL)
+    with patch.dict(sys.modules):
+        yield variables_of(PAGE, tmp_path_factory.mktemp("spiking"))
+
+
+def test_the_code_of_the_page_runs_as_it_stands_there(page: dict[str, Any]) -> None:
+    answers = page["model"](page["shown"]).argmax(1)
+    assert torch.equal(page["spikes"].mean(1).argmax(1), answers)
+    assert torch.equal(page["rates"].argmax(1), answers[:4])
+
+
+def test_the_mapper_of_a_chip_reads_the_plain_network(page: dict[str, Any]) -> None:
+    """What sinabs checks before it talks to a DYNAP-CNN."""
+    layers = page["mapped"](plain_of(page["small"], page["image"])).dynapcnn_layers
+    assert [layer.conv_layer.out_channels for layer in layers.values()] == [8, 16, 8, 10]
+
+
+def test_the_mapper_lacks_nothing_of_the_residual_network_but_the_addition(
+    page: dict[str, Any],
 ) -> None:
-    """What sinabs checks before it talks to a DYNAP-CNN; the driver is not there."""
-    from_torch = pytest.importorskip("sinabs.from_torch", reason=INSTALL)
-    for name in (*DRIVER, *(f"{name}.configuration" for name in DRIVER[2:])):
-        monkeypatch.setitem(sys.modules, name, MagicMock())
-    dynapcnn = pytest.importorskip("sinabs.backend.dynapcnn", reason=INSTALL)
-    model, x = ready(Small(), torch.float32), torch.rand(1, 1, 28, 28)
-
-    def mapped(network: nn.Module) -> Any:
-        made = from_torch.from_model(copy.deepcopy(network), input_shape=(1, 28, 28), batch_size=1)
-        return dynapcnn.DynapcnnNetwork(made, input_shape=(1, 28, 28), discretize=False)
-
-    assert len(mapped(plain_of(model, x)).dynapcnn_layers) == 4
-    with pytest.raises((RuntimeError, ValueError)):
-        mapped(model)
+    mapped, small = page["mapped"], page["Small"]
+    assert len(mapped(small(lambda x, y: y)).dynapcnn_layers) == 4
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        mapped(small())
+    with pytest.raises(Exception, match="Invalid edge"):
+        mapped(small(importlib.import_module("sinabs.layers").Merge()))
