@@ -137,14 +137,8 @@ def test_a_column_of_the_report_is_a_field_and_a_row(tmp_path: Path) -> None:
         ),
     ]
     code = """
-        import torch, rmfx
-        class Block(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.conv = torch.nn.Conv2d(4, 4, 1)
-            def forward(self, x):
-                return x + self.conv(torch.relu(x))
-        report = rmfx.report(rmfx.remove_residuals(Block().eval()))
+        import rmfx.models
+        report = rmfx.report(rmfx.remove_residuals(rmfx.models.cifar_resnet(8).eval()))
         assert "axes" in str(report) and report.to_dict()["sites"][0]["dims"] == 2
     """
     changed(tmp_path, changes, code)

@@ -30,7 +30,7 @@ from rmfx.errors import TraceError
 REPLACED = ((builtins, "max"), (builtins, "min"), (math, "pow"))  # by torch.export
 PATIENCE = 60.0  # seconds that a trace of other code may take before a conversion gives up
 FAKES = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
-# Loaded when they are needed: with all of Dynamo, they cost half as much as torch.
+# Loaded when they are needed: to load them, with all of Dynamo, takes nearly as long as torch.
 COMPILER, EXPORTER = "torch._dynamo.convert_frame", "torch.export._trace"
 STUCK = 5.0  # seconds after which a thread that traces and waits is taken to wait for its waiters
 
