@@ -507,7 +507,7 @@ CAUSES: tuple[Cause, ...] = (
         (
             (
                 "rmfx/ir/net.py",
-                "        put_conditions(self._all_conditions(by_rank), self.graph)\n",
+                "        put_conditions(conditions, self.graph)\n",
                 "",
             ),
         ),

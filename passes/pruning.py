@@ -181,9 +181,7 @@ def prune_channels(
     net = Net(trace(model, example_inputs))
     net.sweep()
     widths = Widths(net, Channels(net), protect)
-    found = None
-    if data is not None and (responses != "none" or importance in BY_DATA):
-        found = Responses(net, widths, data, step)
+    found = _responses(net, widths, options, step)
     scores = _scores(net, widths, found, options, step)
     step("choose filters")
     meter = _meter(net, widths, found, options, step)
@@ -257,6 +255,12 @@ def _scores(
             return taylor(net, widths, data, options.loss, found.means, step)
         return activation(net, widths, found)
     return by_weight(net, widths, importance)
+
+
+def _responses(net: Net, widths: Widths, options: Options, step: Step) -> Responses | None:
+    """What channels are on data, where something depends on that."""
+    data, wanted = options.data, options.responses != "none" or options.importance in BY_DATA
+    return Responses(net, widths, data, step) if data is not None and wanted else None
 
 
 def _meter(

@@ -18,7 +18,7 @@ from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.options import count_of, is_named, number_of, patterns_of
 from rmfx.report import META_KEY
-from rmfx.rules.reserving import Block, find_blocks, let_pass
+from rmfx.rules.reserving import Branches, find_blocks, let_pass
 from rmfx.table import Column, Record, table
 
 
@@ -119,7 +119,9 @@ def reserve(
         nowhere = ": nowhere are parallel linear branches added"
         raise OptionError(f"no block reserves channels{where if rows else nowhere}")
     pairs = zip(found, rows, strict=True)
-    let_pass(net, ((b, r.reserved) for (_, b), r in pairs if isinstance(b, Block) and r.reserved))
+    let_pass(
+        net, ((b, r.reserved) for (_, b), r in pairs if isinstance(b, Branches) and r.reserved)
+    )
     gm = net.finish()
     gm.meta.pop(META_KEY, None)  # it names additions of before
     return gm, report
@@ -127,7 +129,7 @@ def reserve(
 
 def _rows(
     net: Net,
-    found: Iterable[tuple[fx.Node, Block | Refusal]],
+    found: Iterable[tuple[fx.Node, Branches | Refusal]],
     ratio: float,
     every: int,
     blocks: Sequence[str],

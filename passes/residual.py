@@ -23,8 +23,8 @@ operations share; layers that are shared, tied, hooked or parametrized.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from functools import partial
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -42,7 +42,7 @@ from rmfx.options import check_choice
 from rmfx.oracle.verification import Domain, checked
 from rmfx.removal.differentiable import linked
 from rmfx.removal.policy import Policy, check_policy
-from rmfx.removal.remove import CalibrationData, is_calibrated, remove
+from rmfx.removal.remove import CalibrationData, Options, is_calibrated, remove
 from rmfx.removal.rule import ResidualRule
 from rmfx.removal.strategy import allowed_ways
 from rmfx.removal.target import BY_NAME
@@ -137,26 +137,26 @@ def remove_residuals(
         ['Conv2d', 'PReLU', 'Conv2d']
     """
     check_choice("minimise", minimise, TARGETS)
-    allowed = allowed_ways(activation, BY_NAME[minimise])
     check_range(input_range)
     check_policy(policy)
-    source = trace(model, example_inputs, fold=not differentiable)
-    batches = CalibrationData(calibration) if calibration is not None else None
-    rewrite = partial(
-        remove,
+    options = Options(
         strict=strict,
-        allowed=allowed,
+        allowed=allowed_ways(activation, BY_NAME[minimise]),
         input_range=input_range,
+        fold_batch_norm=fold_batch_norm,
+        weights_vary=differentiable,
         policy=policy,
         minimise=minimise,
     )
+    source = trace(model, example_inputs, fold=not differentiable)
+    batches = CalibrationData(calibration) if calibration is not None else None
     if differentiable:
         _check_differentiable(source, fold_batch_norm=fold_batch_norm)
-        converted = _differentiable(model, source, partial(rewrite, weights_vary=True))
+        converted = _differentiable(model, source, options)
         if verify and example_inputs is not None:
             source = trace(model, example_inputs)  # whose names the report has
     else:
-        converted = rewrite(source, fold_batch_norm=fold_batch_norm, calibration=batches)
+        converted = remove(source, replace(options, calibration=batches))
     seen = batches.first if batches is not None and is_calibrated(converted) else ()
     return checked(
         "remove_residuals",
@@ -187,14 +187,12 @@ def _check_differentiable(source: fx.GraphModule, *, fold_batch_norm: bool) -> N
         )
 
 
-def _differentiable(
-    model: Any, source: fx.GraphModule, rewrite: Callable[[fx.GraphModule], fx.GraphModule]
-) -> fx.GraphModule:
+def _differentiable(model: Any, source: fx.GraphModule, options: Options) -> fx.GraphModule:
     """The rewritten network, its weights as functions of the model's."""
 
     def convert(generic: fx.GraphModule) -> fx.GraphModule:
         canonicalise_again(generic)
-        return rewrite(generic)
+        return remove(generic, options)
 
     lifted = find_lifted(model) if isinstance(model, fx.GraphModule) else ()
     return linked(source, convert, lifted)

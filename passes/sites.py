@@ -38,7 +38,7 @@ from rmfx.ir.undisturbed import undisturbed
 from rmfx.options import number_of
 from rmfx.oracle.verification import Domain, checked
 from rmfx.removal.cut_out import cut_out, looks
-from rmfx.removal.remove import is_calibrated, remove
+from rmfx.removal.remove import Options, is_calibrated, remove
 from rmfx.removal.shortcuts import Candidate, branch_alone, candidates_of, without
 from rmfx.report import META_KEY
 from rmfx.rules.batch_norm import fold
@@ -204,9 +204,8 @@ def _with_choices(
         gm = _reestimated(without(source, by_choice["cut"]), batches)
     names = {candidate.site.join.name for candidate in by_choice["open"]}
     traced, data = trace(gm, example_inputs), [inputs for inputs, _ in batches]
-    opened = remove(
-        traced, fold_batch_norm=False, calibration=data, policy=lambda row: row.join in names
-    )
+    options = Options(fold_batch_norm=False, calibration=data, policy=lambda row: row.join in names)
+    opened = remove(traced, options)
     seen = data[:1] if is_calibrated(opened) else []
     domain = Domain(batches=seen)
     checked("choose_sites", gm, traced, opened, example_inputs, domain=domain, reports=True)
@@ -234,7 +233,7 @@ def _measure(
     graph, inputs = alone
     forms: dict[str, fx.GraphModule] = {"keep": _folded(graph, inputs)}
     if "open" in choices:
-        opened = remove(trace(graph, inputs))
+        opened = remove(trace(graph, inputs), Options())
         forms |= {"open": opened} if opened.meta[META_KEY].removed else {}
     loss_cut = None
     if candidate.main is not None:

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from importlib import resources
 from pathlib import Path
 
@@ -117,6 +118,19 @@ def test_starting_the_command_loads_no_torch() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert not re.search(r"\| +torch\n", done.stderr)
         assert "rmfx" in done.stdout
+
+
+def test_a_graph_is_converted_without_loading_the_compiler() -> None:
+    code = """
+        import sys, torch, rmfx.models
+        for name in rmfx.__all__:
+            getattr(rmfx, name)
+        model = rmfx.models.cifar_resnet(8).eval()
+        for given in (model, torch.fx.symbolic_trace(model)):
+            assert rmfx.report(rmfx.remove_residuals(given)).removed == 3
+        assert "torch._dynamo" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 def test_no_global_package_is_called_passes(tmp_path: Path) -> None:

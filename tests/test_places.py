@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +22,22 @@ from rmfx.frontend.calls import CALLS
 from rmfx.ir.kinds import NEUTRAL
 from rmfx.passes.pruning import METERS
 from rmfx.timing.runtimes import RUNTIMES
+
+ROOT = Path(__file__).resolve().parents[1]
+Change = tuple[str, str, str]  # a file, some text of it, and what comes to stand there
+
+
+def changed(folder: Path, changes: list[Change], code: str) -> None:
+    """Run some code in a copy of rmfx with a few places of it changed."""
+    for name in ("rmfx", "passes"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, before, after in changes:
+        text = (folder / file).read_text()
+        assert text.count(before) == 1, (file, before)
+        (folder / file).write_text(text.replace(before, after))
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def removed(model: nn.Module) -> bool:
@@ -58,3 +79,71 @@ def test_what_may_be_chosen_is_what_there_is() -> None:
     assert tuple(RUNTIMES) == choices.RUNTIMES
     assert (*METERS, "latency") == choices.COSTS
     assert [fuzz.load_pass(name).__name__ for name in choices.PASSES] == list(choices.PASSES)
+
+
+def test_a_runtime_is_a_word_and_a_row(tmp_path: Path) -> None:
+    changes = [
+        ("rmfx/choices.py", '"openvino")', '"openvino", "traced")'),
+        (
+            "rmfx/timing/runtimes.py",
+            "RUNTIMES = {\n",
+            textwrap.dedent("""\
+                def _traced(form: Form, threads: int) -> Run:
+                    made = torch.jit.trace(form.gm, form.inputs)
+                    return lambda: made(*form.inputs)
+
+
+                RUNTIMES = {
+                    "traced": Runtime(_traced),
+                """),
+        ),
+    ]
+    code = """
+        import torch, rmfx
+        from rmfx.timing.speed import Settings
+        model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)).eval(), torch.ones(1, 3, 4, 4)
+        fast = rmfx.optimize(model, x, runtime="traced", threads=1, rounds=1, seconds=0.0)
+        assert rmfx.remove_residuals(fast, x, minimise="traced")
+        assert Settings(("traced",))
+    """
+    changed(tmp_path, changes, code)
+
+
+def test_a_kind_of_file_is_a_row(tmp_path: Path) -> None:
+    changes = [
+        (
+            "rmfx/files/formats.py",
+            '    ".pt2": Format(_write_program, _read_program),',
+            '    ".program": Format(_write_program, _read_program),\n'
+            '    ".pt2": Format(_write_program, _read_program),',
+        )
+    ]
+    code = """
+        import pathlib, torch
+        from rmfx.files.saving import save
+        gm = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)).eval())
+        assert save(gm, pathlib.Path("net.program"), (torch.ones(1, 3, 4, 4),)).error == 0
+    """
+    changed(tmp_path, changes, code)
+
+
+def test_a_column_of_the_report_is_a_field_and_a_row(tmp_path: Path) -> None:
+    changes = [
+        ("rmfx/report.py", "    carry: int = 0\n", "    carry: int = 0\n    dims: int = 0\n"),
+        (
+            "rmfx/report.py",
+            "    *(*HEAD, SIZE, GAIN, CARRY),\n",
+            '    *(*HEAD, SIZE, GAIN, CARRY),\n    Column("axes", "dims"),\n',
+        ),
+        (
+            "rmfx/removal/rows.py",
+            "        carry=max(carries, default=0),\n",
+            "        carry=max(carries, default=0),\n        dims=site.dims,\n",
+        ),
+    ]
+    code = """
+        import rmfx.models
+        report = rmfx.report(rmfx.remove_residuals(rmfx.models.cifar_resnet(8).eval()))
+        assert "axes" in str(report) and report.to_dict()["sites"][0]["dims"] == 2
+    """
+    changed(tmp_path, changes, code)

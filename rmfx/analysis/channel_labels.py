@@ -39,9 +39,9 @@ from rmfx.modules.factors import Elementwise
 
 from .labels import (
     FIXED,
-    Cut,
+    Edges,
+    Labelled,
     Labels,
-    Layer,
     Table,
     Union,
     carries_of,
@@ -73,9 +73,9 @@ class Channels:
         self._union = Union()
         self._constants: dict[str, Table] = {}
         self._uses = Counter(n.target for n in net.graph.nodes if n.op == "get_attr")
-        self.layers: list[Layer] = []
+        self.layers: list[Labelled] = []
         self.tables: list[Table] = []
-        self.cuts: list[Cut] = []
+        self.cuts: list[Edges] = []
         self.values: dict[fx.Node, Labels] = {}
         self.holders: dict[fx.Node, str] = {}
         for node in net.graph.nodes:
@@ -191,7 +191,7 @@ class Channels:
         carries = carries_of(module) if groups > 1 else torch.zeros(1, dtype=torch.bool)
         by_place = n_in // groups >= groups - int(carries.sum())
         outs = self._outputs(ins.view(groups, -1), n_out // groups, carries, by_place=by_place)
-        self.layers.append(Layer(node, module, ins, outs, carries, by_place))
+        self.layers.append(Labelled(node, module, ins, outs, carries, by_place))
         return Labels(outs, axis)
 
     def _outputs(self, ins: Tensor, n_out: int, carries: Tensor, *, by_place: bool) -> Tensor:
@@ -233,9 +233,9 @@ class Channels:
             return permuted(node, name, value, len(_shape(source)))
         return None
 
-    def _cut(self, found: Cut | Labels | None) -> Labels | None:
+    def _cut(self, found: Edges | Labels | None) -> Labels | None:
         """Behind a slice or a padding."""
-        if not isinstance(found, Cut):
+        if not isinstance(found, Edges):
             return found
         self.cuts.append(found)
         return found.behind

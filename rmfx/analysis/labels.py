@@ -34,7 +34,7 @@ class Labels:
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class Labelled:
     """A linear layer; `ins` and `outs` are the labels of what it reads and gives.
 
     Attributes:
@@ -85,7 +85,7 @@ class Table:
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class Edges:
     """A node that says where channels begin and end: a slice or a padding of channels.
 
     Attributes:
@@ -194,7 +194,7 @@ def permuted(node: fx.Node, name: str, value: Labels, rank: int) -> Labels | Non
     return Labels(value.ids, order.index(value.axis))
 
 
-def sliced(node: fx.Node, value: Labels, rank: int) -> Cut | Labels | None:
+def sliced(node: fx.Node, value: Labels, rank: int) -> Edges | Labels | None:
     """Behind a slice: the same labels, or a cut through the channels."""
     index = node.args[1]
     parts = index if isinstance(index, tuple) else (index,)
@@ -210,10 +210,10 @@ def sliced(node: fx.Node, value: Labels, rank: int) -> Cut | Labels | None:
     start, stop, _ = own.indices(value.ids.numel())
     if stop <= start:
         return None
-    return Cut(node, value.ids, value.axis, value.ids.tensor_split((start, stop)))
+    return Edges(node, value.ids, value.axis, value.ids.tensor_split((start, stop)))
 
 
-def padded(node: fx.Node, value: Labels, rank: int, union: Union) -> Cut | Labels | None:
+def padded(node: fx.Node, value: Labels, rank: int, union: Union) -> Edges | Labels | None:
     """Behind a padding: the same labels, or some more of the channels."""
     given = dict(zip(PAD_ARGUMENTS, node.args[1:], strict=False)) | node.kwargs
     amounts = given.get("pad")
@@ -227,7 +227,7 @@ def padded(node: fx.Node, value: Labels, rank: int, union: Union) -> Cut | Label
         return value
     if given.get("mode", "constant") != "constant":
         return None
-    return Cut(node, value.ids, value.axis, (union.new(before), union.new(after)))
+    return Edges(node, value.ids, value.axis, (union.new(before), union.new(after)))
 
 
 # ---- what reads sizes ----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ BATCH = "batch"  # the name of the axis
 STACK = "pkg.torch.onnx.stack_trace"  # which files of whose machine a node comes from
 
 
-def write_onnx(program: ExportedProgram, path: Path, *, free_batch: bool) -> None:
+def write_onnx(program: ExportedProgram, path: Path, free_batch: bool) -> None:
     """Write a program as an ONNX file.
 
     Equal constants are one. A batch of any size is an axis called `batch`.

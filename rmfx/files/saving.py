@@ -4,20 +4,17 @@ The file is written under its own name in a hidden folder beside its place, load
 against the original on random inputs, and only then moved to its place in one step. Whatever goes
 wrong before that step, an interruption included, leaves the place as it was.
 
-`.pt2` is `torch.export`'s format; `.onnx` needs the packages onnx, onnxscript and onnxruntime.
+The kinds of files stand in `formats.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,18 +23,14 @@ from torch.export import Dim, ExportedProgram
 from rmfx.errors import RmfxError, VerificationError
 from rmfx.interval import Interval
 
-from .onnx_model import write_onnx
-from .source_lines import shorten_stacks
-from .trials import HALVES, Trials, default_tolerance, relative_error
+from .formats import FORMATS, Format, Function
+from .trials import Trials, default_tolerance, relative_error
 
-SUFFIXES = (".pt2", ".onnx")
-_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_ONNX_LIMIT = 2**31  # bytes: a protobuf message cannot be larger
+SUFFIXES = tuple(FORMATS)
 
 
 # What the exporter raises for a model it cannot follow (Dynamo's errors are RuntimeErrors).
 _EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
-Function = Callable[..., Any]
 
 
 class SaveError(RmfxError):
@@ -69,14 +62,13 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     """Finds out, before any work is done, whether `save` could write to `path`.
 
     Raises:
-        SaveError: another suffix than .pt2 and .onnx, no such folder, no permission, a place that
-            holds something else than a file, or packages that the format needs are missing.
+        SaveError: another suffix than those of `FORMATS`, no such folder, no permission, a place
+            that holds something else than a file, or packages that the format needs are missing.
     """
     place = check_place(path, SUFFIXES)
-    if place.suffix == ".onnx":
-        absent = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-        if absent:
-            raise SaveError(f".onnx files need more packages: pip install {' '.join(absent)}")
+    absent = FORMATS[place.suffix].missing
+    if absent:
+        raise SaveError(f"{place.suffix} files need more packages: pip install {' '.join(absent)}")
     return place
 
 
@@ -112,7 +104,7 @@ def save(
 
     Args:
         gm: a network in eval mode.
-        path: ends in .pt2 or .onnx. A file that is there already is replaced.
+        path: ends in one of `SUFFIXES`. A file that is there already is replaced.
         example_inputs: what the network takes; the first dimension of each is the batch, which the
             file leaves free if the network allows it.
         reference: what the file must compute, by default `gm` itself.
@@ -136,14 +128,16 @@ def save(
     place = check_output(path)
     original = as_function(gm if reference is None else reference)
     inputs = tuple(example_inputs)
-    if place.suffix == ".onnx" and any(x.dtype in (torch.float64, *HALVES) for x in inputs):
-        raise SaveError("onnxruntime computes convolutions in float32 only; use float32 or .pt2")
+    form = FORMATS[place.suffix]
+    types, reason = form.lacks
+    if any(x.dtype in types for x in inputs):
+        raise SaveError(f"{reason}; use float32 or .pt2")
     source = Trials(inputs, input_range, samples)
     program, free_batch = _export(gm, original, source)
     limit = default_tolerance(inputs) if tolerance is None else tolerance
     with whole_file(place) as temporary:
-        _write(program, temporary, free_batch)
-        runs, error = _verify(original, _load(temporary), source, free_batch, limit)
+        _write(form, program, temporary, free_batch)
+        runs, error = _verify(original, form.read(temporary), source, free_batch, limit)
         size = temporary.stat().st_size
     return SavedFile(place, size, free_batch, runs, error, limit)
 
@@ -213,40 +207,16 @@ def _takes_any_batch(gm: fx.GraphModule, original: Function, source: Trials) -> 
         return False
 
 
-def _write(program: ExportedProgram, path: Path, free_batch: bool) -> None:
-    if path.suffix == ".onnx":
-        size = sum(value.nbytes for value in program.state_dict.values())
-        if size >= _ONNX_LIMIT:
-            raise SaveError(
-                f"{size / 1e9:.1f} GB of weights do not fit in one .onnx file; use .pt2"
-            )
+def _write(form: Format, program: ExportedProgram, path: Path, free_batch: bool) -> None:
+    size = sum(value.nbytes for value in program.state_dict.values())
+    if form.limit is not None and size >= form.limit:
+        raise SaveError(
+            f"{size / 1e9:.1f} GB of weights do not fit in one {path.suffix} file; use .pt2"
+        )
     try:
-        if path.suffix == ".onnx":
-            write_onnx(program, path, free_batch=free_batch)
-        else:
-            # To memory first: where a disk is full, torch's own writer ends the whole process.
-            written = io.BytesIO()
-            shorten_stacks(program.graph_module)
-            torch.export.save(program, written)
-            path.write_bytes(written.getbuffer())
+        form.write(program, path, free_batch)
     except _EXPORT_ERRORS as error:
         raise SaveError(f"the network cannot be written as {path.suffix}: {error}") from error
-
-
-def _load(path: Path) -> Function:
-    """The written file as a function of tensors."""
-    if path.suffix == ".pt2":
-        return as_function(torch.export.load(path))
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
-
-    def run(*inputs: Tensor) -> list[Tensor]:
-        arrays = {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)}
-        return [torch.from_numpy(array) for array in session.run(None, arrays)]
-
-    return run
 
 
 def _verify(

@@ -20,22 +20,16 @@ from rmfx.errors import WeightError
 from rmfx.report import META_KEY, REWRITES_KEY, Report
 
 from .callees import Callees
-from .conditions import (
-    AGAIN,
-    Condition,
-    demand_sizes,
-    put_conditions,
-    put_inputs_first,
-    take_conditions,
-)
+from .conditions import Condition, put_conditions, put_inputs_first
 from .converted import ConvertedModule, as_tree, computed_tensors, copied_value, copy_graph
+from .demands import Demands
 from .elements import Virtual
 from .facts import Inference
 from .memo import succeed
 from .nodes import data_input, must_stay
 from .notes import OF_VALUE, ORIGIN, forget, notes_of, set_shape, shape_of, why_frozen
 from .open_sizes import OpenSizes
-from .ranks import BY_RANK, assumed_ranks, demand_assumed, demand_ranks, ignores_rank
+from .ranks import BY_RANK, assumed_ranks, demand_assumed, ignores_rank
 
 
 class Analysis(Protocol):
@@ -61,7 +55,8 @@ class Net:
         self.source = gm
         self.graph = copy_graph(gm)
         before = dict(zip(self.graph.nodes, gm.graph.nodes, strict=True))
-        self._given = take_conditions(self.graph)
+        self._demands = Demands(self.graph)
+        self.demand = self._demands.add
         self._before = {node.name: before[node] for node in self.graph.nodes}
         self._callees = Callees(gm, self.graph)
         self.module = self._callees.module
@@ -81,8 +76,6 @@ class Net:
         self.is_real = self._inference.is_real
         self._analyses: dict[type[Analysis], Analysis] = {}
         self._open = OpenSizes(gm)
-        self._sizes_of_inputs: dict[str, dict[int, int]] = {}
-        self._conditions: dict[Condition, None] = {}
         self.resized = False
         self.rewrites: Counter[str] = Counter(gm.meta.get(REWRITES_KEY))
 
@@ -123,10 +116,6 @@ class Net:
             found = self._analyses[kind] = make()
         return found  # type: ignore[return-value]
 
-    def demand(self, conditions: Iterable[Condition]) -> None:
-        """Let the result demand something of its inputs."""
-        self._conditions.update(dict.fromkeys(conditions))
-
     def fix_channels(self, node: fx.Node, dims: int) -> None:
         """Take note that weights are about to be made for a value's number of channels.
 
@@ -136,14 +125,14 @@ class Net:
         if name is not None and rank is not None:
             axis = 1 if dims else rank - 1
             for x, sizes in self._open.sizes_of_inputs(name, axis).items():
-                self._sizes_of_inputs.setdefault(x, {}).update(sizes)
+                self._demands.fix(x, sizes)
 
     def fix_sizes(self) -> None:
         """Take note that the result will hold for inputs of the example's sizes only."""
         for x in self.graph.find_nodes(op="placeholder"):
             shape = shape_of(x, ())
             sizes = {dim: size for dim, size in enumerate(shape) if dim > 1 and size is not None}
-            self._sizes_of_inputs.setdefault(x.name, {}).update(sizes)
+            self._demands.fix(x.name, sizes)
 
     # ---- writing ----------------------------------------------------------------------------
 
@@ -276,9 +265,11 @@ class Net:
                 root[target] = copy.deepcopy(module, memo)
         put_inputs_first(self.graph)
         by_rank = not all(self._ignores_rank(node, root) for node in rewritten)
-        if by_rank or self.source.meta.get(BY_RANK):
+        by_rank = by_rank or bool(self.source.meta.get(BY_RANK))
+        if by_rank:
             demand_assumed(self.graph, assumed)
-        put_conditions(self._all_conditions(by_rank), self.graph)
+        conditions = self._demands.write(self.rank, by_rank=by_rank)
+        put_conditions(conditions, self.graph)
         gm = ConvertedModule(as_tree(root), self.graph, type(self.source).__name__)
         gm.graph.lint()
         gm.meta = {**self.source.meta, **self._carried_report(), **(meta or {})}
@@ -319,23 +310,6 @@ class Net:
             module = self.source.get_submodule(target) if of_source else root[target]
         constants = {n: self.attribute(n) for n in node.all_input_nodes if n.op == "get_attr"}
         return ignores_rank(node, module, constants)
-
-    def _all_conditions(self, by_rank: bool) -> fx.Graph:
-        """The conditions of the source, and those that the rewrites have added."""
-        inputs = self.graph.find_nodes(op="placeholder")
-        places = dict(zip(inputs, self._given.find_nodes(op="placeholder"), strict=True))
-        for x, place in places.items():
-            sizes, rank = self._sizes_of_inputs.get(x.name), self.rank(x)
-            if sizes is not None and rank is not None:
-                texts = [f"{n} channels" if d == 1 else f"size {n}" for d, n in sizes.items()]
-                message = f"the network was converted for {' and '.join(texts)}; {AGAIN}"
-                whole = [sizes.get(dim) for dim in range(rank)]
-                demand_sizes(self._given, place, whole, message)
-        if by_rank or self.source.meta.get(BY_RANK):
-            demand_ranks(self._given, {node.name: self.rank(node) for node in inputs})
-        for condition in self._conditions:
-            condition.write(self._given, places)
-        return self._given
 
     def _materialise(self, node: fx.Node, root: dict[str, object]) -> None:
         target = str(node.target)

@@ -56,7 +56,7 @@ def put_in_order(start: fx.Node, end: fx.Node) -> None:
 
 def data_input(node: fx.Node) -> fx.Node:
     """The first tensor a node reads that is not a constant of the model."""
-    return next(n for n in node.all_input_nodes if n.op != "get_attr" and not gives_number(n))
+    return data_read(node)[0]
 
 
 def each(value: Any, dims: int) -> Any:
@@ -104,7 +104,7 @@ def is_tensor_node(value: object) -> bool:
 
 def input_of(node: fx.Node) -> fx.Node | None:
     """The one tensor a node reads (constants of the model aside), None if there are several."""
-    inputs = [n for n in node.all_input_nodes if n.op != "get_attr" and not gives_number(n)]
+    inputs = data_read(node)
     return inputs[0] if len(inputs) == 1 else None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import importlib
 import logging
 import math
 import sys
@@ -19,10 +20,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
-from torch._export.non_strict_utils import _override_builtin_ops
-from torch.export import _trace as exporting
 from torch.fx import _symbolic_trace as symbolic
 
 from rmfx.errors import TraceError
@@ -30,13 +30,16 @@ from rmfx.errors import TraceError
 REPLACED = ((builtins, "max"), (builtins, "min"), (math, "pow"))  # by torch.export
 PATIENCE = 60.0  # seconds that a trace of other code may take before a conversion gives up
 FAKES = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
+# Loaded when they are needed: to load them, with all of Dynamo, takes nearly as long as torch.
+COMPILER, EXPORTER = "torch._dynamo.convert_frame", "torch.export._trace"
 STUCK = 5.0  # seconds after which a thread that traces and waits is taken to wait for its waiters
 
 
 class _Turn:
     """A re-entrant lock that ends in an error where the thread that has it waits for this one.
 
-    Who has it has Dynamo's, too, in this order: no network is compiled meanwhile.
+    Who has it has Dynamo's, too, in this order: no network is compiled meanwhile. A thread that is
+    alone leaves Dynamo out where nothing has loaded it: there is nobody who could compile.
     """
 
     def __init__(self) -> None:
@@ -45,8 +48,7 @@ class _Turn:
         self._owner: int | None = None
 
     def __enter__(self) -> None:
-        dynamo = sys.modules.get("torch._dynamo.convert_frame")
-        locks = [self._lock] if dynamo is None else [dynamo.compile_lock, self._lock]
+        locks = self._locks()
         with contextlib.ExitStack() as taken:
             for lock in locks:
                 self._take(lock)
@@ -61,6 +63,12 @@ class _Turn:
             self._owner = None
         for lock in reversed(locks):
             lock.release()
+
+    def _locks(self) -> list[Any]:
+        first = self._owner != threading.get_ident()
+        if first and (COMPILER in sys.modules or len(sys._current_frames()) > 1):
+            return [importlib.import_module(COMPILER).compile_lock, self._lock]
+        return [self._lock]
 
     def _take(self, lock: Any) -> None:
         since = time.monotonic()
@@ -97,14 +105,17 @@ def alone() -> Iterator[None]:
 @contextlib.contextmanager
 def alone_exporting() -> Iterator[None]:
     """The same for `torch.export`, which replaces functions of Python, too."""
-    with alone(), replaced(exporting, "_override_builtin_ops", _builtins_of_this_thread):
-        yield
+    with alone():
+        exporter = importlib.import_module(EXPORTER)
+        override = functools.partial(_in_this_thread, exporter._override_builtin_ops)
+        with replaced(exporter, "_override_builtin_ops", override):
+            yield
 
 
 @contextlib.contextmanager
-def _builtins_of_this_thread() -> Iterator[None]:
+def _in_this_thread(override: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     functions = [(owner, name, getattr(owner, name)) for owner, name in REPLACED]
-    with _override_builtin_ops():
+    with override():
         for owner, name, others in functions:
             setattr(owner, name, for_this_thread(getattr(owner, name), others))
         yield

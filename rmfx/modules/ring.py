@@ -14,8 +14,8 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 Part = tuple[str, int, tuple[int, ...]]  # of a ring: whose path, from where on, and the shape
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _constant_for_compilers(function: F) -> F:
+    """As `torch.compiler.assume_constant_result` does, which would load the compiler for it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Ring(nn.Module):
@@ -60,7 +67,7 @@ class Ring(nn.Module):
         return numbers
 
     # Compilers take the plan for a constant; that of another seed has another name.
-    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+    @_constant_for_compilers
     def _plan(self, seed: str, device: torch.device) -> tuple[Tensor, Tensor]:
         self._follow_seed()
         if device not in self._plans:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +28,30 @@ ONCE = 2  # times that of rounding the weights, which are rounded once
 COARSE = 100  # times the tolerance: what nobody takes for rounding
 NO_NUMBERS = "the original gives no finite values to compare with"
 MOVES = 4  # of a few numbers one rounding may do little by chance
+
+
+@dataclass(frozen=True, eq=False)
+class _Rounded:
+    """The original again, with what it reads rounded anew.
+
+    Attributes:
+        once, often: runs on inputs that were rounded once, and several times over.
+        of_weights: runs on weights that were rounded once.
+        magnified: how much more the result makes of a rounding.
+    """
+
+    once: Sequence[Run]
+    often: Sequence[Run]
+    of_weights: Sequence[Run]
+    magnified: float
+
+    def moves(self, place: Place) -> float:
+        """How far roundings move what stands at a place."""
+        least, far, of_weights = (
+            [place.moved(run) for run in runs] for runs in (self.once, self.often, self.of_weights)
+        )
+        of_inputs = max(ROUNDINGS * max(least), *far)
+        return max(of_inputs, ONCE * max(of_weights)) * self.magnified
 
 
 class Pair:
@@ -153,12 +177,7 @@ class Pair:
         Raises:
             VerificationError: one is not; the first in the order of the graph is named.
         """
-        limit = self._tolerance
-        if limit is None:
-            with self._sides.autocast() as types:
-                used = [torch.empty(0, dtype=dtype) for dtype in types.values()]
-            limit = default_tolerance(self._sides.kept, (inputs, before.output, used))
-            limit *= 2 ** min(self._bits(before))
+        limit = self._limit_at(inputs, before)
         bits, most = self._bits(before)
         # Bits are lost of values of the size of 1: smaller ones are off by as much.
         least = 1.0 if 0 < bits <= most else 0.0
@@ -168,26 +187,11 @@ class Pair:
         }
         wrong = [p for p in places if not p.error() <= limit * max(p.scale, least)]
         if wrong:
-            sides = self._sides
-            roundings = [sides.again(sides.moved(inputs, seed)) for seed in range(MOVES)]
-            if not (sides.writes and shares_memory(sides.kept)):  # which a cast takes apart
-                roundings.append(sides.again(inputs, precise=True))
-            # What ten roundings do where a bend is near may be far more than ten times that of one.
-            far = [sides.again(sides.moved(inputs, s, times=ROUNDINGS)) for s in range(MOVES)]
-            rounded = [sides.again(inputs, weights=seed) for seed in range(MOVES)]
-            if is_half(self._type(before)):
-                # Each layer rounds, what it makes of constants, too, which no input moves.
-                far += [sides.again(inputs, weights=s, times=ROUNDINGS) for s in range(MOVES)]
-            # A carry that loses bits, as far as its type affords it, makes more of each rounding.
-            magnified = 2**bits if bits <= most else 1
+            rounded = self._rounded(inputs, before)
             for whole in wrong:
-                place = whole.where_finite(roundings)
+                place = whole.where_finite(rounded.once)
                 places[places.index(whole)] = place
-                floor = max(place.moved(other) for other in roundings)
-                of_weights = max(place.moved(other) for other in rounded)
-                of_inputs = max(ROUNDINGS * floor, *(place.moved(other) for other in far))
-                rounding = max(of_inputs, ONCE * of_weights) * magnified
-                allowed = limit * max(place.scale, least) + rounding
+                allowed = limit * max(place.scale, least) + rounded.moves(place)
                 allowances[place.key] = allowed
                 if place.error() <= allowed:
                     continue
@@ -197,6 +201,32 @@ class Pair:
                 raise self._error_at(inputs, told(place, allowed))
         self._note(places, limit, allowances)
         return True
+
+    def _limit_at(self, inputs: Inputs, before: Run) -> float:
+        """The relative error that is allowed."""
+        limit = self._tolerance
+        if limit is None:
+            with self._sides.autocast() as types:
+                used = [torch.empty(0, dtype=dtype) for dtype in types.values()]
+            limit = default_tolerance(self._sides.kept, (inputs, before.output, used))
+            limit *= 2 ** min(self._bits(before))
+        return limit
+
+    def _rounded(self, inputs: Inputs, before: Run) -> _Rounded:
+        """The original, run again with roundings of its inputs and weights."""
+        sides = self._sides
+        once = [sides.again(sides.moved(inputs, seed)) for seed in range(MOVES)]
+        if not (sides.writes and shares_memory(sides.kept)):  # which a cast takes apart
+            once.append(sides.again(inputs, precise=True))
+        # What ten roundings do where a bend is near may be far more than ten times that of one.
+        often = [sides.again(sides.moved(inputs, s, times=ROUNDINGS)) for s in range(MOVES)]
+        of_weights = [sides.again(inputs, weights=seed) for seed in range(MOVES)]
+        if is_half(self._type(before)):
+            # Each layer rounds, what it makes of constants, too, which no input moves.
+            often += [sides.again(inputs, weights=s, times=ROUNDINGS) for s in range(MOVES)]
+        # A carry that loses bits, as far as its type affords it, makes more of each rounding.
+        bits, most = self._bits(before)
+        return _Rounded(once, often, of_weights, 2**bits if bits <= most else 1)
 
     def _type(self, before: Run) -> torch.dtype:
         """That of the outputs."""

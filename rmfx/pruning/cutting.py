@@ -24,7 +24,7 @@ from rmfx.algebra.laws import direct_sum
 from rmfx.algebra.modules import from_conv
 from rmfx.algebra.products import sum_of_taps
 from rmfx.analysis.channel_labels import Channels
-from rmfx.analysis.labels import PAD_ARGUMENTS, Cut, Layer, Table
+from rmfx.analysis.labels import PAD_ARGUMENTS, Edges, Labelled, Table
 from rmfx.errors import Refusal, RmfxError
 from rmfx.ir.elements import Virtual
 from rmfx.ir.kinds import BATCH_NORMS
@@ -101,7 +101,7 @@ def cut(
 
 
 # ---- responses ----------------------------------------------------------------------------------
-def _compensate(net: Net, layer: Layer, keep: Keep, response: Tensor, *, borders: bool) -> None:
+def _compensate(net: Net, layer: Labelled, keep: Keep, response: Tensor, *, borders: bool) -> None:
     """Put what channels that go are taken for into a bias."""
     gone = ~keep(layer.ins) & layer.mixes
     if not bool((gone & (response.cpu() != 0)).any()):
@@ -219,7 +219,7 @@ def _cut_table(net: Net, table: Table, keep: Tensor, constants: dict[str, Tensor
         net.set(table.node, cut_module(module, keep))
 
 
-def _cut_layer(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
+def _cut_layer(net: Net, layer: Labelled, ins: Tensor, outs: Tensor) -> None:
     if bool(ins.all()) and bool(outs.all()):
         return
     if bool(layer.carries.any()):
@@ -231,7 +231,7 @@ def _cut_layer(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
     net.set(layer.node, cut_module(module, outs, ins))
 
 
-def _cut_carrying(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
+def _cut_carrying(net: Net, layer: Labelled, ins: Tensor, outs: Tensor) -> None:
     """A grouped convolution of which some groups work channel by channel."""
     module: Any = net.callee(layer.node)
     whole = from_conv(module)
@@ -247,7 +247,9 @@ def _cut_carrying(net: Net, layer: Layer, ins: Tensor, outs: Tensor) -> None:
     net.set(layer.node, Virtual(made, *kind))
 
 
-def _direct_sum_of_runs(layer: Layer, whole: AffineConv, ins: Tensor, outs: Tensor) -> AffineConv:
+def _direct_sum_of_runs(
+    layer: Labelled, whole: AffineConv, ins: Tensor, outs: Tensor
+) -> AffineConv:
     n_in, n_out = whole.block
     parts: list[AffineConv] = []
     for carry, run in groupby(range(layer.carries.numel()), lambda i: bool(layer.carries[i])):
@@ -274,7 +276,7 @@ def _channel_by_channel(layer: AffineConv) -> AffineConv:
     return replace(layer, weight=weight, groups=layer.out_channels)
 
 
-def _cut_place(place: Cut, keep: Keep) -> None:
+def _cut_place(place: Edges, keep: Keep) -> None:
     """Let a node that names places of channels name those that they have now."""
     counts = [keep.count(part) for part in place.parts]
     node = place.node

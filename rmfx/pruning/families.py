@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from rmfx.algebra.affine import TRANSPOSED
 from rmfx.algebra.laws import common_block
 from rmfx.analysis.channel_labels import Channels
-from rmfx.analysis.labels import FIXED, Layer, Table
+from rmfx.analysis.labels import FIXED, Labelled, Table
 from rmfx.ir.net import Net
 from rmfx.ir.notes import positions, shape_of
 from rmfx.options import is_named, patterns_of
@@ -60,7 +60,7 @@ class Part:
         module: of a layer; None for numbers per channel.
         ins: places of its inputs' labels among `Widths.roots`; those that stay are at the end.
         outs: the same of its outputs.
-        carries: as in `Layer`.
+        carries: as in `Labelled`.
         taps: of the kernel; 0 for numbers per channel.
         positions: at which the layer is computed.
         rows: parameters for each output, beside the weights.
@@ -186,7 +186,7 @@ class Widths:
                 found[part.ins[read]] = True
         return found[:end]
 
-    def _layer(self, layer: Layer) -> Part:
+    def _layer(self, layer: Labelled) -> Part:
         weight: Any = layer.module.weight
         where = layer.node.all_input_nodes[0] if type(layer.module) in TRANSPOSED else layer.node
         return Part(

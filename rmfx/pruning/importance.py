@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.affine import CONVS
-from rmfx.analysis.labels import Layer
+from rmfx.analysis.labels import Labelled
 from rmfx.data.batches import Batches, Loss, inputs_of, loss_on, output_on
 from rmfx.data.moments import Moments
 from rmfx.errors import OptionError
@@ -43,7 +43,7 @@ class Readers(fx.Interpreter):
     """
 
     def __init__(
-        self, net: Net, layers: Iterable[Layer], look: Callable[[Layer, Tensor], Tensor]
+        self, net: Net, layers: Iterable[Labelled], look: Callable[[Labelled, Tensor], Tensor]
     ) -> None:
         super().__init__(net.source, graph=net.graph)
         self._layers = {layer.node: layer for layer in layers}
@@ -62,7 +62,7 @@ class Readers(fx.Interpreter):
             self.env[source] = value
 
 
-def readers_of(widths: Widths) -> list[Layer]:
+def readers_of(widths: Widths) -> list[Labelled]:
     """The layers that mix channels which may go with others."""
     end = len(widths.roots)
     return [
@@ -72,7 +72,7 @@ def readers_of(widths: Widths) -> list[Layer]:
     ]
 
 
-def _by_channel(layer: Layer, value: Tensor) -> Tensor:
+def _by_channel(layer: Labelled, value: Tensor) -> Tensor:
     """A value as (batch, channels, positions)."""
     axis = value.dim() - 1 if isinstance(layer.module, nn.Linear) else 1
     return value.movedim(axis, 1).flatten(2) if value.dim() > 2 else value.unsqueeze(2)
@@ -102,7 +102,7 @@ class Responses:
         if not all(bool(one.mean.isfinite().all()) for one in self._moments.values()):
             raise OptionError("the network computes NaN or Inf on the data")
 
-    def _add(self, layer: Layer, value: Tensor) -> Tensor:
+    def _add(self, layer: Labelled, value: Tensor) -> Tensor:
         rows = _by_channel(layer, value).transpose(0, 1).flatten(1)
         self._moments.setdefault(layer.node, Moments()).add(rows)
         return value
@@ -130,9 +130,9 @@ def taylor(
     found = torch.zeros(len(widths.roots) + 1, dtype=torch.float64)
     if not readers_of(widths):
         return found[:-1]
-    taken: list[tuple[Layer, Tensor, Tensor]] = []
+    taken: list[tuple[Labelled, Tensor, Tensor]] = []
 
-    def look(layer: Layer, value: Tensor) -> Tensor:
+    def look(layer: Labelled, value: Tensor) -> Tensor:
         probe = torch.zeros_like(value, requires_grad=True)
         taken.append((layer, value.detach(), probe))
         return value + probe
@@ -154,7 +154,7 @@ def taylor(
 
 def _changes(
     widths: Widths,
-    taken: list[tuple[Layer, Tensor, Tensor]],
+    taken: list[tuple[Labelled, Tensor, Tensor]],
     slopes: tuple[Tensor, ...],
     means: Mapping[fx.Node, Tensor],
 ) -> tuple[Tensor, int]:
@@ -186,7 +186,7 @@ def activation(net: Net, widths: Widths, responses: Responses) -> Tensor:
 # ---- by weights ---------------------------------------------------------------------------------
 def by_weight(net: Net, widths: Widths, name: str) -> Tensor:
     """A number for each filter, summed over the layers that make a label: (labels,)."""
-    rules: dict[str, Callable[[Net, Layer], Tensor]] = {
+    rules: dict[str, Callable[[Net, Labelled], Tensor]] = {
         "bn_scale": _scales,
         "l1": lambda net, layer: _filters(net, layer).abs().sum(1),
         "l2": lambda net, layer: _filters(net, layer).square().sum(1).sqrt(),
@@ -219,7 +219,7 @@ def by_layer(widths: Widths, made: Mapping[str, Tensor]) -> Tensor:
     return found[:-1]
 
 
-def _filters(net: Net, layer: Layer) -> Tensor:
+def _filters(net: Net, layer: Labelled) -> Tensor:
     """The filters of a layer with the batch norm behind it folded, (outputs, weights)."""
     rows = filters(layer.module).to("cpu", torch.float64).flatten(1)
     norm = norm_behind(net, layer.node)
@@ -232,7 +232,7 @@ def _filters(net: Net, layer: Layer) -> Tensor:
     return rows * scale.reshape(-1, 1)
 
 
-def _scales(net: Net, layer: Layer) -> Tensor:
+def _scales(net: Net, layer: Labelled) -> Tensor:
     norm = norm_behind(net, layer.node)
     module: Any = None if norm is None else net.module(norm)
     if module is None or module.weight is None:

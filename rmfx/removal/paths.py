@@ -24,7 +24,7 @@ MOST_WALKS = 8  # ways that are tried for one join
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Passed:
     """One node on a path.
 
     Attributes:
@@ -38,7 +38,7 @@ class Place:
     tapped: bool
 
 
-Path = tuple[Place, ...]
+Path = tuple[Passed, ...]
 
 
 @dataclass(eq=False)
@@ -47,7 +47,7 @@ class _Walk:
 
     heads: list[fx.Node]
     readers: list[fx.Node]
-    paths: tuple[list[Place], list[Place]] = field(default_factory=lambda: ([], []))
+    paths: tuple[list[Passed], list[Passed]] = field(default_factory=lambda: ([], []))
 
     def copy(self) -> _Walk:
         return _Walk([*self.heads], [*self.readers], ([*self.paths[0]], [*self.paths[1]]))
@@ -55,7 +55,7 @@ class _Walk:
     def step(self, side: int, element: Layer, before: fx.Node) -> None:
         node = self.heads[side]
         reads = sum(n is node for n in _arguments(self.readers[side]))
-        self.paths[side].append(Place(node, element, len(node.users) > 1 or reads > 1))
+        self.paths[side].append(Passed(node, element, len(node.users) > 1 or reads > 1))
         self.heads[side], self.readers[side] = before, node
 
 

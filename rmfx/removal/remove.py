@@ -13,7 +13,7 @@ from rmfx.algebra.digits import EXACTNESS
 from rmfx.analysis.multiply_adds import expense_of
 from rmfx.analysis.ranges import Ranges
 from rmfx.data.batches import check_batches
-from rmfx.data.calibration import measure
+from rmfx.data.calibration import Measured, measure
 from rmfx.errors import Refusal
 from rmfx.interval import Interval
 from rmfx.ir.driver import apply_rule
@@ -50,58 +50,66 @@ def is_calibrated(converted: fx.GraphModule) -> bool:
     return any(row.exactness == EXACTNESS[-1] for row in rows)
 
 
-def remove(
-    source: fx.GraphModule,
-    *,
-    strict: bool = False,
-    allowed: Collection[str] = AUTO,
-    input_range: Interval | None = None,
-    fold_batch_norm: bool = True,
-    calibration: Iterable[Any] | None = None,
-    weights_vary: bool = False,
-    policy: Policy = "all",
-    minimise: str = "time",
-) -> fx.GraphModule:
-    """The network as plain chains, as far as it can be, and a report on its joins.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Options:
+    """What `remove_residuals` is asked for; it says what each option means.
 
-    The options are those of `remove_residuals`.
+    Attributes:
+        allowed: the ways for a carry to pass an activation, of `activation`.
+        weights_vary: whether weights may change, so that they prove nothing.
     """
+
+    strict: bool = False
+    allowed: Collection[str] = AUTO
+    input_range: Interval | None = None
+    fold_batch_norm: bool = True
+    calibration: Iterable[Any] | None = None
+    weights_vary: bool = False
+    policy: Policy = "all"
+    minimise: str = "time"
+
+
+def remove(source: fx.GraphModule, options: Options) -> fx.GraphModule:
+    """The network as plain chains, as far as it can be, and a report on its joins."""
     measured = None
-    if calibration is not None:
-        measured = measure(source, calibration, extremes="shift" in allowed)
-
-    def removed(target: Target) -> _Removed:
-        net = Net(source)
-        joins = joins_of(net)
-        # No-ops first: a dropout at the end of a branch would be one more layer to pass.
-        apply_rule(net, NoopRule(keep_detach=weights_vary))
-        # Batch norm next: what is folded needs no column, and no identity batch norm on the carry.
-        if fold_batch_norm:
-            fold(net)
-        extremes = measured.extremes if measured else None
-        rule = ResidualRule(
-            Ranges(net, input_range, weights_vary=weights_vary, measured=extremes),
-            allowed=allowed,
-            fold_batch_norm=fold_batch_norm,
-            moments=measured.moments if measured else None,
-            arrange=partial(plans, target=target),
-            policy=policy,
-        )
-        _, refusals = apply_rule(net, rule)
-        check_strict("remove_residuals", refusals, strict=strict)
-        # Last, where it is cheaper: a Δ or ∇ that stands alone merges with the layer next to it.
-        linear = LinearRule(keep_norms=not fold_batch_norm, concerns=rule.made.__contains__)
-        apply_rule(net, linear)
-        for nodes, difference in linear.saved:
-            rule.count_in(nodes, difference)
-        return _Removed(net, rule, refusals, joins)
-
-    target = BY_NAME[minimise]
-    found = removed(target)
+    if options.calibration is not None:
+        measured = measure(source, options.calibration, extremes="shift" in options.allowed)
+    target = BY_NAME[options.minimise]
+    found = _removed(source, options, measured, target)
     if target.rearranges and found.rule.nested:
         # What is taken apart for one carry may be dear beside that of a site around it.
-        found = min(found, removed(replace(target, rearranges=False)), key=_Removed.cost)
+        other = _removed(source, options, measured, replace(target, rearranges=False))
+        found = min(found, other, key=_Removed.cost)
     return finish(found.net, found.rule, found.refusals, found.joins)
+
+
+def _removed(
+    source: fx.GraphModule, options: Options, measured: Measured | None, target: Target
+) -> _Removed:
+    net = Net(source)
+    joins = joins_of(net)
+    # No-ops first: a dropout at the end of a branch would be one more layer to pass.
+    apply_rule(net, NoopRule(keep_detach=options.weights_vary))
+    # Batch norm next: what is folded needs no column, and no identity batch norm on the carry.
+    if options.fold_batch_norm:
+        fold(net)
+    extremes = measured.extremes if measured else None
+    rule = ResidualRule(
+        Ranges(net, options.input_range, weights_vary=options.weights_vary, measured=extremes),
+        allowed=options.allowed,
+        fold_batch_norm=options.fold_batch_norm,
+        moments=measured.moments if measured else None,
+        arrange=partial(plans, target=target),
+        policy=options.policy,
+    )
+    _, refusals = apply_rule(net, rule)
+    check_strict("remove_residuals", refusals, strict=options.strict)
+    # Last, where it is cheaper: a Δ or ∇ that stands alone merges with the layer next to it.
+    linear = LinearRule(keep_norms=not options.fold_batch_norm, concerns=rule.made.__contains__)
+    apply_rule(net, linear)
+    for nodes, difference in linear.saved:
+        rule.count_in(nodes, difference)
+    return _Removed(net, rule, refusals, joins)
 
 
 @dataclass(frozen=True, eq=False)

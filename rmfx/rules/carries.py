@@ -137,8 +137,7 @@ class Origins:
         if x.low.numel() not in (1, count) or not self._is_on_axis(module, source, carry):
             return nothing
         element = read(self._net, node)
-        blocks = element.blocks if isinstance(element, Blockwise) else ()
-        blocks = (Block(count, element),) if isinstance(element, Activation) else blocks
+        blocks = element.over(count) if isinstance(element, Activation | Blockwise) else ()
         widths = [block.width for block in blocks]
         if sum(widths) != count:
             return nothing

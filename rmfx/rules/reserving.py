@@ -48,7 +48,7 @@ Layers = dict[fx.Node, AffineConv | None]  # the linear nodes of a block; sums a
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class Branches:
     """A sum of parallel linear branches.
 
     Attributes:
@@ -67,9 +67,9 @@ class Block:
 # ---- which blocks -------------------------------------------------------------------------------
 
 
-def find_blocks(net: Net) -> list[tuple[fx.Node, Block | Refusal]]:
+def find_blocks(net: Net) -> list[tuple[fx.Node, Branches | Refusal]]:
     """The sums of linear branches, parts of others aside, and the blocks that they end."""
-    found: list[tuple[fx.Node, Block | Refusal]] = []
+    found: list[tuple[fx.Node, Branches | Refusal]] = []
     inside: set[fx.Node] = set()
     for join in reversed(net.graph.nodes):
         reader = next(iter(join.users)) if len(join.users) == 1 else None
@@ -77,7 +77,7 @@ def find_blocks(net: Net) -> list[tuple[fx.Node, Block | Refusal]]:
         block = _block(net, join) if _terms(net, join) and not is_part else None
         if block is not None:
             found.append((join, block))
-        if isinstance(block, Block):
+        if isinstance(block, Branches):
             inside.update(block.nodes)
     return found[::-1]
 
@@ -88,7 +88,7 @@ def _terms(net: Net, node: fx.Node) -> list[fx.Node]:
     return [] if terms is None or isinstance(terms, Refusal) else [value for value, _ in terms]
 
 
-def _block(net: Net, join: fx.Node) -> Block | Refusal | None:
+def _block(net: Net, join: fx.Node) -> Branches | Refusal | None:
     """The block that a sum ends, None if it is no sum of linear branches from one value."""
     found = _back_to_fork(net, join)
     if found is None:
@@ -105,7 +105,7 @@ def _block(net: Net, join: fx.Node) -> Block | Refusal | None:
         return Refusal(f"{channels} channels become {made}")
     if not _keeps_size(net, fork, layers, dims):
         return Refusal("the size changes")
-    return Block(fork, list(layers), channels, dims)
+    return Branches(fork, list(layers), channels, dims)
 
 
 def _back_to_fork(net: Net, join: fx.Node) -> tuple[fx.Node, Layers] | None:
@@ -177,7 +177,7 @@ def _fixes_all_of(net: Net, act: fx.Node, fork: fx.Node) -> bool:
 # ---- letting channels pass ----------------------------------------------------------------------
 
 
-def let_pass(net: Net, blocks: Iterable[tuple[Block, int]]) -> None:
+def let_pass(net: Net, blocks: Iterable[tuple[Branches, int]]) -> None:
     """Let the first channels of blocks' inputs pass, so many of each; blocks in their order."""
     renewed: dict[fx.Node, fx.Node] = {}  # what blocks gave, and what they give now
     for block, reserved in blocks:
@@ -187,7 +187,7 @@ def let_pass(net: Net, blocks: Iterable[tuple[Block, int]]) -> None:
         net.rewrites["let_pass"] += 1
 
 
-def _reserve(net: Net, block: Block, reserved: int) -> tuple[fx.Node, fx.Node]:
+def _reserve(net: Net, block: Branches, reserved: int) -> tuple[fx.Node, fx.Node]:
     """Let the first channels of a block's input pass; gives what was read and what is instead."""
     behind = _to_activation(net, block.nodes[-1])
     if behind and not _fixes_all_of(net, behind[-1], block.fork):
@@ -209,7 +209,7 @@ def _reserve(net: Net, block: Block, reserved: int) -> tuple[fx.Node, fx.Node]:
     return value, whole
 
 
-def _narrow(net: Net, block: Block, start: int) -> None:
+def _narrow(net: Net, block: Branches, start: int) -> None:
     """Leave of the last value the channels from `start` on, and what is needed for them."""
     asked: dict[fx.Node, list[tuple[int, fx.Node]]] = defaultdict(list)  # from where on, by whom
     starts = {block.fork: 0}

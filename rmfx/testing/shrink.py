@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from rmfx.testing.networks.further import Blur, Deconv, chains, with_chains
+from rmfx.testing.networks.further import Blur, Deconv
 from rmfx.testing.networks.joins import Join
 from rmfx.testing.networks.layers import Act, Conv, Linear, Norm
 from rmfx.testing.networks.memory import Gain, SharedNorm
@@ -136,7 +136,7 @@ def _numbers(nodes: Nodes) -> set[int]:
     found: set[int] = set()
     for node in nodes:
         found |= {getattr(node, name) for name in _CHANNELS.get(type(node), ())}
-        for chain in chains(node):
+        for chain in node.chains:
             found |= _numbers(chain)
     return found
 
@@ -155,16 +155,15 @@ def _renumbered(spec: NetworkSpec, change: Callable[[int], int]) -> NetworkSpec:
 
 def _has_maps(nodes: Nodes) -> bool:
     return any(
-        isinstance(node, (Conv, Deconv, Blur)) or any(map(_has_maps, chains(node)))
-        for node in nodes
+        isinstance(node, (Conv, Deconv, Blur)) or any(map(_has_maps, node.chains)) for node in nodes
     )
 
 
 def _renumbered_node(node: Node, change: Callable[[int], int]) -> Node:
     inside = tuple(
-        tuple(_renumbered_node(inner, change) for inner in chain) for chain in chains(node)
+        tuple(_renumbered_node(inner, change) for inner in chain) for chain in node.chains
     )
-    node = with_chains(node, inside)
+    node = node.with_chains(inside)
     names = _CHANNELS.get(type(node), ())
     changed: dict[str, Any] = {name: change(getattr(node, name)) for name in names}
     if isinstance(node, (Conv, Deconv)) and node.groups > 1:
@@ -192,7 +191,7 @@ def _fewer(nodes: Nodes) -> Iterator[Nodes]:
 
 def _less(node: Node) -> Iterator[Nodes]:
     """What may stand in place of a node: one of its chains, or itself with less inside."""
-    inside = chains(node)
+    inside = node.chains
     yield from inside
     if isinstance(node, Join) and len(inside) > 2:
         for i in range(len(inside)):
@@ -200,7 +199,7 @@ def _less(node: Node) -> Iterator[Nodes]:
             yield (replace(node, operands=rest, forms=forms[: len(rest) - 1]),)
     for i, chain in enumerate(inside):
         for fewer in _fewer(chain):
-            yield (with_chains(node, (*inside[:i], fewer, *inside[i + 1 :])),)
+            yield (node.with_chains((*inside[:i], fewer, *inside[i + 1 :])),)
 
 
 def _simpler_chain(nodes: Nodes) -> Iterator[Nodes]:
@@ -220,10 +219,10 @@ def _simpler(node: Node) -> Iterator[Node]:
         yield from _simpler_conv(node)
     if isinstance(node, Act) and node.kind != "relu":
         yield Act("relu")
-    inside = chains(node)
+    inside = node.chains
     for i, chain in enumerate(inside):
         for simpler in _simpler_chain(chain):
-            yield with_chains(node, (*inside[:i], simpler, *inside[i + 1 :]))
+            yield node.with_chains((*inside[:i], simpler, *inside[i + 1 :]))
 
 
 def _simpler_conv(node: Conv) -> Iterator[Conv]:

@@ -8,6 +8,9 @@ import contextlib
 import math
 import queue
 import random
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -196,6 +199,30 @@ def test_other_code_traces_while_a_thread_converts(work: Callable[[Tensor], None
             # Not called: torch.fx patches this thread's modules, too, outside of conversions.
             assert rmfx.report(rmfx.remove_residuals(residual_net(), x)).removed == 2
     assert_nothing_is_patched()
+
+
+def test_nobody_compiles_meanwhile_though_the_compiler_was_not_loaded() -> None:
+    """In a fresh process with another thread, which could load it."""
+    code = """
+        import queue, threading, torch, rmfx
+        from torch import nn
+        taken, end = queue.SimpleQueue(), threading.Event()  # lists are put back
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Conv2d(4, 4, 1)
+            def forward(self, x):
+                from torch._dynamo.convert_frame import compile_lock
+                other = threading.Thread(target=lambda: taken.put(compile_lock.acquire(False)))
+                other.start()
+                other.join()
+                return x + self.conv(torch.relu(x))
+        threading.Thread(target=end.wait).start()
+        done = rmfx.report(rmfx.remove_residuals(Block().eval())).removed
+        end.set()
+        assert (done, taken.get(timeout=1)) == (1, False)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
 
 
 @traces_apart

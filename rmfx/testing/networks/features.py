@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from .counted import Place
 from .digits import TYPES
-from .further import chains
 from .join_features import SITES
 from .joins import Recall, Save
 from .layer_features import LAYERS
@@ -35,7 +34,7 @@ def chain_features(nodes: Nodes, depth: int) -> Iterator[str]:
         place = Place(previous, following, depth)
         for says in _SAYS.get(type(node), ()):  # of a kind in no table nothing is said
             yield from says(node, place)
-        for chain in chains(node):
+        for chain in node.chains:
             yield from chain_features(chain, depth + 1)
 
 
@@ -44,7 +43,7 @@ def saved_names(nodes: Nodes, depth: int) -> Iterator[str]:
     for node in nodes:
         if isinstance(node, Save) and depth:
             yield node.name
-        for chain in chains(node):
+        for chain in node.chains:
             yield from saved_names(chain, depth + 1)
 
 
@@ -53,5 +52,5 @@ def recalled_names(nodes: Nodes) -> Iterator[str]:
     for node in nodes:
         if isinstance(node, Recall):
             yield node.name
-        for chain in chains(node):
+        for chain in node.chains:
             yield from recalled_names(chain)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .joins import ChannelsLast, Join, Recall, Split
-from .node import Node, Nodes, Operation, Store
-from .places import Reshaped
+from .node import Node, Operation, Store
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,23 +88,6 @@ class Transpose(Node):
 
     def apply(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2) if self.form == "transpose" else x.permute(0, 2, 1)
-
-
-def chains(node: Node) -> tuple[Nodes, ...]:
-    """The chains inside a node."""
-    if isinstance(node, (Join, Split)):
-        return node.operands
-    return (node.chain,) if isinstance(node, _WITH_CHAIN) else ()
-
-
-def with_chains(node: Node, inside: tuple[Nodes, ...]) -> Node:
-    """The node with other chains inside."""
-    if isinstance(node, (Join, Split)):
-        return replace(node, operands=inside)
-    return replace(node, chain=inside[0]) if isinstance(node, _WITH_CHAIN) else node
-
-
-_WITH_CHAIN = (Recall, ChannelsLast, Reshaped)
 
 
 class _Deconv(nn.Module):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .forms import JOINS
-from .node import Chain, Node, Nodes, Saved, Step, Store
+from .node import Around, Branching, Node, Nodes, Saved, Step, Store
 
 
 @dataclass(frozen=True, repr=False)
@@ -18,11 +19,15 @@ class Save(Node):
     name: str
 
     def build(self, store: Store) -> nn.Module:
-        return _Save(self.name)
+        return Step(self, store)
+
+    def run(self, x: Tensor, saved: Saved, inside: Sequence[nn.Module]) -> Tensor:
+        saved[self.name] = x
+        return x
 
 
 @dataclass(frozen=True, repr=False)
-class Recall(Node):
+class Recall(Around):
     """Combines the value a with b: what `chain` makes of the value saved under `name`.
 
     The network's inputs after the first are saved as "input1", "input2".
@@ -33,12 +38,12 @@ class Recall(Node):
     form: str = "a + b"
     scale: float = 0.5
 
-    def build(self, store: Store) -> nn.Module:
-        return _Recall(self, store)
+    def run(self, x: Tensor, saved: Saved, inside: Sequence[nn.Module]) -> Tensor:
+        return JOINS[self.form](x, inside[0](saved[self.name], saved), self.scale)
 
 
 @dataclass(frozen=True, repr=False)
-class Join(Node):
+class Join(Branching):
     """Every operand is a chain that starts at the value; an empty chain is the value itself.
 
     `forms[i]` (a key of `JOINS`, where c is `scale`) combines a, the result so far, with b, the
@@ -49,47 +54,16 @@ class Join(Node):
     forms: tuple[str, ...] = ("a + b",)
     scale: float = 0.5
 
-    def build(self, store: Store) -> nn.Module:
-        return _Join(self, store)
-
-
-class _Join(Step):
-    def __init__(self, node: Join, store: Store) -> None:
-        super().__init__()
-        self.node = node
-        self.operands = nn.ModuleList(Chain(nodes, store) for nodes in node.operands)
-
-    def forward(self, x: Tensor, saved: Saved) -> Tensor:
-        first, *others = self.operands
+    def run(self, x: Tensor, saved: Saved, inside: Sequence[nn.Module]) -> Tensor:
+        first, *others = inside
         value: Tensor = first(x, saved)
-        for operand, form in zip(others, self.node.forms, strict=True):
-            value = JOINS[form](value, operand(x, saved), self.node.scale)
+        for operand, form in zip(others, self.forms, strict=True):
+            value = JOINS[form](value, operand(x, saved), self.scale)
         return value
 
 
-class _Recall(Step):
-    def __init__(self, node: Recall, store: Store) -> None:
-        super().__init__()
-        self.node = node
-        self.chain = Chain(node.chain, store)
-
-    def forward(self, x: Tensor, saved: Saved) -> Tensor:
-        other = self.chain(saved[self.node.name], saved)
-        return JOINS[self.node.form](x, other, self.node.scale)
-
-
-class _Save(Step):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def forward(self, x: Tensor, saved: Saved) -> Tensor:
-        saved[self.name] = x
-        return x
-
-
 @dataclass(frozen=True, repr=False)
-class Split(Node):
+class Split(Branching):
     """Channels in parts of `sizes`, each through a chain of its own, and joined again.
 
     `form` is "chunk" (for equal parts), "split", "slice" or "narrow"; `join` is "cat" or a key of
@@ -102,8 +76,12 @@ class Split(Node):
     join: str = "cat"
     axis: int = 1
 
-    def build(self, store: Store) -> nn.Module:
-        return _Split(self, store)
+    def run(self, x: Tensor, saved: Saved, inside: Sequence[nn.Module]) -> Tensor:
+        parts = self.parts(x)
+        results = [chain(part, saved) for chain, part in zip(inside, parts, strict=True)]
+        if self.join == "cat":
+            return torch.cat(results, self.axis)
+        return JOINS[self.join](results[0], results[1], 0.5)
 
     def parts(self, x: Tensor) -> list[Tensor]:
         """The parts, by index: a proxy of `torch.fx` cannot be iterated over."""
@@ -122,37 +100,13 @@ class Split(Node):
 
 
 @dataclass(frozen=True, repr=False)
-class ChannelsLast(Node):
+class ChannelsLast(Around):
     """A chain that sees the channels as the last axis, as in ConvNeXt; `dims` counts the others."""
 
     chain: Nodes
     dims: int = 2
 
-    def build(self, store: Store) -> nn.Module:
-        return _ChannelsLast(self, store)
-
-
-class _Split(Step):
-    def __init__(self, node: Split, store: Store) -> None:
-        super().__init__()
-        self.node = node
-        self.operands = nn.ModuleList(Chain(nodes, store) for nodes in node.operands)
-
-    def forward(self, x: Tensor, saved: Saved) -> Tensor:
-        parts = self.node.parts(x)
-        results = [chain(part, saved) for chain, part in zip(self.operands, parts, strict=True)]
-        if self.node.join == "cat":
-            return torch.cat(results, self.node.axis)
-        return JOINS[self.node.join](results[0], results[1], 0.5)
-
-
-class _ChannelsLast(Step):
-    def __init__(self, node: ChannelsLast, store: Store) -> None:
-        super().__init__()
-        self.dims = node.dims
-        self.chain = Chain(node.chain, store)
-
-    def forward(self, x: Tensor, saved: Saved) -> Tensor:
+    def run(self, x: Tensor, saved: Saved, inside: Sequence[nn.Module]) -> Tensor:
         spatial = range(2, 2 + self.dims)
-        inner: Tensor = self.chain(x.permute(0, *spatial, 1), saved)
+        inner: Tensor = inside[0](x.permute(0, *spatial, 1), saved)
         return inner.permute(0, self.dims + 1, *(axis - 1 for axis in spatial))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +26,10 @@ def arguments(node: Any) -> list[tuple[str, Any]]:
 
 @dataclass(frozen=True, repr=False)
 class Node:
-    """One step of a chain. Subclasses override `build`, or `apply` when they hold no state."""
+    """One step of a chain. Subclasses override `build`, or `apply` when they hold no state.
+
+    Those that read or write saved values, or have chains inside, override `run`.
+    """
 
     def __repr__(self) -> str:
         """The constructor call, without the arguments that have their default value."""
@@ -40,12 +44,65 @@ class Node:
         """What a node without state computes."""
         raise NotImplementedError
 
+    def run(self, x: Tensor, saved: Saved, inside: Sequence[nn.Module]) -> Tensor:
+        """What a `Step` computes, which has the chains inside as modules."""
+        raise NotImplementedError
+
+    @property
+    def chains(self) -> tuple[Nodes, ...]:
+        """The chains inside it."""
+        return ()
+
+    def with_chains(self, inside: tuple[Nodes, ...]) -> Node:
+        """The same with other chains inside."""
+        return self
+
 
 Nodes = tuple[Node, ...]
 
 
+class Branching(Node):
+    """A node whose operands are chains."""
+
+    operands: tuple[Nodes, ...]
+
+    @property
+    def chains(self) -> tuple[Nodes, ...]:
+        return self.operands
+
+    def with_chains(self, inside: tuple[Nodes, ...]) -> Node:
+        return replace(self, operands=inside)  # type: ignore[call-arg]
+
+    def build(self, store: Store) -> nn.Module:
+        return Step(self, store)
+
+
+class Around(Node):
+    """A node with one chain inside."""
+
+    chain: Nodes
+
+    @property
+    def chains(self) -> tuple[Nodes, ...]:
+        return (self.chain,)
+
+    def with_chains(self, inside: tuple[Nodes, ...]) -> Node:
+        return replace(self, chain=inside[0])  # type: ignore[call-arg]
+
+    def build(self, store: Store) -> nn.Module:
+        return Step(self, store)
+
+
 class Step(nn.Module):
-    """A module that also reads or writes the saved values."""
+    """A node that also reads or writes the saved values, alone or by chains inside."""
+
+    def __init__(self, node: Node, store: Store) -> None:
+        super().__init__()
+        self.node = node
+        self.operands = nn.ModuleList(Chain(nodes, store) for nodes in node.chains)
+
+    def forward(self, x: Tensor, saved: Saved) -> Tensor:
+        return self.node.run(x, saved, list(self.operands))
 
 
 class Chain(nn.ModuleList):

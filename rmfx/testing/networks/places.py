@@ -6,7 +6,7 @@ number of rows, an index of 9 positions takes all of 9 and some of 11.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .node import Chain, Node, Nodes, Operation, Saved, Step, Store
+from .node import Around, Node, Nodes, Operation, Saved, Store
 
 ROLLS: dict[str, Callable[[Tensor, Any, Any], Tensor]] = {
     "torch.roll": torch.roll,
@@ -138,14 +138,17 @@ class Tokens(Node):
 
 
 @dataclass(frozen=True, repr=False)
-class Reshaped(Node):
+class Reshaped(Around):
     """A chain that sees a map as tokens ("transpose", "permute") or as one row ("flat")."""
 
     chain: Nodes
     form: str = "transpose"
 
-    def build(self, store: Store) -> nn.Module:
-        return _Reshaped(self, store)
+    def run(self, x: Tensor, saved: Saved, inside: Sequence[nn.Module]) -> Tensor:
+        if self.form == "flat":
+            return inside[0](x.flatten(1), saved).reshape(x.shape)  # type: ignore[no-any-return]
+        inner: Tensor = inside[0](Tokens(self.form).apply(x), saved)
+        return inner.transpose(1, 2).reshape(x.shape)
 
 
 def _behind(axis: int, part: Any) -> tuple[Any, ...]:
@@ -194,16 +197,3 @@ class _Focal(nn.Module):
         whole = whole + last * gates[:, self.node.levels :]
         result: Tensor = self.query(x) * torch.tanh(self.mix(whole))
         return result
-
-
-class _Reshaped(Step):
-    def __init__(self, node: Reshaped, store: Store) -> None:
-        super().__init__()
-        self.form = node.form
-        self.chain = Chain(node.chain, store)
-
-    def forward(self, x: Tensor, saved: Saved) -> Tensor:
-        if self.form == "flat":
-            return self.chain(x.flatten(1), saved).reshape(x.shape)  # type: ignore[no-any-return]
-        inner: Tensor = self.chain(Tokens(self.form).apply(x), saved)
-        return inner.transpose(1, 2).reshape(x.shape)
