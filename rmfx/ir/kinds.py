@@ -268,7 +268,9 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
     if kind.__module__ == parametrize.__name__:  # a class that torch makes for one module
         kind = kind.__mro__[1]
     found = _known_base(kind)  # type: ignore[arg-type]
-    return found if found is not None and _methods(found).isdisjoint(vars(module)) else None
+    if found is None or not _methods(found).isdisjoint(vars(module)):  # type: ignore[arg-type]
+        return None
+    return found
 
 
 def is_a(module: object, kinds: type[Any] | tuple[type[Any], ...]) -> bool:

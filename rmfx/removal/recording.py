@@ -226,7 +226,7 @@ def unrecorded() -> Iterator[None]:
 
     What is computed within it must not be used behind it.
     """
-    with _disable_current_modes():  # type: ignore[no-untyped-call]
+    with _disable_current_modes():
         yield
 
 
