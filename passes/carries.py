@@ -15,6 +15,7 @@ from rmfx.analysis.ranges import check_range
 from rmfx.errors import ShapeError
 from rmfx.frontend.tracing import trace
 from rmfx.interval import Interval
+from rmfx.ir.driver import apply_rule
 from rmfx.ir.net import Net
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.oracle.verification import Domain, checked
@@ -22,8 +23,9 @@ from rmfx.pruning.allocation import spare
 from rmfx.pruning.cutting import without
 from rmfx.pruning.families import Widths
 from rmfx.report import META_KEY
-from rmfx.rules.carries import Origins
 from rmfx.rules.closing import close_all, tidy
+from rmfx.rules.copies import read_once
+from rmfx.rules.linear import LinearRule
 
 
 @undisturbed
@@ -87,18 +89,26 @@ def close_carries(
 
 def _closed(net: Net, example_inputs: Any, input_range: Interval | None) -> fx.GraphModule:
     """The network with its carries closed, and without what was there for them only."""
-    count = close_all(net, Origins(net, input_range))
+    spans = close_all(net, input_range)
     closed = net.finish()
     closed.meta.pop(META_KEY, None)  # its nodes may hold other values now
-    if not count:
+    if not spans:
         return closed
-    # The channels that nobody reads any more.
-    net = Net(trace(closed, example_inputs))
+    net = Net(trace(_without_unread(closed, example_inputs), example_inputs))
+    if read_once(net):
+        net = Net(trace(_without_unread(net.finish(), example_inputs), example_inputs))
+    # Last, for what is left of a layer may do nothing, and activations may be the same for all.
+    tidy(net)
+    net.sweep()
+    # What was taken apart beside a carry is cheaper as one layer without it.
+    apply_rule(net, LinearRule(keep_orders=False, concerns=lambda node: node.name in spans))
+    return net.finish()
+
+
+def _without_unread(gm: fx.GraphModule, example_inputs: Any) -> fx.GraphModule:
+    """The network without the channels that nobody reads any more."""
+    net = Net(trace(gm, example_inputs))
     net.sweep()
     widths = Widths(net, Channels(net))
     keep = widths.used()
-    smaller = without(net, widths, spare(widths, keep.to(torch.float64), keep), {})
-    # Last, for what is left of a layer may do nothing, and activations may be the same for all.
-    net = Net(trace(smaller, example_inputs))
-    tidy(net)
-    return net.finish()
+    return without(net, widths, spare(widths, keep.to(torch.float64), keep), {})

@@ -86,20 +86,22 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Edges:
-    """A node that says where channels begin and end: a slice or a padding of channels.
+    """A node that names places of channels: a slice, a list of them, or a padding of channels.
 
     Attributes:
         node: the node.
         ids: labels of the value that it reads.
         axis: that holds the channels.
         parts: labels of what a slice leaves out before, takes and leaves out behind, or of what a
-            padding adds before and behind.
+            padding adds before and behind; of an index nothing, what it takes, and nothing.
+        rows: which channels an index takes, in order; None of a slice or a padding.
     """
 
     node: fx.Node
     ids: Tensor
     axis: int
     parts: tuple[Tensor, ...]
+    rows: tuple[int, ...] | None = None
 
     @property
     def adds(self) -> bool:
@@ -198,10 +200,15 @@ def sliced(node: fx.Node, value: Labels, rank: int) -> Edges | Labels | None:
     """Behind a slice: the same labels, or a cut through the channels."""
     index = node.args[1]
     parts = index if isinstance(index, tuple) else (index,)
-    is_known = all(isinstance(i, (slice, type(...))) for i in parts)
-    if not is_known or sum(i is ... for i in parts) > 1:
+    lists = [i for i in parts if isinstance(i, list)]
+    is_known = all(isinstance(i, (slice, type(...), list)) for i in parts)
+    if not is_known or sum(i is ... for i in parts) > 1 or len(lists) > 1:
         return None
-    own = slice_by_slice(parts, rank)[value.axis]
+    if any(type(place) is not int for places in lists for place in places):
+        return None
+    own: Any = slice_by_slice(parts, rank)[value.axis]
+    if isinstance(own, list):
+        return _chosen(node, value, own)
     if own == slice(None):
         return value
     bounds = (own.start, own.stop, own.step)
@@ -211,6 +218,16 @@ def sliced(node: fx.Node, value: Labels, rank: int) -> Edges | Labels | None:
     if stop <= start:
         return None
     return Edges(node, value.ids, value.axis, value.ids.tensor_split((start, stop)))
+
+
+def _chosen(node: fx.Node, value: Labels, places: list[Any]) -> Edges | None:
+    """Behind a list of channels."""
+    total = value.ids.numel()
+    if not places or not all(-total <= i < total for i in places):
+        return None
+    rows = tuple(i % total for i in places)
+    taken, nothing = value.ids[list(rows)], value.ids[:0]
+    return Edges(node, value.ids, value.axis, (nothing, taken, nothing), rows)
 
 
 def padded(node: fx.Node, value: Labels, rank: int, union: Union) -> Edges | Labels | None:

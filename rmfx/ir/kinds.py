@@ -269,14 +269,21 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
     if kind.__module__ == parametrize.__name__:  # a class that torch makes for one module
         kind = kind.__mro__[1]
     found = _known_base(kind)  # type: ignore[arg-type]
-    own = vars(module).keys() - HARMLESS
-    return None if any(callable(getattr(found, name, None)) for name in own) else found
+    if found is None or not _methods(found).isdisjoint(vars(module)):  # type: ignore[arg-type]
+        return None
+    return found
 
 
 def is_a(module: object, kinds: type[Any] | tuple[type[Any], ...]) -> bool:
     """Whether a module is a layer of a kind, as `isinstance`, but for code of its own."""
     kind = kind_of(module) if isinstance(module, nn.Module) else None
     return kind is not None and issubclass(kind, kinds)
+
+
+@lru_cache(maxsize=1024)
+def _methods(kind: type[nn.Module]) -> frozenset[str]:
+    """What runs by name in a class, and would be another in a module that has one of its own."""
+    return frozenset(n for n in dir(kind) if callable(getattr(kind, n, None))) - HARMLESS
 
 
 @lru_cache(maxsize=1024)

@@ -289,6 +289,12 @@ def _cut_place(place: Edges, keep: Keep) -> None:
         node.args, node.kwargs = (node.args[0],), {**given, "pad": amounts}
         return
     index: Any = node.args[1]
+    if place.rows is not None:
+        kept = keep(place.ids)
+        now = (kept.cumsum(0) - 1).tolist()
+        left = [now[row] for row in place.rows if kept[row]]
+        node.args = (node.args[0], tuple(left if isinstance(i, list) else i for i in index))
+        return
     parts = slice_by_slice(index if isinstance(index, tuple) else (index,), len(shape_of(node)))
     parts[place.axis] = slice(counts[0], counts[0] + counts[1])
     node.args = (node.args[0], tuple(parts))

@@ -9,7 +9,8 @@ where a value leaves whose kind is none of those that may. What is unknown count
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from rmfx.errors import RmfxError, WeightValueError
 from rmfx.frontend.watches import written_by
@@ -217,6 +218,16 @@ class Recorder(TorchDispatchMode):
                 needed.update(node.all_input_nodes)
                 memory |= self._storage[node]
         return [node for node in self.graph.nodes if node in needed]
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Within it no recorder follows what runs: for numbers that depend on no weight.
+
+    What is computed within it must not be used behind it.
+    """
+    with _disable_current_modes():
+        yield
 
 
 class _Watch(TorchFunctionMode):

@@ -30,6 +30,7 @@ from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.layer import Layer
 
 from .order import Order
+from .recording import unrecorded
 from .site import Chain, Step
 
 MOST_PARTS = 8  # of inputs or outputs: values get as many times as wide
@@ -51,20 +52,29 @@ def taken_apart(chain: Chain, price: Callable[[Chain], float]) -> Chain:
     """The chain with each dense layer in the form that makes the whole cheapest, taps first.
 
     Args:
-        price: of a chain beside its carry; asked of chains without weights, too.
+        price: of a chain beside its carry; asked of chains without weights.
     """
     for ways_of in (_by_taps, _by_tiles):
         empty = hollow(chain)
-        chosen: list[Way | None] = [None] * len(chain)
-        least = price(empty)
-        for i, step in enumerate(chain):
-            for way in ways_of(step.layer, (i == 0, i == len(chain) - 1)):
-                ways = [*chosen[:i], way, *chosen[i + 1 :]]
-                found = price(_apart(empty, ways))
-                if found < least:
-                    least, chosen = found, ways
+        with unrecorded():  # these numbers are none of the weights'
+            chosen = _cheapest(empty, ways_of, price)
         chain = _apart(chain, chosen)
     return chain
+
+
+def _cheapest(
+    chain: Chain, ways_of: Callable[..., Iterator[Way]], price: Callable[[Chain], float]
+) -> list[Way | None]:
+    """The way to take each layer apart, None where it stays, found layer by layer."""
+    chosen: list[Way | None] = [None] * len(chain)
+    least = price(chain)
+    for i, step in enumerate(chain):
+        for way in ways_of(step.layer, (i == 0, i == len(chain) - 1)):
+            ways = [*chosen[:i], way, *chosen[i + 1 :]]
+            found = price(_apart(chain, ways))
+            if found < least:
+                least, chosen = found, ways
+    return chosen
 
 
 def in_any_order(chain: Chain) -> Chain:

@@ -6,7 +6,7 @@ With u what that layer reads, F its filters, and every node since handing channe
 
 where r(k) is the filter, f_k the product of the weights met on the way, and `way` the place, again
 a layer of one tap. A layer hands a channel on where an output has one weight and no bias; where
-the main block reads the channel as well, a carry begins anew.
+another output reads the channel as well, a carry begins anew.
 
 Forms handled: Conv1d/2d/3d and Linear of any stride and layout; activations that provably leave
 channels alone (by range, PReLU slope 1, bounds, or a mask); products with what is 1 on them;
@@ -42,7 +42,6 @@ from rmfx.ir.notes import shape_of, why_frozen
 from rmfx.ir.reading import read
 from rmfx.ir.selections import may_select, selected
 from rmfx.modules.activations import OWN_ACTIVATIONS
-from rmfx.pruning.slicing import inputs_read
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +53,7 @@ class Carry:
         first: the layer.
         rows: (channels,) which of its outputs, -1 where it is none.
         factors: (channels,) by what they have been multiplied since.
+        weights: (channels,) how many the layers have for them, the first one too; see `weights_of`.
         way: which of its places they are, as a layer of one channel and one tap.
     """
 
@@ -61,6 +61,7 @@ class Carry:
     first: AffineConv
     rows: Tensor
     factors: Tensor
+    weights: Tensor
     way: AffineConv
 
     def only(self, keep: Tensor) -> Carry:
@@ -107,8 +108,10 @@ class Origins:
         for carry in self._known[source]:
             chosen = selected(self._net, node, len(carry.rows), carry.first.dims)
             if chosen is not None:
-                rows, factors = carry.rows[chosen], carry.factors[chosen]
-                found.append(replace(carry, rows=rows, factors=factors))
+                rows, factors, weights = (
+                    t[chosen] for t in (carry.rows, carry.factors, carry.weights)
+                )
+                found.append(replace(carry, rows=rows, factors=factors, weights=weights))
         return tuple(c for c in found if bool((c.rows >= 0).any()))
 
     def _gated(self, node: fx.Node) -> Carries:
@@ -163,23 +166,39 @@ def _through_layer(layer: AffineConv, x: fx.Node, before: Sequence[Carry]) -> Ca
     nowhere = torch.full((total,), -1)
     own = torch.arange(total)
     found: dict[tuple[int, int], Carry] = {}
-    mixed = inputs_read(layer.weight, layer.groups, ~hands_on(layer))
+    weights = weights_of(layer)
+    alone = _readers(layer) == 1
     for row, column, tap, weight in _single_weights(layer):
-        # Where the main block reads a channel too, a carry begins.
-        carry = next((c for c in before if c.rows[column] >= 0 and not mixed[column]), None)
+        # Where a channel is read by others, too, a carry begins.
+        carry = next((c for c in before if c.rows[column] >= 0 and alone[column]), None)
         way = None if carry is None else _hop(layer, tap, carry.way)
         if carry is None or way is None:
             continue
         key = (id(carry), tap)
         if key not in found:
             empty = nowhere.clone()
-            found[key] = replace(carry, rows=empty, factors=empty.to(torch.float64), way=way)
+            sizes = empty.to(torch.float64), empty.clone()
+            found[key] = Carry(carry.source, carry.first, empty, *sizes, way)
         found[key].rows[row] = carry.rows[column]
         found[key].factors[row] = carry.factors[column] * weight
+        found[key].weights[row] = carry.weights[column] + weights[row]
         own[row] = -1
     identity = AffineConv.identity(1, layer.dims)
-    begins = Carry(x, layer, own, torch.ones(total, dtype=torch.float64), identity)
+    begins = Carry(x, layer, own, torch.ones(total, dtype=torch.float64), weights, identity)
     return (*found.values(), begins)
+
+
+def weights_of(layer: AffineConv) -> Tensor:
+    """How many weights each output has for the inputs that it reads: (out,)."""
+    reads = (layer.weight.detach() != 0).reshape(*layer.weight.shape[:2], -1).any(2)
+    return reads.sum(1).cpu() * math.prod(layer.kernel)
+
+
+def _readers(layer: AffineConv) -> Tensor:
+    """How many outputs read each input: (in,)."""
+    reads = (layer.weight.detach() != 0).reshape(*layer.weight.shape[:2], -1).any(2)
+    found: Tensor = reads.unflatten(0, (layer.groups, -1)).sum(1)
+    return found.flatten().cpu()
 
 
 def hands_on(layer: AffineConv) -> Tensor:

@@ -57,6 +57,8 @@ class Cut:
 class LinearRule:
     """Merge a maximal chain of linear layers into the cheapest equivalent chain.
 
+    With `keep_orders=False` a chain does not end at selections of channels.
+
     Attributes:
         saved: the nodes of each chain that was merged, and what they cost less (or more) than it.
     """
@@ -66,10 +68,12 @@ class LinearRule:
         *,
         policy: Choice = "profitable",
         keep_norms: bool = False,
+        keep_orders: bool = True,
         concerns: Callable[[fx.Node], bool] = lambda node: True,
     ) -> None:
         self._policy = policy
         self._keep_norms = keep_norms
+        self._keep_orders = keep_orders
         self._concerns = concerns
         self.saved: list[tuple[frozenset[fx.Node], Expense]] = []
 
@@ -109,7 +113,8 @@ class LinearRule:
         module = net.callee(node)
         if self._keep_norms and type(module) in BATCH_NORMS:
             return False
-        if may_select(net, node):  # costs nothing, and would make a grouped layer dense
+        # It costs nothing, and would make a grouped layer dense.
+        if self._keep_orders and may_select(net, node):
             return False
         return isinstance(read_affine(net, node), AffineConv)
 

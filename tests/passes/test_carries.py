@@ -15,10 +15,12 @@ from builders import (
     conv_bn,
     image,
     ready,
+    shapes,
     snapshot,
     types,
 )
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import fx, nn
 
 import rmfx
@@ -179,3 +181,113 @@ def test_a_value_that_a_product_repeats_over_space_is_not_carried() -> None:
     model = ready(Apply(forward, **layers))
     x = image(2, 3, 9, 9)
     closed(rmfx.trace(model), x)
+
+
+# ---- the way back, whatever the layout was ------------------------------------------------------
+class Gate(nn.Module):
+    """x times what a squeeze makes of it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.squeeze, self.excite = conv(channels, 2, 1), conv(2, channels, 1)
+
+    def forward(self, x: Any) -> Any:
+        squeezed = torch.relu(self.squeeze(x.mean((2, 3), keepdim=True)))
+        return x * torch.sigmoid(self.excite(squeezed))
+
+
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.PReLU, nn.LeakyReLU, nn.Hardswish)
+
+
+@st.composite
+def branches(draw: st.DrawFn, c: int, *, depth: int = 0) -> nn.Module:
+    """A branch of some kind from c to c channels, an activation between any two of its layers."""
+
+    def act() -> nn.Module:
+        return draw(st.sampled_from(ACTIVATIONS))()
+
+    width = draw(st.sampled_from((c // 2, c, c + 2, 2 * c)))
+    kind = draw(st.sampled_from(["basic", "bottleneck", "inverted", "depthwise", "gate", "nested"]))
+    if kind == "bottleneck":
+        middle = conv_bn(c // 2, c // 2, groups=draw(st.sampled_from((1, 2))))
+        return chain(conv_bn(c, c // 2, 1), act(), middle, act(), conv_bn(c // 2, c, 1))
+    if kind == "inverted":
+        middle = conv_bn(width, width, groups=width)
+        return chain(conv_bn(c, width, 1), act(), middle, act(), conv_bn(width, c, 1))
+    if kind == "depthwise":
+        layers = [conv_bn(c, c, groups=c), conv_bn(c, width, 1), conv_bn(width, c, 1)]
+        layers = layers if draw(st.booleans()) else [*layers[1:], layers[0]]
+        return chain(layers[0], act(), layers[1], act(), layers[2])
+    if kind == "gate":
+        last = draw(st.booleans())
+        inner = () if last else (Gate(width),)
+        return chain(conv_bn(c, width), act(), *inner, conv_bn(width, c), *[Gate(c)] * last)
+    if kind == "nested" and depth < 2:
+        inside = Residual(draw(branches(c, depth=depth + 1)))
+        outside = conv_bn(c, c, draw(st.sampled_from((1, 3))))
+        return (
+            chain(outside, act(), inside) if draw(st.booleans()) else chain(inside, act(), outside)
+        )
+    last_act = (act(),) if draw(st.booleans()) else ()
+    return chain(conv_bn(c, width), act(), conv_bn(width, c), *last_act)
+
+
+@st.composite
+def strided(draw: st.DrawFn, c: int) -> nn.Module:
+    """A branch that subsamples beside a projection, in one layer or in two."""
+    projections = [conv_bn(c, 2 * c, draw(st.sampled_from((1, 3))), stride=2)]
+    if draw(st.booleans()):
+        projections = [conv_bn(c, c, stride=2, groups=c), conv_bn(c, 2 * c, 1)]
+    act = draw(st.sampled_from(ACTIVATIONS))()
+    return Residual(
+        chain(conv_bn(c, c + 2, stride=2), act, conv_bn(c + 2, 2 * c)), chain(*projections)
+    )
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> nn.Module:
+    """A first layer and one or two residual blocks, an activation behind each."""
+    c = draw(st.sampled_from((4, 8, 16)))
+    layers: list[nn.Module] = [conv_bn(3, c), nn.ReLU()]
+    if draw(st.booleans()):
+        layers += [draw(strided(c)), nn.ReLU()]
+        c = 2 * c
+    if len(layers) == 2 or draw(st.booleans()):
+        layers += [Residual(draw(branches(c))), draw(st.sampled_from(ACTIVATIONS))()]
+    return chain(*layers)
+
+
+@settings(max_examples=20)
+@given(networks(), st.sampled_from(("time", "macs")))
+def test_the_way_back_leads_to_the_multiply_adds_of_the_original(
+    network: nn.Module, minimise: str
+) -> None:
+    model, x = ready(network), image(1, 3, 9, 9)
+    folded = rmfx.fold_batch_norm(model, x)
+    plain = rmfx.remove_residuals(model, x, minimise=minimise, strict=True)
+    back = rmfx.close_carries(plain, x)
+    costs = [rmfx.cost.count(gm, x) for gm in (folded, back)]
+    assert (costs[1].macs, costs[1].adds) == (costs[0].macs, costs[0].adds)
+    for other in (x, image(2, 3, 11, 8)):
+        torch.testing.assert_close(back(other), model(other), rtol=1e-10, atol=1e-10)
+    again = rmfx.close_carries(back, x)
+    assert types(again) == types(back)
+
+
+@pytest.mark.parametrize("minimise", ["time", "macs"])
+def test_a_nested_block_comes_back_without_copies(minimise: str) -> None:
+    inner = Residual(chain(conv(8, 8), nn.ReLU(), conv(8, 8)))
+    model = ready(chain(conv(3, 8), nn.ReLU(), Residual(chain(conv(8, 8), nn.ReLU(), inner))))
+    x = image(2, 3, 9, 9)
+    back = closed(rmfx.remove_residuals(model, x, minimise=minimise), x)
+    assert shapes(back) == shapes(rmfx.trace(model))
+    assert rmfx.cost.count(back, x).macs == rmfx.cost.count(model, x).macs == 314928
+
+
+def test_a_filter_whose_values_an_activation_provably_keeps_is_no_carry() -> None:
+    first, second = conv(4, 4), conv(4, 4)
+    with torch.no_grad():
+        first.weight[:2], first.bias[:2] = first.weight[:2].abs(), 1.0  # positive behind a ReLU
+    model = ready(chain(conv(3, 4), nn.ReLU(), first, nn.ReLU(), second))
+    x = image(1, 3, 9, 9)
+    assert types(closed(rmfx.trace(model), x)) == types(model)

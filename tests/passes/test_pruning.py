@@ -603,3 +603,28 @@ def test_wrong_arguments_are_told(options: dict[str, Any], message: str) -> None
     given = {"target": 0.5} | options
     with pytest.raises(OptionError, match=message):
         rmfx.prune_channels(nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8), **given)
+
+
+@pytest.mark.parametrize("index", [[3, 0, 2, 1], [1, 1, 3, 0, 2], [-1, 2]], ids=str)
+def test_a_list_of_channels_names_those_that_are_left(index: list[int]) -> None:
+    def forward(m: Any, x: Any) -> Any:
+        return m.last(torch.relu(m.first(x))[:, index])
+
+    model = ready(Apply(forward, first=conv(4, 4), last=conv(len(index), 3)))
+    with torch.no_grad():  # what is cut is read with zeros
+        model.last.weight[:, [i for i, row in enumerate(index) if row % 4 in (1, 3)]] = 0
+    scores = {"first": torch.tensor([1.0, 0.0, 1.0, 0.0])}
+    pruned, _ = rmfx.prune_channels(
+        model, image(), target=0.9, importance=lambda gm: scores, protect="last"
+    )
+    assert shapes(pruned)[0][0] < 4
+    torch.testing.assert_close(pruned(image()), model(image()))
+
+
+def test_lists_that_make_further_dimensions_keep_all_channels() -> None:
+    def forward(m: Any, x: Any) -> Any:
+        return m.last(torch.relu(m.first(x))[:, :, [[0, 1], [2, 3]]].flatten(3))
+
+    model = ready(Apply(forward, first=conv(4, 4), last=conv(4, 3, dims=2)))
+    with pytest.raises(OptionError):
+        rmfx.prune_channels(model, image(), target=0.7, importance="l2", protect="last")

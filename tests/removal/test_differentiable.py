@@ -91,6 +91,18 @@ def test_values_and_gradients_follow_the_parameters() -> None:
         perturb(model)
 
 
+@pytest.mark.parametrize("minimise", ["time", "macs", "onnxruntime"])
+def test_layouts_of_every_target_follow_the_parameters(minimise: str) -> None:
+    branches = [conv_branch(channels=8), chain(conv(8, 4, 1), nn.ReLU(), conv(4, 8, 1))]
+    model, x = ready(chain(conv(3, 8), *map(Residual, branches))), image(2, 3, 7, 6)
+    options = {"differentiable": True, "minimise": minimise, "strict": True}
+    linked = rmfx.remove_residuals(model, x, **options)
+    assert adds(linked) == 0
+    perturb(model)
+    torch.testing.assert_close(linked(x), model(x), rtol=1e-10, atol=1e-10)
+    assert_same_gradients(model, linked, (x,))
+
+
 def test_training_both_gives_the_same_network() -> None:
     losses = []
     first = network()

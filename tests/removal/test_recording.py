@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 import rmfx.testing  # noqa: F401  (registers an operator that writes and gives nothing back)
 from rmfx.errors import RmfxError, WeightValueError
-from rmfx.removal.recording import Kind, Recorder
+from rmfx.removal.recording import Kind, Recorder, unrecorded
 
 LEAVING: dict[str, Any] = {
     "item": lambda w: w[0, 0].item(),
@@ -142,3 +142,17 @@ def test_a_copy_that_is_written_to_is_no_mere_copy() -> None:
     source = record.sources["w"]
     assert record.origin(record.node(same)) is source
     assert record.origin(record.node(written)) is not source
+
+
+def test_what_runs_unrecorded_leaves_no_trace() -> None:
+    w = torch.tensor([[0.7, -1.3], [0.6, 1.1]])
+    with recorder(w) as watching:
+        with unrecorded():
+            assert torch.zeros(3).sum().item() == 0
+        assert not watching.graph.find_nodes(op="call_function", target=torch.ops.aten.sum.default)
+        assert bool((w + 1).any())  # is followed again
+        with pytest.raises(WeightValueError):
+            w.sum().item()
+    targets = [node.target for node in watching.graph.nodes]
+    assert torch.ops.aten.add.Tensor in targets
+    assert torch.ops.aten.zeros.default not in targets
