@@ -7,15 +7,16 @@ behind it is an ordinary one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import _side_effectful_functions
 
 from rmfx.algebra.activation import is_activation
 from rmfx.errors import WeightValueError
-from rmfx.ir.kinds import TRANSPOSITIONS
 from rmfx.ir.nodes import attribute, run_node
 from rmfx.ir.notes import OF_VALUE, notes_of, why_frozen
 
@@ -66,8 +67,23 @@ def numbers_of(gm: fx.GraphModule) -> dict[fx.Node, int | float]:
     return {node: value for node, value in known.items() if isinstance(value, (int, float))}
 
 
-def _known(gm: fx.GraphModule) -> dict[fx.Node, Any]:
-    """The values that depend on parameters and buffers only, and these."""
+def constants_without_values(gm: fx.GraphModule) -> dict[fx.Node, Tensor]:
+    """What depends on parameters and buffers only, as tensors that have shape and memory alone."""
+    mode = FakeTensorMode(static_shapes=True)
+    with mode:
+        known = _known(gm, mode.from_tensor)
+    return {node: value for node, value in known.items() if isinstance(value, Tensor)}
+
+
+def _known(
+    gm: fx.GraphModule, stands_for: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> dict[fx.Node, Any]:
+    """The values that depend on parameters and buffers only, and these.
+
+    Args:
+        gm: the graph.
+        stands_for: what to compute with in the place of a tensor of the model.
+    """
     known: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
         if why_frozen(node):
@@ -75,7 +91,7 @@ def _known(gm: fx.GraphModule) -> dict[fx.Node, Any]:
         if node.op == "get_attr":
             value = attribute(gm, node)
             if isinstance(value, Tensor):
-                known[node] = value
+                known[node] = stands_for(value)
         elif _is_constant(gm, node, known):
             try:
                 with torch.no_grad(), Watch(known[n] for n in node.all_input_nodes):
@@ -105,8 +121,7 @@ def _is_constant(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -
         return False  # another constant may have been read before the write
     if node.op == "call_module":
         return is_activation(gm.get_submodule(str(node.target)))
-    # The first is how exporting hands the weight of a Linear layer over.
-    return node.target not in TRANSPOSITIONS and node.target not in _side_effectful_functions
+    return node.target not in _side_effectful_functions
 
 
 def _is_to_be_kept(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
