@@ -28,6 +28,7 @@ from rmfx.ir.kinds import aten, overloads
 from .calls import arguments_of
 
 Labels = tuple[str, ...]
+SUMMED = "summed"  # the label of a dimension that has one size in all operands
 Rank = Callable[[fx.Node], int]
 
 
@@ -63,7 +64,7 @@ def leading(count: int) -> Labels:
 def _matmul(a: fx.Node, b: fx.Node, ranks: tuple[int, int], **options: Any) -> Contraction:
     more = [leading(rank - 2) for rank in ranks]
     rows, columns = ("row",)[: ranks[0] - 1], ("column",)[: ranks[1] - 1]
-    operands = ((a, (*more[0], *rows, "summed")), (b, (*more[1], "summed", *columns)))
+    operands = ((a, (*more[0], *rows, SUMMED)), (b, (*more[1], SUMMED, *columns)))
     return Contraction(operands, (*max(more, key=len), *rows, *columns), **options)
 
 
@@ -97,7 +98,7 @@ def _inner(node: fx.Node, rank: Rank) -> Contraction | None:
     if tensors is None:
         return None
     kept = [tuple(f"{i} of {side}" for i in range(rank(x) - 1)) for side, x in enumerate(tensors)]
-    operands = ((x, (*own, "summed")) for x, own in zip(tensors, kept, strict=True))
+    operands = ((x, (*own, SUMMED)) for x, own in zip(tensors, kept, strict=True))
     return Contraction(tuple(operands), (*kept[0], *kept[1]))
 
 
@@ -123,7 +124,7 @@ def _tensordot(node: fx.Node, rank: Rank) -> Contraction | None:
             return None
         for place, dim in enumerate(side):
             own[dim] = f"summed {place}"
-    kept = [label for own in labels for label in own if not label.startswith("summed")]
+    kept = [label for own in labels for label in own if not label.startswith(SUMMED)]
     operands = ((x, tuple(own)) for x, own in zip(tensors, labels, strict=True))
     return Contraction(tuple(operands), tuple(kept))
 

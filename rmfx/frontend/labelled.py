@@ -130,7 +130,7 @@ class Writer:
         """
         wanted = (*groups[0], *groups[1])
         (first, own), *others = parts
-        if not others and {*own} == {*wanted}:
+        if not others and sorted(own) == sorted(wanted):
             made = self._reordered(first, [own.index(label) for label in wanted])
         else:
             made = self._product_of(parts, wanted)

@@ -36,7 +36,7 @@ from rmfx.ir.notes import shape_of
 from rmfx.ir.numbers import size_read
 
 from .constants import constants_without_values
-from .contractions import CONTRACTIONS, Contraction, Labels
+from .contractions import CONTRACTIONS, SUMMED, Contraction, Labels
 from .labelled import Weights, Writer
 
 EXPANSIONS = ("expand", torch.ops.aten.expand.default)
@@ -70,6 +70,10 @@ def _open_bilinear(gm: fx.GraphModule, node: fx.Node) -> None:
     node.op, node.target, node.args = "call_function", F.bilinear, (*node.args, *tensors)
 
 
+class _UnknownRankError(Exception):
+    """The number of dimensions of a value is asked for, and not known."""
+
+
 class _Product:
     """A product that may be rewritten.
 
@@ -86,24 +90,30 @@ class _Product:
         self._node = node
         self._constants = constants
         self._facts = facts_of(gm)
-        self._is_open = False  # whether the number of dimensions of x is not known
+        self._is_open = False  # whether it is read for any number of dimensions
         self._sizes: dict[str, int | None] = {}  # by labels
 
     def rewrite(self) -> bool:
         """Do it, if it can be done; gives whether that holds for one number of dimensions only."""
-        found = CONTRACTIONS[self._node.target](self._node, self._rank)
+        return not self._is_rewritten(is_open=True) and self._is_rewritten(is_open=False)
+
+    def _is_rewritten(self, *, is_open: bool) -> bool:
+        self._is_open = is_open
+        try:
+            found = CONTRACTIONS[self._node.target](self._node, self._rank)
+        except _UnknownRankError:
+            return False
         if found is None:
             return False
         data, weights = self._split(found)
-        if len(data) != 1 or not weights:
+        if len(data) != 1 or not weights or len({*data[0][1]}) < len(data[0][1]):
             return False
         x, labels = data[0]
-        rank = self._facts.rank(x)
-        if len({*labels}) < len(labels) or rank not in (None, len(labels)):
+        sizes = shape_of(x, ())[::-1]
+        if not is_open and self._facts.rank(x) not in (None, len(labels)):
             return False
-        unknown = self._is_open and not found.even
-        self._sizes = dict(zip(labels, shape_of(x, (None,) * len(labels)), strict=True))
-        fitted = [self._fitted(one, own, found.result, unknown) for one, own in weights]
+        self._sizes = {**dict.fromkeys(labels), **dict(zip(labels[::-1], sizes, strict=False))}
+        fitted = [self._fitted(one, own, found) for one, own in weights]
         if None in fitted:
             return False
         with self._graph.inserting_before(self._node):
@@ -116,9 +126,10 @@ class _Product:
             return self._constants[node].dim()
         if node.target in EXPANSIONS:
             return len(_sizes_of(node))
-        rank = self._facts.rank(node)
-        self._is_open = self._is_open or rank is None
-        return MANY if rank is None else rank
+        rank = MANY if self._is_open else self._facts.rank(node)
+        if rank is None:
+            raise _UnknownRankError
+        return rank
 
     def _split(self, found: Contraction) -> tuple[Weights, Weights]:
         """The operands that depend on the network's inputs, and the constants."""
@@ -152,13 +163,18 @@ class _Product:
             return True
         value, dim = size_read(size) if isinstance(size, fx.Node) else (None, None)
         for node, labels in found.operands:
-            same = node is value and isinstance(dim, int) and labels[dim] == label
-            if same or (label in labels and shape_of(node, labels)[labels.index(label)] == size):
-                return label in found.result
+            if label not in labels or label not in found.result:
+                continue
+            place, rank = labels.index(label) - len(labels), len(shape_of(node, ()))
+            if node is value and isinstance(dim, int) and labels[dim] == label:
+                return True
+            known = self._facts.size(node, rank + place) if -place <= rank else None
+            if known is not None and known == size:
+                return True
         return False
 
     def _fitted(
-        self, weight: fx.Node, labels: Labels, result: Labels, unknown: bool
+        self, weight: fx.Node, labels: Labels, found: Contraction
     ) -> tuple[fx.Node, Labels] | None:
         """A constant with labels of its own where it is spread out; None if x may be, too."""
         value = self._constants[weight]
@@ -166,15 +182,18 @@ class _Product:
             return None
         fitted = []
         for label, size in zip(labels, value.shape, strict=True):
+            in_x = label in self._sizes
             own = self._sizes.setdefault(label, size)
-            is_spread = size == 1 != own
-            if (is_spread and label not in result) or (size != 1 and own not in (None, size)):
-                return None
-            if is_spread and unknown:  # it may have more dimensions than x
-                return None
-            if own is None and not is_spread:
-                self._sizes[label] = size
+            is_spread = in_x and size == 1 and label in found.result
+            if is_spread and self._is_open and not found.even:
+                return None  # it may have more dimensions than x
+            if not is_spread and own not in (None, size):
+                return None  # x is spread out
+            if in_x and not is_spread and size == 1 and not found.even and label != SUMMED:
+                return None  # x is summed over it, whatever its size
             fitted.append(f"{label} of {weight.name}" if is_spread else label)
+            if not is_spread:
+                self._sizes[label] = size
         return weight, tuple(fitted)
 
     # ---- the layer --------------------------------------------------------------------------
@@ -205,8 +224,7 @@ class _Product:
             bias = self._bias(write, found, made)
         rest = found if bias is None else replace(found, added=None)
         y, behind = write.layer(x, (before, summed, after), made, weight, bias)
-        self._replace(write, rest, y, behind)
-        return not is_plain
+        return self._replace(write, rest, y, behind)
 
     def _bias(self, write: Writer, found: Contraction, made: Labels) -> fx.Node | None:
         """What is added to a product as the bias of its layer, if it is one."""
@@ -220,7 +238,7 @@ class _Product:
         return write.reshaped(found.added, (made[0],)) if value.dim() > 1 else found.added
 
     def _replace(self, write: Writer, found: Contraction, y: fx.Node, labels: Labels) -> bool:
-        """Let what a layer gives be the result of the product; gives that it holds by rank."""
+        """Let what a layer gives be the result of the product; gives that it is."""
         y = write.permuted(y, labels, found.result)
         if found.added is not None and found.beta != 0:
             added = found.added

@@ -307,3 +307,118 @@ def test_what_is_no_layer_is_refused(forward: Forward, shape: tuple[int, ...], r
     (row,) = rmfx.report(gm).to_dict()["sites"]
     assert reason in row["reason"]
     torch.testing.assert_close(gm(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+class Only(nn.Module):
+    """A product and nothing else, with weights of some shapes."""
+
+    def __init__(self, product: Forward, shapes: tuple[tuple[int, ...], ...]) -> None:
+        super().__init__()
+        self.product = product
+        self.w, self.v = (nn.Parameter(torch.randn(*s).double()) for s in (shapes * 2)[:2])
+
+    def forward(self, x: Tensor) -> Any:
+        return self.product(self, x)
+
+
+# What means different things for different numbers of dimensions or sizes: weights and inputs.
+Shapes = tuple[tuple[int, ...], ...]
+BY_RANK: dict[str, tuple[Forward, Shapes, Shapes]] = {
+    "a batch of weights": (lambda m, x: x @ m.w, ((1, 4, 3),), ((5, 4), (2, 5, 4))),
+    "two weights": (lambda m, x: x @ m.w, ((2, 4, 3),), ((5, 4), (2, 5, 4), (1, 5, 4))),
+    "heads": (lambda m, x: x @ m.w, ((2, 4, 3),), ((3, 2, 5, 4),)),
+    "weight on the left": (
+        lambda m, x: m.w @ x,
+        ((3, 4),),
+        ((4,), (4, 5), (2, 4, 5), (2, 3, 4, 5)),
+    ),
+    "a vector on the left": (lambda m, x: m.w @ x, ((4,),), ((4,), (4, 5), (2, 4, 5))),
+    "a vector": (lambda m, x: x @ m.w, ((4,),), ((4,), (5, 4), (2, 5, 4))),
+    "inner": (lambda m, x: torch.inner(x, m.w), ((2, 3, 4),), ((4,), (5, 4), (2, 5, 4))),
+    "inner, weight first": (
+        lambda m, x: torch.inner(m.w, x),
+        ((3, 4),),
+        ((4,), (5, 4), (2, 5, 4)),
+    ),
+    "tensordot": (
+        lambda m, x: torch.tensordot(x, m.w, dims=([1], [0])),
+        ((4, 3),),
+        ((5, 4), (2, 4, 5), (2, 4, 4, 5)),
+    ),
+    "tensordot of two": (lambda m, x: torch.tensordot(x, m.w), ((5, 4, 3),), ((5, 4), (2, 5, 4))),
+    "einsum with dots behind": (
+        lambda m, x: torch.einsum("bc...,co->bo...", x, m.w),
+        ((4, 3),),
+        ((5, 4), (2, 4, 5), (2, 4, 4)),
+    ),
+    "einsum of factors and dots": (
+        lambda m, x: torch.einsum("c...,c->c...", x, m.w),
+        ((4,),),
+        ((4,), (4, 4), (4, 2, 3)),
+    ),
+    "einsum of a diagonal": (
+        lambda m, x: torch.einsum("bc,cc->bc", x, m.w),
+        ((4, 4),),
+        ((5, 4), (5, 1)),
+    ),
+    "einsum that spreads out": (
+        lambda m, x: torch.einsum("bc,co->bo", x, m.w),
+        ((1, 3),),
+        ((5, 4), (5, 1)),
+    ),
+    "einsum over height": (
+        lambda m, x: torch.einsum("bchw,ho->bcow", x, m.w),
+        ((3, 4),),
+        ((5, 4, 3, 2),),
+    ),
+    "einsum over all": (
+        lambda m, x: torch.einsum("bchw,wcho->bo", x, m.w),
+        ((2, 4, 2, 3),),
+        ((5, 4, 2, 2),),
+    ),
+    "einsum over the batch": (
+        lambda m, x: torch.einsum("bc,bo->co", x, m.w),
+        ((5, 3),),
+        ((5, 4),),
+    ),
+    "einsum of three outputs": (
+        lambda m, x: torch.einsum("btc,schd->sbthd", x, m.w),
+        ((3, 4, 2, 2),),
+        ((2, 5, 4),),
+    ),
+    "addmm, weight first": (lambda m, x: torch.addmm(m.v, m.w, x), ((3, 4), (3, 1)), ((4, 5),)),
+    "addmm of a column": (lambda m, x: torch.addmm(m.v, x, m.w), ((4, 3), (3, 1)), ((3, 4),)),
+    "multi_dot": (
+        lambda m, x: torch.linalg.multi_dot([m.w, x, m.v]),
+        ((3, 5), (4, 2)),
+        ((5, 4),),
+    ),
+    "another size": (
+        lambda m, x: x[:1] @ m.w.expand(x.size(0), -1, -1),
+        ((1, 4, 3),),
+        ((2, 5, 4), (1, 5, 4)),
+    ),
+    "a fixed size": (
+        lambda m, x: x @ m.w.expand(2, -1, -1),
+        ((1, 4, 3),),
+        ((2, 5, 4), (1, 5, 4)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize(("product", "weights", "shapes"), BY_RANK.values(), ids=BY_RANK)
+def test_inputs_of_other_dimensions_are_right_or_refused(
+    product: Forward, weights: Shapes, shapes: Shapes, fold: bool
+) -> None:
+    model = Only(product, weights).eval()
+    for example in (None, *shapes):
+        gm = rmfx.trace(model, None if example is None else tensor(*example), fold=fold)
+        for shape in shapes:
+            x = tensor(*shape)
+            try:
+                made = gm(x)
+            except rmfx.ShapeError:
+                assert shape != example
+                continue
+            torch.testing.assert_close(made, model(x), rtol=1e-12, atol=1e-12)
