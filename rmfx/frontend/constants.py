@@ -7,20 +7,22 @@ behind it is an ordinary one.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.node import _side_effectful_functions
 
 from rmfx.algebra.activation import is_activation
 from rmfx.errors import WeightValueError
 from rmfx.ir.nodes import attribute, run_node
-from rmfx.ir.notes import OF_VALUE, notes_of, why_frozen
+from rmfx.ir.notes import OF_VALUE, gives_number, notes_of, why_frozen
 
 from .effects import effects_of
+from .masks import INDEXING
 from .watches import Watch
 
 # A constant that is spread out needs memory that the model did not.
@@ -54,17 +56,28 @@ def fold_constants(gm: fx.GraphModule) -> dict[str, fx.Node]:
     return made_by
 
 
-def numbers_of(gm: fx.GraphModule) -> dict[fx.Node, int | float]:
-    """The numbers that a graph reads out of the model's own tensors, if it writes to none of them.
+def values_that_decide(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+    """The model's constants, where sizes or numbers follow from their values.
 
-    Nobody knows them of fake tensors, on which shapes are found.
+    Nobody knows these of fake tensors, on which shapes are found. Where the graph writes to one of
+    the constants nothing is known.
     """
-    if not any("item" in str(node.target) for node in gm.graph.nodes):
+    if not any(_asks_for_values(node) for node in gm.graph.nodes):
         return {}
-    known = _known(gm)
+    with unset_fake_temporarily():
+        known = _known(gm)
     if any(one in known for node in gm.graph.nodes for one in effects_of(gm, node).writes):
         return {}
-    return {node: value for node, value in known.items() if isinstance(value, (int, float))}
+    return known
+
+
+def _asks_for_values(node: fx.Node) -> bool:
+    """Whether a node may give a number, or as many values as others say."""
+    if node.target is operator.getitem or node.target in INDEXING:
+        index = [n for n in node.all_input_nodes[1:] if not gives_number(n)]
+        return bool(index)
+    name = str(getattr(node.target, "__name__", node.target))
+    return any(part in name for part in ("item", "nonzero", "argwhere", "masked_select", "unique"))
 
 
 def constants_without_values(gm: fx.GraphModule) -> dict[fx.Node, Tensor]:

@@ -25,8 +25,10 @@ from rmfx.ir.threads import FAKES, alone, without_logs, without_warnings
 
 from .draws import no_draws
 from .kept_state import KeepsStateError, keeps_state, unchanged
+from .masks import gives_as_many_as_values_say, with_places
 
 Call = tuple[object, ...]
+Way = tuple[Any, Any, int]  # an operator, what it is given, and which of its results it is
 
 
 class _Recording(TorchDispatchMode):
@@ -55,6 +57,7 @@ class _Recording(TorchDispatchMode):
         self._held: dict[int, Tensor] = before._held if before else {}
         self._written: dict[int, int] = before._written if before else {}
         self._derived: dict[int, str] = before._derived if before else {}
+        self._ways: dict[int, Way] = before._ways if before else {}  # in which they follow
         # An id is a tensor's own for as long as it lives.
         self._alive: list[Tensor] = before._alive if before else []
         self._note(inputs)
@@ -72,10 +75,14 @@ class _Recording(TorchDispatchMode):
         name = _look if func in FILLED else partial(self._name, writes=writes)
         leaves = [name(leaf) for leaf in flat]
         # A model may write to a tensor of its own: let it write to a fake.
-        args, kwargs = as_fakes(self._mode, given)
-        result = func(*args, **kwargs)
-        if func in FILLED or (repeats and not writes and self._is_of_weights(tensors)):
-            self._note_derived((func, *leaves), result)
+        args, kwargs = as_fakes(self._mode, (with_places(func, args, self._real), given[1]))
+        derives = repeats and not writes and self._is_of_weights(tensors)
+        if derives and gives_as_many_as_values_say(func):
+            result = self._result_of_weights(func, given)
+        else:
+            result = func(*args, **kwargs)
+        if func in FILLED or derives:
+            self._note_derived((func, *leaves), result, (func, given) if derives else None)
             return result
         if writes or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             self.calls.append((func, *leaves))  # no mere question, such as for the device
@@ -91,12 +98,34 @@ class _Recording(TorchDispatchMode):
     def _is_of_weights(self, tensors: Sequence[Tensor]) -> bool:
         return bool(tensors) and not any(id(tensor) in self._numbers for tensor in tensors)
 
-    def _note_derived(self, call: Call, result: Any) -> None:
+    def _result_of_weights(self, func: Any, given: Any) -> Any:
+        """A fake of what an operator gives, whose size follows from values of the model."""
+        with unset_fake_temporarily():
+            args, kwargs = pytree.tree_map_only(Tensor, self._real, given)
+            result = func(*args, **kwargs)
+        return as_fakes(self._mode, (result,))[0]
+
+    def _real(self, value: Tensor) -> Tensor | None:
+        """The values of what depends on the model alone, None of what does not."""
+        if id(value) in self._numbers:
+            return None
+        if id(value) in self._held or not isinstance(value, FakeTensor):
+            return self._held.get(id(value), value)
+        if id(value) not in self._ways:
+            return None
+        func, given, place = self._ways[id(value)]
+        args, kwargs = pytree.tree_map_only(Tensor, self._real, given)
+        found: Tensor = pytree.tree_leaves(func(*args, **kwargs))[place]
+        return found
+
+    def _note_derived(self, call: Call, result: Any, way: tuple[Any, Any] | None) -> None:
         """What is computed of the model's tensors alone, which it may keep, goes by how it is."""
         how = hashlib.sha256(repr(call).encode()).hexdigest()
         for i, value in enumerate(pytree.tree_leaves(result)):
             if isinstance(value, Tensor):
                 self._derived[id(value)] = f"{how} {i}"
+                if way is not None:
+                    self._ways[id(value)] = (*way, i)
                 self._alive.append(value)
 
     def _is_constant(self, value: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -134,3 +135,38 @@ def test_the_third_operand_of_addcmul_is_scaled(value: float) -> None:
     )
     gm = rmfx.trace(model, image())
     torch.testing.assert_close(gm(image()), model(image()))
+
+
+# Channels that a constant mask keeps (4 of 6), as networks that are slimmed choose them.
+CHOICES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "mask": lambda m, x: x[:, m.keep],
+    "whole index": lambda m, x: x[:, m.keep, :, :],
+    "mask with dots": lambda m, x: x[:, m.keep, ...],
+    "mask of weights": lambda m, x: x[:, m.gate > 0],
+    "nonzero": lambda m, x: x[:, m.keep.nonzero().squeeze(1)],
+    "nonzero as a tuple": lambda m, x: x[:, torch.nonzero(m.gate > 0, as_tuple=True)[0]],
+    "index_select": lambda m, x: x.index_select(1, torch.nonzero(m.keep).flatten()),
+    "where": lambda m, x: x[:, torch.where(m.keep)[0]],
+    "masked numbers": lambda m, x: x[:, m.order.masked_select(m.keep)],
+}
+
+
+def choosing(choose: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Any:
+        x = m.first(x)
+        return x + m.last(F.relu(m.middle(choose(m, F.relu(x)))))
+
+    keep = torch.tensor([True, False, True, True, False, True])
+    gate = nn.Buffer(torch.where(keep, 1.0, -1.0))
+    parts: dict[str, Any] = {"order": nn.Buffer(torch.arange(6)), "first": conv(3, 6)}
+    parts |= {"middle": conv(4, 5), "last": conv(5, 6)}
+    return ready(Apply(forward, keep=nn.Buffer(keep), gate=gate, **parts))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_constants_whose_size_follows_from_values_are_computed(name: str) -> None:
+    model, x = choosing(CHOICES[name]), image(2, 3, 9, 7)
+    for form in (model, torch.export.export(model, (x,), strict=False)):
+        gm = rmfx.remove_residuals(form, x)
+        assert rmfx.report(gm).removed == 1, str(rmfx.report(gm))
+        assert_equivalent(model, gm, x)
