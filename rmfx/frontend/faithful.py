@@ -10,6 +10,7 @@ which there is no such trace, runs twice, and must do the same again.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +29,7 @@ from .draws import no_draws
 from .kept_state import KeepsStateError, keeps_state, unchanged
 from .masks import gives_as_many_as_values_say, with_places
 
+SYMBOL = re.compile(r"\bu\d+")
 Call = tuple[object, ...]
 Way = tuple[Any, Any, int]  # an operator, what it is given, and which of its results it is
 
@@ -51,6 +54,7 @@ class _Recording(TorchDispatchMode):
         self._own = own
         self.calls: list[Call] = []
         self._numbers: dict[int, int] = {}
+        self._symbols: dict[str, int] = {}
         self._made: dict[int, int] = {}  # constants that came about in this run
         # What tensors without values hold, which tensor of the model they are, and how they follow
         # from those of the model, by their ids.
@@ -72,7 +76,7 @@ class _Recording(TorchDispatchMode):
         if repeats and self._is_of_constants(func, tensors):
             return self._computed(func, given)
         writes = func._schema.is_mutable
-        name = _look if func in FILLED else partial(self._name, writes=writes)
+        name = self._look if func in FILLED else partial(self._name, writes=writes)
         leaves = [name(leaf) for leaf in flat]
         # A model may write to a tensor of its own: let it write to a fake.
         args, kwargs = as_fakes(self._mode, (with_places(func, args, self._real), given[1]))
@@ -170,7 +174,17 @@ class _Recording(TorchDispatchMode):
                 self._numbers[id(value)] = len(self._numbers)
                 self._alive.append(value)
 
+    def _look(self, leaf: Any) -> object:
+        """What there is to a tensor but its values."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return (tuple(map(self._name, leaf.shape)), leaf.dtype, leaf.device)
+
     def _name(self, leaf: Any, *, writes: bool = False) -> object:
+        if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            # Numbers that values decide, by their order: each run has symbols of its own.
+            known = self._symbols
+            return SYMBOL.sub(lambda u: f"u{known.setdefault(u[0], len(known))}", str(leaf))
         if not isinstance(leaf, Tensor):
             return repr(leaf) if isinstance(leaf, float) else leaf
         if id(leaf) in self._numbers:
@@ -184,11 +198,6 @@ class _Recording(TorchDispatchMode):
             return ("made", self._made[id(leaf)])
         # Of the model, the same in both runs.
         return ("weight", self._written.get(id(leaf), id(leaf)))
-
-
-def _look(leaf: Any) -> object:
-    """What there is to a tensor but its values."""
-    return (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
 
 
 def _digest(value: Tensor) -> str:
@@ -232,7 +241,8 @@ def check_state(model: nn.Module, inputs: tuple[Any, ...]) -> None:
 def _calls(
     model: nn.Module, inputs: tuple[Any, ...], own: Collection[int], *, twice: bool = False
 ) -> list[Call]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Sizes that depend on the inputs' values are unknown.
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     # A trace that fails is no news to anybody; torch would print it.
     run = model.forward if isinstance(model, fx.GraphModule) else model
 

@@ -170,3 +170,33 @@ def test_constants_whose_size_follows_from_values_are_computed(name: str) -> Non
         gm = rmfx.remove_residuals(form, x)
         assert rmfx.report(gm).removed == 1, str(rmfx.report(gm))
         assert_equivalent(model, gm, x)
+
+
+# What the input's values decide the size of, beside a residual connection.
+BESIDE: dict[str, Callable[[Tensor], Any]] = {
+    "a mask of the input": lambda x: x[x > 0].sum(),
+    "places": torch.nonzero,
+    "masked values": lambda x: torch.masked_select(x, x > 0),
+    "unique values": lambda x: torch.unique(x.round()),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_size_that_the_inputs_decide_refuses_no_network(name: str) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        x = m.first(x)
+        y = x + m.last(F.relu(m.middle(x)))
+        return y, BESIDE[name](x)
+
+    parts: dict[str, Any] = {"first": conv(3, 4), "middle": conv(), "last": conv()}
+    model, x = ready(Apply(forward, **parts)), image(2, 3, 9, 7)
+    gm = rmfx.remove_residuals(model, x)
+    assert rmfx.report(gm).removed == 1, str(rmfx.report(gm))
+    for value in (x, image(1, 3, 6, 5)):
+        torch.testing.assert_close(gm(value), model(value), rtol=1e-10, atol=1e-10)
+
+
+def test_a_size_that_the_inputs_decide_and_a_layer_asks_for_says_so() -> None:
+    model = ready(Apply(lambda m, x: m.last(x[:, x.sum((0, 2, 3)) > 0]), last=conv()))
+    with pytest.raises(rmfx.ShapeError, match="depend on values"):
+        rmfx.trace(model, image().abs())
