@@ -21,7 +21,7 @@ its own; sums over dimensions that stand apart; integers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +55,9 @@ def products_as_layers(gm: fx.GraphModule) -> bool:
     if not found:
         return False
     constants = constants_without_values(gm)
-    by_rank = [_Product(gm, node, constants).rewrite() for node in found if node not in constants]
+    rank = facts_of(gm).rank  # of a value that stays what it is, however it is written
+    left = [node for node in found if node not in constants]
+    by_rank = [_Product(gm, node, constants, rank).rewrite() for node in left]
     return any(by_rank)
 
 
@@ -81,15 +83,21 @@ class _Product:
         gm: the graph.
         node: the product.
         constants: what depends on the model's tensors alone, as tensors without values.
+        rank_of: the number of dimensions of a value, None if it is not known.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, node: fx.Node, constants: Mapping[fx.Node, Tensor]
+        self,
+        gm: fx.GraphModule,
+        node: fx.Node,
+        constants: Mapping[fx.Node, Tensor],
+        rank_of: Callable[[fx.Node], int | None],
     ) -> None:
+        self._gm = gm
         self._graph = gm.graph
         self._node = node
         self._constants = constants
-        self._facts = facts_of(gm)
+        self._rank_of = rank_of
         self._is_open = False  # whether it is read for any number of dimensions
         self._sizes: dict[str, int | None] = {}  # by labels
 
@@ -110,7 +118,7 @@ class _Product:
             return False
         x, labels = data[0]
         sizes = shape_of(x, ())[::-1]
-        if not is_open and self._facts.rank(x) not in (None, len(labels)):
+        if not is_open and self._rank_of(x) not in (None, len(labels)):
             return False
         self._sizes = {**dict.fromkeys(labels), **dict(zip(labels[::-1], sizes, strict=False))}
         fitted = [self._fitted(one, own, found) for one, own in weights]
@@ -126,7 +134,7 @@ class _Product:
             return self._constants[node].dim()
         if node.target in EXPANSIONS:
             return len(_sizes_of(node))
-        rank = MANY if self._is_open else self._facts.rank(node)
+        rank = MANY if self._is_open else self._rank_of(node)
         if rank is None:
             raise _UnknownRankError
         return rank
@@ -168,7 +176,7 @@ class _Product:
             place, rank = labels.index(label) - len(labels), len(shape_of(node, ()))
             if node is value and isinstance(dim, int) and labels[dim] == label:
                 return True
-            known = self._facts.size(node, rank + place) if -place <= rank else None
+            known = facts_of(self._gm).size(node, rank + place) if -place <= rank else None
             if known is not None and known == size:
                 return True
         return False
