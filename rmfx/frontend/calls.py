@@ -139,7 +139,7 @@ def _convolution(given: Arguments) -> nn.Module | None:
     return _conv(weight.dim() - 2)(given)
 
 
-def linear(given: Arguments) -> nn.Module | None:
+def _linear(given: Arguments) -> nn.Module | None:
     """`F.linear` as a module, None if it is none."""
     weight, bias = given["weight"], given.get("bias")
     if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None) or weight.dim() != 2:
@@ -241,7 +241,7 @@ _ROWS: tuple[Row, ...] = (
     ([operator.ipow], "exponent", _pointwise("pow")),
     (overloads("log_sigmoid"), "", _activation(nn.LogSigmoid, "")),
     ([F.prelu, torch.prelu, *overloads("prelu")], "weight", _prelu),
-    ([F.linear, *overloads("linear")], "weight bias", linear),
+    ([F.linear, *overloads("linear")], "weight bias", _linear),
     ([F.batch_norm], f"{_STATISTICS} weight bias training momentum eps", batch_norm),
     ([F.instance_norm], f"{_STATISTICS} weight bias use_input_stats momentum eps", instance_norm),
     (

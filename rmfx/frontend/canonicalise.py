@@ -49,7 +49,6 @@ from .layers import (
     call_module,
     detach_in_place,
     input_of_call,
-    linear_by_product,
     module_for,
     pad_apart,
     reshaped,
@@ -71,7 +70,6 @@ _FORMS: dict[Any, Callable[[fx.GraphModule, fx.Node], nn.Module | None]] = {
     **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), forms.padding),
     torch._C._nn.pad: lambda gm, node: forms.becomes(node, F.pad),  # which Dynamo looks through
     **dict.fromkeys((*VIEWS, "reshape", torch.reshape), reshaped),
-    **dict.fromkeys((aten.addmm.default, aten.mm.default), linear_by_product),
 }
 
 # What calls of the dialect are; they are read as they stand.

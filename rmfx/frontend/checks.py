@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     is_fake,
 )
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from rmfx.errors import ModeError, ShapeError, TraceError, WeightError, first_line
 from rmfx.ir.functions import SWITCHES_OF_GRADIENTS
@@ -20,6 +21,11 @@ from rmfx.modules.ring import FromRing
 from rmfx.options import Inputs, shapes_shown
 
 from .calls import CALLS, arguments_of, batch_norm, gives_several
+
+BY_VALUES = (
+    *(DynamicOutputShapeException, DataDependentOutputException),
+    GuardOnDataDependentSymNode,
+)
 
 
 def note_switches(gm: fx.GraphModule) -> None:
@@ -125,7 +131,7 @@ def check_defaults(gm: fx.GraphModule) -> None:
 
 def does_not_run(inputs: Inputs, error: Exception) -> ShapeError:
     """The error for a model that fails on its example inputs."""
-    if isinstance(error, (DynamicOutputShapeException, DataDependentOutputException)):
+    if isinstance(error, BY_VALUES):
         return ShapeError(
             f"the model's sizes or ways depend on values ({first_line(error)}), of which example "
             "inputs are an example only; leave them out, or convert the part before"

@@ -7,19 +7,22 @@ behind it is an ordinary one.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.node import _side_effectful_functions
 
 from rmfx.algebra.activation import is_activation
 from rmfx.errors import WeightValueError
-from rmfx.ir.kinds import TRANSPOSITIONS
 from rmfx.ir.nodes import attribute, run_node
-from rmfx.ir.notes import OF_VALUE, notes_of, why_frozen
+from rmfx.ir.notes import OF_VALUE, gives_number, notes_of, why_frozen
 
 from .effects import effects_of
+from .masks import INDEXING
 from .watches import Watch
 
 # A constant that is spread out needs memory that the model did not.
@@ -53,21 +56,47 @@ def fold_constants(gm: fx.GraphModule) -> dict[str, fx.Node]:
     return made_by
 
 
-def numbers_of(gm: fx.GraphModule) -> dict[fx.Node, int | float]:
-    """The numbers that a graph reads out of the model's own tensors, if it writes to none of them.
+def values_that_decide(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+    """The model's constants, where sizes or numbers follow from their values.
 
-    Nobody knows them of fake tensors, on which shapes are found.
+    Nobody knows these of fake tensors, on which shapes are found. Where the graph writes to one of
+    the constants nothing is known.
     """
-    if not any("item" in str(node.target) for node in gm.graph.nodes):
+    if not any(_asks_for_values(node) for node in gm.graph.nodes):
         return {}
-    known = _known(gm)
+    with unset_fake_temporarily():
+        known = _known(gm)
     if any(one in known for node in gm.graph.nodes for one in effects_of(gm, node).writes):
         return {}
-    return {node: value for node, value in known.items() if isinstance(value, (int, float))}
+    return known
 
 
-def _known(gm: fx.GraphModule) -> dict[fx.Node, Any]:
-    """The values that depend on parameters and buffers only, and these."""
+def _asks_for_values(node: fx.Node) -> bool:
+    """Whether a node may give a number, or as many values as others say."""
+    if node.target is operator.getitem or node.target in INDEXING:
+        index = [n for n in node.all_input_nodes[1:] if not gives_number(n)]
+        return bool(index)
+    name = str(getattr(node.target, "__name__", node.target))
+    return any(part in name for part in ("item", "nonzero", "argwhere", "masked_select", "unique"))
+
+
+def constants_without_values(gm: fx.GraphModule) -> dict[fx.Node, Tensor]:
+    """What depends on parameters and buffers only, as tensors that have shape and memory alone."""
+    mode = FakeTensorMode(static_shapes=True)
+    with mode:
+        known = _known(gm, mode.from_tensor)
+    return {node: value for node, value in known.items() if isinstance(value, Tensor)}
+
+
+def _known(
+    gm: fx.GraphModule, stands_for: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> dict[fx.Node, Any]:
+    """The values that depend on parameters and buffers only, and these.
+
+    Args:
+        gm: the graph.
+        stands_for: what to compute with in the place of a tensor of the model.
+    """
     known: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
         if why_frozen(node):
@@ -75,7 +104,7 @@ def _known(gm: fx.GraphModule) -> dict[fx.Node, Any]:
         if node.op == "get_attr":
             value = attribute(gm, node)
             if isinstance(value, Tensor):
-                known[node] = value
+                known[node] = stands_for(value)
         elif _is_constant(gm, node, known):
             try:
                 with torch.no_grad(), Watch(known[n] for n in node.all_input_nodes):
@@ -105,8 +134,7 @@ def _is_constant(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -
         return False  # another constant may have been read before the write
     if node.op == "call_module":
         return is_activation(gm.get_submodule(str(node.target)))
-    # The first is how exporting hands the weight of a Linear layer over.
-    return node.target not in TRANSPOSITIONS and node.target not in _side_effectful_functions
+    return node.target not in _side_effectful_functions
 
 
 def _is_to_be_kept(node: fx.Node, known: dict[fx.Node, Any]) -> bool:

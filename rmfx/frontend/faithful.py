@@ -10,6 +10,7 @@ which there is no such trace, runs twice, and must do the same again.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,8 +27,11 @@ from rmfx.ir.threads import FAKES, alone, without_logs, without_warnings
 
 from .draws import no_draws
 from .kept_state import KeepsStateError, keeps_state, unchanged
+from .masks import gives_as_many_as_values_say, with_places
 
+SYMBOL = re.compile(r"\bu\d+")
 Call = tuple[object, ...]
+Way = tuple[Any, Any, int]  # an operator, what it is given, and which of its results it is
 
 
 class _Recording(TorchDispatchMode):
@@ -49,12 +54,14 @@ class _Recording(TorchDispatchMode):
         self._own = own
         self.calls: list[Call] = []
         self._numbers: dict[int, int] = {}
+        self._symbols: dict[str, int] = {}
         self._made: dict[int, int] = {}  # constants that came about in this run
         # What tensors without values hold, which tensor of the model they are, and how they follow
         # from those of the model, by their ids.
         self._held: dict[int, Tensor] = before._held if before else {}
         self._written: dict[int, int] = before._written if before else {}
         self._derived: dict[int, str] = before._derived if before else {}
+        self._ways: dict[int, Way] = before._ways if before else {}  # in which they follow
         # An id is a tensor's own for as long as it lives.
         self._alive: list[Tensor] = before._alive if before else []
         self._note(inputs)
@@ -69,13 +76,17 @@ class _Recording(TorchDispatchMode):
         if repeats and self._is_of_constants(func, tensors):
             return self._computed(func, given)
         writes = func._schema.is_mutable
-        name = _look if func in FILLED else partial(self._name, writes=writes)
+        name = self._look if func in FILLED else partial(self._name, writes=writes)
         leaves = [name(leaf) for leaf in flat]
         # A model may write to a tensor of its own: let it write to a fake.
-        args, kwargs = as_fakes(self._mode, given)
-        result = func(*args, **kwargs)
-        if func in FILLED or (repeats and not writes and self._is_of_weights(tensors)):
-            self._note_derived((func, *leaves), result)
+        args, kwargs = as_fakes(self._mode, (with_places(func, args, self._real), given[1]))
+        derives = repeats and not writes and self._is_of_weights(tensors)
+        if derives and gives_as_many_as_values_say(func):
+            result = self._result_of_weights(func, given)
+        else:
+            result = func(*args, **kwargs)
+        if func in FILLED or derives:
+            self._note_derived((func, *leaves), result, (func, given) if derives else None)
             return result
         if writes or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             self.calls.append((func, *leaves))  # no mere question, such as for the device
@@ -91,12 +102,34 @@ class _Recording(TorchDispatchMode):
     def _is_of_weights(self, tensors: Sequence[Tensor]) -> bool:
         return bool(tensors) and not any(id(tensor) in self._numbers for tensor in tensors)
 
-    def _note_derived(self, call: Call, result: Any) -> None:
+    def _result_of_weights(self, func: Any, given: Any) -> Any:
+        """A fake of what an operator gives, whose size follows from values of the model."""
+        with unset_fake_temporarily():
+            args, kwargs = pytree.tree_map_only(Tensor, self._real, given)
+            result = func(*args, **kwargs)
+        return as_fakes(self._mode, (result,))[0]
+
+    def _real(self, value: Tensor) -> Tensor | None:
+        """The values of what depends on the model alone, None of what does not."""
+        if id(value) in self._numbers:
+            return None
+        if id(value) in self._held or not isinstance(value, FakeTensor):
+            return self._held.get(id(value), value)
+        if id(value) not in self._ways:
+            return None
+        func, given, place = self._ways[id(value)]
+        args, kwargs = pytree.tree_map_only(Tensor, self._real, given)
+        found: Tensor = pytree.tree_leaves(func(*args, **kwargs))[place]
+        return found
+
+    def _note_derived(self, call: Call, result: Any, way: tuple[Any, Any] | None) -> None:
         """What is computed of the model's tensors alone, which it may keep, goes by how it is."""
         how = hashlib.sha256(repr(call).encode()).hexdigest()
         for i, value in enumerate(pytree.tree_leaves(result)):
             if isinstance(value, Tensor):
                 self._derived[id(value)] = f"{how} {i}"
+                if way is not None:
+                    self._ways[id(value)] = (*way, i)
                 self._alive.append(value)
 
     def _is_constant(self, value: Tensor) -> bool:
@@ -141,7 +174,17 @@ class _Recording(TorchDispatchMode):
                 self._numbers[id(value)] = len(self._numbers)
                 self._alive.append(value)
 
+    def _look(self, leaf: Any) -> object:
+        """What there is to a tensor but its values."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return (tuple(map(self._name, leaf.shape)), leaf.dtype, leaf.device)
+
     def _name(self, leaf: Any, *, writes: bool = False) -> object:
+        if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            # Numbers that values decide, by their order: each run has symbols of its own.
+            known = self._symbols
+            return SYMBOL.sub(lambda u: f"u{known.setdefault(u[0], len(known))}", str(leaf))
         if not isinstance(leaf, Tensor):
             return repr(leaf) if isinstance(leaf, float) else leaf
         if id(leaf) in self._numbers:
@@ -155,11 +198,6 @@ class _Recording(TorchDispatchMode):
             return ("made", self._made[id(leaf)])
         # Of the model, the same in both runs.
         return ("weight", self._written.get(id(leaf), id(leaf)))
-
-
-def _look(leaf: Any) -> object:
-    """What there is to a tensor but its values."""
-    return (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
 
 
 def _digest(value: Tensor) -> str:
@@ -203,7 +241,8 @@ def check_state(model: nn.Module, inputs: tuple[Any, ...]) -> None:
 def _calls(
     model: nn.Module, inputs: tuple[Any, ...], own: Collection[int], *, twice: bool = False
 ) -> list[Call]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Sizes that depend on the inputs' values are unknown.
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     # A trace that fails is no news to anybody; torch would print it.
     run = model.forward if isinstance(model, fx.GraphModule) else model
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from typing import Any
 
 import torch
@@ -40,28 +40,31 @@ class Holder:
 
 
 class Names(Holder):
-    """A dict."""
+    """A dict, whose class may have ways of its own to give what it holds: it is not asked."""
 
     def read(self) -> Any:
-        return dict(self.held)
+        held = self.held
+        return {key: dict.__getitem__(held, key) for key in _kind(held).__iter__(held)}
 
     def restore(self) -> None:
-        held, then = self.held, self.then
-        for key in [key for key in held if key not in then]:
-            del held[key]
+        held, then, kind = self.held, self.then, _kind(self.held)
+        now = self.read()
+        for key in now.keys() - then.keys():
+            kind.__delitem__(held, key)
         for key, value in then.items():
-            if key not in held or held[key] is not value:
-                held[key] = value
-        if any(map(operator.is_not, held, then)):  # another order
-            held.clear()
-            held.update(then)
+            if key not in now or now[key] is not value:
+                kind.__setitem__(held, key, value)
+        if any(map(operator.is_not, self.read(), then)):  # another order
+            kind.clear(held)
+            for key, value in then.items():
+                kind.__setitem__(held, key, value)
 
     def changed(self) -> str | None:
         return self.path if self.different() else None
 
     def different(self) -> list[Any]:
         """The names of what is another now."""
-        now, then = dict(self.held), self.then
+        now, then = self.read(), self.then
         if now.keys() == then.keys():
             return [name for name in then if not _same(now[name], then[name])]
         both = now.keys() & then.keys()
@@ -81,24 +84,24 @@ class Attributes(Names):
 
 
 class Items(Holder):
-    """A list, a set or a deque."""
+    """A list, a set or a deque, whose class is not asked either."""
 
     def read(self) -> Any:
-        return list(self.held)
+        return list(_kind(self.held).__iter__(self.held))
 
     def restore(self) -> None:
-        held, then = self.held, self.then
-        now = list(held)
+        held, then, kind = self.held, self.then, _kind(self.held)
+        now = self.read()
         if len(now) == len(then) and all(map(operator.is_, now, then)):
             return
-        if isinstance(held, list):
-            held[:] = then
+        if kind is list:
+            kind.__setitem__(held, slice(None), then)
         else:
-            held.clear()
-            (held.update if isinstance(held, set) else held.extend)(then)
+            kind.clear(held)
+            (kind.update if kind is set else kind.extend)(held, then)
 
     def changed(self) -> str | None:
-        now = list(self.held)
+        now = self.read()
         if isinstance(self.held, set):
             same = {id(value) for value in now} == {id(value) for value in self.then}
         else:
@@ -205,6 +208,11 @@ def holder_of(path: str, value: Any) -> Holder | None:
     if issubclass(type(value), (list, set, deque)):
         return Items(path, value)
     return Generator(path, value) if is_generator(value) else None
+
+
+def _kind(held: Any) -> Any:
+    """Python's own class of what holds several values."""
+    return next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(held, kind))
 
 
 def _same(now: Any, then: Any) -> bool:

@@ -13,13 +13,13 @@ from rmfx.algebra.activation import is_activation
 from rmfx.algebra.affine import CONVS
 from rmfx.ir.callees import Calls
 from rmfx.ir.facts import facts_of
-from rmfx.ir.kinds import ELEMENTWISE, INSTANCE_NORMS, KEEPING_BATCH, VIEWS, aten, is_a
+from rmfx.ir.kinds import ELEMENTWISE, INSTANCE_NORMS, KEEPING_BATCH, VIEWS, is_a
 from rmfx.ir.names import free_name, free_path
 from rmfx.ir.nodes import attribute, has_hooks, replaced_method
 from rmfx.ir.notes import FIRST, SHAPE, gives_number, set_shape, shape_of, why_frozen, without_notes
 from rmfx.ir.numbers import size_read
 
-from .calls import CALLS, NORMS, OF_REAL_NUMBERS, arguments_of, batch_norm, gives_several, linear
+from .calls import CALLS, NORMS, OF_REAL_NUMBERS, arguments_of, batch_norm, gives_several
 
 MISSING = object()
 
@@ -61,24 +61,6 @@ def _constant(gm: fx.GraphModule, value: Any) -> Any:
         items = [_constant(gm, v) for v in value]
         return MISSING if any(v is MISSING for v in items) else type(value)(items)
     return value
-
-
-def linear_by_product(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """aten.addmm(b, x, wᵀ) and aten.mm(x, wᵀ), which exporting makes of a Linear layer."""
-    bias, x, transposed = node.args if len(node.args) == 3 else (None, *node.args)
-    is_transposed = isinstance(transposed, fx.Node) and (
-        transposed.target is aten.t.default
-        or (transposed.target is aten.permute.default and transposed.args[1] == [1, 0])
-    )
-    if node.kwargs or not is_transposed or not isinstance(x, fx.Node):
-        return None
-    weight, bias = _constant(gm, transposed.args[0]), _constant(gm, bias)  # type: ignore[union-attr]
-    module = None if MISSING in (weight, bias) else linear({"weight": weight, "bias": bias})
-    # A bias of another shape broadcasts over the batch.
-    if module is None or (bias is not None and bias.shape != weight.shape[:1]):
-        return None
-    node.args = (x,)
-    return module
 
 
 def reshaped(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:

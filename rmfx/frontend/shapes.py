@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ from rmfx.ir.threads import FAKES, without_logs
 from rmfx.options import Inputs
 
 from .checks import does_not_run
-from .constants import numbers_of
+from .constants import values_that_decide
 from .exported import EXPORTED
 from .faithful import as_fakes
+from .masks import INDEXING, places_of
 
 
 class _ShapeRecorder(WithoutValues):
@@ -27,7 +30,7 @@ class _ShapeRecorder(WithoutValues):
 
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(gm, AsFakes(mode))
-        self._numbers = numbers_of(gm)
+        self._known = values_that_decide(gm)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is F.batch_norm and isinstance(args[0] if args else None, Tensor):
@@ -35,7 +38,7 @@ class _ShapeRecorder(WithoutValues):
         return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        value = self._numbers[n] if n in self._numbers else super().run_node(n)
+        value = self._known_value(n) if n in self._known else super().run_node(n)
         if isinstance(value, Tensor):
             note_shape(n, value)
         elif isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
@@ -43,6 +46,30 @@ class _ShapeRecorder(WithoutValues):
         if n.op == "placeholder" and not isinstance(value, Tensor):
             n.meta[GIVEN] = value
         return value
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a node is given, with places for masks that are known."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if n.target is operator.getitem and isinstance(args[0], Tensor):
+            index = n.args[1] if isinstance(n.args[1], tuple) else (n.args[1],)
+            values = args[1] if isinstance(n.args[1], tuple) else (args[1],)
+            pairs = zip(index, values, strict=True)
+            return (args[0], tuple(one for i, v in pairs for one in self._placed(i, v))), kwargs
+        if n.target in INDEXING:
+            pairs = zip(n.args[1], args[1], strict=True)  # type: ignore[arg-type]
+            indices = [one for i, v in pairs for one in self._placed(i, v)]
+            return (args[0], indices, *args[2:]), kwargs
+        return args, kwargs
+
+    def _placed(self, index: Any, value: Any) -> Sequence[Any]:
+        """An index, or those of the places that it chooses as a mask."""
+        mask = self._known.get(index) if isinstance(index, fx.Node) else None
+        places = None if mask is None else places_of(mask)
+        return [value] if places is None else [self._weights.of(one) for one in places]
+
+    def _known_value(self, node: fx.Node) -> Any:
+        value = self._known[node]
+        return self._weights.of(value) if isinstance(value, Tensor) else value
 
 
 def note_shape(node: fx.Node, value: Tensor) -> None:

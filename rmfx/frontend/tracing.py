@@ -51,6 +51,7 @@ from .exported import export_model, is_exported, sets_level, unlifted, without_c
 from .faithful import check_state, records_the_same
 from .functionalise import functionalise, mark_numbers
 from .kept_state import KeepsStateError
+from .products import products_as_layers
 from .shapes import find_shapes, mark_guarded
 from .symbolic import is_user_file, trace_symbolically
 
@@ -88,6 +89,7 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     _note_sources(gm.graph)
     find_shapes(gm, inputs)
     mark_guarded(gm)
+    by_rank = products_as_layers(gm)
     before = Snapshot(gm)
     if fold:
         pad_before(gm)  # before what writes in place is set apart
@@ -96,7 +98,7 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
         fold_constants(gm)
     canonicalise(gm, named)
     crop_by_numbers(gm)
-    if before.was_read_by_rank(gm):
+    if by_rank or before.was_read_by_rank(gm):
         gm.meta[BY_RANK] = True
         facts = facts_of(gm, by_readers=True)
         ranks = {x.name: facts.rank(x) for x in gm.graph.find_nodes(op="placeholder")}

@@ -230,7 +230,6 @@ SUMS: dict[Any, str] = {
 }
 NO_OP_METHODS = ("clone", "detach")
 NO_OP_CALLS = (torch.clone, torch.detach, *overloads("clone", "detach", "alias"))
-TRANSPOSITIONS = overloads("t", "permute")
 # What reads size and type of a tensor, but no value.
 FILLED = overloads("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 VIEWS: dict[Any, Any] = {"view": "reshape", aten.view.default: aten.reshape.default}

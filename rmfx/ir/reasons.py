@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from .net import Net
+from .nodes import data_read, is_tensor_node
 
 NEAR = 100  # nodes that are looked at behind one that only rearranges
 DATA_DEPENDENT: tuple[tuple[str, str], ...] = (
@@ -21,9 +23,16 @@ DATA_DEPENDENT: tuple[tuple[str, str], ...] = (
     (r"localresponsenorm|crossmaplrn", "divides by the values of neighbouring channels"),
     (r"scaleddotproductattention|multihead", "is attention: its weights depend on the data"),
     (r"softmax", "weighs channels or positions by numbers that depend on the data"),
-    (r"matmul|bmm|einsum", "multiplies two matrices that both depend on the data"),
     (r"^normalize|norm$", "divides by a norm of the data"),
 )
+PRODUCTS = r"matmul|bmm|einsum|tensordot|bilinear|multidot|chainmatmul|^(add)?m[mv]$|^inner$|^dot$"
+OF_DATA = "multiplies two matrices that both depend on the data"
+OF_CONSTANT = (
+    "multiplies by a constant that is no weight of a layer: it has other numbers for each sample "
+    "or place, or sums over dimensions that stand apart; where it is one, call nn.Linear or a "
+    "convolution"
+)
+OF_UNKNOWN = "multiplies by a constant, along which dimension is not known; pass example_inputs"
 OTHER: tuple[tuple[str, str], ...] = (
     (r"interpolate|upsample|resize", "resizes by interpolation, the carry too"),
     (r"maxpool|fractionalmax", "takes the largest of several values, of the carry too"),
@@ -52,10 +61,29 @@ def operation_name(net: Net, node: fx.Node) -> str:
 def reason_for(net: Net, node: fx.Node) -> str:
     """Why a carry cannot pass a node that is no layer."""
     name = operation_name(net, node)
+    if _is_product(name):
+        return f"{name} {_of_product(net, node)}"
     for pattern, words in (*DATA_DEPENDENT, *OTHER):
         if re.search(pattern, _plain(name)):
             return f"{name} {words}"
     return f"{name} is neither linear nor a pointwise activation"
+
+
+def _is_product(name: str) -> bool:
+    return re.search(PRODUCTS, _plain(name)) is not None
+
+
+def _of_product(net: Net, node: fx.Node) -> str:
+    """Why a product is no layer: of several values, or of one and constants."""
+    if _multiplies_data(node):
+        return OF_DATA
+    return OF_CONSTANT if all(net.rank(x) is not None for x in data_read(node)) else OF_UNKNOWN
+
+
+def _multiplies_data(node: fx.Node) -> bool:
+    """Whether two operands of a product depend on the data, which may be one value twice."""
+    operands = [x for x in pytree.tree_leaves((node.args, node.kwargs)) if is_tensor_node(x)]
+    return sum(bool(x.op == "placeholder" or data_read(x)) for x in operands) > 1
 
 
 def cause_behind(net: Net, node: fx.Node, end: fx.Node) -> tuple[fx.Node, str] | None:
@@ -81,6 +109,8 @@ def _data_dependent(net: Net, node: fx.Node) -> bool:
         return False
     if node.op == "call_module" and net.module(node) is None:
         return False
+    if _is_product(operation_name(net, node)):
+        return _multiplies_data(node)
     name = _plain(operation_name(net, node))
     norm_of_batch = "batchnorm" in name
     return not norm_of_batch and any(re.search(pattern, name) for pattern, _ in DATA_DEPENDENT)

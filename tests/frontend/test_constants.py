@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -134,3 +135,68 @@ def test_the_third_operand_of_addcmul_is_scaled(value: float) -> None:
     )
     gm = rmfx.trace(model, image())
     torch.testing.assert_close(gm(image()), model(image()))
+
+
+# Channels that a constant mask keeps (4 of 6), as networks that are slimmed choose them.
+CHOICES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "mask": lambda m, x: x[:, m.keep],
+    "whole index": lambda m, x: x[:, m.keep, :, :],
+    "mask with dots": lambda m, x: x[:, m.keep, ...],
+    "mask of weights": lambda m, x: x[:, m.gate > 0],
+    "nonzero": lambda m, x: x[:, m.keep.nonzero().squeeze(1)],
+    "nonzero as a tuple": lambda m, x: x[:, torch.nonzero(m.gate > 0, as_tuple=True)[0]],
+    "index_select": lambda m, x: x.index_select(1, torch.nonzero(m.keep).flatten()),
+    "where": lambda m, x: x[:, torch.where(m.keep)[0]],
+    "masked numbers": lambda m, x: x[:, m.order.masked_select(m.keep)],
+}
+
+
+def choosing(choose: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Any:
+        x = m.first(x)
+        return x + m.last(F.relu(m.middle(choose(m, F.relu(x)))))
+
+    keep = torch.tensor([True, False, True, True, False, True])
+    gate = nn.Buffer(torch.where(keep, 1.0, -1.0))
+    parts: dict[str, Any] = {"order": nn.Buffer(torch.arange(6)), "first": conv(3, 6)}
+    parts |= {"middle": conv(4, 5), "last": conv(5, 6)}
+    return ready(Apply(forward, keep=nn.Buffer(keep), gate=gate, **parts))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_constants_whose_size_follows_from_values_are_computed(name: str) -> None:
+    model, x = choosing(CHOICES[name]), image(2, 3, 9, 7)
+    for form in (model, torch.export.export(model, (x,), strict=False)):
+        gm = rmfx.remove_residuals(form, x)
+        assert rmfx.report(gm).removed == 1, str(rmfx.report(gm))
+        assert_equivalent(model, gm, x)
+
+
+# What the input's values decide the size of, beside a residual connection.
+BESIDE: dict[str, Callable[[Tensor], Any]] = {
+    "a mask of the input": lambda x: x[x > 0].sum(),
+    "places": torch.nonzero,
+    "masked values": lambda x: torch.masked_select(x, x > 0),
+    "unique values": lambda x: torch.unique(x.round()),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_size_that_the_inputs_decide_refuses_no_network(name: str) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        x = m.first(x)
+        y = x + m.last(F.relu(m.middle(x)))
+        return y, BESIDE[name](x)
+
+    parts: dict[str, Any] = {"first": conv(3, 4), "middle": conv(), "last": conv()}
+    model, x = ready(Apply(forward, **parts)), image(2, 3, 9, 7)
+    gm = rmfx.remove_residuals(model, x)
+    assert rmfx.report(gm).removed == 1, str(rmfx.report(gm))
+    for value in (x, image(1, 3, 6, 5)):
+        torch.testing.assert_close(gm(value), model(value), rtol=1e-10, atol=1e-10)
+
+
+def test_a_size_that_the_inputs_decide_and_a_layer_asks_for_says_so() -> None:
+    model = ready(Apply(lambda m, x: m.last(x[:, x.sum((0, 2, 3)) > 0]), last=conv()))
+    with pytest.raises(rmfx.ShapeError, match="depend on values"):
+        rmfx.trace(model, image().abs())

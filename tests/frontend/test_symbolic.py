@@ -532,6 +532,30 @@ def test_objects_that_change_without_effect_are_put_back() -> None:
         log.append(0)
 
 
+class _Registry(collections.OrderedDict):  # type: ignore[type-arg]
+    """Classes by name, which give an instance to whoever asks for one."""
+
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(name)()
+
+
+class _Listed(list):  # type: ignore[type-arg]
+    """Classes, which give instances to whoever goes through them."""
+
+    def __iter__(self) -> Any:
+        return (kind() for kind in super().__iter__())
+
+
+REGISTRY, LISTED = _Registry(relu=nn.ReLU, tanh=nn.Tanh), _Listed([nn.ReLU])
+
+
+def test_what_a_class_gives_of_what_it_holds_is_not_put_in_its_place() -> None:
+    model = Apply(lambda m, x: REGISTRY["relu"](x) + len(LISTED), conv=conv()).eval()
+    rmfx.trace(model, torch.randn(2, 4, 6, 6))
+    assert [*dict.values(REGISTRY)] == [nn.ReLU, nn.Tanh]
+    assert LISTED[0] is nn.ReLU
+
+
 def test_a_tensor_that_is_kept_is_left_as_it_was() -> None:
     model = ready(Counts(lambda m: m.kept.add_(1).item(), torch.ones(1)))
     for given in ((), (image(),)):
