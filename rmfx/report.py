@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 META_KEY = "rmfx_report"
 REWRITES_KEY = "rmfx_rewrites"  # what rules have done so far, while a verb is at work
 MODIFIED_KEY = "rmfx_modified"
+HELD_KEY = "rmfx_held"  # what was read of layers that compute their weights
 # What `SiteReport.layout` may say.
 IN_TURNS, TAKEN_APART = "in turns with the branch", "layers taken apart"
 PADDED = "carry padded to whole groups"
@@ -77,6 +78,23 @@ class SiteReport:
     moved_after: int | None = None
     params_before: int | None = None
     params_after: int | None = None
+
+
+@dataclass(frozen=True)
+class HeldReport:
+    """A layer of which the result holds something else than the model does.
+
+    Attributes:
+        place: its path in the model.
+        what: a computed weight, of which the result has the value of the moment; or one layer for
+            several calls, of which the result has a copy for each that was rewritten.
+    """
+
+    place: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.what}"
 
 
 @dataclass(frozen=True)
@@ -181,11 +199,13 @@ class Report:
         rows: one for each join.
         timings: what `rmfx.optimize` has measured; empty otherwise.
         verification: what was compared with the original, if the pass does that.
+        held: layers whose weights the result holds otherwise than the model.
     """
 
     rows: tuple[SiteReport, ...]
     timings: tuple[Timing, ...] = ()
     verification: Verification | None = None
+    held: tuple[HeldReport, ...] = ()
 
     @property
     def removed(self) -> int:
@@ -212,11 +232,13 @@ class Report:
         counts = {"removed": self.removed, "refused": self.refused, "kept": self.kept}
         timings = [asdict(timing) for timing in self.timings]
         verification = self.verification and _lists(asdict(self.verification))
-        return {**counts, "sites": rows, "timings": timings, "verification": verification}
+        held = [asdict(row) for row in self.held]
+        found = {"sites": rows, "held": held, "timings": timings, "verification": verification}
+        return {**counts, **found}
 
     def __str__(self) -> str:
         verified = [] if self.verification is None else [str(self.verification)]
-        return "\n".join([self._table(), *verified, *self._speed()])
+        return "\n".join([self._table(), *map(str, self.held), *verified, *self._speed()])
 
     def _speed(self) -> list[str]:
         if not self.timings:

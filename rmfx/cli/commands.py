@@ -288,6 +288,7 @@ def _convert(
         calibration=calibration or None,
         policy=options.policy,
         minimise=options.minimise,
+        copy_shared=not options.keep_shared,
     )
 
 

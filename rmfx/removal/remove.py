@@ -23,6 +23,7 @@ from rmfx.rules.batch_norm import fold
 from rmfx.rules.linear import LinearRule
 from rmfx.rules.noop import NoopRule
 
+from .own_weights import copies_of, with_calls_apart
 from .plan import plans
 from .policy import Policy
 from .rule import ResidualRule, check_strict, finish, joins_of
@@ -61,17 +62,19 @@ def remove(
     weights_vary: bool = False,
     policy: Policy = "all",
     minimise: str = "time",
+    copy_shared: bool = True,
 ) -> fx.GraphModule:
     """The network as plain chains, as far as it can be, and a report on its joins.
 
     The options are those of `remove_residuals`.
     """
+    source = with_calls_apart(source) if copy_shared else source
     measured = None
     if calibration is not None:
         measured = measure(source, calibration, extremes="shift" in allowed)
 
     def removed(target: Target) -> _Removed:
-        net = Net(source)
+        net = Net(source, may_copy=copy_shared)
         joins = joins_of(net)
         # No-ops first: a dropout at the end of a branch would be one more layer to pass.
         apply_rule(net, NoopRule(keep_detach=weights_vary))
@@ -101,7 +104,9 @@ def remove(
     if target.rearranges and found.rule.nested:
         # What is taken apart for one carry may be dear beside that of a site around it.
         found = min(found, removed(replace(target, rearranges=False)), key=_Removed.cost)
-    return finish(found.net, found.rule, found.refusals, found.joins)
+    # Weights that are computed at every call are not copies of what they are computed of.
+    copied = [] if weights_vary else copies_of(found.net)
+    return finish(found.net, found.rule, found.refusals, found.joins, copied)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
@@ -19,13 +19,14 @@ from rmfx.ir.net import Net
 from rmfx.ir.nodes import put_in_order
 from rmfx.ir.notes import set_type, type_of
 from rmfx.ir.reading import demands_of
-from rmfx.report import MERGED, META_KEY, Report, SiteReport
+from rmfx.report import HELD_KEY, MERGED, META_KEY, HeldReport, Report, SiteReport
 from rmfx.rules.concatenation import ConcatenationRule
 
 from .alignment import may_reorder
 from .assembly import Plan, build
 from .column import Column, Label, Spot
 from .columns import Shared
+from .own_weights import with_one_path
 from .plan import merge, plans
 from .policy import Policy, reason_to_keep
 from .rows import row_of_match, row_of_refusal, with_expense
@@ -270,9 +271,18 @@ def check_strict(verb: str, refusals: Mapping[fx.Node, Refusal], *, strict: bool
 
 
 def finish(
-    net: Net, rule: ResidualRule, refusals: Mapping[fx.Node, Refusal], joins: Sequence[str]
+    net: Net,
+    rule: ResidualRule,
+    refusals: Mapping[fx.Node, Refusal],
+    joins: Sequence[str],
+    copied: Iterable[HeldReport] = (),
 ) -> fx.GraphModule:
-    """The new module, with a report on the joins."""
+    """The new module, with a report on the joins.
+
+    Args:
+        copied: layers that share weights in the source, and not in the result.
+    """
+    held = (*net.source.meta.get(HELD_KEY, ()), *copied)
     refused = {
         node.name: row_of_refusal(node, refusal, whole=node.name not in rule.widened)
         for node, refusal in refusals.items()
@@ -280,8 +290,10 @@ def finish(
     net.sweep()
     where = net.places()
     rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}
-    report = Report(tuple(rows[name] for name in joins if name in rows))
-    return net.finish({META_KEY: report})
+    report = Report(tuple(rows[name] for name in joins if name in rows), held=held)
+    gm = net.finish({META_KEY: report, HELD_KEY: held})
+    with_one_path(gm)
+    return gm
 
 
 def as_one_layer(site: Site) -> list[Plan] | Refusal:
