@@ -37,7 +37,9 @@ class SiteReport:
         source: "file.py:12", where known.
         join: name of the add in `rmfx.trace(model, example_inputs)`.
         node: name of the node of the result that holds the join's value, None if none does.
-        status: "removed", "refused", or "kept" where only the policy was against it.
+        status: "removed", "refused", "kept" where only the policy was against it, or "other" for an
+            addition that is no residual connection: of different inputs, of what depends on sizes
+            alone, of another scale, or for a gate.
         reason: why it stays, "" if it was removed.
         strategy: how the carry passes the activations: the least simple of "identity", "scale",
             "per-channel", "odd-pair", "shift", "double-relu" and "masked" in use; "linear" where
@@ -220,6 +222,11 @@ class Report:
         return sum(row.status == "kept" for row in self.rows)
 
     @property
+    def other(self) -> int:
+        """Additions that are no residual connections."""
+        return sum(row.status == "other" for row in self.rows)
+
+    @property
     def adds_left(self) -> int:
         """Additions of two tensors that are still in the graph."""
         return len(self.rows) - self.removed
@@ -229,7 +236,8 @@ class Report:
         rows = [asdict(row) for row in self.rows]
         for row in rows:
             row["shape"] = list(row["shape"]) if row["shape"] else None
-        counts = {"removed": self.removed, "refused": self.refused, "kept": self.kept}
+        names = ("removed", "refused", "kept", "other")
+        counts = {name: getattr(self, name) for name in names}
         timings = [asdict(timing) for timing in self.timings]
         verification = self.verification and _lists(asdict(self.verification))
         held = [asdict(row) for row in self.held]
@@ -250,8 +258,10 @@ class Report:
     def _table(self) -> str:
         if not self.rows:
             return "no residual connections: the graph adds no two tensors"
-        total = f"{self.removed} of {len(self.rows)} residual connections removed"
+        count = len(self.rows) - self.other
+        total = f"{self.removed} of {count} residual connections removed"
         total += f", {self.kept} kept by choice" if self.kept else ""
+        total += f"; {self.other} other additions" if self.other else ""
         return f"{table(self.rows, _COLUMNS)}\n{total}"
 
 

@@ -23,6 +23,7 @@ from rmfx.rules.batch_norm import fold
 from rmfx.rules.linear import LinearRule
 from rmfx.rules.noop import NoopRule
 
+from .additions import told_apart
 from .own_weights import copies_of, with_calls_apart
 from .plan import plans
 from .policy import Policy
@@ -91,6 +92,8 @@ def remove(
             policy=policy,
         )
         _, refusals = apply_rule(net, rule)
+        if strict:
+            refusals = told_apart(net, refusals)
         check_strict("remove_residuals", refusals, strict=strict)
         # Last, where it is cheaper: a Δ or ∇ that stands alone merges with the layer next to it.
         linear = LinearRule(keep_norms=not fold_batch_norm, concerns=rule.made.__contains__)

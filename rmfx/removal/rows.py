@@ -94,7 +94,7 @@ def row_of_refusal(node: fx.Node, refusal: Refusal, *, whole: bool) -> SiteRepor
         source=node.meta.get(SOURCE),
         join=node.name,
         node=node.name if whole else None,
-        status="kept" if refusal.by_choice else "refused",
+        status="kept" if refusal.by_choice else "other" if refusal.apart else "refused",
         reason=str(refusal),
         shape=shape_of(node),
     )

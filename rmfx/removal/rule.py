@@ -22,6 +22,7 @@ from rmfx.ir.reading import demands_of
 from rmfx.report import HELD_KEY, MERGED, META_KEY, HeldReport, Report, SiteReport
 from rmfx.rules.concatenation import ConcatenationRule
 
+from .additions import FOR_A_GATE, serves_a_gate, told_apart
 from .alignment import may_reorder
 from .assembly import Plan, build
 from .column import Column, Label, Spot
@@ -89,6 +90,10 @@ class ResidualRule:
             return next(option for option in found if isinstance(option, Refusal))
         site, settled, plans_of_site = min(options, key=self._dearness)
         row = row_of_match(net, site, settled, _old(site, settled))
+        if row.carry and serves_a_gate(net, node, site.dims):
+            return Refusal(
+                "no residual connection: it adds for a gate what is read anyway", apart=True
+            )
         row = replace(row, layout=_compared(settled.plan, plans_of_site))
         kept = reason_to_keep(self._policy, net, site, row, self._both_forms)
         return kept or Match(site, settled, row)
@@ -264,9 +269,9 @@ def joins_of(net: Net) -> list[str]:
 
 
 def check_strict(verb: str, refusals: Mapping[fx.Node, Refusal], *, strict: bool) -> None:
-    """Raise RefusedError at the first refusal that is not a choice, if `strict`."""
+    """Raise RefusedError at the first residual connection that is refused, if `strict`."""
     for node, refusal in refusals.items():
-        if strict and not refusal.by_choice:
+        if strict and not refusal.by_choice and not refusal.apart:
             raise RefusedError(f"{verb}: the add {node.name} cannot be removed: {refusal}")
 
 
@@ -283,6 +288,7 @@ def finish(
         copied: layers that share weights in the source, and not in the result.
     """
     held = (*net.source.meta.get(HELD_KEY, ()), *copied)
+    refusals = told_apart(net, refusals)
     refused = {
         node.name: row_of_refusal(node, refusal, whole=node.name not in rule.widened)
         for node, refusal in refusals.items()
