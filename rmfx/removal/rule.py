@@ -16,13 +16,13 @@ from rmfx.frontend.tracing import trace
 from rmfx.ir.driver import apply_rule
 from rmfx.ir.joins import read_join
 from rmfx.ir.net import Net
-from rmfx.ir.nodes import put_in_order
+from rmfx.ir.nodes import between, put_in_order
 from rmfx.ir.notes import set_type, type_of
 from rmfx.ir.reading import demands_of
 from rmfx.report import HELD_KEY, MERGED, META_KEY, HeldReport, Report, SiteReport
 from rmfx.rules.concatenation import ConcatenationRule
 
-from .additions import FOR_A_GATE, serves_a_gate, told_apart
+from .additions import serves_a_gate, told_apart
 from .alignment import may_reorder
 from .assembly import Plan, build
 from .column import Column, Label, Spot
@@ -148,12 +148,14 @@ class ResidualRule:
             net.fix_sizes()
         again = {c.layer.node for c in columns if isinstance(c, Shared)}
         net.release(n for n in old if n not in again)
-        new = self._put_columns(net, site, columns, labels, set(old))
+        beside: list[fx.Node] = []
+        new = self._put_columns(net, site, columns, labels, set(old), beside)
         self._take_place(net, site, old, new, labels)
         if may_reorder([step for column in columns for step in column.steps]):
             # The last node stands where the join stood; what followed it may be replaced by now.
             put_in_order(site.fork, new[-1].next)
-        self.rows[row.join] = with_expense(row, expense_of(net, new))
+        used = [n for n in beside if n.users]
+        self.rows[row.join] = with_expense(row, expense_of(net, [*used, *new]))
         self._made_at[row.join] = {*new}
 
     def count_in(self, nodes: Collection[fx.Node], difference: Expense) -> None:
@@ -175,8 +177,9 @@ class ResidualRule:
         columns: Sequence[Column],
         labels: Sequence[Label],
         old: set[fx.Node],
+        beside: list[fx.Node],
     ) -> list[fx.Node]:
-        """The nodes of the chain, as early as they can stand."""
+        """The nodes of the chain, as early as they can stand; what stands beside it is noted."""
         new: list[fx.Node] = []
         widths = (site.channels, 0)
         slices: dict[fx.Node, fx.Node] = {}
@@ -187,6 +190,7 @@ class ResidualRule:
             behind = site.join.prev if column is columns[-1] else behind
             with net.graph.inserting_before(behind.next):
                 made = column.put(Spot(net, site, source, widths, label, slices, moments))
+            beside += between(behind, made)
             set_type(made, (site.dtype, site.device))
             if column.combination is not None:
                 self.widened.add(column.combination.name)
@@ -194,6 +198,7 @@ class ResidualRule:
             for value, block in column.taps:
                 share = Share(block, widths, column.runs)
                 slices |= self._tap(net, site, made, value, share, old)
+                beside.append(slices[value])
             new.append(made)
         return new
 
