@@ -5,7 +5,9 @@ A residual connection adds two values that come from one. None is there
       class), or one depends on sizes alone (a position embedding);
     - where one operand comes back from another scale (the map of a deeper stage, enlarged);
     - where a sum of values that are used anyway is there for a gate: what computes a gate's vector
-      has nothing to carry.
+      has nothing to carry;
+    - where branches were put side by side to be summed over their axis: that is opened where it
+      costs little.
 """
 
 from __future__ import annotations
@@ -25,13 +27,19 @@ from rmfx.ir.kinds import FILLED
 from rmfx.ir.laterals import laterals
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import is_tensor_node
-from rmfx.ir.notes import gives_container, shape_of
+from rmfx.ir.notes import OF_BRANCHES, gives_container, shape_of
 from rmfx.ir.reading import is_spatial_pool
 from rmfx.ir.reasons import operation_name
+from rmfx.report import SiteReport
 
 Sources = Mapping[fx.Node, frozenset[str]]
 FILLED_NAMES = frozenset(op.overloadpacket.__name__ for op in FILLED)
 RESIZES = re.compile("interpolate|upsample|resize")
+DEAR = 2  # times the multiply-adds of branches
+OVER_BRANCHES = Refusal(
+    "no residual connection: a sum over an axis of branches, dearer to open than they are",
+    apart=True,
+)
 LARGEST_GATE = 200  # nodes between a sum and the products that it is a gate of
 FOR_A_GATE = Refusal("no residual connection: it adds for a gate what others read, too", apart=True)
 
@@ -113,8 +121,33 @@ def _behind(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-# ---- gates --------------------------------------------------------------------------------------
-def serves_a_gate(net: Net, join: fx.Node, dims: int) -> bool:
+# ---- sums that are not worth a carry ------------------------------------------------------------
+def why_not_opened(net: Net, join: fx.Node, row: SiteReport, dims: int) -> Refusal | None:
+    """Why an addition that could be opened is no residual connection to open, if it is none.
+
+    Args:
+        row: what opening it would do.
+        dims: spatial dimensions of the values that it adds.
+    """
+    if row.carry and _serves_a_gate(net, join, dims):
+        return FOR_A_GATE
+    return OVER_BRANCHES if _is_dear_sum(join, row) else None
+
+
+def _is_dear_sum(join: fx.Node, row: SiteReport) -> bool:
+    """Whether a sum over an axis of branches is dearer to open than their layers are.
+
+    Nobody wrote it as an addition, and no value passes by a branch there.
+    """
+    if OF_BRANCHES not in join.meta:
+        return False
+    before, after = row.macs_before, row.macs_after
+    if before is None or after is None:
+        before, after = row.params_before or 0, row.params_after or 0
+    return 0 < before * DEAR < after
+
+
+def _serves_a_gate(net: Net, join: fx.Node, dims: int) -> bool:
     """Whether values that others read as well are added for a gate's vector alone.
 
     Such a sum is pooled over space, and what comes of it is a factor that is spread out again.

@@ -22,7 +22,7 @@ from rmfx.ir.reading import demands_of
 from rmfx.report import HELD_KEY, MERGED, META_KEY, HeldReport, Report, SiteReport
 from rmfx.rules.concatenation import ConcatenationRule
 
-from .additions import serves_a_gate, told_apart
+from .additions import told_apart, why_not_opened
 from .alignment import may_reorder
 from .assembly import Plan, build
 from .column import Column, Label, Spot
@@ -90,12 +90,9 @@ class ResidualRule:
             return next(option for option in found if isinstance(option, Refusal))
         site, settled, plans_of_site = min(options, key=self._dearness)
         row = row_of_match(net, site, settled, _old(site, settled))
-        if row.carry and serves_a_gate(net, node, site.dims):
-            return Refusal(
-                "no residual connection: it adds for a gate what is read anyway", apart=True
-            )
         row = replace(row, layout=_compared(settled.plan, plans_of_site))
-        kept = reason_to_keep(self._policy, net, site, row, self._both_forms)
+        kept = why_not_opened(net, node, row, site.dims)
+        kept = kept or reason_to_keep(self._policy, net, site, row, self._both_forms)
         return kept or Match(site, settled, row)
 
     def _both_forms(

@@ -54,6 +54,6 @@ def _numel(node: fx.Node, dims: int, width: int | None) -> int:
     shape = shape_of(node)
     if not shape or None in shape:
         raise LookupError(node.name)
-    channels = shape[1] if dims else shape[-1]
-    whole = math.prod(shape)
+    channels: int = shape[1] if dims else shape[-1]
+    whole: int = math.prod(shape)
     return whole if width is None else whole // max(channels, 1) * width
