@@ -29,7 +29,7 @@ from rmfx.ir.net import Net
 from rmfx.ir.nodes import is_tensor_node
 from rmfx.ir.notes import OF_BRANCHES, gives_container, shape_of
 from rmfx.ir.reading import is_spatial_pool
-from rmfx.ir.reasons import operation_name
+from rmfx.ir.reasons import operation_name, reason_for
 from rmfx.report import SiteReport
 
 Sources = Mapping[fx.Node, frozenset[str]]
@@ -103,7 +103,8 @@ def _comes_back_from_another_scale(net: Net, a: fx.Node, b: fx.Node, refusal: Re
     resizes = [
         n
         for n in behind_a ^ behind_b
-        if n.name in refusal.nodes and RESIZES.search(operation_name(net, n).lower())
+        if refusal.nodes == (n.name,) and RESIZES.search(operation_name(net, n).lower())
+        if refusal.reason == reason_for(net, n)
     ]
     common = behind_a & behind_b
     fork = shape_of(max(common)) if common else None
