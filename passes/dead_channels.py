@@ -78,5 +78,5 @@ def _without_nodes(gm: fx.GraphModule, changed: Collection[fx.Node]) -> fx.Graph
     if isinstance(before, Report):
         lost = {node.name for node in changed}
         rows = (replace(row, node=None) if row.node in lost else row for row in before.rows)
-        gm.meta[META_KEY] = Report(tuple(rows))
+        gm.meta[META_KEY] = Report(tuple(rows), held=before.held)
     return gm

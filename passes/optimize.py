@@ -28,7 +28,7 @@ from rmfx.removal.plan import plans
 from rmfx.removal.policy import Policy, check_policy
 from rmfx.removal.rule import Arrange, ResidualRule, apply_to_joins, as_one_layer, finish, joins_of
 from rmfx.removal.site import Site
-from rmfx.report import META_KEY, Report, SiteReport, Timing, report
+from rmfx.report import HELD_KEY, META_KEY, Report, SiteReport, Timing, report
 from rmfx.rules.batch_norm import fold
 from rmfx.rules.linear import LinearRule
 from rmfx.rules.noop import NoopRule
@@ -100,7 +100,8 @@ def optimize(
     if len(forms) > 1:
         best, timings = _measured(forms, inputs, runtime, settings, step)
         rows = _rows(report(forms[best]), tried, timings)
-    forms[best].meta[META_KEY] = Report(rows, timings)
+    held = forms[best].meta.get(HELD_KEY, ())
+    forms[best].meta[META_KEY] = Report(rows, timings, held=held)
     return checked("optimize", model, source, forms[best], inputs, wanted=verify, reports=True)
 
 

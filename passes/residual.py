@@ -18,7 +18,9 @@ any chain of linear layers; sums of several branches, nested and shared forks.
 Refused, each with its reason: an add that broadcasts; operands without a common source; an
 operation on every path of a branch that mixes positions or channels by numbers that depend on the
 data, or by a maximum; branches whose sizes agree for some inputs only; values that in-place
-operations share; layers that are shared, tied, hooked or parametrized.
+operations share; layers with hooks. Weights that torch computes at every call (`weight_norm`,
+`prune`, parametrizations) are read as they are now, and layers that are shared get copies; the
+report says so.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ def remove_residuals(
     differentiable: bool = False,
     policy: Policy = "all",
     minimise: str = "time",
+    copy_shared: bool = True,
     verify: bool = True,
 ) -> fx.GraphModule:
     """Rewrite every residual connection that can be removed exactly.
@@ -113,6 +116,9 @@ def remove_residuals(
             channels takes as long as one of 8; "eager", "inductor", "onnxruntime" or "openvino",
             time in that runtime, where activations that differ between channels count, too; or
             "macs", multiply-adds alone, for which layers are taken apart: values get wider.
+        copy_shared: whether a call of a layer that several calls share, or whose weights others
+            use, may get a copy of its own, which the report names; with False such sites are
+            refused. With `differentiable` weights stay shared: each call computes its own of them.
         verify: compare the result with the model, on random inputs of several sizes, before it is
             returned; see `rmfx.verify`. Needs example inputs.
 
@@ -147,6 +153,7 @@ def remove_residuals(
         weights_vary=differentiable,
         policy=policy,
         minimise=minimise,
+        copy_shared=copy_shared,
     )
     source = trace(model, example_inputs, fold=not differentiable)
     batches = CalibrationData(calibration) if calibration is not None else None

@@ -44,7 +44,7 @@ class Options:
         backend: name of the backend that compiles the converted graph, or a function.
         backend_options: its options; for inductor its configuration.
         strict: raise where a residual connection is refused or a graph cannot be converted.
-        activation, input_range, policy, minimise: as for `rmfx.remove_residuals`.
+        activation, input_range, policy, minimise, copy_shared: as for `rmfx.remove_residuals`.
         differentiable: convert graphs whose gradients are asked for too; their weights are computed
             in the graph, at every call.
         weights: how a graph notices that weights have changed since they were baked. Every mode but
@@ -66,6 +66,7 @@ class Options:
     input_range: Interval | None = None
     policy: Policy = "all"
     minimise: str = "time"
+    copy_shared: bool = True
     differentiable: bool = False
     weights: Mode = "sampled"
     on_report: Callable[[Report], object] | None = None
@@ -168,6 +169,7 @@ def _converted(
             input_range=options.input_range,
             policy=options.policy,
             minimise=options.minimise,
+            copy_shared=options.copy_shared,
             differentiable=differentiable,
             verify=verify,
         )

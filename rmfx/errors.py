@@ -97,11 +97,13 @@ class Refusal:
         reason: what stands in the way, in words a model author understands.
         nodes: names of the graph nodes that stand in the way, where there are any.
         by_choice: whether nothing but the caller's policy stands in the way.
+        apart: whether it is no case for the rule: an addition that is no residual connection.
     """
 
     reason: str
     nodes: tuple[str, ...] = ()
     by_choice: bool = False
+    apart: bool = False
 
     def at(self, *nodes: str) -> Refusal:
         """The same reason, blamed on `nodes` unless it already names some."""

@@ -241,8 +241,8 @@ class _Pair:
             return []
         report = self.conversion.report
         return [
-            f"{self.network.name}: {report.refused} of {len(report.rows)} residual connections"
-            " are still there, `rmfx report` says why"
+            f"{self.network.name}: {report.refused} of {len(report.rows) - report.other} residual"
+            " connections are still there, `rmfx report` says why"
         ]
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import Any
 
@@ -13,6 +12,7 @@ from rmfx.frontend.tracing import trace
 from rmfx.ir.conditions import has_conditions, take_conditions
 from rmfx.ir.converted import copy_graph
 from rmfx.modules.apply import Apply
+from rmfx.modules.copies import copied_model
 from rmfx.ordinary import layers_of
 
 
@@ -81,7 +81,7 @@ def _graph_of(model: nn.Module | Any) -> fx.GraphModule:
 def _layers(gm: fx.GraphModule, node: fx.Node) -> tuple[nn.Module, ...]:
     """What computes the value of a node of a plain graph, in a row."""
     if node.op == "call_module":
-        return (copy.deepcopy(gm.get_submodule(str(node.target))),)
+        return (copied_model(gm.get_submodule(str(node.target))),)
     if layers := layers_of(gm, node):
         return layers
     source = node.all_input_nodes[0]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 META_KEY = "rmfx_report"
 REWRITES_KEY = "rmfx_rewrites"  # what rules have done so far, while a verb is at work
 MODIFIED_KEY = "rmfx_modified"
+HELD_KEY = "rmfx_held"  # what was read of layers that compute their weights
 # What `SiteReport.layout` may say.
 IN_TURNS, TAKEN_APART = "in turns with the branch", "layers taken apart"
 PADDED = "carry padded to whole groups"
@@ -48,7 +49,9 @@ class SiteReport:
         source: "file.py:12", where known.
         join: name of the add in `rmfx.trace(model, example_inputs)`.
         node: name of the node of the result that holds the join's value, None if none does.
-        status: "removed", "refused", or "kept" where only the policy was against it.
+        status: "removed", "refused", "kept" where only the policy was against it, or "other" for an
+            addition that is no residual connection: of different inputs, of what depends on sizes
+            alone, of another scale, or for a gate.
         reason: why it stays, "" if it was removed.
         strategy: how the carry passes the activations: the least simple of "identity", "scale",
             "per-channel", "odd-pair", "shift", "double-relu" and "masked" in use; "linear" where
@@ -90,6 +93,23 @@ class SiteReport:
     moved_after: int | None = None
     params_before: int | None = None
     params_after: int | None = None
+
+
+@dataclass(frozen=True)
+class HeldReport:
+    """A layer of which the result holds something else than the model does.
+
+    Attributes:
+        place: its path in the model.
+        what: a computed weight, of which the result has the value of the moment; or one layer for
+            several calls, of which the result has a copy for each that was rewritten.
+    """
+
+    place: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.what}"
 
 
 @dataclass(frozen=True)
@@ -194,11 +214,13 @@ class Report:
         rows: one for each join.
         timings: what `rmfx.optimize` has measured; empty otherwise.
         verification: what was compared with the original, if the pass does that.
+        held: layers whose weights the result holds otherwise than the model.
     """
 
     rows: tuple[SiteReport, ...]
     timings: tuple[Timing, ...] = ()
     verification: Verification | None = None
+    held: tuple[HeldReport, ...] = ()
 
     @property
     def removed(self) -> int:
@@ -221,6 +243,11 @@ class Report:
         return after / before if before and after else None
 
     @property
+    def other(self) -> int:
+        """Additions that are no residual connections."""
+        return sum(row.status == "other" for row in self.rows)
+
+    @property
     def adds_left(self) -> int:
         """Additions of two tensors that are still in the graph."""
         return len(self.rows) - self.removed
@@ -230,14 +257,17 @@ class Report:
         rows = [asdict(row) for row in self.rows]
         for row in rows:
             row["shape"] = list(row["shape"]) if row["shape"] else None
-        counts = {"removed": self.removed, "refused": self.refused, "kept": self.kept}
+        names = ("removed", "refused", "kept", "other")
+        counts = {name: getattr(self, name) for name in names}
         timings = [asdict(timing) for timing in self.timings]
         verification = self.verification and _lists(asdict(self.verification))
-        return {**counts, "sites": rows, "timings": timings, "verification": verification}
+        held = [asdict(row) for row in self.held]
+        found = {"sites": rows, "held": held, "timings": timings, "verification": verification}
+        return {**counts, **found}
 
     def __str__(self) -> str:
         verified = [] if self.verification is None else [str(self.verification)]
-        return "\n".join([self._table(), *verified, *self._speed()])
+        return "\n".join([self._table(), *map(str, self.held), *verified, *self._speed()])
 
     def _speed(self) -> list[str]:
         if not self.timings:
@@ -249,8 +279,10 @@ class Report:
     def _table(self) -> str:
         if not self.rows:
             return "no residual connections: the graph adds no two tensors"
-        total = f"{self.removed} of {len(self.rows)} residual connections removed"
+        count = len(self.rows) - self.other
+        total = f"{self.removed} of {count} residual connections removed"
         total += f", {self.kept} kept by choice" if self.kept else ""
+        total += f"; {self.other} other additions" if self.other else ""
         return f"{table(self.rows, _COLUMNS)}\n{legend(self.rows)}\n{total}{self._dearness()}"
 
     def _dearness(self) -> str:

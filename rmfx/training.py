@@ -143,7 +143,7 @@ def freeze_carries(model: nn.Module) -> int:
     Slopes of 1 are held as well, with which a PReLU hands a channel on.
 
     So a carry stays one while the network is trained, and `close_carries` can close it afterwards;
-    call `thaw_carries` first, since passes refuse parametrized layers.
+    call `thaw_carries` first: passes read what is held as it is, and their results hold nothing.
 
     Args:
         model: with weights as `remove_residuals` leaves them, batch norm folded where a carry

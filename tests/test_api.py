@@ -65,7 +65,8 @@ def test_verbs_take_the_model_and_inputs_by_place_and_options_by_name() -> None:
     names = list(inspect.signature(rmfx.remove_residuals).parameters)
     assert names[2:] == [
         *("strict", "fold_batch_norm", "activation"),
-        *("input_range", "calibration", "differentiable", "policy", "minimise", "verify"),
+        *("input_range", "calibration", "differentiable", "policy", "minimise"),
+        *("copy_shared", "verify"),
     ]
 
 

@@ -154,6 +154,8 @@ def _add_conversion_options(parser: argparse.ArgumentParser) -> None:
         " (default: %(default)s)"
     )
     add("--minimise", choices=TARGETS, default=TARGETS[0], help=text)
+    text = "leave layers that several calls share as they are, instead of giving each call a copy"
+    add("--keep-shared", action="store_true", help=text)
     add("--strict", action="store_true", help="fail if one residual connection cannot be removed")
     text = (
         "between which two numbers all values of the inputs are, which can prove that a carry"

@@ -287,6 +287,7 @@ def _convert(options: argparse.Namespace, given: Given) -> Conversion:
         calibration=_calibration(given) or None,
         policy=options.policy,
         minimise=options.minimise,
+        copy_shared=not options.keep_shared,
     )
 
 

@@ -143,11 +143,14 @@ def _summary(conversion: Conversion) -> str:
     report = conversion.report
     if not report.rows:
         return "This network adds no two tensors: there is no residual connection to remove."
-    parts = [f"{report.removed} of {len(report.rows)} residual connections are removed"]
+    count = len(report.rows) - report.other
+    parts = [f"{report.removed} of {count} residual connections are removed"]
     if report.refused:
         parts.append(f"{report.refused} cannot be removed exactly")
     if report.kept:
         parts.append(f"{report.kept} are kept by choice")
+    if report.other:
+        parts.append(f"{report.other} additions are no residual connections")
     return f"{', '.join(parts)}. Both forms compute the same; batch norm is folded in both."
 
 

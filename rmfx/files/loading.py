@@ -14,7 +14,6 @@ factory, like any import, is code that runs.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import importlib
 import inspect
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from rmfx.errors import first_line
+from rmfx.modules.copies import copied_model
 
 from .expressions import UnsafeFileError
 from .programs import check_program
@@ -262,7 +262,7 @@ def _call_factory(module_name: str, attribute: str) -> tuple[nn.Module, tuple[in
     text = f"{module_name}:{attribute}"
     found = named_object(text)
     if isinstance(found, nn.Module):
-        return copy.deepcopy(found), _own_size(found)
+        return copied_model(found), _own_size(found)
     if not callable(found):
         raise LoadError(f"{text} is a {type(found).__name__}, neither a module nor a function")
     model = _call(found, text)
@@ -277,7 +277,7 @@ def _call(factory: Callable[[], object], text: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise LoadError(f"{text}() gave a {type(model).__name__}, not a torch.nn.Module")
     # The factory may hand out one object again and again; the caller's eval() must not reach it.
-    return copy.deepcopy(model)
+    return copied_model(model)
 
 
 def _describe(error: BaseException) -> str:

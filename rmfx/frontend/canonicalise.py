@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from rmfx.algebra.activation import is_activation
+from rmfx.frontend.idioms.branch_sums import add_branches
 from rmfx.frontend.idioms.shuffles import find_shuffles
 from rmfx.frontend.idioms.zero_channels import pad_for_zeros
 from rmfx.ir.facts import facts_of
@@ -128,6 +129,7 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
     for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
         slice_of_split(facts, node)  # once the layers are modules, which say what sizes they fix
     pad_for_zeros(gm)
+    add_branches(gm, sizes)
     for last, source, shuffle in find_shuffles(gm, sizes):
         call_module(gm, last, shuffle, source, taken)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)

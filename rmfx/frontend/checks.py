@@ -72,7 +72,7 @@ def check_weights(gm: fx.GraphModule) -> None:
             continue
         for own, statistic in module.named_buffers(name, recurse=False):
             check_weight(own, statistic)
-        weight = module.weight
+        weight = module._parameters.get("weight")  # as an attribute it may be computed
         if weight is not None and not weight.is_floating_point():
             raise WeightError(
                 f"{name}.weight: {weight.dtype} weights are not supported; convert the model "

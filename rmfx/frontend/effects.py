@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.nn.utils import parametrize
 
+from rmfx.ir.computed_weights import made_by_hook
 from rmfx.ir.functions import (
     ACTING,
     COMPUTING,
@@ -223,7 +224,7 @@ def _why_unknown(path: str, module: nn.Module) -> str | None:
 def _forward_hooks(module: nn.Module) -> list[Any]:
     """The hooks around a module's forward but for torch's own, which compute weights."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return [hook for hook in hooks if not type(hook).__module__.startswith("torch.nn.utils.")]
+    return [hook for hook in hooks if made_by_hook(hook) is None]
 
 
 def _of_graphs(gm: fx.GraphModule, node: fx.Node, name: str) -> Effects:

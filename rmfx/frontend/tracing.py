@@ -51,6 +51,7 @@ from .exported import export_model, is_exported, sets_level, unlifted, without_c
 from .faithful import check_state, records_the_same
 from .functionalise import functionalise, mark_numbers
 from .kept_state import KeepsStateError
+from .present_weights import read_present_weights
 from .products import products_as_layers
 from .shapes import find_shapes, mark_guarded
 from .symbolic import is_user_file, trace_symbolically
@@ -82,6 +83,8 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     gm = _private_copy(graph)
     conditions = take_conditions(gm.graph)
     check_weights(gm)
+    if fold:
+        read_present_weights(gm)
     check_functional_mode(gm)
     _check_levels(gm)
     note_switches(gm)

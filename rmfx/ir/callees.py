@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 from rmfx.algebra.affine import AffineConv
 from rmfx.errors import Refusal
 
+from .computed_weights import remedies
 from .elements import Virtual
 from .nodes import attribute, has_hooks, replaced_method
 
@@ -46,11 +47,13 @@ class Callees(Calls):
         virtual: target -> layer or module that is to stand there.
     """
 
-    def __init__(self, source: fx.GraphModule, graph: fx.Graph) -> None:
+    def __init__(self, source: fx.GraphModule, graph: fx.Graph, *, may_copy: bool = False) -> None:
         super().__init__(source)
+        self._may_copy = may_copy
         self.modules = dict(source.named_modules(remove_duplicate=False))
         self.virtual: dict[str, Virtual | nn.Module] = {}
         self._calls: Counter[int] = Counter()  # of each module, by identity
+        self._targets: Counter[str] = Counter()  # of each path
         self._owners: dict[int, set[int]] = {}  # modules and nodes that hold a parameter
         for node in graph.nodes:
             self._count(node)
@@ -60,6 +63,7 @@ class Callees(Calls):
             module = self.modules.get(str(node.target))
             if module is not None:
                 self._calls[id(module)] += 1
+                self._targets[str(node.target)] += 1
                 for p in module.parameters():
                     self._owners.setdefault(id(p), set()).add(id(module))
         elif node.op == "get_attr":
@@ -84,23 +88,25 @@ class Callees(Calls):
     def guard(self, node: fx.Node) -> Refusal | None:
         """Why the module of a call_module node must stay as it is, if it must.
 
-        Its weights may be baked into another layer only if nothing else looks at them.
+        Its weights may be baked into another layer only if nothing else looks at them, or if that
+        may be a copy.
         """
         module = self.module(node)
         if module is None:
             return None
         name = str(node.target)
-        if has_hooks(module):
+        ways_out = remedies(module)
+        if has_hooks(module) and not ways_out:
             return Refusal(f"module {name} has hooks; remove them first", (node.name,))
         if (method := replaced_method(module)) is not None:
             return Refusal(f"module {name} has a {method} method of its own", (node.name,))
-        if parametrize.is_parametrized(module):
+        if ways_out:
             return Refusal(
-                f"module {name} is parametrized; call "
-                "torch.nn.utils.parametrize.remove_parametrizations first",
+                f"module {name} computes its weights at every call; make ordinary ones of them by "
+                f"{' and '.join(ways_out)} first",
                 (node.name,),
             )
-        return self._shared(node, module)
+        return None if self._may_copy else self._shared(node, module)
 
     def _shared(self, node: fx.Node, module: nn.Module) -> Refusal | None:
         """Why weights that are used elsewhere, too, must stay."""
@@ -124,9 +130,11 @@ class Callees(Calls):
         """Take note that a call of a target is gone; gives whether the target is free now."""
         self.virtual.pop(target, None)
         module = self.modules.get(target)
-        if module is not None and self._calls[id(module)] > 1:
+        self._targets[target] -= 1
+        if module is not None:
             self._calls[id(module)] -= 1
-            return False
+            if self._targets[target] > 0:
+                return False
         self.modules.pop(target, None)
         return True
 

@@ -145,16 +145,6 @@ def attach(root: nn.Module, target: str, value: object) -> None:
         setattr(root, name, value)
 
 
-def computed_tensors(module: nn.Module) -> dict[int, object]:
-    """Copies of tensors that deepcopy cannot copy: results of a computation, as in weight_norm."""
-    return {
-        id(value): value.detach().clone()
-        for part in module.modules()
-        for value in vars(part).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-
-
 def copied_value(value: Any, memo: dict[int, object], *, written: bool) -> Any:
     """A copy of what a graph reads; of tensors one that a recorder of operators can follow.
 

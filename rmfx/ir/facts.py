@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from rmfx.errors import Refusal
 
 from .callees import Calls
-from .kinds import ADDS, COMPARISONS, SCALES, SPREADING, SUBS, aten, is_a, kind_of
+from .kinds import ADDS, BATCH_NORMS, COMPARISONS, SCALES, SPREADING, SUBS, aten, is_a, kind_of
 from .layer_facts import Callee, channels_in, channels_out, dims_of, is_on_last, keeps_values
 from .memo import on_demand, succeed
 from .nodes import data_read
@@ -300,7 +300,9 @@ class Inference:
             module = self._callees.module(here)
             weight = next(module.parameters(), None) if module is not None else None
             if weight is not None:
-                return weight.dtype, weight.device
+                own = weight.dtype, weight.device
+                is_norm = isinstance(module, BATCH_NORMS)  # which may be wider than its values
+                return (is_norm and self.dtype(data_read(here)[0])) or own
             here = self._source(here)
         return None
 

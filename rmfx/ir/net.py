@@ -17,11 +17,12 @@ from typing import Any, Protocol, TypeVar
 from torch import fx, nn
 
 from rmfx.errors import WeightError
+from rmfx.modules.copies import computed_tensors
 from rmfx.report import META_KEY, REWRITES_KEY, Report
 
 from .callees import Callees
 from .conditions import Condition, put_conditions, put_inputs_first
-from .converted import ConvertedModule, as_tree, computed_tensors, copied_value, copy_graph
+from .converted import ConvertedModule, as_tree, copied_value, copy_graph
 from .demands import Demands
 from .elements import Virtual
 from .facts import Inference
@@ -45,20 +46,24 @@ A = TypeVar("A", bound=Analysis)
 class Net:
     """A graph under rewriting.
 
+    Args:
+        gm: the graph.
+        may_copy: whether a call of a layer that others share may get a copy of its own.
+
     Attributes:
         graph: a private copy of the source's graph.
         resized: whether a value has other channels than it had.
         rewrites: how often each rule has rewritten something, those of nets before it as well.
     """
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, *, may_copy: bool = False) -> None:
         self.source = gm
         self.graph = copy_graph(gm)
         before = dict(zip(self.graph.nodes, gm.graph.nodes, strict=True))
         self._demands = Demands(self.graph)
         self.demand = self._demands.add
         self._before = {node.name: before[node] for node in self.graph.nodes}
-        self._callees = Callees(gm, self.graph)
+        self._callees = Callees(gm, self.graph, may_copy=may_copy)
         self.module = self._callees.module
         self.replacement = self._callees.replacement
         self.callee = self._callees.callee

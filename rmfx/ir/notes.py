@@ -21,6 +21,7 @@ GIVEN = "given"  # an input of the example that is no tensor
 SOURCE = "source"  # the line of code
 OWN_GRADIENT = "own_gradient"  # where a gradient is not that of what is computed
 WRITTEN = "written"  # tensors of the model behind the node may be written to
+OF_BRANCHES = "of_branches"  # an addition that was a sum over an axis of branches
 GUARDED = "guarded"  # the sizes noted are those of every call: others are refused
 VAL, EXAMPLE_VALUE, GRAPHARG = "val", "example_value", "grapharg"  # by exporting; two by Dynamo
 OF_VALUE = (SHAPE, TYPE)

@@ -12,10 +12,13 @@ from rmfx.algebra.affine import is_finite
 from rmfx.errors import WeightError
 
 from .elements import Virtual
-from .kinds import is_ordinary
+from .kinds import BATCH_NORMS, is_ordinary
 from .net import Net
 from .nodes import is_tensor_node
+from .notes import type_of
 from .selections import may_select
+
+NARROW = (torch.float16, torch.bfloat16)
 
 
 def check_weight(name: str, value: Tensor) -> None:
@@ -37,19 +40,30 @@ def check_weight(name: str, value: Tensor) -> None:
 
 
 def weight_types(net: Net, nodes: Iterable[fx.Node]) -> set[tuple[torch.dtype, torch.device]]:
-    """Types and devices of all weights that some nodes use."""
-    kinds = set()
+    """Types and devices of all weights that some nodes use.
+
+    A batch norm in float32 takes values of half that width, too, computes in its own type and gives
+    back theirs: there it counts as one of their type.
+    """
+    kinds, norms = set(), set()
     for node in nodes:
         made, module = net.replacement(node), net.module(node)
         if isinstance(made, Virtual):
             kinds.add((made.dtype, made.device))
         elif module is not None:
             tensors = (*module.parameters(), *module.buffers())
-            kinds |= {(t.dtype, t.device) for t in tensors if t.is_floating_point()}
+            own = {(t.dtype, t.device) for t in tensors if t.is_floating_point()}
+            if not isinstance(module, BATCH_NORMS):
+                kinds |= own
+            elif type_of(node) is not None:
+                kinds.add(type_of(node))
+            else:
+                norms |= own
         constants = () if may_select(net, node) else node.all_input_nodes
         for constant in constants:
             if not is_tensor_node(constant) and constant.op == "get_attr":
                 value = net.attribute(constant)
                 if isinstance(value, torch.Tensor) and value.dim():
                     kinds.add((value.dtype, value.device))
-    return kinds
+    narrow = {place for dtype, place in kinds if dtype in NARROW}
+    return kinds | {(t, place) for t, place in norms if t != torch.float32 or place not in narrow}

@@ -17,8 +17,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from rmfx.errors import VerificationError
-from rmfx.ir.converted import computed_tensors
 from rmfx.ir.notes import GRAPHARG, WRITTEN
+from rmfx.modules.copies import computed_tensors
 
 from .equivalence import moved_by_one_rounding
 from .trial_inputs import Inputs

@@ -16,7 +16,6 @@ the very operations of the model, whose gradients these are.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, fx, nn
 from rmfx.frontend.dynamo import Lifted
 from rmfx.frontend.tracing import with_constants
 from rmfx.ir.nodes import attribute
+from rmfx.modules.copies import copied_model
 
 from .linker import Linker, tensors_of
 from .recording import Kind, Recorder, place
@@ -88,7 +88,7 @@ def _with_random_weights(source: fx.GraphModule, names: Collection[str]) -> fx.G
 
     Parameters have any sign; buffers, of which some are variances, keep the one they have.
     """
-    generic = copy.deepcopy(source)
+    generic = copied_model(source)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in tensors_of(generic).items():

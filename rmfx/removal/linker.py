@@ -95,7 +95,10 @@ class Linker:
         made = ConvertedModule(self._root, self._graph, type(self._source).__name__)
         made.meta = dict(gm.meta)
         made.graph.lint()
-        return made.eval()
+        shared = set(self._source.modules())
+        for module in made.modules():
+            module.training = module.training and module in shared  # which the model has, too
+        return made
 
     # ---- the weights ------------------------------------------------------------------------
 

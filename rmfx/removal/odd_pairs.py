@@ -1,6 +1,7 @@
 """A carry that passes activations as an odd pair: x travels as [x; −x], at twice the channels.
 
-It comes back because act(x) − act(−x) = κ·x; see `rmfx.algebra.activation.Activation.odd`.
+It comes back because act(x) − act(−x) = κ·x; see `rmfx.algebra.activation.Activation.odd`. Beside
+slopes that differ between channels the pair has slope 0: [x; −x] becomes [x⁺; x⁻].
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmfx.algebra.activation import Activation
 from rmfx.algebra.affine import AffineConv
+from rmfx.algebra.blockwise import all_means
 from rmfx.algebra.digits import affords, factor_up_or_down, smallest_scale
 from rmfx.algebra.laws import direct_sum, join, stack
 from rmfx.algebra.products import chain
@@ -69,7 +71,7 @@ def as_pair(
     Behind ReLU the pair is [x⁺; x⁻], which the next ReLU leaves alone: there it goes on as it is.
     """
     start, _, end = stretch
-    odd = {i: c.main for i, c in acts.items() if isinstance(c.main, Activation) and c.main.odd}
+    odd = {i: law for i, c in acts.items() if (law := _beside(c)) is not None}
     if len(odd) < len(acts) or any(c.carry is not None for c in acts.values()):
         return
     coded = _scale_of_pair([*odd.values()], values)
@@ -97,8 +99,20 @@ def as_pair(
             return
         chosen[i] = replace(column, carry=carry)
     for i, act in acts.items():
-        chosen[i] = replace(act, carry=act.main, widths=(act.widths[0], 2 * act.widths[1]))
+        chosen[i] = replace(act, carry=odd[i], widths=(act.widths[0], 2 * act.widths[1]))
     yield replace(fact, columns=chosen)
+
+
+def _beside(column: Pointwise) -> Activation | None:
+    """What a pair goes through beside an activation, None if it cannot.
+
+    It is the activation itself, or ReLU where there is a slope for each channel already.
+    """
+    main = column.main
+    if isinstance(main, Activation) and main.odd:
+        return main
+    sloped = main is not None and main.is_per_channel
+    return Activation(nn.ReLU()) if sloped and "slopes" in all_means(column.blocks) else None
 
 
 def _scale_of_pair(

@@ -23,6 +23,8 @@ from rmfx.rules.batch_norm import fold
 from rmfx.rules.linear import LinearRule
 from rmfx.rules.noop import NoopRule
 
+from .additions import told_apart
+from .own_weights import copies_of, with_calls_apart
 from .plan import plans
 from .policy import Policy
 from .rule import ResidualRule, check_strict, finish, joins_of
@@ -67,10 +69,12 @@ class Options:
     weights_vary: bool = False
     policy: Policy = "all"
     minimise: str = "time"
+    copy_shared: bool = True
 
 
 def remove(source: fx.GraphModule, options: Options) -> fx.GraphModule:
     """The network as plain chains, as far as it can be, and a report on its joins."""
+    source = with_calls_apart(source) if options.copy_shared else source
     measured = None
     if options.calibration is not None:
         measured = measure(source, options.calibration, extremes="shift" in options.allowed)
@@ -80,13 +84,15 @@ def remove(source: fx.GraphModule, options: Options) -> fx.GraphModule:
         # What is taken apart for one carry may be dear beside that of a site around it.
         other = _removed(source, options, measured, replace(target, rearranges=False))
         found = min(found, other, key=_Removed.cost)
-    return finish(found.net, found.rule, found.refusals, found.joins)
+    # Weights that are computed at every call are not copies of what they are computed of.
+    copied = [] if options.weights_vary else copies_of(found.net)
+    return finish(found.net, found.rule, found.refusals, found.joins, copied)
 
 
 def _removed(
     source: fx.GraphModule, options: Options, measured: Measured | None, target: Target
 ) -> _Removed:
-    net = Net(source)
+    net = Net(source, may_copy=options.copy_shared)
     joins = joins_of(net)
     # No-ops first: a dropout at the end of a branch would be one more layer to pass.
     apply_rule(net, NoopRule(keep_detach=options.weights_vary))
@@ -103,6 +109,8 @@ def _removed(
         policy=options.policy,
     )
     _, refusals = apply_rule(net, rule)
+    if options.strict:
+        refusals = told_apart(net, refusals)
     check_strict("remove_residuals", refusals, strict=options.strict)
     # Last, where it is cheaper: a Δ or ∇ that stands alone merges with the layer next to it.
     linear = LinearRule(keep_norms=not options.fold_batch_norm, concerns=rule.made.__contains__)

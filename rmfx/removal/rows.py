@@ -16,16 +16,18 @@ from rmfx.ir.notes import SOURCE, positions, shape_of
 from rmfx.report import SiteReport
 
 from .assembly import Plan
-from .columns import Linear, Pointwise, linear_of
+from .columns import Linear, Pointwise, Sided, linear_of
 from .order import Ordered
 from .site import Site
 from .strategy import Settled
+from .traffic import moved_beside
 
 
 def expected_expense(site: Site, plan: Plan) -> Expense:
     """What the columns of a plan will cost, once they are built."""
     forms = iter(plan.layout.forms)
     moved, size, area, width = 0.0, 0, 1.0, site.channels
+    beside: list[int | None] = []
     for column in plan.columns:
         read = width * area
         if isinstance(column, Linear):
@@ -38,11 +40,16 @@ def expected_expense(site: Site, plan: Plan) -> Expense:
                 continue
         elif isinstance(column, Pointwise):
             width = sum(column.widths)
+        elif isinstance(column, Sided):
+            width = sum(column.widths_behind((width, 0), site.dims))
         moved += read + width * area
+        beside.append(moved_beside(column, width, site.dims))
     count = positions(shape_of(site.fork), site.dims)
     if count is None:
         return Expense(None, None, size)
-    return Expense(round(plan.work * count), round(moved * count), size)
+    known = [n for n in beside if n is not None]
+    whole = round(moved * count) + sum(known) if len(known) == len(beside) else None
+    return Expense(round(plan.work * count), whole, size)
 
 
 def row_of_match(net: Net, site: Site, settled: Settled, nodes: Sequence[fx.Node]) -> SiteReport:
@@ -94,7 +101,7 @@ def row_of_refusal(node: fx.Node, refusal: Refusal, *, whole: bool) -> SiteRepor
         source=node.meta.get(SOURCE),
         join=node.name,
         node=node.name if whole else None,
-        status="kept" if refusal.by_choice else "refused",
+        status="kept" if refusal.by_choice else "other" if refusal.apart else "refused",
         reason=str(refusal),
         shape=shape_of(node),
     )

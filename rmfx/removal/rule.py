@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
@@ -16,16 +16,18 @@ from rmfx.frontend.tracing import trace
 from rmfx.ir.driver import apply_rule
 from rmfx.ir.joins import read_join
 from rmfx.ir.net import Net
-from rmfx.ir.nodes import put_in_order
+from rmfx.ir.nodes import between, put_in_order
 from rmfx.ir.notes import set_type, type_of
 from rmfx.ir.reading import demands_of
-from rmfx.report import MERGED, META_KEY, Report, SiteReport
+from rmfx.report import HELD_KEY, MERGED, META_KEY, HeldReport, Report, SiteReport
 from rmfx.rules.concatenation import ConcatenationRule
 
+from .additions import told_apart, why_not_opened
 from .alignment import may_reorder
 from .assembly import Plan, build
 from .column import Column, Label, Spot
 from .columns import Shared
+from .own_weights import with_one_path
 from .plan import merge, plans
 from .policy import Policy, reason_to_keep
 from .rows import row_of_match, row_of_refusal, with_expense
@@ -89,7 +91,8 @@ class ResidualRule:
         site, settled, plans_of_site = min(options, key=lambda option: option[1].price)
         row = row_of_match(net, site, settled, _old(site, settled))
         row = replace(row, layout=_compared(settled.plan, plans_of_site))
-        kept = reason_to_keep(self._policy, net, site, row, self._both_forms)
+        kept = why_not_opened(net, node, row, site.dims)
+        kept = kept or reason_to_keep(self._policy, net, site, row, self._both_forms)
         return kept or Match(site, settled, row)
 
     def _both_forms(
@@ -137,12 +140,14 @@ class ResidualRule:
             net.fix_sizes()
         again = {c.layer.node for c in columns if isinstance(c, Shared)}
         net.release(n for n in old if n not in again)
-        new = self._put_columns(net, site, columns, labels, set(old))
+        beside: list[fx.Node] = []
+        new = self._put_columns(net, site, columns, labels, set(old), beside)
         self._take_place(net, site, old, new, labels)
         if may_reorder([step for column in columns for step in column.steps]):
             # The last node stands where the join stood; what followed it may be replaced by now.
             put_in_order(site.fork, new[-1].next)
-        self.rows[row.join] = with_expense(row, expense_of(net, new))
+        used = [n for n in beside if n.users]
+        self.rows[row.join] = with_expense(row, expense_of(net, [*used, *new]))
         self._made_at[row.join] = {*new}
 
     def count_in(self, nodes: Collection[fx.Node], difference: Expense) -> None:
@@ -164,8 +169,9 @@ class ResidualRule:
         columns: Sequence[Column],
         labels: Sequence[Label],
         old: set[fx.Node],
+        beside: list[fx.Node],
     ) -> list[fx.Node]:
-        """The nodes of the chain, as early as they can stand."""
+        """The nodes of the chain, as early as they can stand; what stands beside it is noted."""
         new: list[fx.Node] = []
         widths = (site.channels, 0)
         slices: dict[fx.Node, fx.Node] = {}
@@ -176,6 +182,7 @@ class ResidualRule:
             behind = site.join.prev if column is columns[-1] else behind
             with net.graph.inserting_before(behind.next):
                 made = column.put(Spot(net, site, source, widths, label, slices, moments))
+            beside += between(behind, made)
             set_type(made, (site.dtype, site.device))
             if column.combination is not None:
                 self.widened.add(column.combination.name)
@@ -183,6 +190,7 @@ class ResidualRule:
             for value, block in column.taps:
                 share = Share(block, widths, column.runs)
                 slices |= self._tap(net, site, made, value, share, old)
+                beside.append(slices[value])
             new.append(made)
         return new
 
@@ -258,16 +266,26 @@ def joins_of(net: Net) -> list[str]:
 
 
 def check_strict(verb: str, refusals: Mapping[fx.Node, Refusal], *, strict: bool) -> None:
-    """Raise RefusedError at the first refusal that is not a choice, if `strict`."""
+    """Raise RefusedError at the first residual connection that is refused, if `strict`."""
     for node, refusal in refusals.items():
-        if strict and not refusal.by_choice:
+        if strict and not refusal.by_choice and not refusal.apart:
             raise RefusedError(f"{verb}: the add {node.name} cannot be removed: {refusal}")
 
 
 def finish(
-    net: Net, rule: ResidualRule, refusals: Mapping[fx.Node, Refusal], joins: Sequence[str]
+    net: Net,
+    rule: ResidualRule,
+    refusals: Mapping[fx.Node, Refusal],
+    joins: Sequence[str],
+    copied: Iterable[HeldReport] = (),
 ) -> fx.GraphModule:
-    """The new module, with a report on the joins."""
+    """The new module, with a report on the joins.
+
+    Args:
+        copied: layers that share weights in the source, and not in the result.
+    """
+    held = (*net.source.meta.get(HELD_KEY, ()), *copied)
+    refusals = told_apart(net, refusals)
     refused = {
         node.name: row_of_refusal(node, refusal, whole=node.name not in rule.widened)
         for node, refusal in refusals.items()
@@ -275,8 +293,10 @@ def finish(
     net.sweep()
     where = net.places()
     rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}
-    report = Report(tuple(rows[name] for name in joins if name in rows))
-    return net.finish({META_KEY: report})
+    report = Report(tuple(rows[name] for name in joins if name in rows), held=held)
+    gm = net.finish({META_KEY: report, HELD_KEY: held})
+    with_one_path(gm)
+    return gm
 
 
 def as_one_layer(site: Site) -> list[Plan] | Refusal:

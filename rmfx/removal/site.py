@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -189,8 +190,8 @@ def _frame(
     elements = [place.element for path in paths for place in path]
     rank = net.rank(fork)
     dims = next((e.dims for e in elements if isinstance(e, AffineConv)), None)
-    if dims is None:
-        dims = None if rank is None or rank < 2 else rank - 2
+    if dims is None and rank is not None and rank >= 2:
+        dims = _dims_that_fit(net, fork, elements, rank)
     if dims is None:
         return Refusal("the number of dimensions is unknown; pass example_inputs", (fork.name,))
     if dims and rank is not None and rank != dims + 2:
@@ -218,6 +219,16 @@ def _frame(
     if not kind[0].is_floating_point:
         return Refusal(f"{kind[0]} values; only real floating point can be rewritten", (fork.name,))
     return channels, dims, *kind
+
+
+def _dims_that_fit(net: Net, fork: fx.Node, elements: Sequence[Layer], rank: int) -> int:
+    """Spatial dimensions where no layer tells: channels come last where only that fits all."""
+    for dims in (rank - 2, 0):
+        channels = net.channels(fork, dims)
+        found = (element.resolved(channels, dims) for element in elements)
+        if channels is not None and not any(isinstance(one, Refusal) for one in found):
+            return dims
+    return rank - 2
 
 
 def _resolve(path: Path, channels: int, dims: int, keep_norms: bool, net: Net) -> Chain | Refusal:

@@ -29,7 +29,6 @@ from builders import (
     types,
 )
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
 
 import rmfx
 from rmfx.testing import assert_equivalent
@@ -210,11 +209,12 @@ def test_class_instead_of_an_instance_is_an_error_of_rmfx() -> None:
 
 
 @pytest.mark.parametrize("example", [True, False])
-def test_conv_shared_by_two_call_sites_is_refused(example: bool) -> None:
+def test_conv_shared_by_two_call_sites_is_refused_where_no_copy_is_allowed(example: bool) -> None:
     shared = conv()
     model = ready(chain(Residual(chain(shared, nn.ReLU(), shared)), nn.ReLU()))
+    reason = "is called 2 times"
     with untouched(model):
-        assert_refused(model, image(), reason="is called 2 times", example=example)
+        assert_refused(model, image(), reason=reason, example=example, copy_shared=False)
 
 
 def test_conv_shared_with_its_own_batch_norms_is_not_folded() -> None:
@@ -235,11 +235,11 @@ def test_batch_norm_shared_by_two_call_sites_is_not_folded() -> None:
     assert_equivalent(model, folded, image())
 
 
-def test_tied_weights_are_refused() -> None:
+def test_tied_weights_are_refused_where_no_copy_is_allowed() -> None:
     model = ready(Residual(conv_branch()))
     model.branch[2].weight = model.branch[0].weight
     with untouched(model):
-        assert_refused(model, image(), reason="also used elsewhere")
+        assert_refused(model, image(), reason="also used elsewhere", copy_shared=False)
 
 
 def test_weight_that_is_also_read_by_itself_is_a_constant_there() -> None:
@@ -282,23 +282,6 @@ def test_hooks_on_the_root_are_kept_or_refused(traced: bool) -> None:
             assert "hook" in str(error)  # noqa: PT017
             return
     assert torch.allclose(converted(image()), model(image()))
-
-
-def test_parametrized_conv_is_refused_with_the_way_out() -> None:
-    model = ready(Residual(conv_branch()))
-    parametrizations.weight_norm(model.branch[0])
-    with untouched(model):
-        assert_refused(model, image(), reason="remove_parametrizations")
-    parametrize.remove_parametrizations(model.branch[0], "weight")
-    assert rmfx.report(rmfx.remove_residuals(model)).removed == 1
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_old_weight_norm_is_a_hook_and_refused() -> None:
-    model = ready(Residual(conv_branch()))
-    nn.utils.weight_norm(model.branch[2])
-    assert_refused(model, image(), reason="hooks")
 
 
 def test_conv_whose_forward_was_replaced_is_not_read_as_a_conv() -> None:

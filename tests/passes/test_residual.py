@@ -736,18 +736,6 @@ def test_what_cannot_be_exact_is_refused_with_its_reason(name: str) -> None:
     assert_refused(ready(make()), image(), reason=reason)
 
 
-def test_operands_without_a_common_source_are_refused() -> None:
-    class Sum(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = conv()
-
-        def forward(self, x: Tensor, y: Tensor) -> Any:
-            return x + self.conv(y)
-
-    assert_refused(ready(Sum()), image(), image(), reason="no common source")
-
-
 def test_branches_that_agree_for_some_sizes_only_need_example_inputs() -> None:
     model = ready(Residual(conv(kernel=2, stride=2, padding=0), conv(kernel=1, stride=2)))
     x = image(2, 4, 8, 6)

@@ -134,7 +134,7 @@ def test_what_is_no_site_is_refused(forward: Forward, options: dict[str, Any], r
     assert found.nodes
 
 
-def test_operands_of_two_inputs_have_no_common_source() -> None:
+def test_operands_of_two_inputs_are_no_residual_connection() -> None:
     class TwoInputs(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -144,7 +144,8 @@ def test_operands_of_two_inputs_have_no_common_source() -> None:
             return self.a(x) + y
 
     gm = rmfx.remove_residuals(TwoInputs().eval())
-    assert "no common source" in rmfx.report(gm).rows[0].reason
+    (row,) = rmfx.report(gm).rows
+    assert (row.status, "different inputs, x and y" in row.reason) == ("other", True)
 
 
 def test_mixed_weight_types_are_refused() -> None:
@@ -170,3 +171,28 @@ def test_activations_of_inner_sites_can_be_crossed() -> None:
     gm = rmfx.remove_residuals(model, image())
     assert rmfx.report(gm).removed == 2
     torch.testing.assert_close(gm(image()), model(image()), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 8), (3, 5, 8)])
+def test_channels_come_last_where_only_that_fits_what_stands_on_the_way(shape: Any) -> None:
+    """A response norm of channels-last networks: γ·(x·n(x)) + x."""
+
+    class Response(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 6)
+            self.gamma = nn.Parameter(torch.randn(8))
+            if len(shape) == 4:
+                self.gamma = nn.Parameter(torch.randn(1, 1, 1, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.a(x))
+            n = x.norm(dim=1, keepdim=True) if len(shape) == 3 else x.mean((1, 2), keepdim=True)
+            return self.b(self.gamma * (x * n) + x)  # type: ignore[no-any-return]
+
+    model, x = Response().double().eval(), torch.randn(shape, dtype=torch.float64)
+    converted = rmfx.remove_residuals(model, x)
+    assert rmfx.report(converted).adds_left == 0, str(rmfx.report(converted))
+    for size in (3, 9):
+        y = torch.randn(shape[0] + 1, size, *shape[2:], dtype=torch.float64)
+        assert (converted(y) - model(y)).abs().max() <= 1e-10

@@ -88,10 +88,10 @@ def _groups(
     """Of the shuffle that a chain amounts to, None if it does something else."""
     first, *swaps, last = chain
     found = set()
-    for sizes in _sizes(chain, source, facts):
+    for sizes in two_sizes(chain, source, facts):
         x = torch.empty(sizes, device="meta")
         try:
-            grouped, y = _run(gm, first, source, x), _run(gm, last, source, x)
+            grouped, y = run_from(gm, first, source, x), run_from(gm, last, source, x)
             order = _order(gm, swaps, grouped.dim())
         except FAILURES:  # it does not run at such a size, or reads what is not known
             return None
@@ -130,7 +130,7 @@ def _groups_of(sizes: Sequence[int], grouped: Sequence[int], order: Sequence[int
     return groups if shuffled is not None and torch.equal(shuffled.flatten(), rows) else None
 
 
-def _sizes(chain: list[fx.Node], source: fx.Node, facts: Inference) -> set[tuple[int, ...]]:
+def two_sizes(chain: list[fx.Node], source: fx.Node, facts: Inference) -> set[tuple[int, ...]]:
     """Two sizes of a value, which differ in all that the graph leaves open."""
     told, rank = facts(source), facts.rank(source)
     channels = told.channels if told.has_channels_in(1) else facts.size(source, 1)
@@ -155,7 +155,7 @@ def _behind(source: fx.Node, chain: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _run(gm: fx.GraphModule, last: fx.Node, source: fx.Node, x: Tensor) -> Any:
+def run_from(gm: fx.GraphModule, last: fx.Node, source: fx.Node, x: Tensor) -> Any:
     """What becomes of a value in the place of `source`.
 
     Raises:
