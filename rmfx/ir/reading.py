@@ -50,7 +50,7 @@ from .kinds import (
 )
 from .net import Net
 from .nodes import describe, each, input_of, keeps_dims
-from .notes import type_of, why_frozen
+from .notes import gives_number, type_of, why_frozen
 from .paddings import border, read_pad, read_pad_module, read_slice
 from .reasons import reason_for
 from .scales import read_scale, read_shift
@@ -104,7 +104,8 @@ def _keeps_values(node: fx.Node) -> bool:
         return True
     if node.target == "to" and len(node.args) == 1 and set(node.kwargs) == {"memory_format"}:
         return True
-    known = all(type_of(n) is not None for n in (node, *node.all_input_nodes))
+    tensors = [n for n in node.all_input_nodes if not gives_number(n)]
+    known = all(type_of(n) is not None for n in (node, *tensors))
     return node.target in (*CASTS, *CAST_OPERATORS) and known and not _changes_type(node)
 
 
