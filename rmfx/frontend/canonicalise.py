@@ -16,15 +16,19 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from rmfx.algebra.activation import is_activation
+from rmfx.frontend.idioms.masks import lift_masks
 from rmfx.frontend.idioms.shuffles import find_shuffles
 from rmfx.frontend.idioms.zero_channels import pad_for_zeros
 from rmfx.ir.facts import facts_of
 from rmfx.ir.kinds import (
     ADDCMULS,
     ARITHMETIC,
+    CHOICES,
     CHOICES_OF_TWO,
     CONCATENATIONS,
+    FILLS,
     IN_PLACE_BY_METHOD,
+    MASKED_FILLS,
     NARROWS,
     SELECTIONS,
     SUMS,
@@ -58,6 +62,9 @@ _FORMS: dict[Any, Callable[[fx.GraphModule, fx.Node], nn.Module | None]] = {
     **dict.fromkeys((torch.rsub, aten.rsub.Scalar, aten.rsub.Tensor), forms.subtraction_from),
     **dict.fromkeys(SELECTIONS, forms.selection),
     **dict.fromkeys(CHOICES_OF_TWO, forms.choice_of_two),
+    **dict.fromkeys(CHOICES, forms.choice),
+    **dict.fromkeys(MASKED_FILLS, forms.masked_fill),
+    **dict.fromkeys(FILLS, forms.fill),
     **dict.fromkeys(CONCATENATIONS, forms.concatenation),
     **dict.fromkeys(ADDCMULS, forms.add_product),
     **dict.fromkeys(SUMS, forms.sum_of_stack),
@@ -77,6 +84,8 @@ def has_functional_form(gm: fx.GraphModule, node: fx.Node) -> bool:
         return is_activation(module) or is_a(module, nn.modules.dropout._DropoutNd)
     if node.target in ARITHMETIC:
         return not forms.has_options(node)
+    if node.target in (*MASKED_FILLS, *FILLS):
+        return forms.has_number(gm, node)
     return node.target in CALLS and module_for(gm, node) is not None
 
 
@@ -115,6 +124,7 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
     for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
         slice_of_split(facts, node)  # once the layers are modules, which say what sizes they fix
     pad_for_zeros(gm)
+    lift_masks(gm)
     for last, source, shuffle in find_shuffles(gm, sizes):
         call_module(gm, last, shuffle, source, taken)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)
