@@ -109,6 +109,6 @@ def _of(number: float, given: list[Any], *, is_like: bool) -> Filling | None:
 def _is_shape(node: fx.Node) -> bool:
     """Whether a node gives all the sizes of a value."""
     if node.target is getattr:
-        return node.args[1] == "shape"
+        return bool(node.args[1] == "shape")
     is_size = node.op == "call_method" and str(node.target) == "size"
     return is_size and len(node.args) == 1 and not node.kwargs
