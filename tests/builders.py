@@ -145,9 +145,14 @@ def variables_of(page: Path, folder: Path) -> dict[str, Any]:
 
 
 def adds(model: fx.GraphModule) -> int:
-    """Calls that add or subtract, counted without help of the library."""
+    """Calls that add or subtract, counted without help of the library; not those of conditions."""
     names = ("add", "iadd", "sub", "isub", "add_", "sub_", "rsub")
-    called = [n.target for n in model.graph.nodes if n.op in ("call_function", "call_method")]
+    demanded: set[fx.Node] = set()
+    for node in reversed(model.graph.nodes):
+        if node in demanded or getattr(node.target, "__name__", "") == "demand":
+            demanded.update(node.all_input_nodes)
+    nodes = [n for n in model.graph.nodes if n not in demanded]
+    called = [n.target for n in nodes if n.op in ("call_function", "call_method")]
     return sum(getattr(t, "__name__", t) in names for t in called)
 
 

@@ -267,7 +267,18 @@ _ROWS: tuple[Row, ...] = (
     (overloads("max_pool2d_with_indices"), _WINDOW, _pool(nn.MaxPool2d)),
     (overloads("max_pool3d_with_indices"), _WINDOW, _pool(nn.MaxPool3d)),
     (overloads("convolution"), _CONVOLUTION, _convolution),
-    ([F.dropout, F.dropout2d, F.dropout3d], "p training inplace", _dropout),
+    (
+        [
+            F.dropout,
+            F.dropout1d,
+            F.dropout2d,
+            F.dropout3d,
+            F.alpha_dropout,
+            F.feature_alpha_dropout,
+        ],
+        "p training inplace",
+        _dropout,
+    ),
     ([torch.dropout, *_DROPOUTS], "p training", _dropout),
     ([torch.flatten, "flatten", *overloads("flatten.using_ints")], "start_dim end_dim", _flatten),
 )

@@ -17,18 +17,22 @@ from torch import fx, nn
 
 from rmfx.algebra.activation import is_activation
 from rmfx.frontend.idioms.branch_sums import add_branches
+from rmfx.frontend.idioms.masks import lift_masks
 from rmfx.frontend.idioms.shuffles import find_shuffles
 from rmfx.frontend.idioms.zero_channels import pad_for_zeros
 from rmfx.ir.facts import facts_of
 from rmfx.ir.kinds import (
     ADDCMULS,
     ARITHMETIC,
+    CHOICES,
     CHOICES_OF_TWO,
     COMPARISONS,
     CONCATENATIONS,
     ELEMENTWISE,
+    FILLS,
     IN_PLACE_BY_METHOD,
     LAYER_KINDS,
+    MASKED_FILLS,
     NARROWS,
     SELECTIONS,
     SUMS,
@@ -63,6 +67,9 @@ _FORMS: dict[Any, Callable[[fx.GraphModule, fx.Node], nn.Module | None]] = {
     **dict.fromkeys((torch.rsub, aten.rsub.Scalar, aten.rsub.Tensor), forms.subtraction_from),
     **dict.fromkeys(SELECTIONS, forms.selection),
     **dict.fromkeys(CHOICES_OF_TWO, forms.choice_of_two),
+    **dict.fromkeys(CHOICES, forms.choice),
+    **dict.fromkeys(MASKED_FILLS, forms.masked_fill),
+    **dict.fromkeys(FILLS, forms.fill),
     **dict.fromkeys(CONCATENATIONS, forms.concatenation),
     **dict.fromkeys(ADDCMULS, forms.add_product),
     **dict.fromkeys(SUMS, forms.sum_of_stack),
@@ -87,6 +94,8 @@ def has_functional_form(gm: fx.GraphModule, node: fx.Node) -> bool:
         return is_activation(module) or is_a(module, nn.modules.dropout._DropoutNd)
     if node.target in ARITHMETIC:
         return not forms.has_options(node)
+    if node.target in (*MASKED_FILLS, *FILLS) and forms.has_number(gm, node):
+        return True
     if node.target in CALLS and module_for(gm, node) is not None:
         return True
     facts = facts_of(gm)
@@ -130,6 +139,7 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
         slice_of_split(facts, node)  # once the layers are modules, which say what sizes they fix
     pad_for_zeros(gm)
     add_branches(gm, sizes)
+    lift_masks(gm)
     for last, source, shuffle in find_shuffles(gm, sizes):
         call_module(gm, last, shuffle, source, taken)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
-from torch.fx.experimental import _config as symbolic_config
+from torch.export import ExportedProgram
 from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
-from rmfx.errors import TraceError, first_line
 from rmfx.ir.conditions import (
     demand_sizes,
     demand_that,
@@ -24,82 +22,35 @@ from rmfx.ir.conditions import (
     put_conditions,
 )
 from rmfx.ir.converted import copy_graph
-from rmfx.ir.notes import OWN_GRADIENT, VAL
-from rmfx.ir.threads import alone_exporting, without_warnings
+from rmfx.ir.notes import VAL
+from rmfx.ir.threads import without_warnings
 
-from .draws import no_draws
 from .guards import demand_guard, texts_of
-from .kept_state import unchanged
-from .symbolic import own_gradients
 
 EXPORTED = "exported"  # in a graph's metadata: its notes hold for every call
 Size = int | str | None
 
 
-def export_model(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
-    """The model's graph by `torch.export`, with a batch of any size where its code allows it.
+def unlifted(program: ExportedProgram, dropped: Collection[str] = ()) -> fx.GraphModule:
+    """The program as a graph that owns its weights, with its conditions as nodes.
 
-    Other sizes are fixed: code that only exporting can trace computes with them, and symbolic
-    sizes make such expressions grow with every layer (188 s for an EfficientNet-B0 whose padding
-    depends on the image, against 4 s).
-
-    Raises:
-        KeepsStateError: the model draws random numbers that are not torch's.
-        TraceError: the model cannot be exported.
+    Args:
+        program: the program.
+        dropped: conditions that it does not need.
     """
-    functions: list[str] = []
-    with (
-        alone_exporting(),
-        own_gradients(functions),
-        no_draws(lambda: _export(model, inputs, None)),
-    ):
-        gm = _unlifted_of(model, inputs)
-    if functions:
-        gm.meta[OWN_GRADIENT] = functions[0]
-    return gm
-
-
-def _unlifted_of(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
-    tensors = all(isinstance(x, Tensor) for x in inputs)
-    shapes = tuple({0: Dim.AUTO} if x.dim() > 1 else None for x in inputs) if tensors else None
-    try:
-        program = _export(model, inputs, shapes)
-    except TraceError:
-        if shapes is None:
-            raise
-        program = _export(model, inputs, None)
-    return unlifted(program)
-
-
-def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedProgram:
-    try:
-        # Else a batch of one would be taken for a constant.
-        with (
-            symbolic_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-            unchanged(model, values=True),
-            torch.no_grad(),  # as at inference, for code that asks
-            without_warnings(),  # about what `unchanged` takes care of
-        ):
-            return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
-    # Exporting runs the model's own code, which may raise anything.
-    except Exception as error:
-        if "fake tensor in the exported program constant" in str(error):
-            raise TraceError(
-                "it reads `.data`, whose values a program cannot follow; write `.detach()` there"
-            ) from error
-        raise TraceError(f"{type(error).__name__}: {first_line(error)}") from error
-
-
-def unlifted(program: ExportedProgram) -> fx.GraphModule:
-    """The program as a graph that owns its weights, with its conditions as nodes."""
     if any(sets_level(node) for node in program.graph.nodes):
         program = program.run_decompositions({})  # which computes with whole batches instead
     with without_warnings():  # tensors that are neither parameters nor buffers are fine
         gm: fx.GraphModule = program.module(check_guards=False)
     gm._forward_pre_hooks.clear()  # torch's own check, which the nodes replace
     gm._forward_pre_hooks_with_kwargs.clear()
-    guards = list(getattr(program, "_guards_code", None) or ())
+    guards = [text for text in guards_of(program) if text not in dropped]
     return _with_conditions(gm, program.range_constraints, guards)
+
+
+def guards_of(program: ExportedProgram) -> list[str]:
+    """The conditions under which a program holds, Python in words."""
+    return list(getattr(program, "_guards_code", None) or ())
 
 
 def sets_level(node: fx.Node) -> bool:
@@ -146,9 +97,19 @@ def _with_conditions(
     for text in guards:
         demand_guard(conditions, text, bound)
     put_conditions(conditions, gm.graph)
+    _read_constants_directly(gm.graph)
     gm.recompile()
     gm.meta[EXPORTED] = True
     return gm
+
+
+def _read_constants_directly(graph: fx.Graph) -> None:
+    """Drop the in-place `detach_` of the copy that exporting makes of a constant in the code."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
+        copied = node.args[0]
+        if isinstance(copied, fx.Node) and copied.target is torch.ops.aten.lift_fresh_copy.default:
+            node.replace_all_uses_with(copied)
+            graph.erase_node(node)
 
 
 def _bound(gm: fx.GraphModule, inputs: Sequence[fx.Node]) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx, nn
 
 from rmfx.ir.facts import facts_of
-from rmfx.ir.kinds import ARITHMETIC, CHOICES_OF_TWO, SELECTIONS, STACKS, SUMS, aten
+from rmfx.ir.fillings import filling
+from rmfx.ir.kinds import ARITHMETIC, CHOICES_OF_TWO, FILLS, SELECTIONS, STACKS, SUMS, aten
+from rmfx.ir.nodes import attribute
 from rmfx.ir.notes import (
     SHAPE,
     gives_number,
@@ -59,6 +61,57 @@ def choice_of_two(gm: fx.GraphModule, node: fx.Node) -> None:
     tensors = [a for a in node.args if isinstance(a, fx.Node) and not gives_number(a)]
     if len(tensors) == len(node.args) == 2 and not node.kwargs:
         becomes(node, CHOICES_OF_TWO[node.target])
+
+
+def choice(gm: fx.GraphModule, node: fx.Node) -> None:
+    """torch.where(condition, x, y) and x.where(condition, y), all by place."""
+    by_method = node.op == "call_method"
+    names = ("input", "condition", "other") if by_method else ("condition", "input", "other")
+    given = arguments_of(node, *names)
+    if set(given) == set(names):
+        x, y = (_as_number(gm, given[name]) for name in ("input", "other"))
+        node.args, node.kwargs = (given["condition"], x, y), {}
+        becomes(node, torch.where)
+
+
+def _as_number(gm: fx.GraphModule, value: Any) -> Any:
+    """A tensor without dimensions that holds a number, as that number."""
+    found = filling(value) if isinstance(value, fx.Node) else None
+    if found is not None and found.like is None and not found.sizes:
+        return found.number
+    if not isinstance(value, fx.Node) or value.op != "get_attr" or why_frozen(value):
+        return value
+    held = attribute(gm, value)
+    if not isinstance(held, Tensor) or isinstance(held, nn.Parameter) or held.is_complex():
+        return value
+    return value if held.dim() else held.item()
+
+
+def masked_fill(gm: fx.GraphModule, node: fx.Node) -> None:
+    """x.masked_fill(mask, number) as torch.where(mask, number, x)."""
+    if has_number(gm, node):
+        given = arguments_of(node, "input", "mask", "value")
+        number = _as_number(gm, given["value"])
+        node.args, node.kwargs = (given["mask"], number, given["input"]), {}
+        becomes(node, torch.where)
+
+
+def fill(gm: fx.GraphModule, node: fx.Node) -> None:
+    """x.fill_(number) and x.zero_(), whose result alone is read, as torch.full_like(x, number)."""
+    if has_number(gm, node):
+        given = arguments_of(node, "input", "value")
+        node.args, node.kwargs = (given["input"], given.get("value", 0)), {}
+        becomes(node, torch.full_like)
+
+
+def has_number(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a call puts a number in the place of real ones."""
+    names = ("input", "value") if node.target in FILLS else ("input", "mask", "value")
+    given = arguments_of(node, *names)
+    x, number = given.get("input"), _as_number(gm, given.get("value", 0))
+    # Among integers it would become one.
+    is_real = isinstance(x, fx.Node) and facts_of(gm).is_real(x)
+    return is_real and type(number) in (int, float) and set(given) <= set(names)
 
 
 def concatenation(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -127,19 +180,33 @@ def _are_alike(gm: fx.GraphModule, parts: Sequence[Any]) -> bool:
 
 
 def narrow(gm: fx.GraphModule, node: fx.Node) -> None:
-    """A part of one dimension as x[…, start:start + length], for a start that is a number."""
-    if len(node.args) != 4 or node.kwargs:
+    """x.narrow(dim, start, length) as x[…, start:][…, :length], or one slice by numbers."""
+    given = arguments_of(node, "input", "dim", "start", "length")
+    if len(given) != 4:
         return
-    x, dim, start, length = node.args
+    x, dim, start, length = (given[name] for name in ("input", "dim", "start", "length"))
     rank = facts_of(gm).rank(x) if isinstance(x, fx.Node) else None
-    if not isinstance(dim, int) or type(start) is not int or start < 0:
+    if not isinstance(dim, int) or (dim < 0 and rank is None):
         return
-    if (dim < 0 and rank is None) or (start and not isinstance(length, int)):
-        return
-    stop: Any = start + length if isinstance(length, int) else length
-    dim = dim + (rank or 0) if dim < 0 else dim
-    node.op, node.target = "call_function", operator.getitem
-    node.args = (x, (*[slice(None)] * dim, slice(start or None, stop)))
+    before = [slice(None)] * (dim + (rank or 0) if dim < 0 else dim)
+    part = slice(None, length)
+    if type(start) is int and type(length) is int:
+        part = slice(start or None, (start + length or None) if start < 0 else start + length)
+    elif start != 0:  # a number that is computed may count from the end
+        x = _sliced(node, x, (*before, slice(start, None)))
+    node.op, node.target, node.kwargs = "call_function", operator.getitem, {}
+    node.args = (x, (*before, part))
+
+
+def _sliced(node: fx.Node, x: fx.Node, index: tuple[slice, ...]) -> fx.Node:
+    """A slice before a node, of a size that is not known."""
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(operator.getitem, (x, index))
+    made.meta = without_notes(node)
+    shape = shape_of(x)
+    at = len(index) - 1
+    set_shape(made, None if shape is None else (*shape[:at], None, *shape[at + 1 :]))
+    return made
 
 
 def strided_slice(gm: fx.GraphModule, node: fx.Node) -> None:

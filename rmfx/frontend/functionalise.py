@@ -11,6 +11,7 @@ tensors where their storages overlap; a call of which nothing is known freezes a
 
 from __future__ import annotations
 
+import functools
 import operator
 
 import torch
@@ -34,6 +35,7 @@ from rmfx.ir.notes import (
     gives_container,
     gives_number,
     noted,
+    shape_of,
     type_of,
 )
 
@@ -157,13 +159,30 @@ class _Types:
         self._uniform = len(kinds) <= 1 and not casts
 
     def why_changed(self, written: fx.Node, node: fx.Node) -> str | None:
-        types = [type_of(n) for n in node.all_input_nodes if not gives_number(n)]
+        read = [n for n in node.all_input_nodes if not gives_number(n)]
+        types = [type_of(n) for n in read]
         own = type_of(written)
         if len(types) < 2 and own is not None and own[0].is_floating_point:
             return None
         known = None not in types
         same = len(set(types)) == 1 if known else self._uniform
+        same = same or (known and own is not None and _promoted(read) == own[0])
         return None if same else "an in-place operation on values of different types"
+
+
+def _promoted(values: list[fx.Node]) -> torch.dtype:
+    """The type to which values are promoted where they meet; those without dimensions weigh less.
+
+    One whose shape nobody noted is taken to have dimensions.
+    """
+    kinds = [(type_of(n)[0], len(shape_of(n, (None,)))) for n in values]
+    shown = [torch.empty((1,) * rank, dtype=kind, device="meta") for kind, rank in kinds]
+    return functools.reduce(_met, shown).dtype
+
+
+def _met(x: Tensor, y: Tensor) -> Tensor:
+    rank = max(x.dim(), y.dim())
+    return torch.empty((1,) * rank, dtype=torch.result_type(x, y), device="meta")
 
 
 class _Aliases:

@@ -24,6 +24,7 @@ from rmfx.errors import TraceError
 from rmfx.files.source_lines import short_path
 from rmfx.frontend.idioms.border_fill import pad_before
 from rmfx.frontend.idioms.crops import crop_by_numbers
+from rmfx.frontend.idioms.filled_operands import numbers_for_fillings
 from rmfx.ir.conditions import put_conditions, take_conditions
 from rmfx.ir.converted import ConvertedModule, copy_graph
 from rmfx.ir.facts import facts_of
@@ -47,9 +48,11 @@ from .checks import (
 )
 from .constants import fold_constants
 from .dynamo import check_in_graph, find_lifted, with_weights
-from .exported import export_model, is_exported, sets_level, unlifted, without_checks
+from .exported import is_exported, sets_level, unlifted, without_checks
+from .exporting import export_model
 from .faithful import check_state, records_the_same
 from .functionalise import functionalise, mark_numbers
+from .inlining import inline_bodies
 from .kept_state import KeepsStateError
 from .present_weights import read_present_weights
 from .products import products_as_layers
@@ -81,6 +84,7 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     graph = _graph_of(model, inputs)
     named = {n.name for n in graph.graph.nodes} if isinstance(graph, ConvertedModule) else set()
     gm = _private_copy(graph)
+    inline_bodies(gm)
     conditions = take_conditions(gm.graph)
     check_weights(gm)
     if fold:
@@ -100,6 +104,7 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     if fold:
         fold_constants(gm)
     canonicalise(gm, named)
+    numbers_for_fillings(gm)
     crop_by_numbers(gm)
     if by_rank or before.was_read_by_rank(gm):
         gm.meta[BY_RANK] = True

@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 from rmfx.errors import Refusal
 
 from .callees import Calls
-from .kinds import ADDS, BATCH_NORMS, COMPARISONS, SCALES, SPREADING, SUBS, aten, is_a, kind_of
+from .fillings import COPIES, filling
+from .kinds import ADDS, BATCH_NORMS, COMPARISONS, SCALES, SPREADING, SUBS, is_a, kind_of
 from .layer_facts import Callee, channels_in, channels_out, dims_of, is_on_last, keeps_values
 from .memo import on_demand, succeed
 from .nodes import data_read
@@ -30,10 +31,6 @@ from .numbers import computed, size_read
 from .open_sizes import OpenSizes
 
 KEEPING = (*ADDS, *SUBS, *SCALES)  # operations that keep the type of real numbers
-LIKE = (torch.zeros_like, aten.zeros_like.default)
-OF_SIZE = (torch.zeros, aten.zeros.default)
-BY_METHOD = ("new_zeros", aten.new_zeros.default)
-COPIES = (torch.clone, aten.clone.default, aten.detach.default, "clone", "detach", "contiguous")
 
 
 @dataclass(frozen=True)
@@ -194,8 +191,9 @@ class Inference:
         before = inputs[0] if len(inputs) == 1 else Facts()
         if node.op == "call_module":
             return self._behind(self.layer(node), before)
-        if node.target in (*OF_SIZE, *BY_METHOD):
-            return self._of_size(node)
+        filled = filling(node)
+        if filled is not None:
+            return self._of_sizes(filled.sizes) if filled.like is None else self(filled.like)
         if len(inputs) > 1:
             spread = node.target in SPREADING
             return self._among_constants(node, _sum(inputs)) if spread else Facts()
@@ -205,7 +203,7 @@ class Inference:
             return self._sliced(node, before)
         if node.target is F.pad:
             return self._padded(node, before)
-        return before if node.target in (*LIKE, *COPIES) else Facts()
+        return before if node.target in COPIES else Facts()
 
     def _read_by(self, node: fx.Node) -> Facts:
         """What the layers that read an input of the network demand of it."""
@@ -238,13 +236,10 @@ class Inference:
         # A batch norm of other channels than the last dimension has normalises the second one.
         return Facts(rank, out, is_on_last(layer) or (found.last and found.channels == out))
 
-    def _of_size(self, node: fx.Node) -> Facts:
-        """`zeros((n, c, h, w))`, `zeros(n, c, h, w)`, and the same as methods of a tensor."""
-        sizes: Any = node.args[1:] if node.target in BY_METHOD else node.args
-        if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)):
-            sizes = sizes[0]
+    def _of_sizes(self, sizes: tuple[Any, ...]) -> Facts:
+        """Facts of a tensor that is made with some sizes."""
         channels = self.with_numbers(sizes[1]) if len(sizes) > 2 else None
-        return Facts(len(sizes), channels) if isinstance(channels, int) else Facts()
+        return Facts(len(sizes), channels if isinstance(channels, int) else None)
 
     def _sliced(self, node: fx.Node, before: Facts) -> Facts:
         """Facts behind slices, which keep every dimension."""

@@ -183,7 +183,7 @@ OPERATIONS = (
     Operation(
         *(torch.where, "where", "self ScalarOther ScalarSelf"),
         neutral={1: (True, None, 0.0), 2: (False, 0.0, None)},
-        has_methods=False,  # which take the condition second
+        has_methods=False,  # which take the condition second: see CHOICES
     ),
     Operation(torch.cat, "cat concat concatenate"),
 )
@@ -222,6 +222,11 @@ CHOICES_OF_TWO: dict[Any, Any] = {  # with two tensors
     **dict.fromkeys([torch.max, "max", *overloads("max.other")], torch.maximum),
     **dict.fromkeys([torch.min, "min", *overloads("min.other")], torch.minimum),
 }
+CHOICES = (torch.where, "where", *overloads("where.self", "where.ScalarOther", "where.ScalarSelf"))
+MASKED_FILLS = (torch.masked_fill, "masked_fill", "masked_fill_") + tuple(
+    overloads(*(f"masked_fill{mark}.{one}" for mark in ("", "_") for one in ("Scalar", "Tensor")))
+)
+FILLS = (torch.zero_, "zero_", "fill_", *overloads("zero_", "fill_.Scalar"))  # in place
 ADDCMULS = (torch.addcmul, "addcmul", *overloads("addcmul"))
 STACKS = (torch.stack, *overloads("stack"))
 SUMS: dict[Any, str] = {
@@ -233,7 +238,7 @@ NO_OP_CALLS = (torch.clone, torch.detach, *overloads("clone", "detach", "alias")
 # What reads size and type of a tensor, but no value.
 FILLED = overloads("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 VIEWS: dict[Any, Any] = {"view": "reshape", aten.view.default: aten.reshape.default}
-NARROWS = ("narrow", torch.narrow, aten.narrow.default)
+NARROWS = ("narrow", torch.narrow, *overloads("narrow"))
 CASTS = ("to", "type", "float", "double", "half", "bfloat16", "int", "long", "bool", "type_as")
 CAST_OPERATORS = overloads(
     "to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy", "type_as"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from rmfx.algebra.layer import Layer
 from rmfx.errors import Refusal
@@ -149,12 +148,27 @@ def _open_places(net: Net, node: fx.Node, operands: Sequence[Any]) -> list[int]:
     count = 3 if node.target is torch.where else 2
     # Only a choice does not care what number it does not choose.
     numbers = [isinstance(x, (int, float)) and node.target is torch.where for x in operands]
-    if len(operands) != count or not all(map(operator.or_, tensors, numbers)) or not tensors[0]:
+    held = [_is_wide_constant(net, node, x) for x in operands]
+    known = [any(kinds) for kinds in zip(tensors, numbers, held, strict=True)]
+    if len(operands) != count or not all(known) or isinstance(operands[0], (int, float)):
         return []
     if set(node.kwargs) - ({"alpha"} if is_sum else set()):
         return []
     places = [i for i in NEUTRAL.get(node.target, ()) if tensors[i]]
     return places[:1] if node.kwargs else places  # a factor belongs to the second operand
+
+
+def _is_wide_constant(net: Net, node: fx.Node, value: object) -> bool:
+    """Whether an operand is a constant that differs from place to place, or chooses.
+
+    Others are factors and summands of a linear layer.
+    """
+    if not isinstance(value, fx.Node) or value.op != "get_attr" or why_frozen(value):
+        return False
+    held = net.attribute(value)
+    if not isinstance(held, Tensor) or held.dim() != net.rank(node):
+        return False
+    return node.target is torch.where or held.numel() > held.shape[1]
 
 
 def _concatenated(net: Net, node: fx.Node) -> list[fx.Node]:

@@ -34,16 +34,21 @@ def name_nodes(graph: fx.Graph, named: Collection[str] = ()) -> None:
         graph: whose nodes are named in place.
         named: names to be kept. What a pass adds does not renumber what stood there before it.
     """
-    bases = {node: _name_by_place(node) for node in graph.nodes if node.name not in named}
-    taken = {node.name for node in graph.nodes if bases.get(node) is None}
-    for node, base in bases.items():
-        if base is None:
-            continue
+    free = [node for node in graph.nodes if node.name not in named]
+    bases = {node: base for node in free if (base := _name_by_place(node)) is not None}
+    # Numbers come last: how many of them a graph computes differs from one tracer to the next.
+    numbers = {node: node.name for node in free if _may_give_way(node)}
+    taken = {node.name for node in graph.nodes if node not in bases and node not in numbers}
+    for node, base in {**bases, **numbers}.items():
         name, i = base, 1
         while name in taken:
             name, i = f"{base}_{i}", i + 1
         taken.add(name)
         node.name = name
+
+
+def _may_give_way(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and gives_number(node)
 
 
 def _name_by_place(node: fx.Node) -> str | None:

@@ -31,8 +31,10 @@ def computed(node: fx.Node, numbers: list[Any]) -> float | None:
 
 def size_read(node: fx.Node) -> tuple[fx.Node | None, Any]:
     """Of which value a node reads a size, and of which dimension."""
-    if node.target in ("size", aten.sym_size.int) and len(node.args) == 2:
-        return node.args[0], node.args[1]  # type: ignore[return-value]
+    if node.target in ("size", aten.sym_size.int):
+        given = (*node.args, *node.kwargs.values())
+        if len(given) == 2:
+            return given[0], given[1]  # type: ignore[return-value]
     whole, index = node.args if node.target is operator.getitem else (None, None)
     if not isinstance(whole, fx.Node):
         return None, None

@@ -42,6 +42,8 @@ OTHER: tuple[tuple[str, str], ...] = (
     (r"permute|transpose|reshape|view|flatten|squeeze|roll|flip|movedim|rearrange",
      "rearranges values, so that channels are no longer where they were"),
     (r"dropout", "is dropout in training mode"),
+    (r"^(new)?(zeros|ones|full|empty)(like)?$",
+     "makes a tensor that is not known to have the sizes of what it meets; write a number for it"),
     (r"^cat|concat|stack",
      "joins tensors along another dimension than the channels, or in an unknown way"),
 )  # fmt: skip

@@ -93,7 +93,7 @@ def _value(net: Net, constant: object) -> Tensor | Refusal:
         return Refusal(why_frozen(constant), (constant.name,))
     if isinstance(constant, fx.Node) and constant.op == "get_attr":
         value = net.attribute(constant)
-        if isinstance(value, Tensor) and value.is_floating_point():
+        if isinstance(value, Tensor) and not value.is_complex():  # a mask is 0 or 1
             return value.detach().to("cpu", torch.float64)
     return Refusal("a constant that is neither a number nor a real tensor of the model")
 

@@ -32,17 +32,17 @@ from .callees import is_touched
 from .conditions import Agreement, Condition, Multiple
 from .kinds import (
     AVERAGE_POOLS,
-    COMPARISONS,
-    KEEP_SIZE,
     MAX_POOLS,
     POOL_DIMS,
     POOLS_OF_ALL,
     SPREADING,
 )
+from .last_sizes import last_size
 from .memo import on_demand, succeed
 from .net import Net
 from .nodes import averaged_dims, each, is_tensor_node
 from .notes import shape_of, sizes_of_every_call, why_frozen
+from .size_keeping import keeps_sizes, meets, meets_constant
 
 SUMS = (torch.add, torch.sub)
 UNKNOWN_SIZES = (
@@ -106,12 +106,20 @@ class Sizes:
         found = None
         if node.target == "expand_as" and len(inputs) > 1:  # it has the sizes of the second one
             found = self._known[inputs[1]]
-        elif len(inputs) > 1 and node.target in KEEP_SIZE:
+        elif len(inputs) > 1 and meets(self.net, node):
             found = self._of_largest(node, inputs)
         elif len(inputs) == 1 and not why_frozen(node):
             before = self._known[inputs[0]]
             found = before and self._behind(node, before)
-        return found or (self._of_its_own(node) if inputs else None)
+        return found or ((self._of_positions(node) or self._of_its_own(node)) if inputs else None)
+
+    def _of_positions(self, node: fx.Node) -> SizeLaw | None:
+        """The sizes of a mask that is made of the numbers of the positions of another value."""
+        place = last_size(self.net, node) if self.net.rank(node) == 3 else None
+        if place is None or place[0] is None or place[1] not in (2, -1):
+            return None
+        found = self._known.get(place[0])
+        return found if found is not None and len(found.stride) == 1 else None
 
     def _of_its_own(self, node: fx.Node) -> SizeLaw | None:
         """The sizes of a value that follow from no others: by them we know those behind it."""
@@ -143,7 +151,7 @@ class Sizes:
             dims = POOL_DIMS[type(module)]
             fits = dims == len(before.stride) and not module.ceil_mode
             return _behind_pool(module, before) if fits else None
-        if node.target in COMPARISONS:
+        if keeps_sizes(self.net, node) and not (module is not None and is_touched(module)):
             return before
         element: Any = self._read(self.net, node)
         if isinstance(element, Refusal) and type(module) in CONVS and not is_touched(module):
@@ -285,6 +293,8 @@ def may_spread(sizes: Sizes, node: fx.Node, value: fx.Node) -> bool:
     are, nor where the result demands that sizes agree, or is called at the example's alone.
     """
     others = [x for x in node.all_input_nodes if is_tensor_node(x) and x is not value]
+    if meets_constant(sizes.net, node) and sizes_of_every_call(value) is None:
+        return True
     return any(
         any(sizes_of_every_call(x) is None for x in (value, other))
         and not _is_within(sizes, node, value, other)

@@ -63,7 +63,8 @@ def weight_types(net: Net, nodes: Iterable[fx.Node]) -> set[tuple[torch.dtype, t
         for constant in constants:
             if not is_tensor_node(constant) and constant.op == "get_attr":
                 value = net.attribute(constant)
-                if isinstance(value, torch.Tensor) and value.dim():
+                # Masks and whole numbers take the type of what they meet.
+                if isinstance(value, torch.Tensor) and value.dim() and value.is_floating_point():
                     kinds.add((value.dtype, value.device))
     narrow = {place for dtype, place in kinds if dtype in NARROW}
     return kinds | {(t, place) for t, place in norms if t != torch.float32 or place not in narrow}

@@ -6,7 +6,8 @@ writes b over the border, in place:
 
     y = F.pad(bn(conv(x)), [p] * 4);  y[:, :, :p, :] = b;  y[:, :, -p:, :] = b;  …
 
-which is bn(conv(F.pad(x, [p] * 4))). Only exporting can trace such code; here is its pattern.
+which is bn(conv(F.pad(x, [p] * 4))). torch.export writes the slices and a copy down one by one,
+Dynamo an assignment to an index; here is the pattern of both.
 
 A border is what the layers give for zeros if it is that bit for bit. Code that computes it in
 another way rounds in another way; then both ways, with the model's own numbers, must agree in
@@ -17,34 +18,54 @@ are a border of its own.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
+from rmfx.errors import fault
+from rmfx.frontend.calls import arguments_of
+from rmfx.frontend.effects import effects_of
 from rmfx.ir.memo import on_demand
-from rmfx.ir.nodes import attribute
+from rmfx.ir.nodes import attribute, run_node, slice_by_slice
 from rmfx.ir.notes import forget, set_shape, shape_of, type_of, without_notes
 
 aten = torch.ops.aten
-PADS = (aten.pad.default, aten.constant_pad_nd.default)
-CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-EXPANDS = (aten.expand.default,)
+PADS: dict[Any, tuple[str, ...]] = {  # with the names of their arguments
+    aten.pad.default: ("input", "pad", "mode", "value"),
+    aten.constant_pad_nd.default: ("input", "pad", "value"),
+    F.pad: ("input", "pad", "mode", "value"),
+    torch._C._nn.pad: ("input", "pad", "mode", "value"),
+}
+CONVS = (
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(torch.conv1d, torch.conv2d, torch.conv3d),
+)
+NORMS: dict[Any, tuple[str, ...]] = {  # with the names of their arguments
+    target: ("input", *order, "training", "momentum", "eps")
+    for target, order in (
+        (aten.batch_norm.default, ("weight", "bias", "mean", "variance")),
+        (F.batch_norm, ("mean", "variance", "weight", "bias")),
+    )
+}
+EXPANDS = (aten.expand.default, "expand")
 FAR = 2**31  # an end beyond every size
-NORM = ("input", "weight", "bias", "mean", "variance", "training", "momentum", "eps")
 ROUNDING = 16  # of both ways together, in units in the last place of all that they add up
 Side = tuple[int, str, int]  # dimension, "before" or "behind", how many
 
 
 @dataclass(frozen=True, eq=False)
 class _Write:
-    """One side of a border written over: the nodes that do it, which side, with what."""
+    """One side of a border written over: the nodes that do it, which side, with what, of what."""
 
     nodes: tuple[fx.Node, ...]
     side: Side
     value: fx.Node
+    written: fx.Node
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,32 +101,33 @@ class _Constants:
         """The value of a node, None if it is no such node."""
         if not isinstance(node, fx.Node):
             return None
-        return on_demand(node, self._known, self._compute, _read_by)
+        return on_demand(node, self._known, self._compute, self._read_by)
 
     def _compute(self, node: fx.Node) -> Tensor | None:
         if node.op == "get_attr":
             value = attribute(self._gm, node)
             return value.detach().to(self._dtype) if isinstance(value, Tensor) else None
-        inputs = {n: self._known[n] for n in _read_by(node)}
+        inputs = {n: self._known[n] for n in self._read_by(node)}
         if not inputs or any(value is None for value in inputs.values()):
             return None
         return inputs.popitem()[1] if node.target in EXPANDS else _run(node, inputs)
 
-
-def _read_by(node: fx.Node) -> list[fx.Node]:
-    """What a value is made of by a function; nothing for writes and for what draws at random."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or node.kwargs or schema is None or schema.is_mutable:
-        return []
-    if torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
-        return []
-    return node.all_input_nodes[:1] if node.target in EXPANDS else node.all_input_nodes
+    def _read_by(self, node: fx.Node) -> list[fx.Node]:
+        """What a value is made of by a call; nothing for writes and for what draws at random."""
+        effects = effects_of(self._gm, node)
+        if node.op not in ("call_function", "call_method") or effects.writes or effects.draws:
+            return []
+        return node.all_input_nodes[:1] if node.target in EXPANDS else node.all_input_nodes
 
 
 def _run(node: fx.Node, known: Mapping[fx.Node, Tensor | None]) -> Tensor | None:
     with torch.no_grad():
-        made = node.target(*fx.map_arg(node.args, known.__getitem__))  # type: ignore[operator]
+        made = run_node(node, known, _no_module)
     return made if isinstance(made, Tensor) else None
+
+
+def _no_module(path: str) -> nn.Module:
+    raise fault(path, "it is called where functions alone are run")
 
 
 def _read(tensors: tuple[_Constants, _Constants], pad: fx.Node) -> _Filled | None:
@@ -126,9 +148,9 @@ def _read(tensors: tuple[_Constants, _Constants], pad: fx.Node) -> _Filled | Non
 
 def _sides(pad: fx.Node) -> set[Side]:
     """The sides that are padded with zeros; none for other paddings."""
-    shape = shape_of(pad)
-    amounts, *rest = [*pad.args[1:]]
-    if shape is None or pad.kwargs or any(x not in ("constant", None, 0, 0.0) for x in rest):
+    shape, given = shape_of(pad), arguments_of(pad, *PADS[pad.target])
+    amounts, filling = given.get("pad"), (given.get("mode"), given.get("value"))
+    if shape is None or any(x not in ("constant", None, 0, 0.0) for x in filling):
         return set()
     if not isinstance(amounts, (list, tuple)) or len(amounts) > 2 * (len(shape) - 2):
         return set()
@@ -142,7 +164,38 @@ def _sides(pad: fx.Node) -> set[Side]:
 
 
 def _write(constants: _Constants, node: fx.Node) -> _Write | None:
-    """A chain of slices that ends in a copy of a constant over one side of the border."""
+    """A copy of a constant over one side of the border, with the slices that lead to it."""
+    found = _assigned(node) if node.target is operator.setitem else _copied(node)
+    value = None if found is None else constants(found.value)
+    whole = None if found is None else shape_of(found.written)
+    if found is None or value is None or whole is None:
+        return None
+    spread = (1,) * (len(whole) - value.dim()) + tuple(value.shape)
+    if spread != (1, whole[1], *(1 for _ in whole[2:])):  # one number for each channel
+        return None
+    return found
+
+
+def _assigned(node: fx.Node) -> _Write | None:
+    """y[:, :, :1, :] = b"""
+    written, index, value = node.args
+    index = index if isinstance(index, tuple) else (index,)
+    shape = shape_of(written) if isinstance(written, fx.Node) else None
+    if shape is None or node.users or not all(isinstance(i, slice) or i is ... for i in index):
+        return None
+    whole = slice_by_slice(index, len(shape)) if index.count(...) < 2 else []
+    parts = [(dim, s) for dim, s in enumerate(whole) if s != slice(None)]
+    if len(parts) != 1 or not isinstance(value, fx.Node):
+        return None
+    dim, part = parts[0]
+    start, end = part.start or 0, FAR if part.stop is None else part.stop
+    if part.step not in (None, 1) or not all(isinstance(n, int) for n in (start, end)):
+        return None
+    return _Write((node,), _side(dim, start, min(end, FAR)), value, written)  # type: ignore[arg-type]
+
+
+def _copied(node: fx.Node) -> _Write | None:
+    """A chain of slices that ends in a copy."""
     nodes: list[fx.Node] = []
     sides: list[Side] = []
     while node.target is aten.slice.Tensor and len(node.users) == 1:
@@ -155,14 +208,9 @@ def _write(constants: _Constants, node: fx.Node) -> _Write | None:
         node = next(iter(node.users))
     if node.target is not aten.copy_.default or node.users or len(sides) != 1:
         return None
-    value = constants(node.args[1]) if node.args[0] is nodes[-1] else None
-    whole = shape_of(nodes[0])
-    if value is None or whole is None:
+    if node.args[0] is not nodes[-1] or not isinstance(node.args[1], fx.Node):
         return None
-    spread = (1,) * (len(whole) - value.dim()) + tuple(value.shape)
-    if spread != (1, whole[1], *(1 for _ in whole[2:])):  # one number for each channel
-        return None
-    return _Write((*nodes, node), sides[0], node.args[1])  # type: ignore[arg-type]
+    return _Write((*nodes, node), sides[0], node.args[1], nodes[0].args[0])  # type: ignore[arg-type]
 
 
 def _bounds(node: fx.Node) -> tuple[int, int, int] | None:
@@ -187,7 +235,7 @@ def _layers_before(pad: fx.Node) -> tuple[fx.Node, ...]:
         found.append(node)
         if node.target in CONVS:
             return tuple(reversed(found)) if _is_pointwise(node) else ()
-        if node.target is not aten.batch_norm.default:
+        if node.target not in NORMS:
             return ()
         node, reader = node.args[0], node
     return ()
@@ -197,6 +245,7 @@ def _is_pointwise(conv: fx.Node) -> bool:
     args: list[Any] = [*conv.args]
     shape = shape_of(args[1])
     strides, pads = (args[3] if len(args) > 3 else []), (args[4] if len(args) > 4 else [])
+    strides, pads = ([n] if isinstance(n, int) else n for n in (strides, pads))
     plain = isinstance(pads, (list, tuple)) and not any(pads) and all(n == 1 for n in strides)
     return bool(plain and not conv.kwargs and shape and math.prod(shape[2:]) == 1)
 
@@ -251,7 +300,7 @@ def _law_at_zero(
     number = weight.new_zeros(len(weight)) if bias is None else bias
     size = number.abs()
     for norm in norms:
-        given: dict[str, Any] = dict(zip(NORM, norm.args, strict=False))
+        given: dict[str, Any] = dict(zip(NORMS[norm.target], norm.args, strict=False))
         mean, variance = constants(given["mean"]), constants(given["variance"])
         if norm.kwargs or given["training"] or mean is None or variance is None:
             return None
@@ -269,7 +318,8 @@ def _rewrite(gm: fx.GraphModule, found: _Filled) -> None:
     with gm.graph.inserting_before(first):
         padded = gm.graph.node_copy(pad, lambda n: n)
     source: Any = first.args[0]
-    padded.args = (source, *pad.args[1:])
+    padded.args, padded.kwargs = pad.args, dict(pad.kwargs)
+    padded.replace_input_with(pad.args[0], source)  # type: ignore[arg-type]
     shape, before = shape_of(pad), shape_of(source)
     padded.meta = without_notes(pad)
     set_shape(padded, (*before[:2], *shape[2:]))

@@ -1,0 +1,254 @@
+"""Models that symbolic tracing cannot trace, by `torch.export`, with the open sizes they allow.
+
+A batch is open, and so are sizes of space and lengths of sequences where the sizes that follow from
+them are sums of numbers and of parts, rounded down: what convolutions and pools make of them. Code
+that computes with sizes in another way (a padding that depends on the image) would let expressions
+grow with every layer, over minutes; there they are those of the example.
+
+What tracing takes apart is no condition of the network: torch.export looks at a batch of one as at
+another case than a batch of more. So a batch of one is exported as one of two, and where a
+condition excludes a batch of one, the program for such a batch is made as well: if it calls the
+same operators with the same numbers, the condition goes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as symbolic_config
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv
+
+from rmfx.errors import TraceError, first_line
+from rmfx.ir.notes import OWN_GRADIENT, VAL
+from rmfx.ir.threads import alone_exporting, without_warnings
+from rmfx.options import Inputs
+
+from .draws import no_draws
+from .exported import guards_of, unlifted
+from .kept_state import unchanged
+from .symbolic import own_gradients
+
+LARGEST = 40  # operations in the expression of a size
+OF_BATCH = ".size()[0]"
+NO_BATCH_OF_ONE = re.compile(r"[^<>=!]*\.size\(\)\[0\] (>= 2|!= 1|> 1)")
+SAME_BATCH = re.compile(r"[^<>=! ]*\.size\(\)\[0\] == [^<>=! ]*\.size\(\)\[0\]")
+
+
+def export_model(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """The model's graph by `torch.export`, with open sizes where its code allows it.
+
+    Raises:
+        KeepsStateError: the model draws random numbers that are not torch's.
+        TraceError: the model cannot be exported.
+    """
+    functions: list[str] = []
+    with (
+        alone_exporting(),
+        own_gradients(functions),
+        no_draws(lambda: _export(model, inputs, None)),
+    ):
+        gm = _opened(model, inputs)
+    if functions:
+        gm.meta[OWN_GRADIENT] = functions[0]
+    return gm
+
+
+def _opened(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """The first graph that can be made, of those from many open sizes to none."""
+    batches = [_of_batch(inputs, 2), inputs] if _is_batch_of_one(inputs) else [inputs]
+    for every, given in itertools.product((True, False), batches):
+        found = _attempt(model, given, every=every, needs_one=given is not inputs)
+        if found is not None:
+            return found
+    return unlifted(_export(model, inputs, None))
+
+
+def _attempt(
+    model: nn.Module, inputs: Inputs, *, every: bool, needs_one: bool
+) -> fx.GraphModule | None:
+    """The graph with some open sizes; None if there is none, or none that takes a batch of one."""
+    try:
+        program = _export(model, inputs, _open_dims(inputs, every=every))
+        dropped = _needless(model, inputs, program, every=every)
+        takes = not needs_one or _takes_one(program, dropped)
+        return unlifted(program, dropped) if takes else None
+    except TraceError:
+        return None
+
+
+def _export(model: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
+    try:
+        # Else a batch of one would be taken for a constant.
+        with (
+            symbolic_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+            unchanged(model, values=True),
+            torch.no_grad(),  # as at inference, for code that asks
+            without_warnings(),  # about what `unchanged` takes care of
+            _PlainSizes(),
+        ):
+            return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+    # Exporting runs the model's own code, which may raise anything.
+    except Exception as error:
+        if "fake tensor in the exported program constant" in str(error):
+            raise TraceError(
+                "it reads `.data`, whose values a program cannot follow; write `.detach()` there"
+            ) from error
+        raise TraceError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+class _PlainSizes(TorchFunctionMode):
+    """Ends an export in which a size is more than sums and parts, rounded down."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and not all(map(_is_plain, found.shape)):
+            raise TraceError(f"a size is computed in another way than layers do: {found.shape}")
+        return found
+
+
+def _is_plain(size: int | torch.SymInt) -> bool:
+    if isinstance(size, int):
+        return True
+    expression = size.node.expr
+    parts = list(_parts(expression))
+    plain = all(p.is_Add or p.is_Mul or p.is_Atom or isinstance(p, FloorDiv) for p in parts)
+    return plain and len(parts) <= LARGEST
+
+
+def _parts(expression: Any) -> Iterator[Any]:
+    yield expression
+    for part in expression.args:
+        yield from _parts(part)
+
+
+# ---- open sizes ---------------------------------------------------------------------------------
+def _open_dims(inputs: Inputs, *, every: bool, batch: bool = True) -> Any:
+    """The dimensions of tensors that may have other sizes than they have.
+
+    Args:
+        inputs: the example.
+        every: whether all may of which there is more than 1.
+        batch: whether the first may.
+    """
+
+    def dims(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return None
+        first = {0} if batch and x.dim() > (0 if every else 1) else set()
+        others = {d for d, n in enumerate(x.shape) if d and n > 1} if every else set()
+        return dict.fromkeys(sorted(first | others), Dim.AUTO)
+
+    return pytree.tree_map(dims, inputs)
+
+
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+
+
+def _is_batch_of_one(inputs: Inputs) -> bool:
+    tensors = _tensors(inputs)
+    return bool(tensors) and all(x.dim() > 1 and x.shape[0] == 1 for x in tensors)
+
+
+@torch.no_grad()
+def _of_batch(inputs: Inputs, count: int) -> Inputs:
+    """The inputs with the first thing of their batch so many times."""
+    found: Inputs = pytree.tree_map_only(Tensor, lambda x: torch.cat([x[:1]] * count), inputs)
+    return found
+
+
+# ---- a batch of one -----------------------------------------------------------------------------
+def _needless(
+    model: nn.Module, inputs: Inputs, program: ExportedProgram, *, every: bool
+) -> list[str]:
+    """Conditions that exclude a batch of one, for which the program is the same all the same."""
+    found = [text for text in guards_of(program) if NO_BATCH_OF_ONE.fullmatch(text.strip())]
+    if not found or not all(x.dim() for x in _tensors(inputs)):
+        return []
+    one = _of_batch(inputs, 1)
+    try:
+        other = _export(model, one, _open_dims(one, every=every, batch=False))
+    except TraceError:
+        return []
+    return found if _Calls(program).found == _Calls(other).found else []
+
+
+def _takes_one(program: ExportedProgram, dropped: list[str]) -> bool:
+    """Whether a program that was exported for a batch of two says nothing against one of one."""
+    guards = [text for text in guards_of(program) if text not in dropped]
+    sizes = _batch_sizes(program)
+    ranges = {str(symbol): limits for symbol, limits in program.range_constraints.items()}
+    limits = [ranges[str(n)] for n in sizes if str(n) in ranges]
+    return (
+        all(isinstance(n, torch.SymInt) for n in sizes)
+        and all(OF_BATCH not in text or SAME_BATCH.fullmatch(text.strip()) for text in guards)
+        and all(one.lower <= 2 < one.upper for one in limits)  # 2 is what torch says for any
+    )
+
+
+def _batch_sizes(program: ExportedProgram) -> list[int | torch.SymInt]:
+    names = set(program.graph_signature.user_inputs)
+    nodes = [n for n in program.graph.find_nodes(op="placeholder") if n.name in names]
+    values = [n.meta.get(VAL) for n in nodes]
+    return [x.shape[0] for x in values if isinstance(x, Tensor) and x.dim()]
+
+
+class _Calls:
+    """What a program calls, with numbers as they are for a batch of one.
+
+    Attributes:
+        found: a text for each call that gives tensors, one of its own where that is not known.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        sizes = [n for n in _batch_sizes(program) if isinstance(n, torch.SymInt)]
+        self._one = {n.node.expr: 1 for n in sizes}
+        self._places: dict[fx.Node, int] = {}
+        self._number = 0
+        self.found = [self._text(node) for node in program.graph.nodes if self._counts(node)]
+
+    def _counts(self, node: fx.Node) -> bool:
+        """Whether a node is no number, nor a check of one, nor all that another one is."""
+        if node.op != "call_function":
+            return True
+        if node.target is torch.ops.aten.slice.Tensor and node.args[2:] == (0, sys.maxsize):
+            self._places[node] = self._places[node.args[0]]  # type: ignore[index]
+            return False
+        leaves = pytree.tree_leaves(node.meta.get(VAL))
+        return isinstance(node.target, HigherOrderOperator) or any(
+            isinstance(x, Tensor) for x in leaves
+        )
+
+    def _text(self, node: fx.Node) -> str:
+        self._places[node] = self._number = self._number + 1
+        if isinstance(node.target, HigherOrderOperator):
+            return f"{id(node)}"  # which may hold any graph
+        given = fx.map_arg((node.args, node.kwargs), self._shown)
+        return f"{node.op} {node.target} {given}"
+
+    def _shown(self, node: fx.Node) -> Any:
+        if node in self._places:
+            return _Text(f"%{self._places[node]}")
+        value = node.meta.get(VAL)
+        if isinstance(value, torch.SymInt):
+            return _Text(str(value.node.expr.xreplace(self._one)))
+        return _Text(str(value))
+
+
+class _Text(str):
+    """Text that is shown as it is."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
