@@ -50,7 +50,7 @@ from .layers import (
     pad_apart,
     reshaped,
 )
-from .parts import slice_of_split, take_first
+from .parts import slice_of_split, take_first, unpack_split
 
 # What rewrites a call into the dialect, by its target; each may give a module for it to call.
 _FORMS: dict[Any, Callable[[fx.GraphModule, fx.Node], nn.Module | None]] = {
@@ -114,6 +114,9 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
     facts = facts_of(gm, sizes=sizes)
     for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
         slice_of_split(facts, node)  # once the layers are modules, which say what sizes they fix
+    for node in list(gm.graph.nodes):
+        if node.target in CONCATENATIONS and unpack_split(facts, node):
+            forms.concatenation(gm, node)
     pad_for_zeros(gm)
     for last, source, shuffle in find_shuffles(gm, sizes):
         call_module(gm, last, shuffle, source, taken)

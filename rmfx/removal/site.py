@@ -190,7 +190,7 @@ def _frame(
     rank = net.rank(fork)
     dims = next((e.dims for e in elements if isinstance(e, AffineConv)), None)
     if dims is None:
-        dims = None if rank is None or rank < 2 else rank - 2
+        dims = 0 if net.facts(fork).last else None if rank is None or rank < 2 else rank - 2
     if dims is None:
         return Refusal("the number of dimensions is unknown; pass example_inputs", (fork.name,))
     if dims and rank is not None and rank != dims + 2:
