@@ -23,6 +23,7 @@ from torch import fx, nn
 from rmfx.errors import TraceError
 from rmfx.frontend.idioms.border_fill import pad_before
 from rmfx.frontend.idioms.crops import crop_by_numbers
+from rmfx.frontend.idioms.returns import without_detours
 from rmfx.ir.conditions import put_conditions, take_conditions
 from rmfx.ir.converted import ConvertedModule, copy_graph
 from rmfx.ir.facts import facts_of
@@ -94,8 +95,9 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     if fold:
         fold_constants(gm)
     canonicalise(gm, named)
+    by_rank = fold and without_detours(gm)  # else the layers' weights would be others
     crop_by_numbers(gm)
-    if before.was_read_by_rank(gm):
+    if by_rank or before.was_read_by_rank(gm):
         gm.meta[BY_RANK] = True
         facts = facts_of(gm, by_readers=True)
         ranks = {x.name: facts.rank(x) for x in gm.graph.find_nodes(op="placeholder")}
@@ -136,6 +138,8 @@ def canonicalise_again(gm: fx.GraphModule) -> None:
     """Bring a graph into the dialect in which functions of constants may be layers now."""
     conditions = take_conditions(gm.graph)
     canonicalise(gm)
+    if without_detours(gm):
+        gm.meta[BY_RANK] = True
     put_conditions(conditions, gm.graph)
 
 

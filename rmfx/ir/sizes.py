@@ -95,6 +95,10 @@ class Sizes:
         """The size law of a value, None if it is not known."""
         return on_demand(node, self._known, self._compute)
 
+    def note(self, node: fx.Node, other: fx.Node) -> None:
+        """Take note that a value has the sizes of another one."""
+        self._known[node] = self.law(other)
+
     def succeed(self, node: fx.Node, other: fx.Node) -> None:
         """Take note that a node holds another one's value from now on."""
         succeed(self._known, node, other)
@@ -248,11 +252,8 @@ def _agreed(sizes: Sizes, node: fx.Node) -> tuple[list[Condition], frozenset[fx.
     found: list[Condition] = []
     others: frozenset[fx.Node] = frozenset()
     for (x, first), (y, second) in itertools.pairwise(zip(read, known, strict=True)):
-        if (
-            shape_of(x) is not None
-            and shape_of(y) is not None
-            and shape_of(x)[2:] != shape_of(y)[2:]
-        ):
+        shapes = [shape_of(one) for one in (x, y)]
+        if None not in shapes and shapes[0][2:] != shapes[1][2:]:
             continue
         if len(first.stride) != len(second.stride):
             continue

@@ -178,7 +178,11 @@ def test_parts_of_a_split_are_slices(split: Callable[[Tensor], tuple[Tensor, ...
 def test_all_parts_of_a_split_at_once_are_slices_too(forward: Forward) -> None:
     weight, x = torch.randn(5, 5, 1, 1), torch.randn(2, 5, 4, 3)
     model = Holder(lambda m, x: forward(m, F.conv2d(x, weight)), dims=2).eval()
-    for gm in (rmfx.trace(model), rmfx.trace(model, x), rmfx.trace(torch.export.export(model, (x,)))):
+    for gm in (
+        rmfx.trace(model),
+        rmfx.trace(model, x),
+        rmfx.trace(torch.export.export(model, (x,))),
+    ):
         assert not any(name in gm.code for name in ("split", "chunk"))
         assert torch.equal(gm(x), model(x))
 
