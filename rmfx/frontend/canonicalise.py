@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from rmfx.algebra.activation import is_activation
 from rmfx.frontend.idioms.shuffles import find_shuffles
+from rmfx.frontend.idioms.upsampling import enlarge_once
 from rmfx.frontend.idioms.zero_channels import pad_for_zeros
 from rmfx.ir.facts import facts_of
 from rmfx.ir.kinds import (
@@ -120,6 +121,7 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
     pad_for_zeros(gm)
     for last, source, shuffle in find_shuffles(gm, sizes):
         call_module(gm, last, shuffle, source, taken)
+    enlarge_once(gm)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)
     name_nodes(gm.graph, named)
 

@@ -30,6 +30,7 @@ from rmfx.errors import Refusal
 
 from .callees import is_touched
 from .conditions import Agreement, Condition, Multiple
+from .elements import Interpolation
 from .kinds import (
     AVERAGE_POOLS,
     COMPARISONS,
@@ -156,7 +157,7 @@ class Sizes:
             dims = len(before.stride)
             channels = self.net.channels(node.all_input_nodes[0], dims)
             element = element.resolved(channels, dims)
-        if isinstance(element, Refusal):
+        if isinstance(element, (Refusal, Interpolation)):
             return None
         element = element.geometry(1)
         if element is None:
