@@ -40,7 +40,6 @@ BLOCKS: dict[str, Forward] = {
         m.b(F.interpolate(F.silu(m.a(x)), (9, 11), mode="bicubic"))
         + F.interpolate(m.p(x), size=(9, 11), mode="bicubic")
     ),
-    "smaller": lambda m, x: m.b(m.smaller(F.relu(m.a(x)))) + m.p(m.smaller(x)),
     "of other factors each": lambda m, x: (
         m.b(F.interpolate(m.slopes(m.a(x)), scale_factor=(1, 3)))
         + F.interpolate(x, scale_factor=(1, 3)) * m.gamma
@@ -90,6 +89,14 @@ def test_it_is_removed_from_an_exported_program(name: str) -> None:
         converted = rmfx.remove_residuals(source, x)
         assert rmfx.report(converted).refused == 0, str(rmfx.report(converted))
         torch.testing.assert_close(converted(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_a_block_that_makes_values_smaller_is_removed_too() -> None:
+    model = block(lambda m, x: m.b(m.smaller(F.relu(m.a(x)))) + m.p(m.smaller(x)))
+    converted = rmfx.remove_residuals(model, image(2, 4, 8, 6))
+    assert rmfx.report(converted).removed == 1
+    for x in (image(2, 4, 8, 6), image(1, 4, 5, 7), image(3, 4, 2, 2)):
+        assert_equivalent(model, converted, (x,))
 
 
 def test_gradients_reach_the_weights() -> None:
