@@ -42,8 +42,9 @@ def rearranged(net: Net, sizes: AxisSizes, node: fx.Node, rows: Rows) -> Rows | 
     name = torch_name(node).partition(".")[0]
     if node.target is operator.getitem:
         return _indexed(node.args[1], rows)
-    if name in (*SWAPS, *_SWAPPED) or _reads_swapped(node):
-        return _swapped(node, rows)
+    order = order_of(node, len(rows))
+    if order is not None:
+        return tuple(rows[dim] for dim in order)
     if name in VIEWS:
         return _viewed(sizes, node, rows)
     if name in LIKE:
@@ -87,17 +88,21 @@ def _by_module(module: nn.Module, rows: Rows) -> Rows | None:
     return None
 
 
-def _swapped(node: fx.Node, rows: Rows) -> Rows | None:
-    """Behind a permutation of dimensions, which is read off a value of other sizes each."""
-    sizes = list(itertools.islice(coprime_sizes(1), len(rows)))
-    value = {node.all_input_nodes[0]: torch.empty(sizes, device="meta")}
-    if len(node.all_input_nodes) > 1:
+def order_of(node: fx.Node, rank: int) -> list[int] | None:
+    """Which dimension of its input each one is behind a node that puts them in another order.
+
+    It is read off a value of other sizes each; None if the node does anything else.
+    """
+    by_name = torch_name(node).partition(".")[0] in (*SWAPS, *_SWAPPED)
+    if not (by_name or _reads_swapped(node)) or len(node.all_input_nodes) != 1:
         return None
+    sizes = list(itertools.islice(coprime_sizes(1), rank))
+    value = {node.all_input_nodes[0]: torch.empty(sizes, device="meta")}
     try:
         found = run_node(node, value, _no_module)
     except FAILURES:  # it does not run on so many dimensions
         return None
-    return tuple(rows[sizes.index(n)] for n in found.shape)
+    return [sizes.index(n) for n in found.shape]
 
 
 def _no_module(path: str) -> nn.Module:

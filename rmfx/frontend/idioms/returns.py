@@ -18,6 +18,7 @@ from .layouts import Row
 from .rearrangements import may_return
 from .span_layers import Write, in_layout
 from .spans import Spans, View, sizes_asked
+from .swaps import join_before_swaps
 
 
 def without_detours(gm: fx.GraphModule) -> bool:
@@ -28,6 +29,15 @@ def without_detours(gm: fx.GraphModule) -> bool:
     """
     if not any(may_return(node) for node in gm.graph.nodes):
         return False
+    found = _written(gm)
+    if join_before_swaps(gm):
+        _written(gm)
+        return True
+    return found
+
+
+def _written(gm: fx.GraphModule) -> bool:
+    """Write the spans that are there now, and tell whether there was one."""
     net = Net(gm)
     own = dict(zip(net.graph.nodes, gm.graph.nodes, strict=True))
     spans = Spans(net, AxisSizes(net))
