@@ -18,7 +18,7 @@ from .layouts import Row
 from .rearrangements import may_return
 from .span_layers import Write, in_layout
 from .spans import Spans, View, sizes_asked
-from .swaps import join_before_swaps
+from .swaps import SUMS, join_before_swaps
 
 
 def without_detours(gm: fx.GraphModule) -> bool:
@@ -99,6 +99,10 @@ class _Writer:
         read = {n: self.straight.get(n, n) for n in node.all_input_nodes if is_tensor_node(n)}
         node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda n: read.get(n, n))
         write(self.gm, node)
+        if not view.is_straight and node.target in SUMS:
+            # Who compares joins by name is to find none whose dimensions stand in another order.
+            namespace = self.gm.graph._graph_namespace
+            node.name = namespace.create_name(f"{node.name}_straight", None)
         if shape_of(node) is not None:
             set_shape(node, tuple(self.spans.sizes.example(size) for size in view.axes))
         forget(node)

@@ -84,15 +84,15 @@ def _enlarge_behind(gm: fx.GraphModule, join: fx.Node) -> bool:
     last = next((end for end in found if end.kind.shuffles), found[0])
     smaller = [_before_enlarging(join, end, like=last.kind) for end in found]
     places = dict(zip(operands, smaller, strict=True))
-    join.args, join.kwargs = fx.map_arg((join.args, join.kwargs), lambda n: places.get(n, n))
-    with join.graph.inserting_after(join):
-        whole = join.graph.create_node(
-            last.node.op, last.node.target, (join, *last.node.args[1:]), last.node.kwargs
-        )
-    whole.meta = dict(join.meta)
-    join.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not whole)
-    set_shape(join, shape_of(smaller[found.index(last)]))
-    forget(join)
+    given = fx.map_arg((join.args, join.kwargs), lambda n: places.get(n, n))
+    # The old name is that of the old value: who compares joins by name finds none of another size.
+    with join.graph.inserting_before(join):
+        moved = join.graph.create_node(join.op, join.target, *given, name=f"{join.name}_smaller")
+    moved.meta = dict(join.meta)
+    set_shape(moved, shape_of(smaller[found.index(last)]))
+    forget(moved)
+    join.op, join.target = last.node.op, last.node.target
+    join.args, join.kwargs = (moved, *last.node.args[1:]), dict(last.node.kwargs)
     return True
 
 

@@ -57,6 +57,12 @@ def last_gated(m: Any, x: Tensor) -> Tensor:
     return torch.movedim(x, -1, 1)
 
 
+def residual_tokens(m: Any, x: Tensor) -> Tensor:
+    y = x.flatten(2).transpose(1, 2)
+    y = y + m.l2(torch.relu(m.l(y)))
+    return y.transpose(1, 2).reshape(x.shape)
+
+
 def per_sample_and_row(m: Any, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     y = m.c1(x.transpose(1, 2).reshape(n * h, c, w))
@@ -72,6 +78,7 @@ SPANS: dict[str, Forward] = {
     "tokens": tokens,
     "tokens first": tokens_first,
     "rows": rows,
+    "tokens with a shortcut of their own": residual_tokens,
     "flat tokens": lambda m, x: m.l(x.flatten(2).mT).transpose(1, 2).reshape(x.shape),
     "flat": lambda m, x: m.c1(x.flatten(2)).view(x.shape),
     "flat, like": lambda m, x: torch.relu(m.n1(m.c1(x.flatten(start_dim=2)))).view_as(x),
