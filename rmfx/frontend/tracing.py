@@ -14,13 +14,14 @@ The model itself is never changed; modules and parameters are shared with it.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from rmfx.errors import TraceError
+from rmfx.errors import TraceError, WeightValueError
 from rmfx.frontend.idioms.border_fill import pad_before
 from rmfx.frontend.idioms.crops import crop_by_numbers
 from rmfx.frontend.idioms.returns import without_detours
@@ -138,8 +139,9 @@ def canonicalise_again(gm: fx.GraphModule) -> None:
     """Bring a graph into the dialect in which functions of constants may be layers now."""
     conditions = take_conditions(gm.graph)
     canonicalise(gm)
-    if without_detours(gm):
-        gm.meta[BY_RANK] = True
+    with contextlib.suppress(WeightValueError):  # then sizes rest on numbers that may change
+        if without_detours(gm):
+            gm.meta[BY_RANK] = True
     put_conditions(conditions, gm.graph)
 
 
