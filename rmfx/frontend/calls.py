@@ -130,13 +130,30 @@ def _conv(dims: int) -> Builder:
     return build
 
 
+def _transposed_conv(dims: int) -> Builder:
+    kind: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+
+    def build(given: Arguments) -> nn.Module | None:
+        weight, bias = given.pop("weight"), given.pop("bias", None)
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
+            return None
+        groups = given.get("groups", 1)
+        options = {k: each(v, dims) for k, v in given.items() if k != "groups"}
+        sizes = (weight.shape[0], weight.shape[1] * groups, tuple(weight.shape[2:]))
+        module = kind(*sizes, groups=groups, device="meta", **options)
+        return _filled(module, weight=weight, bias=bias)
+
+    return build
+
+
 def _convolution(given: Arguments) -> nn.Module | None:
     weight = given["weight"]
-    if given.pop("transposed") or any(given.pop("output_padding")):
-        return None
+    transposed = given.pop("transposed")
     if not isinstance(weight, Tensor) or not 3 <= weight.dim() <= 5:
         return None
-    return _conv(weight.dim() - 2)(given)
+    if transposed:
+        return _transposed_conv(weight.dim() - 2)(given)
+    return None if any(given.pop("output_padding")) else _conv(weight.dim() - 2)(given)
 
 
 def _linear(given: Arguments) -> nn.Module | None:
@@ -215,6 +232,10 @@ def _rows_of_space(dims: int) -> Iterator[Row]:
     operators = overloads(f"conv{dims}d", f"conv{dims}d.padding")
     names = "weight bias stride padding dilation groups"
     yield [*functions, *operators], names, _conv(dims)
+    functions = [getattr(F, f"conv_transpose{dims}d"), getattr(torch, f"conv_transpose{dims}d")]
+    operators = overloads(f"conv_transpose{dims}d" + (".input" if dims > 1 else ""))
+    names = "weight bias stride padding output_padding groups dilation"
+    yield [*functions, *operators], names, _transposed_conv(dims)
     divisor = " divisor_override" if dims > 1 else ""
     for prefix, module, names in (
         ("max_pool", "MaxPool", "kernel_size stride padding dilation ceil_mode return_indices"),

@@ -19,6 +19,7 @@ from rmfx.algebra.activation import is_activation
 from rmfx.frontend.idioms.branch_sums import add_branches
 from rmfx.frontend.idioms.masks import lift_masks
 from rmfx.frontend.idioms.shuffles import find_shuffles
+from rmfx.frontend.idioms.upsampling import enlarge_once
 from rmfx.frontend.idioms.zero_channels import pad_for_zeros
 from rmfx.ir.facts import facts_of
 from rmfx.ir.kinds import (
@@ -58,7 +59,7 @@ from .layers import (
     pad_apart,
     reshaped,
 )
-from .parts import slice_of_split, take_first
+from .parts import slice_of_split, take_first, unpack_split
 from .pointwise import bounded, composed, reads_one
 
 # What rewrites a call into the dialect, by its target; each may give a module for it to call.
@@ -137,11 +138,15 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
     facts = facts_of(gm, sizes=sizes)
     for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
         slice_of_split(facts, node)  # once the layers are modules, which say what sizes they fix
+    for node in list(gm.graph.nodes):
+        if node.target in CONCATENATIONS and unpack_split(facts, node):
+            forms.concatenation(gm, node)
     pad_for_zeros(gm)
     add_branches(gm, sizes)
     lift_masks(gm)
     for last, source, shuffle in find_shuffles(gm, sizes):
         call_module(gm, last, shuffle, source, taken)
+    enlarge_once(gm)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)
     name_nodes(gm.graph, named)
 

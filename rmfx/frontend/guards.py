@@ -39,8 +39,8 @@ OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.GtE: operator.ge,
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "max": torch.sym_max,
-    "min": torch.sym_min,
+    **dict.fromkeys(("max", "torch.sym_max"), torch.sym_max),
+    **dict.fromkeys(("min", "torch.sym_min"), torch.sym_min),
     "float": torch.sym_float,
     "torch.sym_float": torch.sym_float,
     "math.floor": torch.sym_int,

@@ -14,17 +14,19 @@ The model itself is never changed; modules and parameters are shared with it.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from rmfx.errors import TraceError
+from rmfx.errors import TraceError, WeightValueError
 from rmfx.files.source_lines import short_path
 from rmfx.frontend.idioms.border_fill import pad_before
 from rmfx.frontend.idioms.crops import crop_by_numbers
 from rmfx.frontend.idioms.filled_operands import numbers_for_fillings
+from rmfx.frontend.idioms.returns import without_detours
 from rmfx.ir.conditions import put_conditions, take_conditions
 from rmfx.ir.converted import ConvertedModule, copy_graph
 from rmfx.ir.facts import facts_of
@@ -105,6 +107,7 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
         fold_constants(gm)
     canonicalise(gm, named)
     numbers_for_fillings(gm)
+    by_rank = fold and without_detours(gm)  # else the layers' weights would be others
     crop_by_numbers(gm)
     if by_rank or before.was_read_by_rank(gm):
         gm.meta[BY_RANK] = True
@@ -147,6 +150,9 @@ def canonicalise_again(gm: fx.GraphModule) -> None:
     """Bring a graph into the dialect in which functions of constants may be layers now."""
     conditions = take_conditions(gm.graph)
     canonicalise(gm)
+    with contextlib.suppress(WeightValueError):  # then sizes rest on numbers that may change
+        if without_detours(gm):
+            gm.meta[BY_RANK] = True
     put_conditions(conditions, gm.graph)
 
 

@@ -85,14 +85,16 @@ class Border(Layer):
 
 
 @dataclass(frozen=True, eq=False)
-class MaxPool(Layer):
-    """The largest of some neighbours, channel by channel.
+class ByChannel(Layer):
+    """What moves and combines the values of each channel, but in another way than a linear layer.
+
+    Two branches side by side may pass it together: it does the same to all channels.
 
     Attributes:
-        node: what pools.
+        node: what does it.
         dims: spatial dimensions.
-        signature: equal for pools that do the same.
-        reason: why a carry cannot pass it.
+        signature: equal for those that do the same.
+        reason: why a carry cannot pass it alone.
     """
 
     node: fx.Node
@@ -107,4 +109,17 @@ class MaxPool(Layer):
     def unfit(self, channels: int, dims: int, rank: int | None) -> Refusal | None:
         if self.dims == dims:
             return None
+        return Refusal(f"it has {self.dims} dimensions and stands among layers of {dims}")
+
+
+class MaxPool(ByChannel):
+    """The largest of some neighbours."""
+
+    def unfit(self, channels: int, dims: int, rank: int | None) -> Refusal | None:
+        if self.dims == dims:
+            return None
         return Refusal(f"pooling over {self.dims} dimensions among layers of {dims}")
+
+
+class Interpolation(ByChannel):
+    """Values at other positions, taken or computed from those near them."""

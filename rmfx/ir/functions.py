@@ -78,7 +78,7 @@ def is_of_numbers(target: Any) -> bool:
 
 
 # ---- of torch -----------------------------------------------------------------------------------
-SPLITS = ("split", "split_with_sizes", "chunk")
+SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split")
 KEEPING_RANK = (  # which give as many dimensions as they read
     *(*SPLITS, "unsafe_split", "unsafe_chunk", "cat", "concat", "pad", "interpolate"),
     *("clone", "contiguous", "detach", "to", "type_as", "transpose", "permute", "swapaxes"),
@@ -88,10 +88,11 @@ KEEPING_RANK = (  # which give as many dimensions as they read
 SPLIT_ARGUMENTS = {
     **dict.fromkeys(("tensor", "self"), "input"),
     **dict.fromkeys(("split_size_or_sections", "split_size", "split_sizes", "chunks"), "amount"),
+    **dict.fromkeys(("sections", "indices"), "amount"),
 }
 GIVING_CONTAINERS = (
     *(*SPLITS, *(f"unsafe_{name}" for name in SPLITS)),
-    *("unbind", "tensor_split", "hsplit", "vsplit", "dsplit", "topk", "sort"),
+    *("unbind", "hsplit", "vsplit", "dsplit", "topk", "sort"),
 )
 LIKE_ANOTHER = ("expand_as", "view_as", "reshape_as")  # of a second tensor
 GIVING_NUMBERS = ("size", "dim", "numel", "ndimension", "stride", "item", "is_floating_point")

@@ -76,6 +76,7 @@ class Net:
         self._inference = Inference(self._callees, self.is_open)
         self.rank = self._inference.rank
         self.channels = self._inference.channels
+        self.facts = self._inference
         self.without_channels = self._inference.without_channels
         self.dtype = self._inference.dtype
         self.is_real = self._inference.is_real

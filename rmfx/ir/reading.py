@@ -8,6 +8,7 @@
     Blockwise    an activation that differs from channel to channel, left by an inner site
     Border       padding with other values than zeros
     MaxPool      the largest of some neighbours
+    Interpolation  values at other positions
     Refusal      anything else, with the reason
 `laterals` reads a node that combines a value with other tensors: a product, a sum, a maximum, a
 choice, a concatenation.
@@ -32,7 +33,8 @@ from rmfx.errors import Refusal
 
 from .callees import is_touched
 from .conditions import Condition
-from .elements import Deferred, MaxPool, Virtual
+from .elements import Deferred, Interpolation, MaxPool, Virtual
+from .interpolations import interpolation
 from .kinds import (
     ADAPTIVE_AVERAGES,
     ADDS,
@@ -180,6 +182,8 @@ def _read_module(net: Net, node: fx.Node) -> Layer | Refusal:
         if isinstance(unfit, Refusal):
             return unfit
         return Deferred(lambda channels, dims: _average_pool(module, channels, dims))
+    if is_a(module, nn.Upsample):
+        return _read_interpolation(net, node)
     if type(module) in MAX_POOLS and not module.return_indices:
         return _read_max_pool(net, node, module)
     if type(module) in PADS:
@@ -210,7 +214,7 @@ def _read_function(net: Net, node: fx.Node) -> Layer | Refusal:
         return read_slice(node)
     if target is F.pad:
         return read_pad(net, node)
-    return Refusal(reason_for(net, node))
+    return _read_interpolation(net, node)
 
 
 # ---- linear elements ----------------------------------------------------------------------------
@@ -251,6 +255,13 @@ def _read_max_pool(net: Net, node: fx.Node, module: Any) -> Deferred | MaxPool:
     if max(sizes[0]) == 1:  # takes one value of each place: rounding up makes no further one
         return Deferred(lambda channels, _: AffineConv.identity(channels, dims, stride=sizes[1]))
     return MaxPool(node, dims, (*sizes, module.ceil_mode), reason_for(net, node))
+
+
+def _read_interpolation(net: Net, node: fx.Node) -> Interpolation | Refusal:
+    found, rank = interpolation(node, net.module(node)), net.rank(node)
+    if found is None or rank is None or input_of(node) is None:
+        return Refusal(reason_for(net, node))
+    return Interpolation(node, rank - 2, found, reason_for(net, node))
 
 
 def is_spatial_pool(net: Net, node: fx.Node, dims: int) -> bool:

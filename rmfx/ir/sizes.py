@@ -30,6 +30,7 @@ from rmfx.errors import Refusal
 
 from .callees import is_touched
 from .conditions import Agreement, Condition, Multiple
+from .elements import Interpolation
 from .kinds import (
     AVERAGE_POOLS,
     MAX_POOLS,
@@ -94,6 +95,10 @@ class Sizes:
     def law(self, node: fx.Node) -> SizeLaw | None:
         """The size law of a value, None if it is not known."""
         return on_demand(node, self._known, self._compute)
+
+    def note(self, node: fx.Node, other: fx.Node) -> None:
+        """Take note that a value has the sizes of another one."""
+        self._known[node] = self.law(other)
 
     def succeed(self, node: fx.Node, other: fx.Node) -> None:
         """Take note that a node holds another one's value from now on."""
@@ -160,7 +165,7 @@ class Sizes:
             dims = len(before.stride)
             channels = self.net.channels(node.all_input_nodes[0], dims)
             element = element.resolved(channels, dims)
-        if isinstance(element, Refusal):
+        if isinstance(element, (Refusal, Interpolation)):
             return None
         element = element.geometry(1)
         if element is None:
@@ -256,11 +261,8 @@ def _agreed(sizes: Sizes, node: fx.Node) -> tuple[list[Condition], frozenset[fx.
     found: list[Condition] = []
     others: frozenset[fx.Node] = frozenset()
     for (x, first), (y, second) in itertools.pairwise(zip(read, known, strict=True)):
-        if (
-            shape_of(x) is not None
-            and shape_of(y) is not None
-            and shape_of(x)[2:] != shape_of(y)[2:]
-        ):
+        shapes = [shape_of(one) for one in (x, y)]
+        if None not in shapes and shapes[0][2:] != shapes[1][2:]:
             continue
         if len(first.stride) != len(second.stride):
             continue

@@ -8,7 +8,8 @@ Both branches are written side by side, one *column* per layer of the plain chai
     norm        a batch norm on the main block, an identity batch norm on the carry
     lateral     a product, a sum or a concatenation with other tensors, on one block: the other
                 block meets ones, zeros or nothing
-    shared      padding with other values than zeros, or a max pool, which both blocks get
+    shared      padding with other values than zeros, a max pool or an interpolation, which both
+                blocks get
     order       an index into the channels of the main block, which may put both in other runs
 
 A kind of column is one class, with its line in `KINDS`: which layers stand in it, at what price
@@ -30,7 +31,7 @@ from rmfx.algebra.laws import window_of
 from rmfx.algebra.layer import Layer
 from rmfx.algebra.products import Unmerged
 from rmfx.errors import Refusal
-from rmfx.ir.elements import Border, MaxPool, Virtual
+from rmfx.ir.elements import Border, ByChannel, Interpolation, MaxPool, Virtual
 from rmfx.ir.laterals import Lateral
 from rmfx.ir.notes import Shape
 from rmfx.rules.batch_norm import identity_norm
@@ -208,9 +209,9 @@ class Sided(Column):
 
 @dataclass(frozen=True, eq=False)
 class Shared(Column):
-    """A padding or a max pool, of both blocks alike."""
+    """A padding, a max pool or an interpolation, of both blocks alike."""
 
-    layer: Border | MaxPool
+    layer: Border | ByChannel
 
     @classmethod
     def of(cls, layers: Sequence[Any], widths: Widths, carried: fx.Node | None) -> Column:
@@ -236,6 +237,7 @@ KINDS: dict[type[Layer], type[Column]] = {
     Lateral: Sided,
     Border: Shared,
     MaxPool: Shared,
+    Interpolation: Shared,
     Order: Ordered,
 }
 

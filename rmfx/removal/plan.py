@@ -12,7 +12,7 @@ from operator import itemgetter
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.products import unmerged
 from rmfx.errors import Refusal
-from rmfx.ir.elements import MaxPool
+from rmfx.ir.elements import ByChannel
 from rmfx.ir.notes import shape_of
 from rmfx.report import PADDED
 
@@ -35,7 +35,7 @@ def plans(site: Site, target: Target = TIME) -> list[Plan] | Refusal:
     options: list[Plan] = []
     refusals: list[Refusal] = []
     for main, shortcut in ((f, g), (g, f)):
-        pooled = any(isinstance(step.layer, MaxPool) for step in main)
+        pooled = any(isinstance(step.layer, ByChannel) for step in main)
         if pooled or not all(step.layer.is_linear for step in shortcut):
             continue
         found = _beside(site, main, shortcut, target)
@@ -53,7 +53,7 @@ def plans(site: Site, target: Target = TIME) -> list[Plan] | Refusal:
         else:
             options.append(beside)
     if not options:
-        pools = (step.layer for step in f + g if isinstance(step.layer, MaxPool))
+        pools = (step.layer for step in f + g if isinstance(step.layer, ByChannel))
         return next((Refusal(p.reason, (p.node.name,)) for p in pools), refusals[0])
     return sorted(options, key=lambda plan: (plan.price, len(plan.columns)))
 

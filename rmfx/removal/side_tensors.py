@@ -20,7 +20,7 @@ from torch import fx, nn
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import in_turn
 from rmfx.errors import fault
-from rmfx.ir.elements import Border, MaxPool, Virtual
+from rmfx.ir.elements import Border, ByChannel, Virtual
 from rmfx.ir.functions import reads_sizes_alone
 from rmfx.ir.laterals import Lateral
 from rmfx.ir.net import Net
@@ -168,8 +168,8 @@ def _concatenate(
     return _like(made, lateral.node, _resized(wide, width, dims))
 
 
-def call_again(net: Net, layer: Border | MaxPool, wide: fx.Node, width: int) -> fx.Node:
-    """The padding or the pool of a wide value, at the graph's insert point."""
+def call_again(net: Net, layer: Border | ByChannel, wide: fx.Node, width: int) -> fx.Node:
+    """The padding, pool or interpolation of a wide value, at the graph's insert point."""
     source = data_input(layer.node)
     made = net.graph.node_copy(layer.node, lambda n: wide if n is source else n)
     return _like(made, layer.node, _resized(layer.node, width, layer.dims))

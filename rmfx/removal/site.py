@@ -190,6 +190,8 @@ def _frame(
     elements = [place.element for path in paths for place in path]
     rank = net.rank(fork)
     dims = next((e.dims for e in elements if isinstance(e, AffineConv)), None)
+    if dims is None and net.facts(fork).last:
+        dims = 0
     if dims is None and rank is not None and rank >= 2:
         dims = _dims_that_fit(net, fork, elements, rank)
     if dims is None:

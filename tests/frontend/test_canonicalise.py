@@ -150,6 +150,8 @@ def test_composed_activations_become_modules_in_symbolic_traces(
         lambda x: x.chunk(3, 1),
         lambda x: torch.chunk(x, chunks=4, dim=1),
         lambda x: torch.unsafe_chunk(x, 2, 1),
+        lambda x: x.tensor_split(3, 1),
+        lambda x: torch.tensor_split(x, indices=(1, 4), dim=-3),
     ],
 )
 def test_parts_of_a_split_are_slices(split: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
@@ -161,6 +163,27 @@ def test_parts_of_a_split_are_slices(split: Callable[[Tensor], tuple[Tensor, ...
         gm = rmfx.trace(model, x)
         assert "split" not in gm.code
         assert "chunk" not in gm.code
+        assert torch.equal(gm(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: torch.cat(x.chunk(2, 1), 1),
+        lambda m, x: torch.cat(torch.split(x, [1, 2, 2], 1), dim=1),
+        lambda m, x: torch.concat(tensors=x.tensor_split(2, 1), dim=1),
+        lambda m, x: torch.cat(x.chunk(3, dim=1), 1),
+    ],
+)
+def test_all_parts_of_a_split_at_once_are_slices_too(forward: Forward) -> None:
+    weight, x = torch.randn(5, 5, 1, 1), torch.randn(2, 5, 4, 3)
+    model = Holder(lambda m, x: forward(m, F.conv2d(x, weight)), dims=2).eval()
+    for gm in (
+        rmfx.trace(model),
+        rmfx.trace(model, x),
+        rmfx.trace(torch.export.export(model, (x,))),
+    ):
+        assert not any(name in gm.code for name in ("split", "chunk"))
         assert torch.equal(gm(x), model(x))
 
 
@@ -328,6 +351,22 @@ def test_the_layer_before_tells_the_rank() -> None:
 
     model = Holder(forward, dims=2).double().eval()
     assert called(rmfx.trace(model))[-1] == "BatchNorm2d"
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda f, m, x: f(x, m.w, padding=1),
+        lambda f, m, x: f(x, m.w, None, stride=2, output_padding=1, dilation=2),
+        lambda f, m, x: f(input=x, weight=m.w, bias=m.b[:4], groups=2),
+    ],
+)
+def test_transposed_convolutions_become_modules(dims: int, forward: Callable[..., Any]) -> None:
+    for owner in (F, torch):
+        function = getattr(owner, f"conv_transpose{dims}d")
+        x = tensor(2, 6, *(7, 6, 5)[:dims])
+        check(lambda m, x, f=function: forward(f, m, x), x, [f"ConvTranspose{dims}d"])
 
 
 # ---- arithmetic ---------------------------------------------------------------------------------

@@ -56,6 +56,6 @@ def test_the_cause_is_looked_for_behind_what_only_rearranges() -> None:
 def test_what_lies_before_the_fork_is_not_to_blame() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.norm(x)
-        return y + m.a(y).transpose(2, 3).transpose(2, 3)
+        return y + m.a(y).roll(1, 2)
 
-    assert "transpose rearranges" in reason_of(forward, a=conv(), norm=nn.GroupNorm(2, 4))
+    assert "roll rearranges" in reason_of(forward, a=conv(), norm=nn.GroupNorm(2, 4))

@@ -56,6 +56,26 @@ def test_a_block_has_a_fork_and_two_branches() -> None:
     assert [n.name for n in site.nodes] == ["a", "relu", "b", "add"]
 
 
+@pytest.mark.parametrize("shape", [(4,), (1, 1, 1, 4)])
+@pytest.mark.parametrize("pooled", [(1, 2), (-3, -2)])
+def test_layers_before_the_fork_tell_where_its_channels_are(
+    shape: tuple[int, ...], pooled: tuple[int, ...]
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = torch.relu(m.a(x))
+        return m.b(m.g * (x * x.mean(pooled, keepdim=True)) + x)
+
+    parts = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "g": nn.Parameter(torch.rand(shape))}
+    site = find(forward, image(2, 5, 3, 4), **parts)
+    assert isinstance(site, Site), site
+    assert (site.channels, site.dims) == (4, 0)
+    model = ready(Apply(forward, **parts))
+    converted = rmfx.remove_residuals(model, image(2, 5, 3, 4))
+    assert rmfx.report(converted).removed == 1
+    for x in (image(1, 7, 3, 4), image(2, 5, 9, 4)):
+        torch.testing.assert_close(converted(x), model(x), rtol=1e-10, atol=1e-10)
+
+
 def test_operands_keep_their_order() -> None:
     assert kinds(find(lambda m, x: m.a(x) + x)) == [["AffineConv"], []]
 

@@ -1,0 +1,267 @@
+"""What acts on single axes of a value, or on each number alone, in another layout of its axes.
+
+Each function reads a node that meets a value in some layout, and gives the layout of what comes out
+and what to write in place of the node where the value has its axes in order; None where that is no
+layer. The channels are the second axis of a value, or its last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rmfx.algebra.activation import is_activation
+from rmfx.algebra.affine import CONVS
+from rmfx.frontend.calls import batch_norm
+from rmfx.ir.kinds import BATCH_NORMS, ELEMENTWISE, NO_OPS, is_a
+from rmfx.ir.nodes import MEANS, attribute, each, is_tensor_node
+from rmfx.ir.notes import why_frozen
+
+from .layouts import ONE, Part, Row, Rows, Size, in_straight, whole
+from .spans import Spans, View
+
+Write = Callable[[fx.GraphModule, fx.Node], None]
+Found = tuple[View, Write]
+NORM_KEYS = ("running_mean", "running_var", "weight", "bias", "eps")
+
+
+def leave(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Write nothing: the node does the same to the value as it is."""
+
+
+def in_layout(spans: Spans, node: fx.Node) -> Found | None:
+    """What a node is where the values that it reads have their axes in order, None if nothing."""
+    sources = [n for n in node.all_input_nodes if is_tensor_node(n)]
+    if why_frozen(node) is not None or not any(_is_moved(spans, n) for n in sources):
+        return None
+    if node.op == "call_module":
+        return _layer(spans, node, sources[0]) if len(node.args) == 1 else None
+    if node.target in MEANS:
+        return _mean(spans, node)
+    if node.target in ELEMENTWISE.values():
+        return _elementwise(spans, node, sources)
+    return None
+
+
+def _is_moved(spans: Spans, node: fx.Node) -> bool:
+    return node in spans.views and not spans.views[node].is_straight
+
+
+# ---- layers -------------------------------------------------------------------------------------
+def _layer(spans: Spans, node: fx.Node, source: fx.Node) -> Found | None:
+    module, view = spans.net.module(node), spans.view(source)
+    if module is None or view is None or spans.net.guard(node) is not None:
+        return None
+    kinds = (nn.Linear, *CONVS[1:])
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        return (view, leave) if view.axis_of(1, 1) == 1 else None
+    if is_activation(module) or is_a(module, NO_OPS):
+        return view, leave
+    if type(module) is nn.Linear:
+        return _linear(module, view)
+    if type(module) in kinds:
+        return _conv(node, module, view)
+    return _norm(module, view) if type(module) in BATCH_NORMS[:3] else None
+
+
+def _linear(module: nn.Linear, view: View) -> Found | None:
+    rank, dim = len(view.axes), len(view.rows) - 1
+    axis = view.axis_of(dim, 1, rank - 1)
+    if axis is None or (axis != rank - 1 and rank > 5):
+        return None
+    behind = view.resized(dim, axis, Size(module.out_features))
+    if axis == rank - 1:
+        return behind, leave
+    return behind, lambda gm, node: _pointwise(gm, node, module, rank)
+
+
+def _pointwise(gm: fx.GraphModule, node: fx.Node, module: Any, rank: int) -> None:
+    """Let a node call a convolution of one position, or a Linear layer, with a layer's weights."""
+    weight = module.weight.detach().flatten(1)
+    if rank == 2:
+        made: Any = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    else:
+        weight = weight.reshape(*weight.shape, *[1] * (rank - 2))
+        made = _conv_of(module, weight, {})
+    _put(gm, node, module, made, weight)
+
+
+def _conv_of(module: Any, weight: Tensor, options: Mapping[str, Any]) -> nn.Module:
+    """A convolution with a weight, in as many groups as a layer has."""
+    groups, kind = getattr(module, "groups", 1), CONVS[weight.dim() - 2]
+    sizes = (weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]))
+    return kind(*sizes, groups=groups, device="meta", **options)
+
+
+def _put(gm: fx.GraphModule, node: fx.Node, module: Any, made: Any, weight: Tensor) -> None:
+    """Let a node call a layer with the weights of its own in another shape."""
+    made._parameters["weight"] = nn.Parameter(weight, module.weight.requires_grad)
+    made._parameters["bias"] = module.bias
+    gm.set_submodule(str(node.target), made.eval())
+
+
+def _conv(node: fx.Node, module: Any, view: View) -> Found | None:
+    """A convolution along axes that are dimensions; along others it must look at one position."""
+    rank = len(view.axes)
+    window = _window(module)
+    axis = view.axis_of(1, 1, rank - 1) if len(view.rows) == len(module.kernel_size) + 2 else None
+    if axis is None or window is None or rank > 5:
+        return None
+    along: dict[int, int] = {}  # axis -> the convolution's own dimension
+    for i, own in enumerate(window):
+        free = [a for a in range(2, rank) if a not in along and axis == 1]
+        at = None if own[:3] == (1, 1, 0) else view.axis_of(i + 2, *free)
+        if at is not None:
+            along[at] = i
+        elif own[:3] != (1, 1, 0):
+            return None
+    if axis != 1 and module.groups != 1:
+        return None
+    behind = view.resized(1, axis, Size(module.out_channels))
+    for at, i in along.items():
+        behind = behind.resized(i + 2, at, _size_behind(node, at, view.axes[at], window[i]))
+    if axis == rank - 1:
+        return behind, lambda gm, node: _pointwise(gm, node, module, 2)
+    return behind, lambda gm, node: _turned(gm, node, module, rank, along)
+
+
+def _window(module: Any) -> list[tuple[int, int, int, int]] | None:
+    """Kernel, stride, padding and dilation per dimension."""
+    if module.padding_mode != "zeros" or module.padding == "same":
+        return None
+    padding = 0 if module.padding == "valid" else module.padding
+    options = (module.kernel_size, module.stride, padding, module.dilation)
+    dims = len(module.kernel_size)
+    return list(zip(*(each(option, dims) for option in options), strict=True))
+
+
+def _size_behind(node: fx.Node, axis: int, size: Size, own: tuple[int, int, int, int]) -> Size:
+    kernel, stride, padding, dilation = own
+    growth = 2 * padding - dilation * (kernel - 1)
+    if stride == 1 and growth == 0:
+        return size
+    if size.is_number and size.number + growth > 0:
+        return Size((size.number + growth - 1) // stride + 1)
+    return Size.of((node, "behind", axis))
+
+
+def _turned(
+    gm: fx.GraphModule, node: fx.Node, module: Any, rank: int, along: dict[int, int]
+) -> None:
+    """Let a node call a convolution whose kernel lies along other dimensions."""
+    weight, dims = module.weight.detach(), len(module.kernel_size)
+    order = [along[a] for a in sorted(along)]
+    rest = [i for i in range(dims) if i not in order]
+    moved = weight.permute(0, 1, *(i + 2 for i in (*order, *rest)))
+    options = {}
+    for name, neutral in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        own = each(0 if getattr(module, name) == "valid" else getattr(module, name), dims)
+        options[name] = tuple(own[along[a]] if a in along else neutral for a in range(2, rank))
+    kernel = (module.kernel_size[along[a]] if a in along else 1 for a in range(2, rank))
+    turned = moved.reshape(*weight.shape[:2], *kernel)
+    _put(gm, node, module, _conv_of(module, turned, options), turned)
+
+
+def _norm(module: Any, view: View) -> Found | None:
+    rank = len(view.axes)
+    if view.axis_of(1, 1) is None or rank > 5:
+        return None
+
+    def write(gm: fx.GraphModule, node: fx.Node) -> None:
+        given = {name: getattr(module, name) for name in NORM_KEYS}
+        made = batch_norm(given | {"rank": rank})
+        if made is not None:
+            gm.set_submodule(str(node.target), made.eval())
+
+    constant = module.running_mean is not None and module.running_var is not None
+    return (view, write) if constant else None
+
+
+# ---- operations ---------------------------------------------------------------------------------
+def _mean(spans: Spans, node: fx.Node) -> Found | None:
+    """A mean over dimensions that hold whole axes."""
+    source: Any = node.args[0] if node.args else None
+    view = spans.view(source)
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    keeps = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    dims = (given,) if isinstance(given, int) else given
+    known = isinstance(dims, (list, tuple)) and all(type(dim) is int for dim in dims)
+    if view is None or not known or len(node.args) > 3 or set(node.kwargs) - {"dim", "keepdim"}:
+        return None
+    gone = {dim % len(view.rows) for dim in dims}
+    parts = [part for dim in gone for part in view.rows[dim]]
+    if not parts or any(whole(part.axis, view.axes[part.axis]) != (part,) for part in parts):
+        return None
+    axes = sorted(part.axis for part in parts)
+    sizes = tuple(ONE if axis in axes else size for axis, size in enumerate(view.axes))
+    rows = [() if dim in gone else row for dim, row in enumerate(view.rows)]
+    kept = [row for dim, row in enumerate(rows) if keeps or dim not in gone]
+
+    def write(gm: fx.GraphModule, node: fx.Node) -> None:
+        node.op, node.target = "call_function", torch.mean
+        node.args, node.kwargs = (node.args[0], axes), {"keepdim": True}
+
+    return View(tuple(kept), sizes, view.origin), write
+
+
+def _elementwise(spans: Spans, node: fx.Node, sources: list[fx.Node]) -> Found | None:
+    """What combines values place by place, all in one layout but where they are spread out."""
+    views = [spans.view(n) for n in sources]
+    known = [view for view in views if view is not None]
+    if len(known) < len(views) or len({len(view.axes) for view in known}) > 1:
+        return None
+    rank = max(len(view.rows) for view in known)
+    rows = _together([_padded(view.rows, rank) for view in known])
+    axes = _together([tuple(whole(i, n) for i, n in enumerate(v.axes)) for v in known])
+    if rows is None or axes is None:
+        return None
+    sizes = tuple(row[0].size if row else ONE for row in axes)
+    constants = {n: spans.net.attribute(n) for n in node.all_input_nodes if n.op == "get_attr"}
+    moved = {n: _constant(value, rows, sizes) for n, value in constants.items()}
+    if any(value is None for value in moved.values()):
+        return None
+    places = [n.name for n in moved]
+
+    def write(gm: fx.GraphModule, node: fx.Node) -> None:
+        for one in [n for n in node.all_input_nodes if n.name in places]:
+            _put_constant(gm, node, one, rows, sizes)
+
+    return View(rows, sizes, known[0].origin), write
+
+
+def _padded(rows: Rows, rank: int) -> Rows:
+    return ((),) * (rank - len(rows)) + rows
+
+
+def _together(all_rows: list[Rows]) -> Rows | None:
+    """The dimensions of values that are combined, of which some may have one position."""
+    found: list[Row] = []
+    for dim in zip(*all_rows, strict=True):
+        large: set[tuple[Part, ...]] = {row for row in dim if row}
+        if len(large) > 1:
+            return None
+        found.append(large.pop() if large else ())
+    return tuple(found)
+
+
+def _constant(value: object, rows: Rows, sizes: tuple[Size, ...]) -> Tensor | None:
+    return in_straight(value.detach(), rows, sizes) if isinstance(value, Tensor) else None
+
+
+def _put_constant(
+    gm: fx.GraphModule, node: fx.Node, constant: fx.Node, rows: Rows, sizes: tuple[Size, ...]
+) -> None:
+    """Let a node read a constant in another shape."""
+    value: Any = attribute(gm, constant)
+    made = _constant(value, rows, sizes)
+    if made is None or made.shape == value.shape:
+        return
+    number = 0
+    while hasattr(gm, f"_straight_{number}"):
+        number += 1
+    gm.register_buffer(f"_straight_{number}", made)
+    with gm.graph.inserting_before(node):
+        node.replace_input_with(constant, gm.graph.get_attr(f"_straight_{number}"))
