@@ -67,7 +67,10 @@ def reads_sizes_alone(node: fx.Node, value: fx.Node) -> bool:
     """Whether a node asks a value for its sizes and for nothing else."""
     if node.target is getattr:
         return node.args[1] in ("shape", "ndim")
-    if torch_name(node).partition(".")[0] in LIKE_ANOTHER:
+    name = torch_name(node).partition(".")[0]
+    if name in ("sym_size", "sym_numel"):
+        return True
+    if name in LIKE_ANOTHER:
         return value in node.args[1:] and value is not node.args[0] and not node.kwargs
     return node.op == "call_method" and node.target in ("size", "dim", "numel", "ndimension")
 

@@ -3,6 +3,7 @@
 A residual connection adds two values that come from one. None is there
     - where the operands come from different inputs (a bias for each sample, made of a time or a
       class), or one depends on sizes alone (a position embedding);
+    - where one operand is spread out (a bias for each sample, made of the whole of it);
     - where one operand comes back from another scale (the map of a deeper stage, enlarged);
     - where a sum of values that are used anyway is there for a gate: what computes a gate's vector
       has nothing to carry;
@@ -64,6 +65,11 @@ def _told(net: Net, join: fx.Node, refusal: Refusal, sources: Sources) -> Refusa
     if ours.isdisjoint(others):
         found = " and ".join(", ".join(sorted(names)) for names in (ours, others))
         reason = f"no residual connection: the operands come from different inputs, {found}"
+        return Refusal(reason, (join.name,), apart=True)
+    shapes = [shape_of(x) for x, _ in terms]
+    if None not in shapes and shapes[0] != shapes[1]:
+        sizes = " and ".join("x".join("?" if n is None else str(n) for n in s) for s in shapes)
+        reason = f"no residual connection: the add broadcasts, of {sizes}"
         return Refusal(reason, (join.name,), apart=True)
     if _comes_back_from_another_scale(net, terms[0][0], terms[1][0], refusal):
         return replace(refusal, reason=f"no residual connection: {refusal.reason}", apart=True)

@@ -101,19 +101,29 @@ def spiking() -> nn.Module:
     return nn.Sequential(conv(3, 6), SpikingBlock(6), SpikingBlock(6), conv(6, 2, 1))
 
 
-# ---- super-resolution: values written to a slice -------------------------------------------------
-class SliceWriting(nn.Module):
-    def __init__(self) -> None:
+# ---- super-resolution: a border written by slices ------------------------------------------------
+class BorderBlock(nn.Module):
+    """A 1x1 and a 3x3 convolution whose border is what the first gives for zeros."""
+
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first, self.inner, self.last = conv(3, 6), conv(4, 4), conv(6, 12)
-        self.up = nn.PixelShuffle(2)
+        self.widen, self.narrow = conv(channels, 8, 1), nn.Conv2d(8, channels, 3)
+        self.last = conv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        z = torch.relu(y)
-        z[:, :4] = self.inner(z[:, :4])
-        y = y + z
-        return self.up(self.last(y))
+        y = F.pad(self.widen(x), (1, 1, 1, 1))
+        border = self.widen.bias.view(1, -1, 1, 1)
+        y[:, :, 0:1, :] = border
+        y[:, :, -1:, :] = border
+        y[:, :, :, 0:1] = border
+        y[:, :, :, -1:] = border
+        return x + self.last(F.relu(self.narrow(y)))
+
+
+def super_resolution() -> nn.Module:
+    return nn.Sequential(
+        conv(3, 6), BorderBlock(6), BorderBlock(6), conv(6, 12), nn.PixelShuffle(2)
+    )
 
 
 Model = Callable[[], nn.Module]
@@ -122,7 +132,7 @@ KINDS: dict[str, tuple[Model, int, list[tuple[Any, ...]]]] = {
     "speech": (MaskedSpeech, 2, [(2, 3, 16), (2, 1, 16)]),
     "go": (go_tower, 2, [(2, 3, 9, 9)]),
     "spiking": (spiking, 2, [(2, 3, 8, 9)]),
-    "super-resolution": (SliceWriting, 1, [(2, 3, 8, 9)]),
+    "super-resolution": (super_resolution, 2, [(2, 3, 8, 9)]),
 }
 
 
