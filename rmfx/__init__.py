@@ -28,7 +28,7 @@ from .errors import (
     VerificationError,
     WeightError,
 )
-from .report import Report, SiteReport, Verification, report
+from .report import Report, SiteReport, report
 
 if TYPE_CHECKING:
     from rmfx.oracle.verification import verify

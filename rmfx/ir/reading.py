@@ -57,7 +57,8 @@ from .paddings import border, read_pad, read_pad_module, read_slice
 from .reasons import reason_for
 from .scales import read_scale, read_shift
 from .selections import may_select, selected, selection
-from .sizes import Sizes, conditions_of
+from .size_conditions import conditions_of
+from .sizes import Sizes
 
 aten = torch.ops.aten
 CONTIGUOUS = ("contiguous", aten.contiguous.default)

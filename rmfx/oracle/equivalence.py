@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from rmfx.errors import TraceError
 from rmfx.frontend.tracing import trace
 from rmfx.options import as_tuple
-from rmfx.report import JoinError, report
+from rmfx.report import report
+from rmfx.verified import JoinError
 
 # The graph of an original that runs on such inputs and has joins of these names.
 Traced = Callable[[nn.Module, tuple[Any, ...], Set[str]], fx.GraphModule]

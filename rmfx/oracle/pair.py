@@ -15,7 +15,7 @@ from rmfx.errors import VerificationError, first_line
 from rmfx.frontend.checks import does_not_run
 from rmfx.frontend.memory import shares_memory
 from rmfx.ir.conditions import refuses
-from rmfx.report import JoinError, Verification, shape_text
+from rmfx.verified import JoinError, Verification, shape_text
 
 from .counterparts import Counterpart
 from .equivalence import default_tolerance, operands_of, structure_change

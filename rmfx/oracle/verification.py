@@ -32,7 +32,8 @@ from rmfx.errors import VerificationError
 from rmfx.frontend.dynamo import find_lifted
 from rmfx.interval import Interval
 from rmfx.options import as_tuple, number_of, typed
-from rmfx.report import META_KEY, Verification
+from rmfx.report import META_KEY
+from rmfx.verified import Verification
 
 from .counterparts import joins_of_names, joins_of_report
 from .equivalence import Traced, report_rows, traced

@@ -21,7 +21,7 @@ from rmfx.ir.net import Net
 from rmfx.ir.nodes import is_tensor_node
 from rmfx.ir.notes import shape_of, why_frozen
 from rmfx.ir.reading import is_spatial_pool, sizes_of
-from rmfx.ir.sizes import agreements, may_spread
+from rmfx.ir.size_conditions import agreements, may_spread
 from rmfx.ir.weights import weight_types
 
 from .paths import Path, walks

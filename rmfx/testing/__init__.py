@@ -16,7 +16,7 @@ A property test of a pass of your own:
 """
 
 from rmfx.oracle.equivalence import Equivalence, assert_equivalent, noise_floor
-from rmfx.report import JoinError
+from rmfx.verified import JoinError
 
 from .networks.features import FEATURES
 from .networks.further import Blur, Deconv, Shuffle, Transpose
