@@ -22,6 +22,7 @@ from rmfx.frontend.idioms.shuffles import find_shuffles
 from rmfx.frontend.idioms.upsampling import enlarge_once
 from rmfx.frontend.idioms.zero_channels import pad_for_zeros
 from rmfx.ir.facts import facts_of
+from rmfx.ir.fillings import filling
 from rmfx.ir.kinds import (
     ADDCMULS,
     ARITHMETIC,
@@ -164,7 +165,9 @@ def _ask(gm: fx.GraphModule, taken: set[str]) -> None:
     facts = facts_of(gm)
     probes = Probes(gm, facts)
     for node in list(gm.graph.nodes):
-        if not node.users or gives_number(node) or not (is_open(node) or _is_no_layer(gm, node)):
+        if not node.users or gives_number(node) or filling(node) is not None:
+            continue
+        if not is_open(node) and not _is_no_layer(gm, node):
             continue
         if node.op != "call_module" and node.target not in DIALECT:
             if (source := probes.handed_on(node)) is not None:
