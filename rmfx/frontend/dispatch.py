@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,11 +26,11 @@ from rmfx.ir.functions import WRITING, is_torchs
 from rmfx.ir.kinds import aten
 from rmfx.ir.nodes import attribute, run_node
 from rmfx.ir.notes import gives_container, gives_number, shape_of, type_of, why_frozen
+from rmfx.ir.open_sizes import coprime_sizes
 from rmfx.ir.threads import FAKES, without_logs, without_warnings
 
-PRIMES = (11, 13, 17, 19, 3)  # sizes of a value, one for each dimension
-OTHERS = (29, 31, 37, 41, 2)  # coprime to those
-RANKS = (2, 3, 4, 5)
+ABOVE = (10, 28)  # sizes of a value are primes above one number, then above the other
+RANKS = (2, 3, 4)
 QUESTIONS = ("prim",)  # operators that ask a tensor about itself
 Shape = tuple[int, ...]
 Known = Callable[[OpOverload], Any]
@@ -100,7 +101,7 @@ def families(nodes: Sequence[fx.Node], facts: Inference) -> Iterator[list[list[S
     """
     shapes = [shape_of(n) for n in nodes]
     if len(nodes) == 1 and facts.rank(nodes[0]) is None:
-        yield [[sizes[:rank]] for rank in RANKS for sizes in (PRIMES, OTHERS)]
+        yield [[tuple(islice(coprime_sizes(n), rank))] for rank in RANKS for n in ABOVE]
         return
     if len(nodes) > 1 and not all(shape is not None and None not in shape for shape in shapes):
         return
@@ -108,7 +109,7 @@ def families(nodes: Sequence[fx.Node], facts: Inference) -> Iterator[list[list[S
         shape or (None,) * (facts.rank(n) or 0) for n, shape in zip(nodes, shapes, strict=True)
     ]
     for kept in (None, 1, -1):
-        yield [_others(given, kept, iter(sizes)) for sizes in (PRIMES, OTHERS)]
+        yield [_others(given, kept, coprime_sizes(above)) for above in ABOVE]
 
 
 def _others(given: Sequence[Any], kept: int | None, fresh: Iterator[int]) -> list[Shape]:
