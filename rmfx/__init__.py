@@ -29,6 +29,7 @@ from .errors import (
     WeightError,
 )
 from .report import Report, SiteReport, report
+from .verified import Verification
 
 if TYPE_CHECKING:
     from rmfx.oracle.verification import verify
