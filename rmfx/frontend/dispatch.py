@@ -31,6 +31,7 @@ from rmfx.ir.threads import FAKES, without_logs, without_warnings
 
 ABOVE = (10, 28)  # sizes of a value are primes above one number, then above the other
 RANKS = (2, 3, 4)
+MOST_DIMS = 6
 QUESTIONS = ("prim",)  # operators that ask a tensor about itself
 Shape = tuple[int, ...]
 Known = Callable[[OpOverload], Any]
@@ -108,6 +109,8 @@ def families(nodes: Sequence[fx.Node], facts: Inference) -> Iterator[list[list[S
     given = [
         shape or (None,) * (facts.rank(n) or 0) for n, shape in zip(nodes, shapes, strict=True)
     ]
+    if any(len(shape) > MOST_DIMS for shape in given):
+        return
     for kept in (None, 1, -1):
         yield [_others(given, kept, coprime_sizes(above)) for above in ABOVE]
 

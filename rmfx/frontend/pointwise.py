@@ -115,7 +115,8 @@ def _cut_out(
 
 def _acts_alone(calls: fx.GraphModule, base: fx.Node, facts: Inference, probes: Probes) -> bool:
     """Whether a graph gives, of each value alone, one of the same type."""
-    for (shape,) in next(families([base], facts)):
+    family = next(families([base], facts), [])
+    for (shape,) in family:
         for kind in types_for(base):
             x = probes.empty(shape, kind)
             ran = probes.run(is_pointwise, lambda: calls(x))  # noqa: B023
@@ -126,7 +127,7 @@ def _acts_alone(calls: fx.GraphModule, base: fx.Node, facts: Inference, probes: 
             kept = (ran[1].shape, ran[1].dtype, ran[1].device) == (x.shape, x.dtype, x.device)
             if not kept or not all(_is_alone(step, x) for step in ran[0]):
                 return False
-    return True
+    return bool(family)
 
 
 def _is_alone(step: Step, x: Tensor) -> bool:

@@ -107,7 +107,8 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
         fold_constants(gm)
     canonicalise(gm, named)
     numbers_for_fillings(gm)
-    by_rank = fold and without_detours(gm)  # else the layers' weights would be others
+    # Without folding the layers' weights would be others.
+    by_rank |= fold and without_detours(gm)
     crop_by_numbers(gm)
     if by_rank or before.was_read_by_rank(gm):
         gm.meta[BY_RANK] = True
