@@ -290,6 +290,13 @@ def report(gm: fx.GraphModule) -> Report:
     return found
 
 
+def joins_held(gm: fx.GraphModule) -> set[str]:
+    """The names of the nodes that hold values of joins, by the report of an earlier pass if any."""
+    found = gm.meta.get(META_KEY)
+    rows = found.rows if isinstance(found, Report) else ()
+    return {row.node for row in rows if row.node is not None}
+
+
 def modified(gm: fx.GraphModule) -> dict[str, int]:
     """How often each rule of the verb that made `gm` has rewritten something.
 

@@ -38,6 +38,7 @@ from rmfx.ir.kinds import (
     NARROWS,
     SELECTIONS,
     SUMS,
+    VIEWING,
     VIEWS,
     aten,
     is_a,
@@ -164,9 +165,12 @@ def _ask(gm: fx.GraphModule, taken: set[str]) -> None:
     """Read what no table knows by what it dispatches to, and what acts on each value alone."""
     facts = facts_of(gm)
     probes = Probes(gm, facts)
+    constants = _constants(gm.graph)
     for node in list(gm.graph.nodes):
         if not node.users or gives_number(node) or filling(node) is not None:
             continue
+        if node in constants:
+            continue  # what weights are made of is nobody's activation
         if not is_open(node) and not _is_no_layer(gm, node):
             continue
         if node.op != "call_module" and node.target not in DIALECT:
@@ -184,12 +188,22 @@ def _ask(gm: fx.GraphModule, taken: set[str]) -> None:
                 call_module(gm, node, *made, taken)
 
 
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """What depends on the model's tensors alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        read = node.all_input_nodes
+        if node.op == "get_attr" or (read and all(n in found for n in read)):
+            found.add(node)
+    return found
+
+
 def _is_no_layer(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node calls a module of torch that no table knows."""
     if not reads_one(gm, node):
         return False
     module = gm.get_submodule(str(node.target))
-    return not is_activation(module) and not is_a(module, LAYER_KINDS)
+    return not is_activation(module) and not is_a(module, (*LAYER_KINDS, *VIEWING))
 
 
 def _may_be_pointwise(node: fx.Node) -> bool:

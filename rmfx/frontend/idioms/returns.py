@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from rmfx.ir.net import Net
 from rmfx.ir.nodes import is_tensor_node, must_stay, replace_by_number
 from rmfx.ir.notes import NUMBER, forget, gives_number, set_shape, shape_of
 from rmfx.ir.reading import sizes_of
+from rmfx.report import joins_held
 
 from .axis_sizes import AxisSizes
 from .layouts import Row
@@ -50,7 +52,7 @@ def _written(gm: fx.GraphModule) -> bool:
             writes[node] = found[1]
         _note_law(spans, node)
     closed = spans.closed()
-    writer = _Writer(gm, spans)
+    writer = _Writer(gm, spans, joins_held(gm))
     for node in own:
         if node in closed:
             writer.write(node, own[node], writes)
@@ -73,11 +75,13 @@ class _Writer:
     Attributes:
         gm: whose nodes they are.
         spans: what is known of them, by nodes of a copy.
+        holders: names of the nodes that hold values of joins by the report of an earlier pass.
         straight: node -> what holds its value with the axes in order.
     """
 
     gm: fx.GraphModule
     spans: Spans
+    holders: Collection[str]
     straight: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def write(self, twin: fx.Node, node: fx.Node, writes: dict[fx.Node, Write]) -> None:
@@ -99,7 +103,7 @@ class _Writer:
         read = {n: self.straight.get(n, n) for n in node.all_input_nodes if is_tensor_node(n)}
         node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda n: read.get(n, n))
         write(self.gm, node)
-        if not view.is_straight and node.target in SUMS:
+        if not view.is_straight and (node.target in SUMS or node.name in self.holders):
             # Who compares joins by name is to find none whose dimensions stand in another order.
             namespace = self.gm.graph._graph_namespace
             node.name = namespace.create_name(f"{node.name}_straight", None)
