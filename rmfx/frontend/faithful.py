@@ -29,7 +29,8 @@ from .draws import no_draws
 from .kept_state import KeepsStateError, keeps_state, unchanged
 from .masks import gives_as_many_as_values_say, with_places
 
-SYMBOL = re.compile(r"\bu\d+")
+SYMBOL = re.compile(r"\bz?uf?\d+")  # of a whole number, u0, or of a real one, zuf0
+Unknown = (torch.SymInt, torch.SymFloat, torch.SymBool)  # numbers that values decide
 Call = tuple[object, ...]
 Way = tuple[Any, Any, int]  # an operator, what it is given, and which of its results it is
 
@@ -88,7 +89,7 @@ class _Recording(TorchDispatchMode):
         if func in FILLED or derives:
             self._note_derived((func, *leaves), result, (func, given) if derives else None)
             return result
-        if writes or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+        if writes or any(isinstance(x, (Tensor, *Unknown)) for x in pytree.tree_leaves(result)):
             self.calls.append((func, *leaves))  # no mere question, such as for the device
         self._note_written(func, given[0], result)
         self._note(result)
@@ -177,12 +178,12 @@ class _Recording(TorchDispatchMode):
     def _look(self, leaf: Any) -> object:
         """What there is to a tensor but its values."""
         if not isinstance(leaf, Tensor):
-            return leaf
+            return self._name(leaf)
         return (tuple(map(self._name, leaf.shape)), leaf.dtype, leaf.device)
 
     def _name(self, leaf: Any, *, writes: bool = False) -> object:
-        if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            # Numbers that values decide, by their order: each run has symbols of its own.
+        if isinstance(leaf, Unknown):
+            # By their order: each run has symbols of its own.
             known = self._symbols
             return SYMBOL.sub(lambda u: f"u{known.setdefault(u[0], len(known))}", str(leaf))
         if not isinstance(leaf, Tensor):

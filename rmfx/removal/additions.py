@@ -110,11 +110,17 @@ def _comes_back_from_another_scale(net: Net, a: fx.Node, b: fx.Node, refusal: Re
         n
         for n in behind_a ^ behind_b
         if refusal.nodes == (n.name,) and RESIZES.search(operation_name(net, n).lower())
-        if refusal.reason == reason_for(net, n)
+        if refusal.reason == reason_for(net, n) and not _keeps_size(n)
     ]
     common = behind_a & behind_b
     fork = shape_of(max(common)) if common else None
     return bool(resizes) and fork is not None and fork[2:] == (shape_of(a) or ())[2:]
+
+
+def _keeps_size(resize: fx.Node) -> bool:
+    """Whether what resizes is known to give the size that it reads."""
+    before, after = shape_of(resize.all_input_nodes[0]), shape_of(resize)
+    return before is not None and None not in before and before == after
 
 
 def _behind(node: fx.Node) -> set[fx.Node]:

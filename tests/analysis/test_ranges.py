@@ -19,7 +19,7 @@ from rmfx.algebra.activation import TABLE, Activation
 from rmfx.algebra.affine import AffineConv
 from rmfx.analysis.ranges import Range, Ranges, affine_range
 from rmfx.ir.net import Net
-from rmfx.modules.activations import Pointwise
+from rmfx.modules.activations import NAMELESS, Composed, Pointwise
 
 F64 = torch.float64
 INF = math.inf
@@ -87,8 +87,9 @@ def check(net: Net, ranges: Ranges, inputs: list[Tensor], *, axis: int | None = 
 # ---- soundness ----------------------------------------------------------------------------------
 
 ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
-    *(kind for kind in TABLE if kind not in (nn.Threshold, Pointwise)),
+    *(kind for kind in TABLE if kind not in (nn.Threshold, *NAMELESS)),
     *(functools.partial(Pointwise, name) for name in ("abs", "sin", "erf", "atan")),
+    lambda: Composed(fx.symbolic_trace(lambda x: torch.floor(x) * (x > 0))),
     lambda: nn.Threshold(0.5, -1.0),
     lambda: nn.LeakyReLU(-0.5),
     lambda: nn.LeakyReLU(2.0),

@@ -239,6 +239,19 @@ def test_a_number_of_a_buffer_that_is_written_is_read_behind_the_write() -> None
         assert torch.allclose(gm(x), model(x), rtol=1e-12)
 
 
+def test_a_number_that_is_kept_from_the_call_before_is_refused() -> None:
+    kept: list[float] = []
+
+    def last(m: Detector, y: Tensor) -> Tensor:
+        mean = y.mean()
+        if not kept:
+            kept.append(mean.item())
+        return y * kept[0]
+
+    with pytest.raises(TraceError, match="computes with it at the next call"):
+        rmfx.remove_residuals(ready(Detector(last)), (picture(size=9),))
+
+
 @pytest.mark.parametrize("head", ["full", "item"])
 def test_a_number_of_a_buffer_is_not_fixed_where_weights_may_change(head: str) -> None:
     model = ready(Detector(HEADS[head]))
@@ -290,7 +303,7 @@ def test_vmap_computes_with_whole_batches() -> None:
     program = export(model, (x,))
     for gm in (rmfx.remove_residuals(model, (x,)), rmfx.remove_residuals(program)):
         assert_equivalent(model, gm, (x,))
-        assert removed(gm) == 1
+        assert removed(gm) == 2
     with pytest.raises(TraceError, match=r"torch\.vmap .*pass the ExportedProgram"):
         rmfx.remove_residuals(program.module(), (x,))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from builders import Apply, conv, image, ready
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import rmfx
 from rmfx.ir.kinds import LAYERS, NO_OPS, OPERATIONS, SPREADING, Layers, Operation
@@ -32,6 +32,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "Embedding": (9, 2),
     "Threshold": (0.1, 0.2),
     "Pointwise": ("square",),
+    "Composed": (fx.symbolic_trace(lambda x: torch.floor(x) * (x > 0)),),
 }
 
 

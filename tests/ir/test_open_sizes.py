@@ -24,10 +24,9 @@ def swapped(y: Tensor) -> Tensor:
     return y.transpose(1, 2)
 
 
-# Each adds a value to itself, in another order or times a number, along what is no channel.
+# Each adds a value to itself, in another order along what is no channel.
 OPEN: dict[str, Form] = {
     "tokens": lambda m, x: (y := swapped(m.conv(x).flatten(2))) + y.flip(1),
-    "tokens times a number": lambda m, x: (y := swapped(m.conv(x).flatten(2))) + 0.5 * y,
     "all in a row": lambda m, x: (y := m.conv(x).reshape(x.shape[0], -1)) + y.flip(1),
     "flattened": lambda m, x: (y := m.conv(x).flatten(1)) + y.roll(1, 1),
     "rows": lambda m, x: (y := m.conv(x).transpose(1, 2)) + y.flip(1),
@@ -67,6 +66,7 @@ def test_a_program_of_fixed_sizes_is_rewritten() -> None:
 FIXED: dict[str, Form] = {
     "behind a layer": lambda m, x: (y := torch.relu(m.conv(x))) + y.flip(1),
     "behind a mean": lambda m, x: (y := m.conv(x).mean((2, 3))) + y.flip(1),
+    "tokens times a number": lambda m, x: (y := swapped(m.conv(x).flatten(2))) + 0.5 * y,
     "behind a shuffle of pixels": lambda m, x: (y := F.pixel_shuffle(m.conv(x), 2)) + 0.5 * y,
     "of a fixed grid": lambda m, x: (
         (y := F.adaptive_avg_pool2d(m.conv(x), (5, 3)).transpose(1, 2)) + y.flip(1)

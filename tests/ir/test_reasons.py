@@ -29,7 +29,7 @@ def reason_of(forward: Any, *inputs: Tensor, **parts: nn.Module) -> str:
         (lambda m, x: x + m.a(x).softmax(1), "softmax weighs"),
         (lambda m, x: x + m.a(F.interpolate(x, (9, 7))), "interpolate resizes"),
         (lambda m, x: x + F.max_pool2d(x, 3, 1, 1), "MaxPool2d takes the largest"),
-        (lambda m, x: x + m.a(x).amax((2, 3), keepdim=True), "amax pools"),
+        (lambda m, x: x + F.pad(m.a(x).amax((2, 3), keepdim=True), (3, 3, 4, 4)), "amax pools"),
         (lambda m, x: x + m.a(x).flip(2), "flip rearranges"),
         (lambda m, x: x + torch.cumsum(m.a(x), 1), "cumsum is neither linear nor"),
         (lambda m, x: x + m.u(x)[:, :, :9, :7], "transposed convolution with a stride"),
