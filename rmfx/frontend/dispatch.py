@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -147,7 +147,11 @@ class Probes:
 
     def __init__(self, gm: fx.GraphModule, facts: Inference) -> None:
         self._gm, self._facts = gm, facts
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    @cached_property
+    def _mode(self) -> FakeTensorMode:
+        """Made when something is asked: it loads the settings of torch's compiler."""
+        return FakeTensorMode(allow_non_fake_inputs=True)
 
     def of(self, node: fx.Node) -> Iterator[list[dict[fx.Node, Any]]]:
         """Families of values of the nodes that a call reads, and its constants with each."""

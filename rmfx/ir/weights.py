@@ -19,6 +19,7 @@ from .notes import type_of
 from .selections import may_select
 
 NARROW = (torch.float16, torch.bfloat16)
+Kind = tuple[torch.dtype, torch.device]
 
 
 def check_weight(name: str, value: Tensor) -> None:
@@ -39,13 +40,15 @@ def check_weight(name: str, value: Tensor) -> None:
         raise WeightError(f"{name}: the weight holds NaN or Inf; repair or reload the checkpoint")
 
 
-def weight_types(net: Net, nodes: Iterable[fx.Node]) -> set[tuple[torch.dtype, torch.device]]:
+def weight_types(net: Net, nodes: Iterable[fx.Node]) -> set[Kind]:
     """Types and devices of all weights that some nodes use.
 
     A batch norm in float32 takes values of half that width, too, computes in its own type and gives
-    back theirs: there it counts as one of their type.
+    back theirs: there it counts as one of their type. Under autocast such values come from layers
+    with weights of its own type, and it is one of those.
     """
-    kinds, norms = set(), set()
+    kinds: set[Kind] = set()
+    norms: list[tuple[set[Kind], Kind | None]] = []
     for node in nodes:
         made, module = net.replacement(node), net.module(node)
         if isinstance(made, Virtual):
@@ -53,12 +56,10 @@ def weight_types(net: Net, nodes: Iterable[fx.Node]) -> set[tuple[torch.dtype, t
         elif module is not None:
             tensors = (*module.parameters(), *module.buffers())
             own = {(t.dtype, t.device) for t in tensors if t.is_floating_point()}
-            if not isinstance(module, BATCH_NORMS):
-                kinds |= own
-            elif type_of(node) is not None:
-                kinds.add(type_of(node))
+            if isinstance(module, BATCH_NORMS):
+                norms.append((own, type_of(node)))
             else:
-                norms |= own
+                kinds |= own
         constants = () if may_select(net, node) else node.all_input_nodes
         for constant in constants:
             if not is_tensor_node(constant) and constant.op == "get_attr":
@@ -66,5 +67,14 @@ def weight_types(net: Net, nodes: Iterable[fx.Node]) -> set[tuple[torch.dtype, t
                 # Masks and whole numbers take the type of what they meet.
                 if isinstance(value, torch.Tensor) and value.dim() and value.is_floating_point():
                     kinds.add((value.dtype, value.device))
-    narrow = {place for dtype, place in kinds if dtype in NARROW}
-    return kinds | {(t, place) for t, place in norms if t != torch.float32 or place not in narrow}
+    return kinds.union(*(_as_norm(own, given, kinds) for own, given in norms))
+
+
+def _as_norm(own: set[Kind], given: Kind | None, others: set[Kind]) -> set[Kind]:
+    """The types that a batch norm counts as, beside weights of other layers."""
+    if own <= others:
+        return own
+    if given is not None:
+        return {given}
+    narrow = {place for dtype, place in others if dtype in NARROW}
+    return {(dtype, place) for dtype, place in own if dtype != torch.float32 or place not in narrow}
