@@ -332,7 +332,7 @@ def test_the_odd_part_is_a_multiple_of_x(module: nn.Module, factor: float) -> No
         assert torch.equal(act.apply(x), x.clamp(min=0))
 
 
-@pytest.mark.parametrize("kind", [k for k in TABLE if k not in (nn.Threshold, Pointwise)])
+@pytest.mark.parametrize("kind", [k for k in TABLE if k not in (nn.Threshold, Pointwise, Composed)])
 def test_every_other_activation_has_no_odd_factor(kind: type[nn.Module]) -> None:
     act = Activation(kind().eval())
     x = torch.linspace(-1, 1, 2001, dtype=torch.float64) * min(act.reach, 30.0)
@@ -340,6 +340,11 @@ def test_every_other_activation_has_no_odd_factor(kind: type[nn.Module]) -> None
     is_multiple = torch.allclose(part, part[-1] / x[-1] * x, rtol=0, atol=1e-12)
     # Clamps around 0 are odd themselves: a scale suffices.
     assert bool(act.odd) == is_multiple or isinstance(act.module, nn.Hardtanh)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if isinstance(m, NEED_ARGUMENTS)], ids=str)
+def test_what_takes_arguments_has_no_odd_factor(module: nn.Module) -> None:
+    assert Activation(module.eval()).odd == 0
 
 
 def test_copied_activations_do_not_share_weights() -> None:

@@ -599,6 +599,23 @@ def test_report_survives_and_names_only_nodes_that_hold_a_join() -> None:
     assert_equivalent(model, result, x, tolerance=EXACT)
 
 
+def test_report_names_no_node_whose_dimensions_stand_in_another_order() -> None:
+    """Without its addition the span between the two transpositions is a convolution of images."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        y = x.flatten(2).transpose(1, 2)
+        y = y + y.roll(1, 2)
+        return m.a(y.transpose(1, 2).reshape(x.shape)), m.b(x)
+
+    model = ready(Apply(forward, a=conv(), b=conv()))
+    plain = rmfx.remove_residuals(model, image())
+    result = rmfx.eliminate_dead_channels(plain, image())
+    assert types(result) == ["Conv2d"] * 3
+    assert rmfx.report(plain).rows[0].node is not None
+    assert rmfx.report(result).rows[0].node is None
+    assert_equivalent(model, result, image())
+
+
 def test_report_follows_nodes_that_tracing_renames() -> None:
     model = ready(chain(Residual(chain(conv(), nn.ReLU(), conv())), nn.Sigmoid()))
     plain = rmfx.remove_residuals(model, image())

@@ -337,9 +337,11 @@ def test_a_cast_to_the_type_that_a_value_has_is_nothing(cast: str, export: bool)
     assert_all_gone(model, gm, (image(),), 1, None)
 
 
-def test_a_cast_to_another_type_is_no_linear_layer() -> None:
+def test_a_cast_to_another_type_and_back_is_no_linear_layer() -> None:
+    """It rounds, so a carry in float64 passes it by a mask, and the branch is rounded as before."""
     branch = chain(conv(), Apply(lambda m, x: x.float().double()), nn.ReLU(), conv())
-    assert_refused(ready(Residual(branch)), image(), reason="neither linear nor")
+    gm = assert_removed(ready(Residual(branch)), image(), strategy="masked", without_inputs=False)
+    assert rmfx.report(gm).rows[0].exactness == "bit-exact"
 
 
 @pytest.mark.parametrize(
@@ -687,14 +689,6 @@ def test_other_floating_types_stay_what_they_are(dtype: torch.dtype, act: nn.Mod
 # ---- refusals -----------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Make, str]] = {
-    "an add that broadcasts over channels": (
-        lambda: Residual(chain(conv(4, 1), nn.ReLU(), conv(1, 1))),
-        "broadcasts",
-    ),
-    "an add that broadcasts over space": (
-        lambda: Residual(chain(conv(), nn.AdaptiveAvgPool2d(1))),
-        "AdaptiveAvgPool2d",
-    ),
     "a layer norm": (
         lambda: Residual(chain(conv(), nn.GroupNorm(2, 4), conv())),
         "GroupNorm divides by statistics of each sample",
@@ -734,6 +728,30 @@ REFUSED: dict[str, tuple[Make, str]] = {
 def test_what_cannot_be_exact_is_refused_with_its_reason(name: str) -> None:
     make, reason = REFUSED[name]
     assert_refused(ready(make()), image(), reason=reason)
+
+
+SPREAD_OUT: dict[str, tuple[Make, str]] = {
+    "over channels": (
+        lambda: Residual(chain(conv(4, 1), nn.ReLU(), conv(1, 1))),
+        "the add broadcasts, of 2x4x9x7 and 2x1x9x7",
+    ),
+    "over space": (
+        lambda: Residual(chain(conv(), nn.AdaptiveAvgPool2d(1))),
+        "the add broadcasts, of 2x4x9x7 and 2x4x1x1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPREAD_OUT)
+def test_an_add_that_broadcasts_is_no_residual_connection(name: str) -> None:
+    make, reason = SPREAD_OUT[name]
+    model = ready(make())
+    converted = rmfx.remove_residuals(model, image())
+    report = rmfx.report(converted)
+    assert (report.removed, report.refused, report.other) == (0, 0, 1), str(report)
+    assert reason in report.rows[0].reason
+    assert report.rows[0].node in {node.name for node in converted.graph.nodes}
+    assert_equivalent(model, converted, image())
 
 
 def test_branches_that_agree_for_some_sizes_only_need_example_inputs() -> None:
