@@ -122,8 +122,8 @@ def _acts_alone(calls: fx.GraphModule, base: fx.Node, facts: Inference, probes: 
             ran = probes.run(is_pointwise, lambda: calls(x))  # noqa: B023
             if ran is None or not isinstance(ran[1], Tensor):
                 return False
-            if all(step.operator in FILLED for step in ran[0]):
-                return False  # it reads no value
+            if all(step.operator in (*FILLED, *NO_OP_CALLS) for step in ran[0]):
+                return False  # it reads no value, or only copies it
             kept = (ran[1].shape, ran[1].dtype, ran[1].device) == (x.shape, x.dtype, x.device)
             if not kept or not all(_is_alone(step, x) for step in ran[0]):
                 return False

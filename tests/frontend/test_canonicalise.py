@@ -203,13 +203,8 @@ def test_splits_of_unknown_sizes_stay(dim: int) -> None:
 @pytest.mark.parametrize(
     "forward",
     [
-        lambda m, x: x.clamp(m.slope),
         lambda m, x: torch.clamp(x, max=x.mean()),
-        lambda m, x: F.hardtanh(x, 1.0, 1.0),
-        lambda m, x: x.clamp(2, 1),
         lambda m, x: F.prelu(x, m.slopes * x.mean()),
-        lambda m, x: (x * x) ** m.slope,
-        lambda m, x: 2.0**x,
         lambda m, x: F.conv2d(x, m.w * x.mean(), groups=2),
         lambda m, x: F.dropout(x, 0.0, True),
         lambda m, x: F.max_pool2d(x, 2, return_indices=True),
@@ -222,6 +217,24 @@ def test_calls_without_a_fixed_module_stay(forward: Forward) -> None:
     gm = rmfx.trace(model, x)
     assert not [n for n in gm.graph.nodes if n.op == "call_module"]
     torch.testing.assert_close(gm(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: x.clamp(m.slope),
+        lambda m, x: F.hardtanh(x, 1.0, 1.0),
+        lambda m, x: x.clamp(2, 1),
+        lambda m, x: (x * x) ** m.slope,
+        lambda m, x: 2.0**x,
+    ],
+)
+def test_calls_on_each_value_alone_are_activations_of_their_own(forward: Forward) -> None:
+    model = Holder(forward, dims=2).double().eval()
+    x = tensor()
+    gm = rmfx.trace(model, x)
+    assert called(gm)[-1] == "Composed"
+    torch.testing.assert_close(gm(x), model(x), rtol=0, atol=0)
 
 
 # ---- layers -------------------------------------------------------------------------------------
@@ -394,11 +407,9 @@ def test_arithmetic_has_one_name(name: str, forward: Forward) -> None:
     check(forward, tensor(), [name])
 
 
-def test_rounded_division_is_left_alone() -> None:
-    check(lambda m, x: torch.div(x, 2, rounding_mode="floor"), tensor(), ["div"], exported=False)
-    model = Holder(lambda m, x: x.div(2, rounding_mode="floor"), dims=2).eval()
-    (node,) = [n for n in rmfx.trace(model).graph.nodes if n.op not in ("placeholder", "output")]
-    assert node.op == "call_method"
+def test_rounded_division_is_an_activation() -> None:
+    check(lambda m, x: torch.div(x, 2, rounding_mode="floor"), tensor(), ["Composed"])
+    check(lambda m, x: x.div(2, rounding_mode="floor"), tensor(), ["Composed"])
 
 
 @pytest.mark.parametrize(
