@@ -108,8 +108,12 @@ def _filled(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
     return module
 
 
-def _conv(dims: int) -> Builder:
-    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _conv(dims: int, *, transposed: bool = False) -> Builder:
+    kind: Any = (_TRANSPOSED if transposed else _CONVS)[dims - 1]
 
     def build(given: Arguments) -> nn.Module | None:
         weight, bias = given.pop("weight"), given.pop("bias", None)
@@ -117,30 +121,9 @@ def _conv(dims: int) -> Builder:
             return None
         groups = given.get("groups", 1)
         options = {k: each(v, dims) for k, v in given.items() if k != "groups"}
-        module = kind(
-            weight.shape[1] * groups,
-            weight.shape[0],
-            tuple(weight.shape[2:]),
-            groups=groups,
-            device="meta",
-            **options,
-        )
-        return _filled(module, weight=weight, bias=bias)
-
-    return build
-
-
-def _transposed_conv(dims: int) -> Builder:
-    kind: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
-
-    def build(given: Arguments) -> nn.Module | None:
-        weight, bias = given.pop("weight"), given.pop("bias", None)
-        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
-            return None
-        groups = given.get("groups", 1)
-        options = {k: each(v, dims) for k, v in given.items() if k != "groups"}
-        sizes = (weight.shape[0], weight.shape[1] * groups, tuple(weight.shape[2:]))
-        module = kind(*sizes, groups=groups, device="meta", **options)
+        read, made = weight.shape[1] * groups, weight.shape[0]
+        channels = (made, read) if transposed else (read, made)
+        module = kind(*channels, weight.shape[2:], groups=groups, device="meta", **options)
         return _filled(module, weight=weight, bias=bias)
 
     return build
@@ -152,7 +135,7 @@ def _convolution(given: Arguments) -> nn.Module | None:
     if not isinstance(weight, Tensor) or not 3 <= weight.dim() <= 5:
         return None
     if transposed:
-        return _transposed_conv(weight.dim() - 2)(given)
+        return _conv(weight.dim() - 2, transposed=True)(given)
     return None if any(given.pop("output_padding")) else _conv(weight.dim() - 2)(given)
 
 
@@ -235,7 +218,7 @@ def _rows_of_space(dims: int) -> Iterator[Row]:
     functions = [getattr(F, f"conv_transpose{dims}d"), getattr(torch, f"conv_transpose{dims}d")]
     operators = overloads(f"conv_transpose{dims}d" + (".input" if dims > 1 else ""))
     names = "weight bias stride padding output_padding groups dilation"
-    yield [*functions, *operators], names, _transposed_conv(dims)
+    yield [*functions, *operators], names, _conv(dims, transposed=True)
     divisor = " divisor_override" if dims > 1 else ""
     for prefix, module, names in (
         ("max_pool", "MaxPool", "kernel_size stride padding dilation ceil_mode return_indices"),
