@@ -7,7 +7,7 @@ not constants of the model stays as it is, and is opaque to every rule.
 from __future__ import annotations
 
 import operator
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -116,7 +116,9 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
     for node in list(gm.graph.nodes):
         if node.target is operator.getitem:
             take_first(gm, node)
-    calls = Counter(n.target for n in gm.graph.nodes if n.op == "call_module")
+    calls: dict[Any, list[fx.Node]] = defaultdict(list)
+    for node in gm.graph.find_nodes(op="call_module"):
+        calls[node.target].append(node)
     frozen = {n.target for n in gm.graph.nodes if n.op == "call_module" and why_frozen(n)}
     for node in list(gm.graph.nodes):
         if why_frozen(node):
@@ -130,9 +132,10 @@ def canonicalise(gm: fx.GraphModule, named: Collection[str] = ()) -> None:
             continue
         if node.op == "call_module" and node.meta.get(FUNCTIONAL):
             detach_in_place(gm, node, taken, keep=node.target in frozen)
-        elif node.op == "call_module" and calls[node.target] == 1:
-            pad_apart(gm, node)
-            batch_norm_for(gm, node)
+        elif node.op == "call_module" and calls[node.target][0] is node:
+            pad_apart(gm, calls[node.target])
+            if len(calls[node.target]) == 1:
+                batch_norm_for(gm, node)
         elif node.op in ("call_function", "call_method"):
             _canonicalise_call(gm, node, taken)
     _ask(gm, taken)

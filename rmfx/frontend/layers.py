@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -137,27 +138,41 @@ def input_of_call(node: fx.Node) -> Any:
 
 
 # ---- a module in another form -------------------------------------------------------------------
-def pad_apart(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Let a convolution that pads with other values than zeros be a padding and a convolution."""
-    conv: Any = gm.get_submodule(str(node.target))
-    if type(conv) not in CONVS[1:] or conv.padding_mode == "zeros" or len(node.args) != 1:
+def pad_apart(gm: fx.GraphModule, calls: Sequence[fx.Node]) -> None:
+    """Let a convolution that pads with other values than zeros be a padding and a convolution.
+
+    Args:
+        gm: the graph.
+        calls: all calls of the convolution by its path.
+    """
+    target = str(calls[0].target)
+    conv: Any = gm.get_submodule(target)
+    alone = all(len(node.args) == 1 and why_frozen(node) is None for node in calls)
+    if type(conv) not in CONVS[1:] or conv.padding_mode == "zeros" or not alone:
         return
     touched = has_hooks(conv) or replaced_method(conv) is not None
-    if touched or not any(conv._reversed_padding_repeated_twice):
+    flat = list(conv._reversed_padding_repeated_twice)
+    if touched or not any(flat):
         return
-    flat, x = list(conv._reversed_padding_repeated_twice), node.args[0]
-    with gm.graph.inserting_before(node):
-        padded = gm.graph.call_function(F.pad, (x, flat), {"mode": conv.padding_mode})
+    for node in calls:
+        _pad_before(node, flat, conv.padding_mode)
+    bare = copy.copy(conv)
+    bare.padding, bare.padding_mode = (0,) * len(conv.kernel_size), "zeros"
+    bare._reversed_padding_repeated_twice = [0] * len(flat)
+    gm.set_submodule(target, bare)
+
+
+def _pad_before(node: fx.Node, flat: list[int], mode: str) -> None:
+    """Let a call read its padded input."""
+    x = node.args[0]
+    with node.graph.inserting_before(node):
+        padded = node.graph.call_function(F.pad, (x, flat), {"mode": mode})
     padded.meta = without_notes(node, SHAPE)
     shape = shape_of(x) if isinstance(x, fx.Node) else None
     if shape is not None:
         pairs = list(zip(flat[::2], flat[1::2], strict=True))[::-1]
         size = (n if n is None else n + sum(p) for n, p in zip(shape[2:], pairs, strict=True))
         set_shape(padded, (*shape[:2], *size))
-    bare = copy.copy(conv)
-    bare.padding, bare.padding_mode = (0,) * len(conv.kernel_size), "zeros"
-    bare._reversed_padding_repeated_twice = [0] * len(flat)
-    gm.set_submodule(str(node.target), bare)
     node.args = (padded,)
 
 

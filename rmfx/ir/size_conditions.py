@@ -30,6 +30,7 @@ SUMS = (torch.add, torch.sub)
 UNKNOWN_SIZES = (
     "the sizes of branch and shortcut agree for some input sizes only, and for which is not known"
 )
+UNEQUAL_SIZES = "branch and shortcut have equal sizes at no input size: one is spread out"
 
 
 def conditions_of(sizes: Sizes, node: fx.Node) -> tuple[Condition, ...] | Refusal:
@@ -125,6 +126,8 @@ def _agreed(sizes: Sizes, node: fx.Node) -> tuple[list[Condition], frozenset[fx.
             if sizes_of_every_call(first.source) is None:
                 return Refusal(UNKNOWN_SIZES)
             continue
+        if not all(_may_be_equal(_at(first, i), _at(second, i)) for i in different):
+            return Refusal(UNEQUAL_SIZES)
         for i in different:
             pairs = tuple(zip(_at(first, i), _at(second, i), strict=True))
             dim = i - len(first.stride)
@@ -178,6 +181,19 @@ def _of_two(node: fx.Node, first: SizeLaw, second: SizeLaw) -> list[Condition]:
         dim = i - len(first.stride)
         found.append(Agreement(first.source, dim, node.name, (a, b), growths, second.source))
     return found
+
+
+def _may_be_equal(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether ⌊(n + growth)/stride⌋ is the same positive number k for some size n.
+
+    For a k it is s·k ≤ n + g < s·(k + 1) and t·k ≤ n + h < t·(k + 1): two ranges of n that meet
+    where (t - s)·k lies between h - g - t and h - g + s.
+    """
+    (s, g), (t, h) = sorted((one, other))
+    if s == t:
+        return abs(g - h) < s
+    least = -((g - h + t - 1) // (t - s))
+    return max(1, least) <= (h - g + s - 1) // (t - s)
 
 
 def _at(law: SizeLaw, dim: int) -> tuple[int, int]:
