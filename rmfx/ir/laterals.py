@@ -168,7 +168,8 @@ def _is_wide_constant(net: Net, node: fx.Node, value: object) -> bool:
     held = net.attribute(value)
     if not isinstance(held, Tensor) or held.dim() != net.rank(node):
         return False
-    return node.target is torch.where or held.numel() > held.shape[1]
+    axis = -1 if net.facts(node).last else 1  # of the channels
+    return node.target is torch.where or held.numel() > held.shape[axis]
 
 
 def _concatenated(net: Net, node: fx.Node) -> list[fx.Node]:

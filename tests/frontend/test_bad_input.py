@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from builders import (
     Apply,
     Residual,
+    adds,
     assert_refused,
     assert_removed,
     assert_same,
@@ -294,22 +295,30 @@ def test_conv_whose_forward_was_replaced_is_not_read_as_a_conv() -> None:
 # ---- sites that are none ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("example", [True, False])
-def test_add_that_broadcasts_over_channels_is_refused(example: bool) -> None:
-    model = ready(Residual(conv(4, 1)))
-    assert_refused(model, image(), reason="4 and 1 channels", example=example)
+def assert_broadcasts(model: nn.Module, shape: str, unknown: str) -> None:
+    """The add stays: told apart where sizes are known, else refused for another reason."""
+    converted = rmfx.remove_residuals(model, image(), strict=True)
+    report = rmfx.report(converted)
+    assert (report.removed, report.refused, report.other) == (0, 0, 1), str(report)
+    assert f"the add broadcasts, of 2x4x9x7 and {shape}" in report.rows[0].reason
+    assert adds(converted) == 1
+    assert_equivalent(model, converted, image())
+    assert_refused(model, image(), reason=unknown, example=False)
 
 
-def test_add_that_broadcasts_over_space_is_refused() -> None:
-    model = ready(Residual(chain(nn.AvgPool2d((9, 7)), conv(kernel=1))))
-    assert_refused(model, image(), reason="stride")
-    valid = ready(Residual(conv(kernel=(9, 7))))
-    assert_refused(valid, image(), reason="size")
+def test_add_that_broadcasts_over_channels_is_told_apart() -> None:
+    assert_broadcasts(ready(Residual(conv(4, 1))), "2x1x9x7", unknown="4 and 1 channels")
 
 
-def test_add_that_broadcasts_over_the_batch_is_refused() -> None:
+def test_add_that_broadcasts_over_space_is_told_apart() -> None:
+    pooled = chain(nn.AvgPool2d((9, 7)), conv(kernel=1))
+    assert_broadcasts(ready(Residual(pooled)), "2x4x1x1", unknown="pass example_inputs")
+    assert_broadcasts(ready(Residual(conv(kernel=(9, 7)))), "2x4x1x1", unknown="size")
+
+
+def test_add_that_broadcasts_over_the_batch_is_told_apart() -> None:
     model = ready(Apply(lambda m, x: x + m.c(x[:1, :]), c=conv()))
-    assert_refused(model, image(), reason="batch")
+    assert_broadcasts(model, "1x4x9x7", unknown="pass example_inputs")
 
 
 def test_integers_are_refused() -> None:
