@@ -517,7 +517,13 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "broadcast",
         "operands of equal sizes have equal sizes always",
-        (("rmfx/ir/sizes.py", "        return agreements(sizes, node)\n", "        return ()\n"),),
+        (
+            (
+                "rmfx/ir/size_conditions.py",
+                "        return agreements(sizes, node)\n",
+                "        return ()\n",
+            ),
+        ),
         ("tests/ir/test_sizes.py",),
         {},
     ),
