@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 import rmfx
 from rmfx import fuzz
 from rmfx.frontend import freshness, functionalise, schemas
-from rmfx.ir import open_sizes, selections, sizes
+from rmfx.ir import open_sizes, selections, size_conditions
 from rmfx.removal import odd_pairs
 from rmfx.testing import (
     Act,
@@ -359,7 +359,7 @@ PLANTED: dict[str, tuple[Any, str, Any, str, Callable[[str], bool], int, int]] =
         *(lambda feature: feature == "slope near -1", 2, 200),
     ),
     "sizes at which a join broadcasts are not refused": (
-        *(sizes, "agreements", lambda sizes, node: (), "traced"),
+        *(size_conditions, "agreements", lambda sizes, node: (), "traced"),
         *(lambda feature: True, 0, 200),
     ),
     "sizes of one example are taken for those of every call": (
