@@ -19,7 +19,7 @@ from rmfx.interval import INF
 from rmfx.ir.callees import is_touched
 from rmfx.ir.facts import Inference
 from rmfx.ir.functions import is_in_place, torch_name
-from rmfx.ir.kinds import FILLED, NO_OP_CALLS, aten, kind_of
+from rmfx.ir.kinds import FILLED, NO_OP_CALLS, NO_OP_METHODS, aten, kind_of
 from rmfx.ir.nodes import attribute
 from rmfx.ir.notes import gives_number, type_of, why_frozen
 from rmfx.modules.activations import ChannelClamp, Composed
@@ -27,6 +27,7 @@ from rmfx.modules.activations import ChannelClamp, Composed
 from .dispatch import Probes, Step, families, is_open, is_pointwise, types_for
 
 MOST = 32  # calls in a row
+COPIES = (*NO_OP_CALLS, *NO_OP_METHODS)
 OF_TYPES = ("dtype", "device")
 
 
@@ -34,7 +35,7 @@ def composed(
     gm: fx.GraphModule, node: fx.Node, facts: Inference, probes: Probes
 ) -> tuple[nn.Module, fx.Node] | None:
     """A node as an activation of an earlier value, which is given with it; None if it is none."""
-    if not _is_call(gm, node):
+    if not _is_call(gm, node) or node.target in COPIES:
         return None
     region = {node}
     while len(region) <= MOST:

@@ -93,6 +93,8 @@ class Spans:
         x = node.args[0] if node.args else None
         if why_frozen(node) is not None or not sources or sources[0] is not x:
             return False
+        if why_frozen(sources[0]) is not None:
+            return False  # of what is written to later a copy is no view
         before = self.view(sources[0])
         if before is None:
             return False
