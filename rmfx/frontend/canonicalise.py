@@ -48,6 +48,7 @@ from rmfx.ir.nodes import MEANS, must_stay, replace_by_number
 from rmfx.ir.notes import FUNCTIONAL, VAL, gives_container, gives_number, type_of, why_frozen
 from rmfx.ir.open_sizes import OpenSizes
 from rmfx.ir.ranks import asks_for_rank
+from rmfx.modules.factors import Elementwise
 
 from . import forms
 from .calls import CALLS
@@ -206,7 +207,7 @@ def _is_no_layer(gm: fx.GraphModule, node: fx.Node) -> bool:
     if not reads_one(gm, node):
         return False
     module = gm.get_submodule(str(node.target))
-    return not is_activation(module) and not is_a(module, (*LAYER_KINDS, *VIEWING))
+    return not is_activation(module) and not is_a(module, (*LAYER_KINDS, *VIEWING, Elementwise))
 
 
 def _may_be_pointwise(node: fx.Node) -> bool:
