@@ -567,9 +567,22 @@ def test_what_holds_filters_is_named() -> None:
 def test_a_layer_that_must_stay_is_named() -> None:
     model = ready(chain(conv(3, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 4)))
     nn.utils.parametrizations.weight_norm(model[2])
+    model[2].register_forward_hook(lambda module, inputs, output: output)
     _, report = rmfx.prune_channels(model, image(2, 3, 8, 8), target=1.0, importance="l2")
     assert report.held[0][0] == "_2"
-    assert "module 2 is parametrized" in report.held[0][1]
+    assert "module 2 computes its weights at every call" in report.held[0][1]
+
+
+def test_a_layer_that_computes_its_weights_is_pruned_as_it_is_now() -> None:
+    model = ready(chain(conv(3, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 4)))
+    x = image(2, 3, 8, 8)
+    nn.utils.parametrizations.weight_norm(model[2])
+    whole, report = rmfx.prune_channels(model, x, target=1.0, importance="l2")
+    assert report.held == ()
+    torch.testing.assert_close(whole(x), model(x), rtol=1e-10, atol=1e-10)
+    _, report = rmfx.prune_channels(model, x, target=0.5, importance="l2")
+    assert all(f.after < f.before for f in report.families)
+    assert len(report.families) == 2
 
 
 def test_nothing_to_choose_from() -> None:
