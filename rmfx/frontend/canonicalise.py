@@ -18,6 +18,7 @@ from torch import fx, nn
 from rmfx.algebra.activation import is_activation
 from rmfx.frontend.idioms.branch_sums import add_branches
 from rmfx.frontend.idioms.masks import lift_masks
+from rmfx.frontend.idioms.rearrangements import may_return
 from rmfx.frontend.idioms.shuffles import find_shuffles
 from rmfx.frontend.idioms.upsampling import enlarge_once
 from rmfx.frontend.idioms.zero_channels import pad_for_zeros
@@ -177,12 +178,12 @@ def _ask(gm: fx.GraphModule, taken: set[str]) -> None:
             continue  # what weights are made of is nobody's activation
         if not is_open(node) and not _is_no_layer(gm, node):
             continue
-        if node.op != "call_module" and node.target not in DIALECT:
-            if (source := probes.handed_on(node)) is not None:
-                node.replace_all_uses_with(source)
+        if node.op != "call_module" and not _is_told(node.target) and not may_return(node):
+            found = probes.meaning(node, _is_told)
+            if isinstance(found, fx.Node):
+                node.replace_all_uses_with(found)
                 continue
-            found = probes.synonym(node, lambda op: op in CALLS or op in _FORMS)
-            if found is not None and (found[0] in CALLS or found[0] in _FORMS):
+            if found is not None and _is_told(found[0]):
                 forms.becomes(node, found[0])
                 node.args, node.kwargs = found[1:]
                 _canonicalise_call(gm, node, taken)
@@ -190,6 +191,11 @@ def _ask(gm: fx.GraphModule, taken: set[str]) -> None:
             made = composed(gm, node, facts, probes) or bounded(gm, node, probes)
             if made is not None:
                 call_module(gm, node, *made, taken)
+
+
+def _is_told(target: Any) -> bool:
+    """Whether a table knows what calls of a target are."""
+    return target in CALLS or target in _FORMS or target in DIALECT
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:

@@ -35,6 +35,7 @@ MOST_DIMS = 6
 QUESTIONS = ("prim",)  # operators that ask a tensor about itself
 Shape = tuple[int, ...]
 Known = Callable[[OpOverload], Any]
+Call = tuple[OpOverload, Any, Any]  # with its arguments by place and by name
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,7 @@ class Probes:
             return None
         return recorder.steps, result
 
-    def _runs(
-        self, node: fx.Node, known: Known
-    ) -> list[tuple[list[Step], Any, dict[fx.Node, Any]]]:
+    def _runs(self, node: fx.Node, known: Known) -> list[Run]:
         """The operators, result and values of the first family at all of which a call runs."""
         for family in self.of(node):
             calls = [partial(run_node, node, values, self._gm.get_submodule) for values in family]
@@ -194,24 +193,39 @@ class Probes:
                 return [(*one, values) for one, values in zip(ran, family, strict=True) if one]
         return []
 
-    def synonym(self, node: fx.Node, known: Known) -> tuple[OpOverload, Any, Any] | None:
-        """The one operator that a call amounts to, with its arguments; None if there is none."""
-        found = [_only_step(*run) for run in self._runs(node, known)]
-        return found[0] if found and all(one == found[0] for one in found) else None
+    def meaning(self, node: fx.Node, known: Known) -> Call | fx.Node | None:
+        """The one operator that a call amounts to, or the value that it gives as it is, if any.
 
-    def handed_on(self, node: fx.Node) -> fx.Node | None:
-        """The value that a call gives as it is, None if it computes."""
+        What acts on each value alone and is not known is what it is made of, if that is one.
+        """
         runs = self._runs(node, bool)
-        sources = {
-            next((n for n, value in values.items() if value is result), None)
-            for steps, result, values in runs
-        }
-        return sources.pop() if len(sources) == 1 and not any(steps for steps, *_ in runs) else None
+        if runs and not any(steps for steps, *_ in runs):
+            return _handed_on(runs)
+        found = _agreed(runs)
+        if found is None or known(found[0]) or not is_pointwise(found[0]):
+            return found
+        return _agreed(self._runs(node, known))
 
 
-def _only_step(
-    steps: Sequence[Step], result: Any, values: Mapping[fx.Node, Any]
-) -> tuple[OpOverload, Any, Any] | None:
+Run = tuple[list[Step], Any, dict[fx.Node, Any]]
+
+
+def _handed_on(runs: Sequence[Run]) -> fx.Node | None:
+    """The value that is the result of every run."""
+    sources = {
+        next((n for n, value in values.items() if value is result), None)
+        for _, result, values in runs
+    }
+    return sources.pop() if len(sources) == 1 else None
+
+
+def _agreed(runs: Sequence[Run]) -> Call | None:
+    """The one operator that all runs consist of."""
+    found = [_only_step(*run) for run in runs]
+    return found[0] if found and all(one == found[0] for one in found) else None
+
+
+def _only_step(steps: Sequence[Step], result: Any, values: Mapping[fx.Node, Any]) -> Call | None:
     """The one operator that has run, reading nodes; None if there are others or other tensors."""
     if len(steps) != 1 or steps[0].result is not result or steps[0].operator._schema.is_mutable:
         return None

@@ -152,8 +152,8 @@ _BOUNDS: dict[OpOverload, tuple[str, str]] = {  # lower and upper one, by their 
 
 def bounded(gm: fx.GraphModule, node: fx.Node, probes: Probes) -> tuple[nn.Module, fx.Node] | None:
     """A clamp by constants, a number for each channel, and what it reads; None if it is none."""
-    found = probes.synonym(node, _BOUNDS.__contains__)
-    if found is None or found[0] not in _BOUNDS:
+    found = probes.meaning(node, _BOUNDS.__contains__)
+    if not isinstance(found, tuple) or found[0] not in _BOUNDS:
         return None
     op, args, options = found
     given = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | options

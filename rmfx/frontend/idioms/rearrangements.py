@@ -20,7 +20,7 @@ from rmfx.ir.functions import torch_name
 from rmfx.ir.kinds import is_a
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import run_node
-from rmfx.ir.notes import gives_number
+from rmfx.ir.notes import gives_container, gives_number
 from rmfx.ir.open_sizes import FAILURES, coprime_sizes
 
 from .axis_sizes import AxisSizes
@@ -66,7 +66,18 @@ def may_return(node: fx.Node) -> bool:
     """Whether a node may bring axes back to where they were; flattening alone does not."""
     name = torch_name(node).partition(".")[0]
     names = (*SWAPS, *_SWAPPED, *VIEWS, *LIKE, *_LAWS)
-    return name in names or _reads_swapped(node) or node.target is operator.getitem
+    return name in names or _reads_swapped(node) or _adds_or_takes(node)
+
+
+def _adds_or_takes(node: fx.Node) -> bool:
+    """Whether a node indexes a tensor by more than slices, which keep every axis."""
+    if node.target is not operator.getitem or gives_container(node.args[0]):  # type: ignore[arg-type]
+        return False
+    index = node.args[1]
+    return any(
+        not isinstance(part, slice) and part is not ...
+        for part in (index if isinstance(index, tuple) else (index,))
+    )
 
 
 def _reads_swapped(node: fx.Node) -> bool:
