@@ -166,6 +166,16 @@ def test_an_operator_without_a_law_for_shapes_never_runs_on_large_inputs(
     assert max(sizes) < 1 << 22
 
 
+def test_what_does_not_run_alone_is_printed_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
+    def forward(m: Any, x: Any) -> Any:
+        return x + F.conv2d(x, m.w, padding="same").clone().clamp_(-1.0, 2.0)
+
+    model = ready(Apply(forward, w=nn.Parameter(torch.randn(4, 4, 3, 3))))
+    converted = rmfx.remove_residuals(model)
+    assert capfd.readouterr().err == ""
+    assert_equivalent(model, converted, (image(),))
+
+
 # What looks alike and is none.
 OTHER: dict[str, Function] = {
     "sums on the way": lambda x: torch.cumsum(x, 3),
