@@ -168,9 +168,10 @@ def test_an_operator_without_a_law_for_shapes_never_runs_on_large_inputs(
 
 def test_what_does_not_run_alone_is_printed_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
     def forward(m: Any, x: Any) -> Any:
-        return x + F.conv2d(x, m.w, padding="same").clone().floor_()
+        y = F.prelu(m.a(x), m.slopes).clone()  # of a type that probes do not have
+        return m.b(y.clamp_(0.0, 6.0)) + x
 
-    model = ready(Apply(forward, w=nn.Parameter(torch.randn(4, 4, 3, 3))))
+    model = ready(Apply(forward, a=conv(), b=conv(), slopes=nn.Parameter(torch.rand(4))))
     converted = rmfx.remove_residuals(model)
     assert capfd.readouterr().err == ""
     assert_equivalent(model, converted, (image(),))
