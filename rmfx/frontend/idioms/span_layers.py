@@ -118,8 +118,8 @@ def _conv(node: fx.Node, module: Any, view: View) -> Found | None:
             along[at] = i
         elif own[:3] != (1, 1, 0):
             return None
-    if axis != 1 and module.groups != 1:
-        return None
+    if module.groups != 1 and (axis != 1 or axis == rank - 1):
+        return None  # groups are of the second dimension, in front of others
     behind = view.resized(1, axis, Size(module.out_channels))
     for at, i in along.items():
         behind = behind.resized(i + 2, at, _size_behind(node, at, view.axes[at], window[i]))

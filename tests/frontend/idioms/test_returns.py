@@ -267,3 +267,14 @@ def test_layers_that_are_called_twice_stay() -> None:
 
     model = ready(Apply(run, l=nn.Linear(4, 4)))
     assert types(rmfx.trace(model, image())) == ["Linear", "Linear"]
+
+
+def test_a_grouped_convolution_of_features_is_no_linear_layer() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return x + m.b(torch.relu(m.g(m.a(x)[:, :, None]).squeeze(2)))
+
+    grouped = nn.Conv1d(8, 8, 1, groups=2)
+    model = ready(Apply(forward, a=nn.Linear(8, 8), g=grouped, b=nn.Linear(8, 8)))
+    x = image(3, 8)
+    converted = rmfx.remove_residuals(model, x)
+    assert_equivalent(model, converted, (x,))
