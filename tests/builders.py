@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import rmfx
+from rmfx.ir.conditions import take_conditions
+from rmfx.ir.converted import copy_graph
 from rmfx.testing import assert_equivalent, random_statistics
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -117,6 +119,18 @@ def types(model: nn.Module) -> list[str]:
         return [type(m).__name__ for m in model.modules() if not list(m.children())]
     calls = [n for n in model.graph.nodes if n.op == "call_module"]
     return [type(model.get_submodule(str(n.target))).__name__ for n in calls]
+
+
+def called(gm: fx.GraphModule) -> list[str]:
+    """What the graph calls, conditions aside: module types, or names of functions and methods."""
+    names, graph = [], copy_graph(gm)
+    take_conditions(graph)
+    for node in graph.nodes:
+        if node.op == "call_module":
+            names.append(type(gm.get_submodule(str(node.target))).__name__)
+        elif node.op in ("call_function", "call_method"):
+            names.append(getattr(node.target, "__name__", str(node.target)))
+    return names
 
 
 def shapes(model: fx.GraphModule) -> list[tuple[int, ...]]:

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import Apply, conv, image, ready
-from torch import Tensor, fx, nn
+from builders import Apply, called, conv, image, ready
+from torch import Tensor, nn
 
 import rmfx
 from rmfx.frontend.calls import CALLS
-from rmfx.ir.conditions import take_conditions
-from rmfx.ir.converted import copy_graph
 from rmfx.ir.kinds import ARITHMETIC
 from rmfx.testing import random_statistics
 
@@ -40,18 +38,6 @@ class Holder(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.body(self, x)
-
-
-def called(gm: fx.GraphModule) -> list[str]:
-    """What the graph calls, conditions aside: module types, or names of functions and methods."""
-    names, graph = [], copy_graph(gm)
-    take_conditions(graph)
-    for node in graph.nodes:
-        if node.op == "call_module":
-            names.append(type(gm.get_submodule(str(node.target))).__name__)
-        elif node.op in ("call_function", "call_method"):
-            names.append(getattr(node.target, "__name__", str(node.target)))
-    return names
 
 
 def check(forward: Forward, x: Tensor, expected: list[str], *, exported: bool = True) -> None:

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import assert_removed, ready
-from torch import Tensor, fx, nn
+from builders import assert_removed, called, ready
+from torch import Tensor, nn
 
 import rmfx
-from rmfx.ir.conditions import take_conditions
-from rmfx.ir.converted import copy_graph
 from rmfx.testing import assert_equivalent
 
 Forward = Callable[[Any, Tensor], Any]
@@ -41,18 +39,6 @@ class Holder(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.last(torch.relu(self.body(self, self.first(x))))
-
-
-def called(gm: fx.GraphModule) -> list[str]:
-    """What the graph calls, conditions aside: types of modules, or names of functions."""
-    names, graph = [], copy_graph(gm)
-    take_conditions(graph)
-    for node in graph.nodes:
-        if node.op == "call_module":
-            names.append(type(gm.get_submodule(str(node.target))).__name__)
-        elif node.op in ("call_function", "call_method"):
-            names.append(getattr(node.target, "__name__", str(node.target)))
-    return names
 
 
 # Of (batch, 4): what is called for each between two layers.
