@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import fx
 
 from rmfx.algebra.activation import is_activation
-from rmfx.algebra.affine import CONVS
 from rmfx.ir.fillings import COPIES
 from rmfx.ir.kinds import ELEMENTWISE, KEEPING_BATCH, is_a
 from rmfx.ir.memo import on_demand
@@ -23,9 +22,9 @@ from rmfx.ir.net import Net
 from rmfx.ir.nodes import averaged_dims, is_tensor_node
 from rmfx.ir.notes import gives_number, noted, shape_of, sizes_of_every_call
 from rmfx.ir.numbers import size_read
-from rmfx.ir.reading import sizes_of
 
 from .layouts import ONE, Size
+from .sums_of_sizes import law_of
 
 
 class AxisSizes:
@@ -96,20 +95,10 @@ class AxisSizes:
         is_last = facts.last and rank is not None and dim == rank - 1
         if facts.channels is not None and (is_last or facts.has_channels_in(dim)):
             return Size(facts.channels)
-        symbol = self.batch(node) if dim == 0 else self._in_space(node, dim)
+        symbol = self.batch(node) if dim == 0 else law_of(self._net, node, dim) or (node, dim)
         if shape is not None and shape[dim] is not None:
             self._examples.setdefault(symbol, shape[dim])
         return Size.of(symbol)
-
-    def _in_space(self, node: fx.Node, dim: int) -> Hashable:
-        law = sizes_of(self._net).law(node)
-        rank = self._net.rank(node)
-        if law is None or law.clips or law.agreed or dim < 2 or len(law.stride) + 2 != rank:
-            return (node, dim)
-        readers = [self._net.module(user) for user in law.source.users]
-        if shape_of(node) is None and not any(type(m) in CONVS[1:] for m in readers):
-            return (node, dim)  # only a convolution wants a batch dimension
-        return (law.source, dim, law.stride[dim - 2], law.growth[dim - 2])
 
     def batch(self, node: fx.Node) -> Hashable:
         """Equal for values of equally many samples."""

@@ -63,15 +63,8 @@ class Numbers:
         known = sizes_of_every_call(value)
         if known is not None:
             return _of_expression(known[dim])
-        law = sizes_of(self.net).law(value)
-        if law is None or law.agreed or dim < 2 or len(law.stride) != rank - 2:
-            return None
-        if law.clips and not clipped:
-            return None
-        readers = [self.net.module(user) for user in law.source.users]
-        if shape_of(value) is None and not any(type(m) in CONVS[1:] for m in readers):
-            return None  # only a convolution wants a batch dimension
-        return size_behind(law.source, dim, law.stride[dim - 2], law.growth[dim - 2])
+        found = law_of(self.net, value, dim, clipped=clipped)
+        return None if found is None else size_behind(*found)
 
     def constant(self, value: object) -> int | None:
         """What a number is if it is the same at all sizes."""
@@ -112,6 +105,26 @@ def _divided(known: Sum, by: int) -> Sum | None:
     source, dim, stride, growth = key
     growth += stride * known.get(None, 0)
     return size_behind(source, dim, stride * by, growth)
+
+
+def law_of(
+    net: Net, value: fx.Node, dim: int, *, clipped: bool = False
+) -> tuple[fx.Node, int, int, int] | None:
+    """A size as ⌊(H + growth)/stride⌋ of one of another value: that, dimension, stride, growth.
+
+    Args:
+        net, value, dim: which size of which value is meant.
+        clipped: whether it may be 0 where that is negative, as behind a slice.
+    """
+    law = sizes_of(net).law(value)
+    if law is None or law.agreed or dim < 2 or len(law.stride) + 2 != net.rank(value):
+        return None
+    if law.clips and not clipped:
+        return None
+    readers = [net.module(user) for user in law.source.users]
+    if shape_of(value) is None and not any(type(m) in CONVS[1:] for m in readers):
+        return None  # only a convolution wants a batch dimension
+    return law.source, dim, law.stride[dim - 2], law.growth[dim - 2]
 
 
 def size_behind(source: fx.Node, dim: int, stride: int, growth: int) -> Sum:
