@@ -181,7 +181,7 @@ class Activation(Layer):
     @property
     def is_per_channel(self) -> bool:
         """Whether its own parameters already differ from channel to channel."""
-        return isinstance(self.module, nn.PReLU) and self.module.num_parameters > 1
+        return is_per_channel(self.module)
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -229,6 +229,11 @@ class Activation(Layer):
     def fixes(self, low: Tensor, high: Tensor) -> bool:
         """Whether it returns every value between `low` and `high` unchanged."""
         return self.fixes_all_of(float(low.min()), float(high.max()))
+
+
+def is_per_channel(module: nn.Module | None) -> bool:
+    """Whether a module of torch has a parameter for each channel that it acts on."""
+    return isinstance(module, nn.PReLU) and module.num_parameters > 1
 
 
 def is_activation(module: nn.Module) -> bool:

@@ -112,7 +112,8 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def _conv(dims: int, *, transposed: bool = False) -> Builder:
+def conv(dims: int, *, transposed: bool = False) -> Builder:
+    """What makes convolutions of so many spatial dimensions, with the weights that are given."""
     kind: Any = (_TRANSPOSED if transposed else _CONVS)[dims - 1]
 
     def build(given: Arguments) -> nn.Module | None:
@@ -135,11 +136,11 @@ def _convolution(given: Arguments) -> nn.Module | None:
     if not isinstance(weight, Tensor) or not 3 <= weight.dim() <= 5:
         return None
     if transposed:
-        return _conv(weight.dim() - 2, transposed=True)(given)
-    return None if any(given.pop("output_padding")) else _conv(weight.dim() - 2)(given)
+        return conv(weight.dim() - 2, transposed=True)(given)
+    return None if any(given.pop("output_padding")) else conv(weight.dim() - 2)(given)
 
 
-def _linear(given: Arguments) -> nn.Module | None:
+def linear(given: Arguments) -> nn.Module | None:
     """`F.linear` as a module, None if it is none."""
     weight, bias = given["weight"], given.get("bias")
     if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None) or weight.dim() != 2:
@@ -214,11 +215,11 @@ def _rows_of_space(dims: int) -> Iterator[Row]:
     functions = [getattr(F, f"conv{dims}d"), getattr(torch, f"conv{dims}d")]
     operators = overloads(f"conv{dims}d", f"conv{dims}d.padding")
     names = "weight bias stride padding dilation groups"
-    yield [*functions, *operators], names, _conv(dims)
+    yield [*functions, *operators], names, conv(dims)
     functions = [getattr(F, f"conv_transpose{dims}d"), getattr(torch, f"conv_transpose{dims}d")]
     operators = overloads(f"conv_transpose{dims}d" + (".input" if dims > 1 else ""))
     names = "weight bias stride padding output_padding groups dilation"
-    yield [*functions, *operators], names, _conv(dims, transposed=True)
+    yield [*functions, *operators], names, conv(dims, transposed=True)
     divisor = " divisor_override" if dims > 1 else ""
     for prefix, module, names in (
         ("max_pool", "MaxPool", "kernel_size stride padding dilation ceil_mode return_indices"),
@@ -245,7 +246,7 @@ _ROWS: tuple[Row, ...] = (
     ([operator.ipow], "exponent", _pointwise("pow")),
     (overloads("log_sigmoid"), "", _activation(nn.LogSigmoid, "")),
     ([F.prelu, torch.prelu, *overloads("prelu")], "weight", _prelu),
-    ([F.linear, *overloads("linear")], "weight bias", _linear),
+    ([F.linear, *overloads("linear")], "weight bias", linear),
     ([F.batch_norm], f"{_STATISTICS} weight bias training momentum eps", batch_norm),
     ([F.instance_norm], f"{_STATISTICS} weight bias use_input_stats momentum eps", instance_norm),
     (

@@ -8,14 +8,16 @@ layer. The channels are the second axis of a value, or its last one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx.algebra.activation import is_activation
+from rmfx.algebra.activation import is_activation, is_per_channel
 from rmfx.algebra.affine import CONVS
-from rmfx.frontend.calls import batch_norm
+from rmfx.errors import fault
+from rmfx.frontend.calls import Builder, batch_norm, conv, linear
 from rmfx.ir.kinds import BATCH_NORMS, ELEMENTWISE, NO_OPS, is_a
 from rmfx.ir.nodes import MEANS, attribute, each, is_tensor_node
 from rmfx.ir.notes import why_frozen
@@ -56,7 +58,7 @@ def _layer(spans: Spans, node: fx.Node, source: fx.Node) -> Found | None:
     if module is None or view is None or spans.net.guard(node) is not None:
         return None
     kinds = (nn.Linear, *CONVS[1:])
-    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+    if is_per_channel(module):
         return (view, leave) if view.axis_of(1, 1) == 1 else None
     if is_activation(module) or is_a(module, NO_OPS):
         return view, leave
@@ -81,25 +83,24 @@ def _linear(module: nn.Linear, view: View) -> Found | None:
 def _pointwise(gm: fx.GraphModule, node: fx.Node, module: Any, rank: int) -> None:
     """Let a node call a convolution of one position, or a Linear layer, with a layer's weights."""
     weight = module.weight.detach().flatten(1)
-    if rank == 2:
-        made: Any = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    else:
-        weight = weight.reshape(*weight.shape, *[1] * (rank - 2))
-        made = _conv_of(module, weight, {})
-    _put(gm, node, module, made, weight)
+    kernel = weight.reshape(*weight.shape, *[1] * (rank - 2))
+    _put(gm, node, module, linear if rank == 2 else conv(rank - 2), kernel)
 
 
-def _conv_of(module: Any, weight: Tensor, options: Mapping[str, Any]) -> nn.Module:
-    """A convolution with a weight, in as many groups as a layer has."""
-    groups, kind = getattr(module, "groups", 1), CONVS[weight.dim() - 2]
-    sizes = (weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]))
-    return kind(*sizes, groups=groups, device="meta", **options)
-
-
-def _put(gm: fx.GraphModule, node: fx.Node, module: Any, made: Any, weight: Tensor) -> None:
-    """Let a node call a layer with the weights of its own in another shape."""
-    made._parameters["weight"] = nn.Parameter(weight, module.weight.requires_grad)
-    made._parameters["bias"] = module.bias
+def _put(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    module: Any,
+    build: Builder,
+    weight: Tensor,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Let a node call a layer with the weights of its own in another shape, in as many groups."""
+    own = nn.Parameter(weight, module.weight.requires_grad)
+    given = {"weight": own, "bias": module.bias, "groups": getattr(module, "groups", 1), **options}
+    made = build(given)
+    if made is None:
+        raise fault(node.name, f"no layer has a weight of {tuple(weight.shape)}")
     gm.set_submodule(str(node.target), made.eval())
 
 
@@ -162,7 +163,7 @@ def _turned(
         options[name] = tuple(own[along[a]] if a in along else neutral for a in range(2, rank))
     kernel = (module.kernel_size[along[a]] if a in along else 1 for a in range(2, rank))
     turned = moved.reshape(*weight.shape[:2], *kernel)
-    _put(gm, node, module, _conv_of(module, turned, options), turned)
+    _put(gm, node, module, conv(rank - 2), turned, options)
 
 
 def _norm(module: Any, view: View) -> Found | None:
