@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmfx.ir.facts import Inference
 from rmfx.ir.functions import WRITING, is_torchs
-from rmfx.ir.kinds import aten
+from rmfx.ir.kinds import overloads
 from rmfx.ir.nodes import attribute, run_node
 from rmfx.ir.notes import gives_container, gives_number, shape_of, type_of, why_frozen
 from rmfx.ir.open_sizes import coprime_sizes
@@ -246,22 +246,11 @@ def is_pointwise(op: OpOverload) -> bool:
 
 # Of each value alone, though torch does not tag them so.
 UNTAGGED = frozenset(
-    getattr(getattr(aten, name), overload)
-    for name, overload in (
-        ("_to_copy", "default"),
-        ("alias", "default"),
-        ("detach", "default"),
-        ("lift_fresh", "default"),
-        ("lift_fresh_copy", "default"),
-        ("zeros_like", "default"),
-        ("ones_like", "default"),
-        ("full_like", "default"),
-        ("scalar_tensor", "default"),
-        ("fake_quantize_per_tensor_affine_cachemask", "default"),
-        ("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "default"),
-        ("quantize_per_tensor", "default"),
-        ("quantize_per_tensor", "tensor_qparams"),
-        ("dequantize", "self"),
+    overloads(
+        *("_to_copy", "alias", "detach", "lift_fresh", "lift_fresh_copy", "scalar_tensor"),
+        *("zeros_like", "ones_like", "full_like", "fake_quantize_per_tensor_affine_cachemask"),
+        "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+        *("quantize_per_tensor", "quantize_per_tensor.tensor_qparams", "dequantize.self"),
     )
 )
 QUANTISING = (

@@ -10,6 +10,7 @@ from torch import fx
 
 from .kinds import aten, overloads
 from .notes import gives_number, why_frozen
+from .numbers import shape_read
 
 COPIES = (torch.clone, aten.clone.default, aten.detach.default, "clone", "detach", "contiguous")
 
@@ -97,18 +98,9 @@ def _of(number: float, given: list[Any], *, is_like: bool) -> Filling | None:
     sizes: Any = given[0] if len(given) == 1 else given
     if is_like:
         return Filling(number, sizes, ()) if isinstance(sizes, fx.Node) else None
-    if isinstance(sizes, fx.Node) and _is_shape(sizes):
-        return Filling(number, sizes.args[0])  # type: ignore[arg-type]
-    if isinstance(sizes, fx.Node):  # a number, or a tuple that was computed
-        return None
+    if isinstance(sizes, fx.Node):
+        like = shape_read(sizes)  # else it is a number, or a tuple that was computed
+        return None if like is None else Filling(number, like)
     sizes = tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes,)
     numbers = all(type(n) is int or (isinstance(n, fx.Node) and gives_number(n)) for n in sizes)
     return Filling(number, None, sizes) if numbers else None
-
-
-def _is_shape(node: fx.Node) -> bool:
-    """Whether a node gives all the sizes of a value."""
-    if node.target is getattr:
-        return bool(node.args[1] == "shape")
-    is_size = node.op == "call_method" and str(node.target) == "size"
-    return is_size and len(node.args) == 1 and not node.kwargs

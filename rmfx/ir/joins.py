@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from rmfx.errors import Refusal
 from rmfx.modules.factors import Elementwise
 
 from .callees import Calls
-from .kinds import ARITHMETIC, SUBS, is_a
+from .kinds import ADDITIVE, ARITHMETIC, SUBS, is_a
 from .nodes import describe, is_tensor_node, two_operands
 
 Term = tuple[object, float]
@@ -36,7 +35,7 @@ def read_join(node: fx.Node) -> tuple[tuple[fx.Node, float], ...] | Refusal | No
     """The two tensors that a node adds, with their factors; None if it adds no two tensors."""
     if node.op not in ("call_function", "call_method"):
         return None
-    if ARITHMETIC.get(node.target) not in (torch.add, torch.sub):
+    if ARITHMETIC.get(node.target) not in ADDITIVE:
         return None
     if not all(is_tensor_node(x) for x in two_operands(node)):
         return None

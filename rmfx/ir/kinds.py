@@ -209,6 +209,7 @@ def _calls(*functions: Any) -> tuple[Any, ...]:
     return tuple(call for row in rows for call in (*row.symbols, row.function))
 
 
+ADDITIVE = (torch.add, torch.sub)
 ADDS = _calls(torch.add)
 SUBS = _calls(torch.sub)
 SCALES = _calls(torch.mul, torch.div, torch.neg)

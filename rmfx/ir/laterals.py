@@ -13,7 +13,7 @@ from rmfx.algebra.layer import Layer
 from rmfx.errors import Refusal
 
 from .elements import Deferred
-from .kinds import NEUTRAL, is_a
+from .kinds import ADDITIVE, NEUTRAL, is_a
 from .net import Net
 from .nodes import is_tensor_node
 from .notes import shape_of, why_frozen
@@ -143,7 +143,7 @@ def _open_places(net: Net, node: fx.Node, operands: Sequence[Any]) -> list[int]:
     """The operands that come out unchanged if the others hold the right numbers."""
     if node.target is torch.cat:
         return [*range(len(operands))]
-    is_sum = node.target in (torch.add, torch.sub)
+    is_sum = node.target in ADDITIVE
     tensors = [is_tensor_node(x) for x in operands]
     count = 3 if node.target is torch.where else 2
     # Only a choice does not care what number it does not choose.

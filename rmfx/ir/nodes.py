@@ -68,8 +68,12 @@ def each(value: Any, dims: int) -> Any:
     return value
 
 
+def _no_module(path: str) -> nn.Module:
+    raise fault(path, "it is called where functions alone are run")
+
+
 def run_node(
-    node: fx.Node, known: Mapping[fx.Node, Any], module: Callable[[str], nn.Module]
+    node: fx.Node, known: Mapping[fx.Node, Any], module: Callable[[str], nn.Module] = _no_module
 ) -> Any:
     """What a call gives for values of what it reads; `module` finds a layer by its path."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)

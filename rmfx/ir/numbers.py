@@ -40,10 +40,16 @@ def size_read(node: fx.Node) -> tuple[fx.Node | None, Any]:
         return None, None
     if whole.target is operator.getitem and isinstance(whole.args[1], slice):
         whole, index = _through(whole.args[1], whole.args[0], index)
-    is_shape = whole.target is getattr and whole.args[1] == "shape"
-    if is_shape or (whole.target == "size" and len(whole.args) == 1):
-        return whole.args[0], index  # type: ignore[return-value]
-    return None, None
+    value = shape_read(whole)
+    return (None, None) if value is None else (value, index)
+
+
+def shape_read(node: fx.Node) -> fx.Node | None:
+    """Of which value a node reads all the sizes."""
+    by_attribute = node.target is getattr and node.args[1] == "shape"
+    by_method = node.op == "call_method" and node.target == "size"
+    is_whole = by_attribute or (by_method and len(node.args) == 1 and not node.kwargs)
+    return node.args[0] if is_whole else None  # type: ignore[return-value]
 
 
 def _through(part: slice, shape: Any, index: Any) -> tuple[Any, Any]:

@@ -10,13 +10,13 @@ import itertools
 from collections.abc import Set
 from typing import Any
 
-import torch
 from torch import fx
 
 from rmfx.errors import Refusal
 
 from .conditions import Agreement, Condition, Multiple
 from .kinds import (
+    ADDITIVE,
     AVERAGE_POOLS,
     POOL_DIMS,
     SPREADING,
@@ -26,7 +26,6 @@ from .notes import shape_of, sizes_of_every_call
 from .size_keeping import meets_constant
 from .sizes import SizeLaw, Sizes, is_one_position
 
-SUMS = (torch.add, torch.sub)
 UNKNOWN_SIZES = (
     "the sizes of branch and shortcut agree for some input sizes only, and for which is not known"
 )
@@ -113,7 +112,10 @@ def _agreed(sizes: Sizes, node: fx.Node) -> tuple[list[Condition], frozenset[fx.
             continue
         if first.source is not second.source:
             sources = (first.source, second.source)
-            if all(sizes_of_every_call(x) is not None for x in sources) or node.target not in SUMS:
+            if (
+                all(sizes_of_every_call(x) is not None for x in sources)
+                or node.target not in ADDITIVE
+            ):
                 continue
             if any(x.op != "placeholder" for x in sources):
                 return Refusal(UNKNOWN_SIZES)
@@ -162,7 +164,7 @@ def _is_within(sizes: Sizes, node: fx.Node, value: fx.Node, other: fx.Node) -> b
         return True
     shapes = [shape_of(x)[2:] for x in (value, other) if shape_of(x) is not None]
     of_inputs = all(one.source.op == "placeholder" for one in (law, found))
-    same_source = law.source is found.source or node.target in SUMS
+    same_source = law.source is found.source or node.target in ADDITIVE
     # The result then demands that they agree, unless the example's are not equal themselves.
     equal = len(shapes) < 2 or shapes[0] == shapes[1]
     return of_inputs and same_source and equal and _may_demand(sizes, node)

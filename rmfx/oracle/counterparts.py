@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx, nn
 
+from rmfx.ir.kinds import ADDITIVE
 from rmfx.ir.names import module_path
 from rmfx.report import SiteReport
 
 from .equivalence import operands_of, report_rows
-
-SUMS = (torch.add, torch.sub)
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,9 @@ def _done(row: SiteReport) -> str:
 
 def joins_of_names(source: fx.GraphModule, after: fx.GraphModule) -> list[Counterpart]:
     """The sums of two tensors that both graphs have under the same name."""
-    names = {node.name for node in after.graph.nodes if node.target in SUMS}
+    names = {node.name for node in after.graph.nodes if node.target in ADDITIVE}
     return [
         Counterpart(node.name, node.name, module_path(node), cut=True)
         for node in source.graph.nodes
-        if node.name in names and node.target in SUMS and len(operands_of(node)) == 2
+        if node.name in names and node.target in ADDITIVE and len(operands_of(node)) == 2
     ]

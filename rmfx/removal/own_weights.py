@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from rmfx.ir.converted import copy_graph
+from rmfx.ir.names import free_name
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import attribute
 from rmfx.report import HeldReport
@@ -32,19 +33,11 @@ def with_calls_apart(source: fx.GraphModule) -> fx.GraphModule:
     gm.meta = dict(source.meta)
     for node in gm.graph.find_nodes(op="call_module"):
         if node.name in again:
-            path = _free_path(gm, str(node.target))
+            path = free_name(gm, str(node.target), set())
             gm.set_submodule(path, gm.get_submodule(str(node.target)))
             node.target = path
     gm.recompile()
     return gm
-
-
-def _free_path(gm: fx.GraphModule, path: str) -> str:
-    parent, _, name = path.rpartition(".")
-    i = 1
-    while hasattr(gm.get_submodule(parent), f"{name}_{i}"):
-        i += 1
-    return f"{path}_{i}"
 
 
 def with_one_path(gm: fx.GraphModule) -> None:

@@ -25,9 +25,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from rmfx.errors import fault
 from rmfx.frontend.calls import arguments_of
 from rmfx.frontend.effects import effects_of
 from rmfx.ir.memo import on_demand
@@ -122,12 +121,8 @@ class _Constants:
 
 def _run(node: fx.Node, known: Mapping[fx.Node, Tensor | None]) -> Tensor | None:
     with torch.no_grad():
-        made = run_node(node, known, _no_module)
+        made = run_node(node, known)
     return made if isinstance(made, Tensor) else None
-
-
-def _no_module(path: str) -> nn.Module:
-    raise fault(path, "it is called where functions alone are run")
 
 
 def _read(tensors: tuple[_Constants, _Constants], pad: fx.Node) -> _Filled | None:

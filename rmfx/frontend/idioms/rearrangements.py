@@ -21,6 +21,7 @@ from rmfx.ir.kinds import is_a
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import run_node
 from rmfx.ir.notes import gives_container, gives_number
+from rmfx.ir.numbers import shape_read
 from rmfx.ir.open_sizes import FAILURES, coprime_sizes
 
 from .axis_sizes import AxisSizes
@@ -110,33 +111,22 @@ def order_of(node: fx.Node, rank: int) -> list[int] | None:
     sizes = list(itertools.islice(coprime_sizes(1), rank))
     value = {node.all_input_nodes[0]: torch.empty(sizes, device="meta")}
     try:
-        found = run_node(node, value, _no_module)
+        found = run_node(node, value)
     except FAILURES:  # it does not run on so many dimensions
         return None
     return [sizes.index(n) for n in found.shape]
-
-
-def _no_module(path: str) -> nn.Module:
-    raise LookupError(path)
 
 
 def _viewed(sizes: AxisSizes, node: fx.Node, rows: Rows) -> Rows | None:
     given: Any = node.args[1:] or tuple(v for k, v in node.kwargs.items() if k in ("shape", "size"))
     given = given[0] if len(given) == 1 else given
     if isinstance(given, fx.Node):
-        whole = _shape_read(given)
+        whole = shape_read(given)
         if whole is not None:  # view(x.shape)
             found = sizes.all_of(whole)
             return None if found is None else reshaped(rows, found)
     listed = given if isinstance(given, (list, tuple)) else (given,)
     return _to_sizes(sizes, listed, lambda parts: reshaped(rows, parts))
-
-
-def _shape_read(node: fx.Node) -> fx.Node | None:
-    """The value of which a node reads the whole shape."""
-    by_attribute = node.target is getattr and node.args[1] == "shape"
-    by_method = node.op == "call_method" and node.target == "size" and len(node.args) == 1
-    return node.args[0] if by_attribute or by_method else None  # type: ignore[return-value]
 
 
 def _to_sizes(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from rmfx.ir.kinds import ADDITIVE
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import is_tensor_node, must_stay, replace_by_number
 from rmfx.ir.notes import NUMBER, forget, gives_number, set_shape, shape_of
@@ -20,7 +21,7 @@ from .layouts import Row
 from .rearrangements import may_return
 from .span_layers import Write, in_layout
 from .spans import Spans, View, sizes_asked
-from .swaps import SUMS, join_before_swaps
+from .swaps import join_before_swaps
 
 
 def without_detours(gm: fx.GraphModule) -> bool:
@@ -103,7 +104,7 @@ class _Writer:
         read = {n: self.straight.get(n, n) for n in node.all_input_nodes if is_tensor_node(n)}
         node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda n: read.get(n, n))
         write(self.gm, node)
-        if not view.is_straight and (node.target in SUMS or node.name in self.holders):
+        if not view.is_straight and (node.target in ADDITIVE or node.name in self.holders):
             # Who compares joins by name is to find none whose dimensions stand in another order.
             namespace = self.gm.graph._graph_namespace
             node.name = namespace.create_name(f"{node.name}_straight", None)

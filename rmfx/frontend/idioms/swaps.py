@@ -11,18 +11,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import fx
 
-from rmfx.algebra.activation import is_activation
+from rmfx.algebra.activation import is_activation, is_per_channel
 from rmfx.ir.facts import Inference, facts_of
-from rmfx.ir.kinds import NO_OPS, is_a
+from rmfx.ir.kinds import ADDITIVE, NO_OPS, is_a
 from rmfx.ir.nodes import data_read, has_hooks, two_operands
 from rmfx.ir.notes import forget, set_shape, shape_of, why_frozen
 
+from .earlier_joins import join_earlier
 from .rearrangements import order_of
-
-SUMS = (torch.add, torch.sub)
 
 
 def join_before_swaps(gm: fx.GraphModule) -> bool:
@@ -32,7 +30,9 @@ def join_before_swaps(gm: fx.GraphModule) -> bool:
         Whether there was such a join.
     """
     facts = facts_of(gm, by_readers=True)
-    joins = [node for node in gm.graph.nodes if node.target in SUMS and why_frozen(node) is None]
+    joins = [
+        node for node in gm.graph.nodes if node.target in ADDITIVE and why_frozen(node) is None
+    ]
     return sum([_moved(gm, facts, join) for join in joins]) > 0
 
 
@@ -61,8 +61,7 @@ def _chain(gm: fx.GraphModule, facts: Inference, node: Any) -> list[fx.Node] | N
             return found
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         acts = module is not None and (is_activation(module) or is_a(module, NO_OPS))
-        per_channel = isinstance(module, nn.PReLU) and module.num_parameters > 1
-        if not acts or per_channel or has_hooks(module):  # type: ignore[arg-type]
+        if not acts or is_per_channel(module) or has_hooks(module):  # type: ignore[arg-type]
             return None
         node = data_read(node)[0]
     return None
@@ -99,15 +98,4 @@ def _move(
         set_shape(act, shape_of(value))
         forget(act)
     places = {operands[0]: acts[-1] if acts else value, operands[1]: there}
-    given = fx.map_arg((join.args, join.kwargs), lambda n: places.get(n, n))
-    # The old name is that of the old value: who compares joins by name finds none in another order.
-    name = f"{join.name}_swapped"
-    with join.graph.inserting_before(join):
-        moved = join.graph.create_node(join.op, join.target, *given, name=name)
-    moved.meta = dict(join.meta)
-    set_shape(moved, shape_of(there))
-    forget(moved)
-    join.op, join.target = back.op, back.target
-    join.args, join.kwargs = fx.map_arg(
-        (back.args, back.kwargs), lambda n: moved if n is value else n
-    )
+    join_earlier(join, places, back, shape_of(there), "swapped")

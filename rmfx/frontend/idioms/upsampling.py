@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rmfx.algebra.activation import is_activation
+from rmfx.algebra.activation import is_activation, is_per_channel
 from rmfx.algebra.affine import CONVS
 from rmfx.frontend.calls import arguments_of
 from rmfx.ir.functions import torch_name
 from rmfx.ir.interpolations import interpolation, whole_factors
-from rmfx.ir.kinds import BATCH_NORMS, NO_OPS, SCALES, is_a
+from rmfx.ir.kinds import ADDITIVE, BATCH_NORMS, NO_OPS, SCALES, is_a
 from rmfx.ir.nodes import attribute, data_read, has_hooks, must_stay, two_operands
 from rmfx.ir.notes import SHAPE, forget, set_shape, shape_of, why_frozen, without_notes
 
-SUMS = (torch.add, torch.sub)
-PER_CHANNEL = (*SUMS, *SCALES)
+from .earlier_joins import join_earlier
+
+PER_CHANNEL = (*ADDITIVE, *SCALES)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def enlarge_once(gm: fx.GraphModule) -> None:
     """Let what enlarges both operands of a join stand once, behind it."""
     if sum(_kind(gm, node) is not None for node in gm.graph.nodes) < 2:
         return
-    for join in [node for node in gm.graph.nodes if node.target in SUMS]:
+    for join in [node for node in gm.graph.nodes if node.target in ADDITIVE]:
         _enlarge_behind(gm, join)
     gm.graph.eliminate_dead_code(is_impure_node=must_stay)
 
@@ -84,15 +85,7 @@ def _enlarge_behind(gm: fx.GraphModule, join: fx.Node) -> bool:
     last = next((end for end in found if end.kind.shuffles), found[0])
     smaller = [_before_enlarging(join, end, like=last.kind) for end in found]
     places = dict(zip(operands, smaller, strict=True))
-    given = fx.map_arg((join.args, join.kwargs), lambda n: places.get(n, n))
-    # The old name is that of the old value: who compares joins by name finds none of another size.
-    with join.graph.inserting_before(join):
-        moved = join.graph.create_node(join.op, join.target, *given, name=f"{join.name}_smaller")
-    moved.meta = dict(join.meta)
-    set_shape(moved, shape_of(smaller[found.index(last)]))
-    forget(moved)
-    join.op, join.target = last.node.op, last.node.target
-    join.args, join.kwargs = (moved, *last.node.args[1:]), dict(last.node.kwargs)
+    join_earlier(join, places, last.node, shape_of(smaller[found.index(last)]), "smaller")
     return True
 
 
@@ -166,7 +159,7 @@ def _acts_by_position(gm: fx.GraphModule, node: fx.Node, *, uniform: bool) -> bo
         if has_hooks(module):
             return False
         if is_activation(module) or is_a(module, NO_OPS):
-            return not (uniform and isinstance(module, nn.PReLU) and module.num_parameters > 1)
+            return not (uniform and is_per_channel(module))
         return not uniform and (type(module) in BATCH_NORMS or _is_pointwise(module))
     constants = [attribute(gm, n) for n in node.all_input_nodes if n.op == "get_attr"]
     rank = len(shape_of(node, ()))
