@@ -67,6 +67,7 @@ def reported(place: str) -> Iterator[None]:
         place: what the block does, for the message: a rule and its node, or a verb.
 
     Raises:
+        MemoryError: there is not enough memory, in Python's words or in torch's.
         InternalError: the block raised something unexpected, which is its cause.
     """
     try:
@@ -75,6 +76,8 @@ def reported(place: str) -> Iterator[None]:
         raise
     # The last net: what comes here was not foreseen, whatever it is.
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+            raise MemoryError(first_line(error)) from error
         raise fault(place, f"{type(error).__name__}: {error}") from error
 
 

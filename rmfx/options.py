@@ -8,6 +8,7 @@ import inspect
 import math
 import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -92,7 +93,8 @@ def _misfits(made: Callable[..., Any], given: Mapping[str, Any]) -> list[str]:
 def _misfit(verb: Callable[..., Any], given: Mapping[str, Any], names: list[str]) -> OptionError:
     name = names[0]
     wanted = inspect.formatannotation(_signature(verb).parameters[name].annotation)
-    return OptionError(f"{verb.__name__}: {name}={shown(given[name])}: it takes {wanted}")
+    told = re.sub(r"(\w+\.)+", "", wanted).replace(" | ", " or ")
+    return OptionError(f"{verb.__name__}: {name}={shown(given[name])}: it takes {told}")
 
 
 @functools.cache
@@ -219,6 +221,11 @@ def check_choice(name: str, given: object, known: Iterable[str]) -> None:
     """Raise OptionError unless an option is one of some words."""
     if not isinstance(given, str) or given not in known:
         raise OptionError(f"{name}={shown(given)}: choose from {', '.join(known)}")
+
+
+def has_arrays(inputs: Iterable[object]) -> bool:
+    """Whether one of some inputs is an array of numpy."""
+    return any(isinstance(x, np.ndarray) for x in inputs)
 
 
 def shapes_shown(inputs: Iterable[object]) -> str:

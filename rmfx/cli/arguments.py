@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import math
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -209,7 +210,7 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     names = ",".join(RUNTIMES)
     add("--runtimes", type=_parse_runtimes, default=tuple(RUNTIMES), help=f"some of {names} (all)")
     add("--batch", metavar="N,...", type=_parse_batches, default=(1, 8), help="sizes (1,8)")
-    add("--threads", type=_parse_count, help="for one inference")
+    add("--threads", type=_parse_threads, help="for one inference, at most as many as processors")
     add("--rounds", type=_parse_count, default=20, help="measurements of each form (20)")
     text = "largest relative error accepted of a runtime"
     add("--tolerance", type=_parse_number, help=text)
@@ -248,6 +249,13 @@ def _parse_count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _parse_threads(text: str) -> int:
+    count, most = _parse_count(text), os.cpu_count() or 1
+    if count > most:
+        raise argparse.ArgumentTypeError(f"{count} threads are more than the {most} processors")
+    return count
 
 
 def _parse_number(text: str) -> float:

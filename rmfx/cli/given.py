@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from rmfx.data.batches import arguments_of, check_batches, inputs_of
-from rmfx.errors import RmfxError, first_line
+from rmfx.errors import RmfxError
 from rmfx.files.example_inputs import as_types, load_inputs, takes
 from rmfx.files.loading import LoadedModel, load_model, named_object
 from rmfx.files.saving import as_function
+from rmfx.files.source_lines import described
 from rmfx.options import as_tuple
 
 from .arguments import UsageError
@@ -146,13 +147,14 @@ def _try(network: nn.Module, inputs: Inputs, origin: str) -> None:
             network(*inputs)
     except Exception as error:
         shapes = ", ".join(map(_told, inputs))
-        reason = f"{type(error).__name__}: {first_line(error)}"
         way = (
             f"{origin} must hold what it takes; --input-dtype gives other types"
             if origin
             else "give its --input-shape and --input-dtype (int64 for indices), or --inputs FILE"
         )
-        raise RmfxError(f"the model fails on inputs of shape {shapes} ({reason}); {way}") from error
+        raise RmfxError(
+            f"the model fails on inputs of shape {shapes} ({described(error)}); {way}"
+        ) from error
 
 
 def _told(x: Tensor) -> str:
@@ -202,5 +204,5 @@ def _called(name: str, *, pairs: bool) -> list[Any]:
     except RmfxError:
         raise
     # The caller's own code, which may raise anything.
-    except Exception as error:
-        raise RmfxError(f"{name}() raised {type(error).__name__}: {first_line(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise RmfxError(f"{name}() raised {described(error)}") from error

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-from rmfx.errors import RmfxError, reported
+from rmfx.errors import RmfxError, first_line, reported
 
 from .arguments import UsageError, make_parser
 
@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; by default those of the process.
     """
-    options = make_parser().parse_args(arguments)
+    options, unknown = make_parser().parse_known_args(arguments)
+    if unknown:  # argparse itself would show the usage of all commands
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         with _terminable(), reported("the command"):
             commands = importlib.import_module(f"{__package__}.commands")  # which loads torch
@@ -36,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.traceback:
             raise
         _complain(" ".join(str(error).split()))
+        return 1
+    except MemoryError as error:
+        if options.traceback:
+            raise
+        _complain(f"not enough memory ({first_line(error)}); give smaller inputs")
         return 1
     except KeyboardInterrupt:
         _complain("interrupted")

@@ -35,6 +35,7 @@ from rmfx.modules.copies import copied_model
 
 from .expressions import UnsafeFileError
 from .programs import check_program
+from .source_lines import described
 from .tensors import LoadError, read_tensors
 
 _IMAGE = (1, 3, 224, 224)
@@ -249,8 +250,8 @@ def named_object(text: str) -> object:
                 f"there is no module {error.name!r} here or on Python's path"
             ) from error
         raise LoadError(f"{module_name} needs another module: {error}") from error
-    except Exception as error:
-        raise LoadError(f"importing {module_name} raised {_describe(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise LoadError(f"importing {module_name} raised {described(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise LoadError(f"{text}: there is no {part!r}{_suggest(part, dir(found))}")
@@ -272,13 +273,9 @@ def _call_factory(module_name: str, attribute: str) -> tuple[nn.Module, tuple[in
 def _call(factory: Callable[[], object], text: str) -> nn.Module:
     try:
         model = factory()
-    except Exception as error:
-        raise LoadError(f"{text}() raised {_describe(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise LoadError(f"{text}() raised {described(error)}") from error
     if not isinstance(model, nn.Module):
         raise LoadError(f"{text}() gave a {type(model).__name__}, not a torch.nn.Module")
     # The factory may hand out one object again and again; the caller's eval() must not reach it.
     return copied_model(model)
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"

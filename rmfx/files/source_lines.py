@@ -10,13 +10,20 @@ import functools
 import os
 import re
 import sys
+import traceback
 from pathlib import PurePath, PureWindowsPath
 
+import torch
 from torch import fx
+
+import rmfx
+from rmfx.errors import first_line
 
 _STACK = "stack_trace"
 _FRAME = re.compile(r'File "([^"]+)"')
 _INSTALLED = ("site-packages", "dist-packages")
+_OWN = tuple(os.path.dirname(os.path.abspath(f)) + os.sep for f in (torch.__file__, rmfx.__file__))
+_PYTHON = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 
 
 def short_path(path: str) -> str:
@@ -52,6 +59,29 @@ def _shortened(path: str, here: str, searched: tuple[str, ...]) -> str:
         if len(folder.parts) > 1 and folder.is_absolute() and file.is_relative_to(folder):
             return file.relative_to(folder).as_posix()
     return file.name
+
+
+def line_of_caller(error: BaseException) -> str:
+    """The last line on the way to an error that is neither torch's, Python's nor rmfx's.
+
+    Returns:
+        For example "nets/block.py, line 7"; empty where there is none.
+    """
+    frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
+    own = [at for at in frames if _is_of_caller(at[0])]
+    return f"{short_path(own[-1][0])}, line {own[-1][1]}" if own else ""
+
+
+def described(error: BaseException) -> str:
+    """An error of the caller's own code: its class, its first line, and where it arose."""
+    where = line_of_caller(error)
+    return f"{type(error).__name__}: {first_line(error)}{where and f', at {where}'}"
+
+
+def _is_of_caller(path: str) -> bool:
+    if path.startswith(("<", *_OWN)):
+        return False
+    return not path.startswith(_PYTHON) or any(name in path for name in _INSTALLED)
 
 
 def shorten_stacks(gm: fx.GraphModule) -> None:

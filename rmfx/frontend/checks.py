@@ -13,12 +13,14 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from rmfx.errors import ModeError, ShapeError, TraceError, WeightError, first_line
+from rmfx.files.source_lines import line_of_caller
 from rmfx.ir.functions import SWITCHES_OF_GRADIENTS
 from rmfx.ir.kinds import MODE_DEPENDENT
+from rmfx.ir.nodes import has_global_hooks, has_hooks
 from rmfx.ir.notes import OWN_GRADIENT
 from rmfx.ir.weights import check_weight
 from rmfx.modules.ring import FromRing
-from rmfx.options import Inputs, shapes_shown
+from rmfx.options import Inputs, has_arrays, shapes_shown
 
 from .calls import CALLS, arguments_of, batch_norm, gives_several
 
@@ -39,6 +41,32 @@ def note_switches(gm: fx.GraphModule) -> None:
             )
         if node.meta.get(OWN_GRADIENT) or name in SWITCHES_OF_GRADIENTS:
             gm.meta.setdefault(OWN_GRADIENT, node.name)
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Raise TraceError for hooks around a model's code, or around that of all modules."""
+    if has_global_hooks():
+        raise TraceError(
+            "a hook for all modules is registered (torch.nn.modules.module.register_module_"
+            "forward_hook or the like), which a trace would lose; remove it for the conversion"
+        )
+    if has_hooks(model):
+        raise TraceError(
+            f"{type(model).__name__} has hooks of its own, which a trace would lose; remove "
+            "them, wrap the model in a module without hooks, or, if torch.export made it, pass "
+            "the ExportedProgram itself"
+        )
+
+
+def check_packed(model: nn.Module) -> None:
+    """Raise TraceError for a layer whose weights are packed integers."""
+    for path, module in model.named_modules():
+        if hasattr(module, "_packed_params"):
+            raise TraceError(
+                f"{path or 'the model'} ({type(module).__module__}.{type(module).__name__}) has "
+                "weights in integers, packed for one kind of machine; convert the network in "
+                "floating point, and quantise the result"
+            )
 
 
 def check_mode(model: nn.Module) -> None:
@@ -72,6 +100,13 @@ def check_weights(gm: fx.GraphModule) -> None:
             continue
         for own, statistic in module.named_buffers(name, recurse=False):
             check_weight(own, statistic)
+            if own.endswith("running_var") and bool(
+                (statistic < -getattr(module, "eps", 0.0)).any()
+            ):
+                raise WeightError(
+                    f"{own}: a variance below 0, of which batch norm makes NaN; load or measure "
+                    "these statistics again"
+                )
         weight = module._parameters.get("weight")  # as an attribute it may be computed
         if weight is not None and not weight.is_floating_point():
             raise WeightError(
@@ -136,5 +171,9 @@ def does_not_run(inputs: Inputs, error: Exception) -> ShapeError:
             f"the model's sizes or ways depend on values ({first_line(error)}), of which example "
             "inputs are an example only; leave them out, or convert the part before"
         )
-    given = shapes_shown(inputs)
-    return ShapeError(f"the model does not run on the example inputs {given}: {first_line(error)}")
+    where = line_of_caller(error)
+    hint = "; pass tensors: torch.from_numpy(array)" if has_arrays(inputs) else ""
+    return ShapeError(
+        f"the model does not run on the example inputs {shapes_shown(inputs)}: "
+        f"{first_line(error)}{where and f' ({where})'}{hint}"
+    )

@@ -148,6 +148,7 @@ class Probes:
 
     def __init__(self, gm: fx.GraphModule, facts: Inference) -> None:
         self._gm, self._facts = gm, facts
+        self._ran: dict[tuple[fx.Node, Any], list[Run]] = {}  # of calls as they are
 
     @cached_property
     def _mode(self) -> FakeTensorMode:
@@ -187,10 +188,14 @@ class Probes:
     def _runs(self, node: fx.Node, known: Known) -> list[Run]:
         """The operators, result and values of the first family at all of which a call runs."""
         for family in self.of(node):
-            calls = [partial(run_node, node, values, self._gm.get_submodule) for values in family]
-            ran = [self.run(known, call) for call in calls]
-            if None not in ran:
-                return [(*one, values) for one, values in zip(ran, family, strict=True) if one]
+            found: list[Run] = []
+            for values in family:
+                ran = self.run(known, partial(run_node, node, values, self._gm.get_submodule))
+                if ran is None:
+                    break
+                found.append((*ran, values))
+            else:
+                return found
         return []
 
     def meaning(self, node: fx.Node, known: Known) -> Call | fx.Node | None:
@@ -198,7 +203,10 @@ class Probes:
 
         What acts on each value alone and is not known is what it is made of, if that is one.
         """
-        runs = self._runs(node, bool)
+        call = node, node.target
+        if call not in self._ran:
+            self._ran[call] = self._runs(node, bool)
+        runs = self._ran[call]
         if runs and not any(steps for steps, *_ in runs):
             return _handed_on(runs)
         found = _agreed(runs)

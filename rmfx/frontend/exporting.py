@@ -28,11 +28,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv
 
-from rmfx.errors import TraceError, first_line
+from rmfx.errors import TraceError
+from rmfx.files.source_lines import described, line_of_caller
 from rmfx.ir.notes import OWN_GRADIENT, VAL
 from rmfx.ir.threads import alone_exporting, without_warnings
 from rmfx.options import Inputs
 
+from .checks import BY_VALUES
 from .draws import no_draws
 from .exported import guards_of, unlifted
 from .kept_state import unchanged
@@ -103,7 +105,12 @@ def _export(model: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
             raise TraceError(
                 "it reads `.data`, whose values a program cannot follow; write `.detach()` there"
             ) from error
-        raise TraceError(f"{type(error).__name__}: {first_line(error)}") from error
+        if isinstance(error, BY_VALUES):
+            where = line_of_caller(error)
+            raise TraceError(
+                f"its code computes sizes, or decides, by values{where and f', at {where}'}"
+            ) from error
+        raise TraceError(described(error)) from error
 
 
 class _PlainSizes(TorchFunctionMode):

@@ -154,6 +154,8 @@ _BOUNDS: dict[OpOverload, tuple[str, str]] = {  # lower and upper one, by their 
 
 def bounded(gm: fx.GraphModule, node: fx.Node, probes: Probes) -> tuple[nn.Module, fx.Node] | None:
     """A clamp by constants, a number for each channel, and what it reads; None if it is none."""
+    if all(n.op != "get_attr" for n in node.all_input_nodes):
+        return None
     found = probes.meaning(node, _BOUNDS.__contains__)
     if not isinstance(found, tuple) or found[0] not in _BOUNDS:
         return None

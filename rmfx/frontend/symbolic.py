@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
 
-from rmfx.errors import TraceError, first_line
-from rmfx.files.source_lines import short_path
+from rmfx.errors import TraceError
+from rmfx.files.source_lines import described, short_path
 from rmfx.ir.functions import IN_PLACE_SYMBOLS
 from rmfx.ir.nodes import replaced_method
 from rmfx.ir.notes import OWN_GRADIENT, SOURCE
@@ -225,7 +225,7 @@ def trace_symbolically(model: nn.Module, *, twice: bool = True) -> fx.GraphModul
         raise
     # Tracing runs the model's own code, which may raise anything.
     except Exception as error:
-        raise TraceError(f"{type(error).__name__}: {first_line(error)}") from error
+        raise TraceError(described(error)) from error
 
 
 def _trace(model: nn.Module, twice: bool) -> fx.GraphModule:

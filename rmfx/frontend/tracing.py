@@ -30,7 +30,7 @@ from rmfx.frontend.idioms.returns import without_detours
 from rmfx.ir.conditions import put_conditions, take_conditions
 from rmfx.ir.converted import ConvertedModule, copy_graph
 from rmfx.ir.facts import facts_of
-from rmfx.ir.nodes import has_hooks, replaced_method
+from rmfx.ir.nodes import replaced_method
 from rmfx.ir.notes import SOURCE
 from rmfx.ir.ranks import BY_RANK, Snapshot, assumed_ranks, demand_assumed, demand_ranks
 from rmfx.ir.threads import alone
@@ -40,8 +40,10 @@ from .canonicalise import canonicalise
 from .checks import (
     check_defaults,
     check_functional_mode,
+    check_hooks,
     check_mode,
     check_names,
+    check_packed,
     check_rings,
     check_stars,
     check_weights,
@@ -178,13 +180,10 @@ def _graph_of(model: Any, inputs: Inputs | None) -> fx.GraphModule:
         )
     model = _unwrapped(model)
     check_mode(model)
+    check_packed(model)
     check_rings(model)
-    if has_hooks(model) and not is_exported(model):
-        raise TraceError(
-            f"{type(model).__name__} has hooks of its own, which a trace would lose; remove "
-            "them, wrap the model in a module without hooks, or, if torch.export made it, pass "
-            "the ExportedProgram itself"
-        )
+    if not is_exported(model):
+        check_hooks(model)
     check_names(model)
     if not isinstance(model, fx.GraphModule):
         return _graph_of_module(model, inputs)

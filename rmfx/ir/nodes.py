@@ -138,11 +138,14 @@ def must_stay(node: fx.Node) -> bool:
     return node.target in _side_effectful_functions or bool(schema and schema.is_mutable)
 
 
+def has_global_hooks() -> bool:
+    """Whether something runs around the forward of every module."""
+    return bool(_global_forward_hooks or _global_forward_pre_hooks)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether something runs around a module's own forward or backward, or around all forwards."""
-    if _global_forward_hooks or _global_forward_pre_hooks:
-        return True
-    return any(
+    return has_global_hooks() or any(
         getattr(module, name, None)
         for name in (
             "_forward_hooks",

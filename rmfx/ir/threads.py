@@ -30,6 +30,7 @@ from rmfx.errors import TraceError
 REPLACED = ((builtins, "max"), (builtins, "min"), (math, "pow"))  # by torch.export
 PATIENCE = 60.0  # seconds that a trace of other code may take before a conversion gives up
 FAKES = "torch._subclasses.fake_tensor"  # the logger of what fails on fake tensors
+SYMBOLS = "torch.fx.experimental.symbolic_shapes"  # that of what depends on values
 # Loaded when they are needed: to load them, with all of Dynamo, takes nearly as long as torch.
 COMPILER, EXPORTER = "torch._dynamo.convert_frame", "torch.export._trace"
 STUCK = 5.0  # seconds after which a thread that traces and waits is taken to wait for its waiters
@@ -108,8 +109,22 @@ def alone_exporting() -> Iterator[None]:
     with alone():
         exporter = importlib.import_module(EXPORTER)
         override = functools.partial(_in_this_thread, exporter._override_builtin_ops)
-        with replaced(exporter, "_override_builtin_ops", override):
+        with (
+            replaced(exporter, "_override_builtin_ops", override),
+            without_logs(SYMBOLS),
+            _unprinted(exporter),
+        ):
             yield
+
+
+@contextlib.contextmanager
+def _unprinted(module: Any) -> Iterator[None]:
+    """Keep a module's code from printing in this thread: what fails is in its error."""
+    module.print = for_this_thread(lambda *_, **__: None, print)
+    try:
+        yield
+    finally:
+        del module.print
 
 
 @contextlib.contextmanager

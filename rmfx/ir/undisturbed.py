@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from rmfx.errors import fault, reported
+from rmfx.errors import OptionError, fault, reported
 from rmfx.options import P, T, declared_arguments, fitting
 from rmfx.report import MODIFIED_KEY, REWRITES_KEY
 
@@ -50,6 +51,7 @@ def undisturbed(verb: Callable[P, T]) -> Callable[P, T]:
             if types:
                 stack.callback(_AUTOCAST.reset, _AUTOCAST.set(types))
             models = [value for value in given.values() if isinstance(value, nn.Module)]
+            _check_default_device(models)
             before = list(map(_outline, models))
             made = verb(*args, **kwargs)
             if before != list(map(_outline, models)):
@@ -58,6 +60,19 @@ def undisturbed(verb: Callable[P, T]) -> Callable[P, T]:
             return made
 
     return run
+
+
+def _check_default_device(models: Iterable[nn.Module]) -> None:
+    """Raise OptionError where new tensors would go elsewhere than to the device of a model."""
+    default = torch.get_default_device().type
+    for model in models:
+        tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+        if default != "cpu" and tensor is not None and tensor.device.type != default:
+            raise OptionError(
+                f"torch's default device is {default}, and the model's weights are on "
+                f"{tensor.device.type}; convert it outside of `with torch.device(...)`, or after "
+                "torch.set_default_device(None)"
+            )
 
 
 def _close_count(made: object) -> None:

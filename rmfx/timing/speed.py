@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ class Settings:
         counts = (*self.batches, self.threads, self.rounds)
         if not self.batches or not all(is_whole(n) and n >= 1 for n in counts):
             raise LatencyError("batches, threads and rounds must be whole numbers, at least 1")
+        if self.threads > (most := max(os.cpu_count() or 1, torch.get_num_threads())):
+            raise LatencyError(f"threads={self.threads} are more than the {most} processors")
         if not is_number(self.seconds) or not 0 <= self.seconds < math.inf:
             raise LatencyError(f"seconds={self.seconds!r} must be a number, at least 0")
 

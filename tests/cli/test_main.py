@@ -96,6 +96,10 @@ def photos() -> list[tuple[Tensor, Tensor]]:
     return [(batch, torch.zeros(4)) for batch in pictures]
 
 
+def leaves() -> nn.Module:
+    sys.exit("no licence")
+
+
 def not_finite() -> nn.Module:
     model = Chain()
     nn.init.constant_(model.conv.weight, float("nan"))
@@ -420,6 +424,7 @@ def test_bad_input_shapes_are_wrong_usage(capsys: pytest.CaptureFixture[str]) ->
         (["bench", DIGITS, "--runtimes", "eager,abacus"], "unknown: 'abacus'"),
         (["bench", DIGITS, "--batch", "1,0"], "is not a list of sizes like 1,8"),
         (["bench", DIGITS, "--threads", "1,2"], "is not a whole number above 0"),
+        (["bench", DIGITS, "--threads", "100000"], "100000 threads are more than"),
         (["bench", DIGITS, "-o", "times.csv"], "must end in .json"),
         (["bench", DIGITS, "--plot", "times.gif"], "must end in .svg or .png"),
         (["bench", DIGITS], "give --input-shape"),
@@ -441,6 +446,9 @@ def test_wrong_usage_exits_with_2(
         (["report", DIGITS, "--input-shape", "1,3,28,28"], "fails on inputs of shape (1, 3, 28,"),
         (["report", "nets:TwoInputs", "--input-shape", "2,3"], "fails on inputs of shape (2, 3)"),
         (["report", "nets:not_finite", SHAPE], "conv"),
+        (["report", "nets:Chain", "--input-shape", "1,1,999999,999999"], "not enough memory"),
+        (["report", "nets:leaves", SHAPE], "raised SystemExit: no licence, at "),
+        (["report", DIGITS, SHAPE, "--calibration", "nets:leaves"], "raised SystemExit: no li"),
         (["report", DIGITS, SHAPE, "--calibration", "nothing:data"], "no module 'nothing'"),
         (["report", DIGITS, SHAPE, "--calibration", "nets:DIGITS"], "is a str, not a function"),
         (["bench", "nothing:net", SHAPE], "no module 'nothing'"),
@@ -494,7 +502,7 @@ def test_traceback_shows_where_an_error_arose() -> None:
 
 
 def test_wrong_usage_shows_how_its_command_is_used(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["report", DIGITS, "--runtimes=eager"], ["convert", DIGITS, "-o", "n.pt2"]):
+    for arguments in (["report", DIGITS, "--rounds=1"], ["convert", DIGITS, "-o", "n.pt2"]):
         with pytest.raises(SystemExit):
             main(arguments)
         assert f"usage: rmfx {arguments[0]} [-h]" in capsys.readouterr().err
