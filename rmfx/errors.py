@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-
-INSTALL_COMMAND = "pip install 'rmfx[bench]'"  # what brings the runtimes and the plots
 
 
 class RmfxError(Exception):
@@ -114,6 +112,11 @@ class Refusal:
 
     def __str__(self) -> str:
         return f"{', '.join(self.nodes)}: {self.reason}" if self.nodes else self.reason
+
+
+def install_command(packages: Iterable[str]) -> str:
+    """What brings packages, however rmfx itself was installed."""
+    return f"pip install {' '.join(packages)}"
 
 
 def first_line(error: BaseException) -> str:

@@ -209,9 +209,9 @@ def test_a_missing_runtime_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPat
     assert [row.runtime for row in report.rows] == ["eager"]
     (note,) = report.notes
     assert note.startswith("openvino left out: no_such_package not installed")
-    assert "pip install 'rmfx[bench]'" in note
+    assert "pip install" in note
     assert note in str(report)
-    with pytest.raises(LatencyError, match=r"pip install 'rmfx\[bench\]'"):
+    with pytest.raises(LatencyError, match=r"pip install no_such_package"):
         measure("openvino")
 
 

@@ -70,6 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
         for add in add_options:
             add(command)
     commands.add_parser("models", help="list the networks that come with rmfx")
+    text = "say what is installed, and whether a conversion works here"
+    commands.add_parser("doctor", help=text)
     text = "try a pass on random networks; the first that it breaks is made small and shown"
     command = commands.add_parser(
         "fuzz", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_FUZZ_HELP

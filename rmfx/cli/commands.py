@@ -41,6 +41,7 @@ from rmfx.table import Column, table
 from rmfx.timing.speed import LatencyError, Settings
 
 from .arguments import UsageError
+from .doctor import diagnose
 from .given import Given, load
 from .page import check_packages, page
 from .pruning_curve import plot as draw_curve
@@ -48,7 +49,7 @@ from .pruning_curve import pruning_curve
 
 
 class FoundError(RmfxError):
-    """A random network broke the pass."""
+    """A random network broke the pass, or the self-test failed."""
 
 
 def run_demo(options: argparse.Namespace) -> None:
@@ -66,6 +67,15 @@ def run_models(options: argparse.Namespace) -> None:
     }
     columns = (Column("MODEL", itemgetter(0)), Column("what it is", itemgetter(1)))
     _show(options, table(rows.items(), columns), rows)
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    """Say what is installed here, and whether a conversion works."""
+    with _quiet_stdout(), _progress(2, width=25) as step:
+        found = diagnose(step)
+    _show(options, str(found), found.to_dict())
+    if found.failure:
+        raise FoundError(f"the self-test failed: {found.failure}")
 
 
 def run_report(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The command `rmfx`: `demo`, `convert`, `report`, `prune`, `bench` and `fuzz`.
+"""The command `rmfx`, which does what `rmfx --help` lists.
 
 Exit codes: 0 done, 1 it could not be done (one line on stderr says why), 2 wrong usage,
 130 interrupted. With `--json`, stdout holds one JSON object and nothing else.

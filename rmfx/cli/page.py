@@ -1,7 +1,7 @@
 """A conversion as one self-contained page: what it did at every site, what it costs, both graphs.
 
 igraph places the nodes (Sugiyama's layout of layers), matplotlib draws the bars, jinja2 fills the
-page; `pip install 'rmfx[html]'` brings all three.
+page; `pip install igraph jinja2 matplotlib` brings all three.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from rmfx.conversion import Conversion
 from rmfx.cost.counting import NodeCost, nodes
-from rmfx.errors import RmfxError
+from rmfx.errors import RmfxError, install_command
 from rmfx.files.figures import write_figure
 from rmfx.frontend.tracing import trace
 from rmfx.ir.conditions import nodes_of_conditions
@@ -29,7 +29,6 @@ from rmfx.latency import LatencyReport
 from rmfx.report import CARRY, GAIN, HEAD, SIZE, SiteReport, legend
 from rmfx.table import Column, short
 
-INSTALL_COMMAND = "pip install 'rmfx[html]'"
 PACKAGES = ("igraph", "jinja2", "matplotlib")
 WIDTH, HEIGHT = 128, 20  # of a box
 ACROSS, DOWN = 144, 36  # from box to box
@@ -88,7 +87,7 @@ def check_packages() -> None:
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise PageError(f"a page needs {', '.join(missing)}: {INSTALL_COMMAND}")
+        raise PageError(f"a page needs {', '.join(missing)}: {install_command(missing)}")
 
 
 def page(

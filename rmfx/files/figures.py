@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from rmfx.errors import INSTALL_COMMAND, RmfxError
+from rmfx.errors import RmfxError, install_command
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +26,7 @@ def check_plotting() -> None:
         PlotError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise PlotError(f"a plot needs matplotlib: {INSTALL_COMMAND}")
+        raise PlotError(f"a plot needs matplotlib: {install_command(['matplotlib'])}")
 
 
 def write_figure(figure: Figure, target: Path | IO[str], kind: str) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from rmfx.errors import RmfxError, VerificationError
+from rmfx.errors import RmfxError, VerificationError, install_command
 from rmfx.interval import Interval
 
 from .formats import FORMATS, Format, Function
@@ -68,7 +68,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     place = check_place(path, SUFFIXES)
     absent = FORMATS[place.suffix].missing
     if absent:
-        raise SaveError(f"{place.suffix} files need more packages: pip install {' '.join(absent)}")
+        raise SaveError(f"{place.suffix} files need more packages: {install_command(absent)}")
     return place
 
 

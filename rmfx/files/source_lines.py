@@ -16,13 +16,13 @@ from pathlib import PurePath, PureWindowsPath
 import torch
 from torch import fx
 
-import rmfx
 from rmfx.errors import first_line
 
 _STACK = "stack_trace"
 _FRAME = re.compile(r'File "([^"]+)"')
 _INSTALLED = ("site-packages", "dist-packages")
-_OWN = tuple(os.path.dirname(os.path.abspath(f)) + os.sep for f in (torch.__file__, rmfx.__file__))
+_FILES = (torch.__file__, os.path.dirname(__file__))
+_OWN = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in _FILES)
 _PYTHON = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 
 

@@ -28,6 +28,7 @@ from rmfx.ir.kinds import aten, overloads
 from .calls import arguments_of
 
 Labels = tuple[str, ...]
+LETTERS = string.ascii_uppercase + string.ascii_lowercase
 SUMMED = "summed"  # the label of a dimension that has one size in all operands
 Rank = Callable[[fx.Node], int]
 
@@ -201,12 +202,12 @@ def _split(part: str, before: Labels) -> Labels:
 
 
 def _written(args: Sequence[Any]) -> tuple[str, list[Any]]:
-    """`einsum(x, [0, 1], w, [2, 1], [0, 2])` with letters."""
+    """`einsum(x, [0, 1], w, [2, 1], [0, 2])` with letters, capital ones first, as torch has it."""
     operands, lists = [*args[: len(args) // 2 * 2 : 2]], [*args[1::2]]
     result = args[-1:] if len(args) % 2 else ()
 
     def word(labels: Any) -> str:
-        return "".join("..." if i is ... else string.ascii_letters[i] for i in labels)
+        return "".join("..." if i is ... else LETTERS[i] for i in labels)
 
     terms = ",".join(map(word, lists))
     return (f"{terms}->{word(result[0])}" if result else terms), operands

@@ -155,19 +155,22 @@ class Probes:
         """Made when something is asked: it loads the settings of torch's compiler."""
         return FakeTensorMode(allow_non_fake_inputs=True)
 
-    def of(self, node: fx.Node) -> Iterator[list[dict[fx.Node, Any]]]:
-        """Families of values of the nodes that a call reads, and its constants with each."""
+    def of(self, node: fx.Node) -> Iterator[Iterator[dict[fx.Node, Any]]]:
+        """Families of values of the nodes that a call reads, and its constants with each.
+
+        They are made when they are asked for, since most calls fail on the first of a family.
+        """
         data = [n for n in node.all_input_nodes if n.op != "get_attr"]
         if not data or any(gives_number(n) for n in data):
             return
         constants = {n: attribute(self._gm, n) for n in node.all_input_nodes if n.op == "get_attr"}
         kinds = list(zip(*map(types_for, data), strict=False))
         for family in families(data, self._facts):
-            yield [
+            yield (
                 {**dict(zip(data, map(self.empty, shapes, some), strict=True)), **constants}
                 for shapes in family
                 for some in kinds
-            ]
+            )
 
     def empty(self, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
         """A value that has a shape and a type, and nothing else."""

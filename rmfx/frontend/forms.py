@@ -15,6 +15,7 @@ from rmfx.ir.fillings import filling
 from rmfx.ir.kinds import ARITHMETIC, CHOICES_OF_TWO, FILLS, SELECTIONS, STACKS, SUMS, aten
 from rmfx.ir.nodes import attribute
 from rmfx.ir.notes import (
+    FOLLOWED,
     SHAPE,
     gives_number,
     set_shape,
@@ -82,9 +83,9 @@ def _as_number(gm: fx.GraphModule, value: Any) -> Any:
     if not isinstance(value, fx.Node) or value.op != "get_attr" or why_frozen(value):
         return value
     held = attribute(gm, value)
-    if not isinstance(held, Tensor) or isinstance(held, nn.Parameter) or held.is_complex():
+    if not isinstance(held, Tensor) or isinstance(held, nn.Parameter) or gm.meta.get(FOLLOWED):
         return value
-    return value if held.dim() else held.item()
+    return value if held.is_complex() or held.dim() else held.item()
 
 
 def masked_fill(gm: fx.GraphModule, node: fx.Node) -> None:

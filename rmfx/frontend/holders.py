@@ -44,11 +44,16 @@ class Names(Holder):
 
     def read(self) -> Any:
         held = self.held
+        if type(held) is dict or not dict.__len__(held):  # nearly all are
+            return dict.copy(held)
         return {key: dict.__getitem__(held, key) for key in _kind(held).__iter__(held)}
 
     def restore(self) -> None:
-        held, then, kind = self.held, self.then, _kind(self.held)
-        now = self.read()
+        held, then, now = self.held, self.then, self.read()
+        in_order = len(now) == len(then) and all(map(operator.is_, now, then))
+        if in_order and all(map(operator.is_, now.values(), then.values())):
+            return
+        kind = _kind(held)
         for key in now.keys() - then.keys():
             kind.__delitem__(held, key)
         for key, value in then.items():

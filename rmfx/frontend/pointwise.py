@@ -22,7 +22,7 @@ from rmfx.ir.facts import Inference
 from rmfx.ir.functions import is_in_place, torch_name
 from rmfx.ir.kinds import FILLED, NO_OP_CALLS, NO_OP_METHODS, aten, kind_of
 from rmfx.ir.nodes import attribute
-from rmfx.ir.notes import gives_number, type_of, why_frozen
+from rmfx.ir.notes import FOLLOWED, gives_number, type_of, why_frozen
 from rmfx.modules.activations import ChannelClamp, Composed
 
 from .dispatch import Probes, Step, families, is_open, is_pointwise, types_for
@@ -154,7 +154,7 @@ _BOUNDS: dict[OpOverload, tuple[str, str]] = {  # lower and upper one, by their 
 
 def bounded(gm: fx.GraphModule, node: fx.Node, probes: Probes) -> tuple[nn.Module, fx.Node] | None:
     """A clamp by constants, a number for each channel, and what it reads; None if it is none."""
-    if all(n.op != "get_attr" for n in node.all_input_nodes):
+    if all(n.op != "get_attr" for n in node.all_input_nodes) or gm.meta.get(FOLLOWED):
         return None
     found = probes.meaning(node, _BOUNDS.__contains__)
     if not isinstance(found, tuple) or found[0] not in _BOUNDS:

@@ -31,7 +31,7 @@ from rmfx.ir.conditions import put_conditions, take_conditions
 from rmfx.ir.converted import ConvertedModule, copy_graph
 from rmfx.ir.facts import facts_of
 from rmfx.ir.nodes import replaced_method
-from rmfx.ir.notes import SOURCE
+from rmfx.ir.notes import FOLLOWED, SOURCE
 from rmfx.ir.ranks import BY_RANK, Snapshot, assumed_ranks, demand_assumed, demand_ranks
 from rmfx.ir.threads import alone
 from rmfx.options import Inputs, as_inputs, typed
@@ -88,6 +88,7 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     graph = _graph_of(model, inputs)
     named = {n.name for n in graph.graph.nodes} if isinstance(graph, ConvertedModule) else set()
     gm = _private_copy(graph)
+    gm.meta[FOLLOWED] = not fold
     inline_bodies(gm)
     conditions = take_conditions(gm.graph)
     check_weights(gm)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from .kinds import aten, overloads
-from .notes import gives_number, why_frozen
+from .notes import gives_number, type_of, why_frozen
 from .numbers import shape_read
 
 COPIES = (torch.clone, aten.clone.default, aten.detach.default, "clone", "detach", "contiguous")
@@ -66,10 +66,29 @@ NAMES = {"size": "size", "fill_value": "number", "input": "input", "self": "inpu
 def filling(node: fx.Node) -> Filling | None:
     """What a node gives if that is one number everywhere, for finite inputs; None of others."""
     node = original(node)
+    found = None if why_frozen(node) else _asked_for(node)
+    number = None if found is None else _in_type(found.number, node)
+    return None if found is None or number is None else replace(found, number=number)
+
+
+def _in_type(number: float, node: fx.Node) -> float | None:
+    """The number that a tensor holds which was made of one, None where that is not known.
+
+    That is 1 of 3 as a truth value, and another 0.1 in float32 than in float64.
+    """
+    kind = type_of(node)
+    if kind is None:
+        return number if number in (0, 1) else None  # which every type holds
+    held = torch.tensor(number, dtype=kind[0], device="cpu").item()
+    return float(held) if isinstance(held, (bool, float)) else held if type(held) is int else None
+
+
+def _asked_for(node: fx.Node) -> Filling | None:
+    """What a node is to give, as its arguments say."""
     if node.target in NUMBERS and node.args and type(node.args[0]) in (int, float):
-        return None if why_frozen(node) else Filling(node.args[0], None)  # type: ignore[arg-type]
+        return Filling(node.args[0], None)  # type: ignore[arg-type]
     kind = KINDS.get(node.target)
-    if kind is None or why_frozen(node):
+    if kind is None:
         return None
     given: list[Any] = [*node.args]
     by_name = {NAMES[k]: v for k, v in node.kwargs.items() if k in NAMES}

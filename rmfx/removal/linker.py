@@ -23,6 +23,7 @@ from rmfx.ir.nodes import attribute
 from rmfx.modules.activations import (
     ChannelClamp,
     ChannelPReLU,
+    Composed,
     MaskedActivation,
     channel_clamp,
     channel_prelu,
@@ -31,6 +32,7 @@ from rmfx.modules.activations import (
 from .recording import Recorder, place
 
 PRELUS = (nn.PReLU, ChannelPReLU)
+OF_TENSORS = (MaskedActivation, ChannelClamp, Composed)  # activations that may hold some
 
 
 def tensors_of(gm: nn.Module) -> dict[str, Tensor]:
@@ -101,7 +103,6 @@ class Linker:
         return made
 
     # ---- the weights ------------------------------------------------------------------------
-
     def _copy_own_code(self, used: set[fx.Node]) -> None:
         """Let the model's own operations make of its parameters what they did."""
         needed = {str(n.target) for n in self._recorder.needed(used) if n in self._source_nodes}
@@ -192,13 +193,16 @@ class Linker:
             return None
         if self._is_untouched(module, str(node.target)):
             return None
-        known = type(module) in (*CONVS, *BATCH_NORMS, *PRELUS, MaskedActivation)
+        known = type(module) in (*CONVS, *BATCH_NORMS, *PRELUS, *OF_TENSORS)
         if not known or getattr(module, "padding_mode", "zeros") != "zeros":
-            raise RmfxError(
-                f"{node.name}: a {type(module).__name__} cannot take its weights from the graph; "
-                "convert without differentiable=True"
-            )
+            raise self._cannot(node, module)
         return names
+
+    def _cannot(self, node: fx.Node, module: nn.Module) -> RmfxError:
+        return RmfxError(
+            f"{node.name}: a {type(module).__name__} cannot take its weights from the graph; "
+            "convert without differentiable=True"
+        )
 
     def _is_untouched(self, module: nn.Module, target: str) -> bool:
         """Whether a module is a mere copy of the source's."""
@@ -220,25 +224,64 @@ class Linker:
             chosen = self._graph.get_attr(mask)
             if isinstance(activation, PRELUS):
                 weight = self._weight(f"{target}.weight")
-                value = self._graph.call_function(_function(activation), (x, weight))
+                value = self._step(node, _function(activation), (x, weight))
             else:
-                self._root[target] = activation
-                own = self._graph.call_function(torch.where, (chosen, x, 1.0))  # as the module does
-                value = self._graph.call_module(target, (own,))
-            y = self._graph.call_function(torch.where, (chosen, value, y))
-        y.name, y.meta = node.name, dict(node.meta)
-        self._places[node] = y
+                own = self._step(node, torch.where, (chosen, x, 1.0))  # as the module does
+                value = self._called(target, activation, own)
+            y = self._step(node, torch.where, (chosen, value, y))
+        self._stand_for(node, y)
 
     def _copy_clamp(self, node: fx.Node, module: ChannelClamp) -> None:
-        bounds = []
-        for name, bound in (("low", module.low), ("high", module.high)):
-            self._root[f"{node.target}.{name}"] = bound
-            bounds.append(self._graph.get_attr(f"{node.target}.{name}"))
-        y = self._graph.call_function(
-            channel_clamp, (self._places[node.all_input_nodes[0]], *bounds)
-        )
-        y.name, y.meta = node.name, dict(node.meta)
-        self._places[node] = y
+        bounds = [self._held(f"{node.target}.{name}") for name in ("low", "high")]
+        x = self._places[node.all_input_nodes[0]]
+        self._stand_for(node, self._step(node, channel_clamp, (x, *bounds)))
+
+    def _called(self, target: str, activation: nn.Module, x: fx.Node) -> fx.Node:
+        """What an activation gives, with the tensors that it reads as they are at a call."""
+        if not isinstance(activation, Composed):
+            self._root[target] = activation
+            return self._graph.call_module(target, (x,))
+        calls = activation.calls
+        places: dict[fx.Node, fx.Node] = {}
+        for node in calls.graph.nodes:
+            inner = f"{target}.calls.{node.target}"
+            if node.op == "placeholder":
+                places[node] = x
+            elif node.op == "get_attr":
+                places[node] = self._held(inner)
+            elif node.op == "output":
+                return places[node.all_input_nodes[0]]
+            else:
+                places[node] = self._graph.node_copy(node, places.__getitem__)
+                if node.op == "call_module":
+                    places[node].target = inner
+                    self._root[inner] = self._without_weights(calls, node, inner)
+        raise RmfxError(f"{target}: calls without a result")
+
+    def _without_weights(self, calls: fx.GraphModule, node: fx.Node, target: str) -> nn.Module:
+        """A module that an activation calls, which holds nothing that varies."""
+        module = calls.get_submodule(str(node.target))
+        names = (f"{target}.{name}" for name in tensors_of(module))
+        if any(self._recorder.varies(self._weights[name]) for name in names):
+            raise self._cannot(node, module)
+        return module
+
+    def _held(self, name: str) -> fx.Node:
+        """The node that reads a tensor of the result, which may follow from the weights."""
+        if self._recorder.varies(self._weights[name]):
+            return self._weight(name)
+        self._root[name] = self._made[name].requires_grad_(False)
+        return self._graph.get_attr(name)
+
+    def _step(self, node: fx.Node, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+        """A call on the way to what a node gives, of which it leaves the name alone."""
+        return self._graph.create_node("call_function", function, args, name=f"{node.name}_step")
+
+    def _stand_for(self, node: fx.Node, made: fx.Node) -> None:
+        """Let a node of the result be known as the one that it stands for."""
+        made._rename(node.name)
+        made.meta = dict(node.meta)
+        self._places[node] = made
 
     def _varies(self, node: fx.Node) -> bool:
         """Whether a node reads a constant that was computed from the sources."""
@@ -252,11 +295,15 @@ class Linker:
             self._places[node] = self._weight(str(node.target))
             return
         module = Calls(self._converted).module(node)
-        if isinstance(module, ChannelClamp):
+        if isinstance(module, ChannelClamp) and not self._is_known(str(node.target)):
             self._copy_clamp(node, module)
             return
         if isinstance(module, MaskedActivation) and names:
             self._copy_masked(node, module)
+            return
+        if isinstance(module, Composed) and names:
+            y = self._called(str(node.target), module, self._places[node.all_input_nodes[0]])
+            self._stand_for(node, y)
             return
         given = {name.rpartition(".")[2]: self._weight(name) for name in names or ()}
         copied = self._graph.node_copy(node, lambda n: self._places[n])

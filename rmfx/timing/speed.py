@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rmfx.errors import INSTALL_COMMAND, RmfxError
+from rmfx.errors import RmfxError, install_command
 from rmfx.options import is_number, is_whole
 
 from .runtimes import RUNTIMES, Form, Run, RuntimeFailure, as_failure, times_of, torch_threads
@@ -126,4 +126,4 @@ def ratio_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, fl
 
 def advice(absent: Sequence[str]) -> str:
     """What to install."""
-    return f"{', '.join(absent)} not installed ({INSTALL_COMMAND})"
+    return f"{', '.join(absent)} not installed ({install_command(absent)})"

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rmfx
+import rmfx.cli.doctor
 import rmfx.demo
 from rmfx.cli import main
 from rmfx.models import DigitsNet
@@ -539,6 +540,25 @@ def test_models_are_listed_as_other_commands_take_them(capsys: pytest.CaptureFix
     assert "CIFAR ResNet of `depth` layers" in capsys.readouterr().out
     assert main(["report", "rmfx.models:cifar_resnet", "--input-shape", "1,3,32,32"]) == 0
     assert "9 of 9 residual connections removed" in capsys.readouterr().out
+
+
+def test_the_doctor_lists_what_is_there_and_converts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run_json(capsys, "doctor")
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert found["failure"] == ""
+    extras = {extra["name"]: extra for extra in found["extras"]}
+    assert {"onnx", "html"} <= extras.keys()
+    assert not extras.keys() & {"dev", "docs"}
+    for extra in extras.values():
+        for package, version in extra["versions"].items():
+            assert importlib.metadata.version(package) == version
+    monkeypatch.setattr(rmfx.cli.doctor, "remove_residuals", lambda model, _: model)
+    assert main(["doctor"]) == 1
+    output = capsys.readouterr()
+    assert "it still has residual connections" in output.out
+    assert output.err.startswith("rmfx: the self-test failed: ")
 
 
 def test_help_names_every_kind_of_model(capsys: pytest.CaptureFixture[str]) -> None:

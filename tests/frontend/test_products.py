@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import assert_removed, called, ready
+from builders import Apply, assert_removed, called, ready
 from torch import Tensor, nn
 
 import rmfx
@@ -74,6 +74,10 @@ FEATURES: dict[str, tuple[Forward, list[str]]] = {
     "einsum without a result": (lambda m, x: torch.einsum("ai,ib", x, m.w), ["Linear"]),
     "einsum, weight first": (lambda m, x: torch.einsum("oi, ...i -> ...o", m.w, x), ["Linear"]),
     "einsum by lists": (lambda m, x: torch.einsum(x, [0, 1], m.w, [2, 1], [0, 2]), ["Linear"]),
+    "einsum by lists without a result": (
+        lambda m, x: torch.einsum(x, [0, 30], m.w, [1, 30]),
+        ["Linear"],
+    ),
     "einsum of a tuple": (lambda m, x: torch.einsum("bi,io->bo", (x, m.w)), ["Linear"]),
     "einsum of two weights": (
         lambda m, x: torch.einsum("bi,i,oi->bo", x, m.v, m.w),
@@ -216,6 +220,18 @@ def test_a_branch_of_it_is_removed(
         assert report.removed, str(report)
         assert not report.adds_left, str(report)
         assert_equivalent(model, gm, x)
+
+
+@pytest.mark.parametrize("labels", [(26, 1), (1, 26), (0, 51), (51, 25)])
+def test_lists_without_a_result_are_in_the_order_of_their_numbers(labels: tuple[int, int]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return torch.einsum(x, [labels[0], 30], m.w, [labels[1], 30])
+
+    model, x = ready(Apply(forward, w=nn.Parameter(torch.randn(5, 4)))), tensor(3, 4)
+    gm = rmfx.trace(model, x)
+    assert "Linear" in called(gm)
+    assert gm(x).shape == model(x).shape
+    assert_equivalent(model, gm, x)
 
 
 @pytest.mark.parametrize("name", ["@", "mm", "addmm", "addmm with factors"])

@@ -304,7 +304,7 @@ def test_hooks_of_all_modules_are_refused() -> None:
     model = ready(Residual(conv_branch()))
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
     try:
-        with pytest.raises(rmfx.TraceError, match="hooks"):
+        with pytest.raises(rmfx.TraceError, match="a hook for all modules"):
             rmfx.remove_residuals(model, image())
     finally:
         handle.remove()

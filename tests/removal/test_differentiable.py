@@ -449,3 +449,45 @@ def test_a_pruned_neuron_stays_pruned(kink: Any, shape: tuple[int, ...]) -> None
     linked = rmfx.remove_residuals(model, x, differentiable=True)
     assert rmfx.report(linked).removed == 1
     assert_same_gradients(model, linked, (x,))
+
+
+# ---- activations that hold tensors ---------------------------------------------------------------
+OF_TENSORS: dict[str, tuple[Any, Any]] = {
+    "a bound": (lambda m, y: torch.clamp(y, min=m.q), ()),
+    "a bound per channel": (lambda m, y: torch.clamp(y, min=m.q), (4, 1, 1)),
+    "a power": (lambda m, y: (torch.relu(y) + 0.1) ** m.q, ()),
+    "a threshold": (lambda m, y: y * (y > m.q), ()),
+    "a fill": (lambda m, y: y.masked_fill(y < 0, m.q), ()),
+    "a blend": (lambda m, y: torch.lerp(y, y.sin(), m.q), ()),
+    "a blend by what is computed": (lambda m, y: torch.lerp(y, y.sin(), m.q * m.q), ()),
+    "a slope, of a node that is called where": (lambda m, y: torch.where(y > 0, y, m.q * y), ()),
+}
+
+
+@pytest.mark.parametrize("name", OF_TENSORS)
+@pytest.mark.parametrize("made", [nn.Parameter, nn.Buffer])
+def test_activations_read_their_tensors_as_they_are(name: str, made: Any) -> None:
+    activation, shape = OF_TENSORS[name]
+    q = made(torch.rand(shape, generator=torch.Generator().manual_seed(1)) / 2 + 0.2)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.c(torch.relu(x + m.b(activation(m, m.a(x)))))
+
+    model = ready(Apply(forward, a=conv(), b=conv(), c=conv(), q=q))
+    linked = rmfx.remove_residuals(model, image(), differentiable=True)
+    report = rmfx.report(linked)
+    assert report.removed == (not shape), str(report)  # bounds per channel are weights, too
+    for _ in range(2):
+        assert_equivalent(model, linked, image())
+        assert_same_gradients(model, linked, (image(3, 4, 7, 8),))
+        with torch.no_grad():
+            model.q.add_(0.1)
+            model.a.weight.mul_(0.9)
+
+
+def test_bounds_per_channel_of_a_result_follow_it() -> None:
+    model = ready(chain(Residual(basic_branch(act=nn.ReLU6())), Residual(basic_branch())))
+    plain = rmfx.remove_residuals(model, image())
+    assert any("low" in name for name, _ in plain.named_buffers())
+    linked = rmfx.remove_residuals(plain, image(), differentiable=True)
+    assert_equivalent(model, linked, image())

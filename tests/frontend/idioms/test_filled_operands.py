@@ -46,6 +46,28 @@ def test_a_number_takes_their_place(name: str) -> None:
         assert torch.equal(trace(model, (x,))(inputs), model(inputs))
 
 
+# What a tensor holds is the number in its own type: 1 of 1.7, True of 3, another 0.1 in float16.
+ROUNDED: dict[str, Function] = {
+    "a product by whole numbers": lambda m, x: (
+        m.a(x) * x.new_full((1, 1, 1), 1.7, dtype=torch.int64)
+    ),
+    "a product by a truth value": lambda m, x: m.a(x) * (x > 0).new_full((1, 1, 1), 3),
+    "a sum in half": lambda m, x: m.a(x) + x.new_full((1,), 0.1, dtype=torch.float16),
+    "a choice": lambda m, x: torch.where(x > 0, m.a(x), x.new_full((), 1.7, dtype=torch.int64)),
+    "a fill": lambda m, x: m.a(x).masked_fill(x < 0, x.new_full((), -1.7, dtype=torch.int64)),
+    "channels": lambda m, x: torch.cat([torch.full_like(x, 0.7, dtype=torch.long), m.a(x)], 1),
+    "a tensor of float32": lambda m, x: m.a(x) * torch.full((1, 1, 1), 0.1, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("given", [True, False])
+def test_a_number_is_what_its_type_holds(name: str, given: bool) -> None:
+    model, x = net(ROUNDED[name]).double(), image(2, 4, 9, dtype=torch.float64)
+    made = trace(model, (x,) if given else None)
+    torch.testing.assert_close(made(x), model(x), rtol=1e-14, atol=1e-14)
+
+
 def test_without_example_inputs_the_layers_tell() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         total = torch.zeros_like(m.a(x))
