@@ -7,6 +7,7 @@ PyTorch's dispatcher is written down. What holds for each of these runs is taken
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,17 +22,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rmfx.ir.callees import Calls
 from rmfx.ir.facts import Inference
 from rmfx.ir.functions import WRITING, is_torchs
 from rmfx.ir.kinds import overloads
 from rmfx.ir.nodes import attribute, run_node
 from rmfx.ir.notes import gives_container, gives_number, shape_of, type_of, why_frozen
 from rmfx.ir.open_sizes import coprime_sizes
+from rmfx.ir.own_types import OwnTypes
 from rmfx.ir.threads import FAKES, without_logs, without_warnings
 
 ABOVE = (10, 28)  # sizes of a value are primes above one number, then above the other
 RANKS = (2, 3, 4)
 MOST_DIMS = 6
+OTHER_TYPES = (torch.float16, torch.float32, torch.float64, torch.uint8)
 QUESTIONS = ("prim",)  # operators that ask a tensor about itself
 Shape = tuple[int, ...]
 Known = Callable[[OpOverload], Any]
@@ -149,13 +153,16 @@ class Probes:
     def __init__(self, gm: fx.GraphModule, facts: Inference) -> None:
         self._gm, self._facts = gm, facts
         self._ran: dict[tuple[fx.Node, Any], list[Run]] = {}  # of calls as they are
+        self._has_own_type = OwnTypes(Calls(gm))
 
     @cached_property
     def _mode(self) -> FakeTensorMode:
         """Made when something is asked: it loads the settings of torch's compiler."""
         return FakeTensorMode(allow_non_fake_inputs=True)
 
-    def of(self, node: fx.Node) -> Iterator[Iterator[dict[fx.Node, Any]]]:
+    def of(
+        self, node: fx.Node, types: Callable[[fx.Node], Sequence[torch.dtype]] = types_for
+    ) -> Iterator[Iterator[dict[fx.Node, Any]]]:
         """Families of values of the nodes that a call reads, and its constants with each.
 
         They are made when they are asked for, since most calls fail on the first of a family.
@@ -164,7 +171,7 @@ class Probes:
         if not data or any(gives_number(n) for n in data):
             return
         constants = {n: attribute(self._gm, n) for n in node.all_input_nodes if n.op == "get_attr"}
-        kinds = list(zip(*map(types_for, data), strict=False))
+        kinds = list(zip(*map(types, data), strict=False))
         for family in families(data, self._facts):
             yield (
                 {**dict(zip(data, map(self.empty, shapes, some), strict=True)), **constants}
@@ -201,6 +208,19 @@ class Probes:
                 return found
         return []
 
+    def _in_other_types(self, node: fx.Node) -> bool:
+        """Whether a call hands on values of the types, too, that other inputs would give it."""
+        for kind in () if all(map(self._has_own_type, node.all_input_nodes)) else OTHER_TYPES:
+
+            def types(n: fx.Node, kind: torch.dtype = kind) -> Sequence[torch.dtype]:
+                return types_for(n)[:1] if self._has_own_type(n) else (kind,)
+
+            for values in itertools.chain.from_iterable(self.of(node, types)):
+                ran = self.run(bool, partial(run_node, node, values, self._gm.get_submodule))
+                if ran is not None and ran[0]:
+                    return False
+        return True
+
     def meaning(self, node: fx.Node, known: Known) -> Call | fx.Node | None:
         """The one operator that a call amounts to, or the value that it gives as it is, if any.
 
@@ -211,7 +231,8 @@ class Probes:
             self._ran[call] = self._runs(node, bool)
         runs = self._ran[call]
         if runs and not any(steps for steps, *_ in runs):
-            return _handed_on(runs)
+            source = _handed_on(runs)
+            return source if source is None or self._in_other_types(node) else None
         found = _agreed(runs)
         if found is None or known(found[0]) or not is_pointwise(found[0]):
             return found

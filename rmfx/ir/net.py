@@ -30,6 +30,7 @@ from .memo import succeed
 from .nodes import data_input, must_stay
 from .notes import OF_VALUE, ORIGIN, forget, notes_of, set_shape, shape_of, why_frozen
 from .open_sizes import OpenSizes
+from .own_types import OwnTypes
 from .ranks import BY_RANK, assumed_ranks, demand_assumed, ignores_rank
 
 
@@ -80,6 +81,7 @@ class Net:
         self.without_channels = self._inference.without_channels
         self.dtype = self._inference.dtype
         self.is_real = self._inference.is_real
+        self.has_own_type = OwnTypes(self._callees)
         self._analyses: dict[type[Analysis], Analysis] = {}
         self._open = OpenSizes(gm)
         self.resized = False

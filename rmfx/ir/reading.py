@@ -71,7 +71,7 @@ def read(net: Net, node: fx.Node) -> Layer | Refusal:
         return Refusal(frozen, (node.name,))
     if node.op == "call_module":
         found = _read_module(net, node)
-    elif _keeps_values(node):
+    elif _keeps_values(net, node):
         found = Deferred(AffineConv.identity)
     elif node.op == "call_function":
         found = _read_function(net, node)
@@ -99,16 +99,18 @@ def demands_of(net: Net, nodes: Iterable[fx.Node]) -> list[Condition]:
     return [one for some in found if not isinstance(some, Refusal) for one in some]
 
 
-def _keeps_values(node: fx.Node) -> bool:
-    """`contiguous`, `to(memory_format=…)`, and a cast to the type that a value has."""
+def _keeps_values(net: Net, node: fx.Node) -> bool:
+    """`contiguous`, `to(memory_format=…)`, and a cast to the type that a value has at any call."""
     if not node.args or node.args[0] is not input_of(node):  # a weight, cast to the type of x
         return False
     if node.target in CONTIGUOUS or (node.target is aten.clone.default and node.kwargs):
         return True
     if node.target == "to" and len(node.args) == 1 and set(node.kwargs) == {"memory_format"}:
         return True
-    known = all(type_of(n) is not None for n in (node, *data_read(node)))
-    return node.target in (*CASTS, *CAST_OPERATORS) and known and not _changes_type(node)
+    if node.target not in (*CASTS, *CAST_OPERATORS) or _changes_type(node):
+        return False
+    read = data_read(node)
+    return all(type_of(n) is not None for n in (node, *read)) and all(map(net.has_own_type, read))
 
 
 def _changes_type(node: fx.Node) -> bool:

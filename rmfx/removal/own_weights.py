@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from torch import fx
+from torch import fx, nn
 
 from rmfx.ir.converted import copy_graph
 from rmfx.ir.names import free_name
@@ -19,7 +19,10 @@ from rmfx.report import HeldReport
 
 
 def with_calls_apart(source: fx.GraphModule) -> fx.GraphModule:
-    """A graph in which each call of a layer with weights has a path of its own to that layer."""
+    """A graph in which each call of a layer with weights has a path of its own to that layer.
+
+    So has whatever reads one of these weights by itself: the layer may have another one there.
+    """
     seen: set[str] = set()
     again = []
     for node in source.graph.find_nodes(op="call_module"):
@@ -27,23 +30,35 @@ def with_calls_apart(source: fx.GraphModule) -> fx.GraphModule:
         if target in seen and any(True for _ in source.get_submodule(target).parameters()):
             again.append(node.name)
         seen.add(target)
-    if not again:
+    read = source.graph.find_nodes(op="get_attr")
+    inside = [n.name for n in read if str(n.target).rpartition(".")[0] in seen]
+    if not again and not inside:
         return source
     gm = fx.GraphModule(source, copy_graph(source), type(source).__name__)
     gm.meta = dict(source.meta)
-    for node in gm.graph.find_nodes(op="call_module"):
+    for node in gm.graph.nodes:
+        target = str(node.target)
         if node.name in again:
-            path = free_name(gm, str(node.target), set())
-            gm.set_submodule(path, gm.get_submodule(str(node.target)))
-            node.target = path
+            node.target = free_name(gm, target, set())
+            gm.set_submodule(node.target, gm.get_submodule(target))
+        elif node.name in inside:
+            value = attribute(gm, node)
+            if isinstance(value, nn.Parameter):
+                node.target = free_name(gm, target.replace(".", "_"), set())
+                gm.register_parameter(node.target, value)
     gm.recompile()
     return gm
 
 
 def with_one_path(gm: fx.GraphModule) -> None:
-    """Let the calls that still share a layer reach it by one path again."""
+    """Let the calls that still share a layer, and readers of its weights, use one path again."""
     first: dict[int, str] = {}
     changed = False
+    paths = {id(p): path for path, p in gm.named_parameters() if "." in path}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        target = paths.get(id(attribute(gm, node)), str(node.target))
+        changed = changed or node.target != target
+        node.target = target
     for node in gm.graph.find_nodes(op="call_module"):
         target = first.setdefault(id(gm.get_submodule(str(node.target))), str(node.target))
         changed = changed or node.target != target
