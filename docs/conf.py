@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from _site import api, command_line, docstrings, gallery, mirrored  # noqa: E402
+from _site import api, command_line, gallery, mirrored  # noqa: E402
 
 import rmfx  # noqa: E402
 
@@ -24,6 +24,7 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "_site.docstrings",  # between the two: what they do to docstrings runs in this order
     "sphinx_autodoc_typehints",
     "sphinx_copybutton",
 ]
@@ -32,11 +33,7 @@ exclude_patterns = ["_site"]
 # ---- pages --------------------------------------------------------------------------------------
 myst_heading_anchors = 4  # links to headings as a code host has them
 myst_enable_extensions = ["deflist"]
-smartquotes = False  # "auto" is code
-suppress_warnings = [
-    "sphinx_autodoc_typehints.forward_reference",  # names that hypothesis' decorators hide
-    "myst.header",  # a page of results may begin with a small heading
-]
+smartquotes_action = "D"  # dashes alone: "auto" is code
 
 # ---- the API ------------------------------------------------------------------------------------
 python_use_unqualified_type_names = True
@@ -70,6 +67,4 @@ def setup(app: Sphinx) -> dict[str, Any]:
     command_line.write(made)
     api.write(made)
     app.connect("source-read", mirrored.follow)
-    app.connect("autodoc-process-docstring", docstrings.to_rst, priority=400)
-    app.connect("autodoc-process-docstring", docstrings.split_lines, priority=499)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -18,6 +18,14 @@ _ENTRY = re.compile(r" {4}(\w+(?:, \w+)*): (.*)")
 _INITIAL = re.compile(r"(^\s*|: )([A-Za-z0-9])\.(?=\s|$)")
 
 
+def setup(app: Any) -> dict[str, Any]:
+    """Sphinx's way to load an extension."""
+    app.connect("autodoc-process-docstring", to_rst, priority=400)  # before napoleon, which has 500
+    app.connect("autodoc-process-docstring", split_lines)
+    resolve_names()
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
 def to_rst(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Sphinx's event for a docstring, which is changed in place before napoleon reads it."""
     lines[:] = as_rst(lines)
@@ -104,6 +112,17 @@ def _linked(code: str) -> str:
     name = code.removesuffix("()")
     aim = public_names().get(name)
     return f":py:obj:`{code} <{aim}>`" if aim else f"``{code}``"
+
+
+def resolve_names() -> None:
+    """Give functions that a decorator has made the types which their own module knows by name."""
+    for path in public_names().values():
+        module, _, name = path.rpartition(".")
+        value = getattr(importlib.import_module(module), name)
+        if inspect.isfunction(value) and "ForwardRef" in str(value.__annotations__):
+            known = vars(importlib.import_module(value.__module__))
+            value.__annotations__ = get_type_hints(value, known)
+            inspect.unwrap(value).__annotations__ = value.__annotations__
 
 
 @cache
