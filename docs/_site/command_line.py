@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rmfx.cli.arguments import make_parser
 
@@ -49,7 +50,7 @@ def page() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _subcommands(parser: argparse.ArgumentParser) -> argparse._SubParsersAction:
+def _subcommands(parser: argparse.ArgumentParser) -> argparse._SubParsersAction[Any]:
     (found,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return found
 
@@ -57,7 +58,7 @@ def _subcommands(parser: argparse.ArgumentParser) -> argparse._SubParsersAction:
 def _usage(parser: argparse.ArgumentParser) -> str:
     """The usage, as wide as code on the page is, whatever the terminal is."""
     kept = parser.formatter_class
-    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=76)  # type: ignore
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=76)
     try:
         return parser.format_usage()
     finally:
