@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from _site import api, command_line, gallery, mirrored
@@ -78,6 +79,19 @@ def test_links_out_of_docs_lead_to_the_copies_on_the_site() -> None:
     copy = mirrored.MADE / "contributing.md"
     made = mirrored.relinked("[x](docs/one_block.md)", ROOT / "CONTRIBUTING.md", copy)
     assert made == "[x](../one_block.md)"
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("drawings/*.svg")), ids=lambda path: path.name)
+def test_drawings_are_shown_and_can_be_read(path: Path) -> None:
+    """On a ground of their own, in letters of 12 px or more, no wider than a telephone."""
+    assert any(f"(drawings/{path.name})" in page.read_text() for page in DOCS.glob("*.md"))
+    root = ElementTree.parse(path).getroot()
+    assert int(root.attrib["width"]) <= 358
+    assert root.findtext("{*}title")
+    style = str(root.findtext("{*}style"))
+    assert min(map(int, re.findall(r"(\d+)px", style))) >= 12
+    assert "prefers-color-scheme: dark" in style
+    assert root.find("{*}rect[@class='back']") is not None
 
 
 def test_docstrings_become_what_sphinx_reads() -> None:
