@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ import rmfx  # noqa: E402
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
+
+# It calls what Sphinx 10 will not have, and says so at every name.
+warnings.filterwarnings("ignore", module=r"sphinx_autodoc_typehints\.")
 
 project, author = "rmfx", "the rmfx authors"
 copyright = "the rmfx authors; Apache-2.0"
