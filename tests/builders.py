@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,38 @@ def shapes(model: fx.GraphModule) -> list[tuple[int, ...]]:
 def python_blocks(page: Path) -> list[str]:
     """The Python code that stands in a Markdown page, block by block."""
     found: list[str] = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    return found
+
+
+@dataclass(frozen=True)
+class Block:
+    """What stands between fences in a Markdown page.
+
+    Attributes:
+        kind: its language.
+        text: without the fences.
+        line: where it begins.
+        needs: packages that a comment above it, or above one before it, says that it needs:
+            `<!-- needs: timm, captum -->`. The blocks of a page are one script.
+    """
+
+    kind: str
+    text: str
+    line: int
+    needs: tuple[str, ...]
+
+
+def fenced_blocks(page: Path) -> list[Block]:
+    """All fenced blocks of a Markdown page, in order."""
+    text, found = page.read_text(), []
+    needs: tuple[str, ...] = ()
+    pattern = r"^<!-- needs: (?P<needs>.*) -->$|^```(?P<kind>.*)\n(?P<text>(?:.*\n)*?)^```$"
+    for match in re.finditer(pattern, text, re.M):
+        if match["needs"]:
+            needs += tuple(match["needs"].split(", "))
+        else:
+            line = text.count("\n", 0, match.start()) + 1
+            found.append(Block(match["kind"], match["text"], line, needs))
     return found
 
 

@@ -1,21 +1,19 @@
-"""Relevance by captum and zennit: kept by plain networks, and the page about it."""
+"""Relevance by captum and zennit: plain networks keep it."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import Residual, basic_branch, chain, conv, python_blocks, ready
+from builders import Residual, basic_branch, chain, conv, ready
 from torch import Tensor, nn
 
 import rmfx
 
 captum = pytest.importorskip("captum.attr", reason="pip install 'rmfx[attribution]'")
 attribution = pytest.importorskip("rmfx.attribution")
-PAGES = Path(__file__).resolve().parents[2] / "docs"
 
 
 def small(act: type[nn.Module] = nn.ReLU) -> nn.Module:
@@ -102,18 +100,6 @@ def test_what_has_no_rule_is_named(photo: Tensor) -> None:
         attribution.LRP(plain)
     with pytest.raises(rmfx.NotPlainError, match="is read by"):
         attribution.LRP(small())
-
-
-@pytest.mark.bench
-@pytest.mark.filterwarnings("ignore:Input Tensor 0", "ignore:Setting forward, backward hooks")
-@pytest.mark.parametrize("page", ["attribution.md", "spiking.md"])
-def test_the_page_runs(page: str) -> None:
-    pytest.importorskip("timm" if page == "attribution.md" else "sinabs")
-    names: dict[str, Any] = {}
-    blocks = python_blocks(PAGES / page)
-    assert blocks
-    for code in blocks:
-        exec(compile(code, page, "exec"), names)
 
 
 def test_what_other_tools_left_on_a_network_is_in_nobodys_way() -> None:

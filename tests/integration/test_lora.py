@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +14,6 @@ import rmfx
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 INSTALL = "pip install peft transformers"
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "lora.md"
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES["intermediate_size"] = 24
 
@@ -114,14 +109,3 @@ def test_a_module_is_exported_on_the_way(
     assert rmfx.report(merged).removed == count, str(rmfx.report(merged))
     torch.testing.assert_close(merged(x), model(x), rtol=1e-10, atol=1e-10)
     adapted(build)  # what the library keeps classes in is as it was
-
-
-def test_the_page_runs_and_prints_what_it_says() -> None:
-    pytest.importorskip("peft", reason=INSTALL)
-    pytest.importorskip("transformers", reason=INSTALL)
-    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    (expected,) = re.findall(r"^```text\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        exec(compile(code, PAGE.name, "exec"), {"__name__": PAGE.name})
-    assert output.getvalue() == expected

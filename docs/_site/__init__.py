@@ -1,0 +1,1 @@
+"""What the site has besides the pages of docs/: pages made from the code and from results."""
