@@ -71,7 +71,7 @@ def close_carries(
         >>> [m.out_channels for m in back.children() if isinstance(m, torch.nn.Conv2d)]
         [4, 4]
     """
-    check_range(input_range)
+    check_range(input_range, example_inputs)
     if example_inputs is None:
         raise ShapeError("close_carries needs example inputs: it follows channels by their shapes")
     net = Net(trace(model, example_inputs))

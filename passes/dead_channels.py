@@ -57,7 +57,7 @@ def eliminate_dead_channels(
         >>> [m.out_channels for m in list(rmfx.eliminate_dead_channels(model).children())[::2]]
         [4, 4]
     """
-    check_range(input_range)
+    check_range(input_range, example_inputs)
     net = Net(trace(model, example_inputs))
     cleaner = Cleaner(net, PinnedRanges(net, input_range))
     cleaner.run()

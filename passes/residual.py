@@ -143,7 +143,7 @@ def remove_residuals(
         ['Conv2d', 'PReLU', 'Conv2d']
     """
     check_choice("minimise", minimise, TARGETS)
-    check_range(input_range)
+    check_range(input_range, example_inputs)
     check_policy(policy)
     options = Options(
         strict=strict,

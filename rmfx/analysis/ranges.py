@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from rmfx.algebra.activation import Activation
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.blockwise import Blockwise
-from rmfx.errors import Refusal, RmfxError
+from rmfx.errors import OptionError, Refusal, RmfxError
 from rmfx.interval import INF, Interval
 from rmfx.ir.elements import Border, Deferred
 from rmfx.ir.joins import read_join
@@ -29,7 +31,7 @@ from rmfx.ir.nodes import input_of
 from rmfx.ir.notes import gives_number, why_frozen
 from rmfx.ir.reading import read, read_affine
 from rmfx.ir.selections import may_select, selected
-from rmfx.options import shown
+from rmfx.options import as_tuple, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,14 +157,28 @@ def _sloped(activation: Activation, x: Tensor) -> Tensor:
     return torch.where(x > 0, x, below)
 
 
-def check_range(input_range: Interval | None) -> None:
-    """Raise RmfxError unless it is None or (low, high)."""
+def check_range(input_range: Interval | None, inputs: Any = ()) -> None:
+    """Raise RmfxError unless it is None or (low, high), and inputs hold no numbers outside of it.
+
+    Tensors of zeros stand for their shapes.
+    """
     if input_range is None:
         return
     is_pair = isinstance(input_range, (tuple, list)) and len(input_range) == 2
     numbers = is_pair and all(isinstance(v, (int, float)) for v in input_range)
     if not numbers or not input_range[0] <= input_range[1]:
         raise RmfxError(f"input_range={shown(input_range)}: pass (low, high) with low <= high")
+    low, high = input_range
+    for x in as_tuple(inputs):
+        if not isinstance(x, Tensor) or not x.is_floating_point() or is_fake(x) or x.is_meta:
+            continue
+        if not x.any():
+            continue
+        if not bool(((low <= x) & (x <= high)).all()):
+            raise OptionError(
+                f"input_range=({low:g}, {high:g}): the example inputs hold numbers from "
+                f"{float(x.min()):g} to {float(x.max()):g}; give the range of all inputs"
+            )
 
 
 class Ranges:
