@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.export import ExportedProgram
 
@@ -28,6 +29,7 @@ def write_onnx(program: ExportedProgram, path: Path, free_batch: bool) -> None:
 
     made: Any = torch.onnx.export(program, (), verbose=False)
     model: Any = made.model
+    _lay_out(model)
     DeduplicateHashedInitializersPass()(model)
     if free_batch:
         symbol = str(model.graph.inputs[0].shape[0])
@@ -42,6 +44,19 @@ def write_onnx(program: ExportedProgram, path: Path, free_batch: bool) -> None:
     for node in model.graph.all_nodes():
         node.metadata_props.pop(STACK, None)
     made.save(path, external_data=False)
+
+
+def _lay_out(model: Any) -> None:
+    """Lay out constants that are views, as transposed weights are: hashes are of whole memory."""
+    import onnx_ir
+
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            array = value.const_value.numpy()
+            if not array.flags.c_contiguous:
+                kind = value.const_value.dtype
+                made = onnx_ir.Tensor(np.ascontiguousarray(array), dtype=kind, name=value.name)
+                value.const_value = made
 
 
 def _values(model: Any) -> Iterator[Any]:
