@@ -197,7 +197,7 @@ def test_convert_writes_a_network_without_residuals(
     text = capsys.readouterr().out
     assert "5 of 5 residual connections removed" in text
     assert "layer2.0" in text
-    assert "batches of any size" in text
+    assert "for inputs (any, 1, 28, 28)" in text
     images, labels = rmfx.demo.load_digits()
     program = torch.export.load(out).module()
     expected = rmfx.demo.load_model()(images)
@@ -238,6 +238,13 @@ def test_convert_reads_what_torch_export_saved(capsys: pytest.CaptureFixture[str
     torch.export.save(program, "residual.pt2")
     found = run_json(capsys, "convert", "residual.pt2", "-o", "plain.pt2")
     assert found["cost"]["after"]["adds"] == 0
+
+
+def test_a_program_for_one_batch_size_is_pruned(capsys: pytest.CaptureFixture[str]) -> None:
+    program = torch.export.export(rmfx.demo.load_model(), (torch.zeros(1, 1, 28, 28),))
+    torch.export.save(program, "whole.pt2")
+    assert main(["prune", "whole.pt2", "--target=0.5", "-o", "small.pt2"]) == 0
+    assert torch.export.load("small.pt2").module()(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
 
 
 def test_convert_in_float64_is_exact_to_float64(
