@@ -36,7 +36,7 @@ from rmfx.modules.copies import copied_model
 from .expressions import UnsafeFileError
 from .programs import check_program
 from .source_lines import described
-from .tensors import LoadError, read_tensors
+from .tensors import LoadError, check_kept, read_tensors
 
 _IMAGE = (1, 3, 224, 224)
 _VIDEO = (1, 3, 16, 112, 112)
@@ -176,6 +176,7 @@ def _load_program(path: Path) -> LoadedModel:
 
 def _read_program(path: Path) -> ExportedProgram:
     try:
+        check_kept(path)
         # One open file: what is read is what was checked, whatever comes to lie at the path.
         with path.open("rb") as file:
             check_program(file)
