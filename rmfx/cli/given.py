@@ -18,7 +18,7 @@ from rmfx.files.example_inputs import as_types, load_inputs, takes
 from rmfx.files.loading import LoadedModel, load_model, named_object
 from rmfx.files.saving import as_function
 from rmfx.files.source_lines import described
-from rmfx.options import as_tuple
+from rmfx.options import as_tuple, with_article
 
 from .arguments import UsageError
 
@@ -196,7 +196,7 @@ def _called(name: str, *, pairs: bool) -> list[Any]:
     """What a function of the caller's gives, as batches."""
     function = named_object(name)
     if not callable(function):
-        raise RmfxError(f"{name} is a {type(function).__name__}, not a function")
+        raise RmfxError(f"{name} is {with_article(function)}, not a function")
     try:
         made = function()
         check_batches(f"{name}()", made, pairs=pairs)

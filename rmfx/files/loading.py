@@ -32,6 +32,7 @@ from torch.export import ExportedProgram
 
 from rmfx.errors import first_line
 from rmfx.modules.copies import copied_model
+from rmfx.options import with_article
 
 from .expressions import UnsafeFileError
 from .programs import check_program
@@ -266,7 +267,7 @@ def _call_factory(module_name: str, attribute: str) -> tuple[nn.Module, tuple[in
     if isinstance(found, nn.Module):
         return copied_model(found), _own_size(found)
     if not callable(found):
-        raise LoadError(f"{text} is a {type(found).__name__}, neither a module nor a function")
+        raise LoadError(f"{text} is {with_article(found)}, neither a module nor a function")
     model = _call(found, text)
     return model, _own_size(model)
 
@@ -277,6 +278,6 @@ def _call(factory: Callable[[], object], text: str) -> nn.Module:
     except (Exception, SystemExit) as error:
         raise LoadError(f"{text}() raised {described(error)}") from error
     if not isinstance(model, nn.Module):
-        raise LoadError(f"{text}() gave a {type(model).__name__}, not a torch.nn.Module")
+        raise LoadError(f"{text}() gave {with_article(model)}, not a torch.nn.Module")
     # The factory may hand out one object again and again; the caller's eval() must not reach it.
     return copied_model(model)

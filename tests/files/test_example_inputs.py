@@ -94,7 +94,7 @@ class _Attack:
         ([], "holds 0 tensors, where"),
         ({}, "holds 0 tensors, where"),
         ({"ids": "text"}, "ids is a str, no tensor"),
-        ([IDS, 3], "number 2 is a int, no tensor"),
+        ([IDS, 3], "number 2 is an int, no tensor"),
         ({"ids": [IDS]}, "ids is a list, no tensor"),
         ("text", "holds a str; store a tensor"),
         (3.0, "holds a float; store a tensor"),
