@@ -41,6 +41,9 @@ from .tensors import LoadError, check_kept, read_tensors
 
 _IMAGE = (1, 3, 224, 224)
 _VIDEO = (1, 3, 16, 112, 112)
+_STATES = (".pt", ".pth", ".tar", ".ckpt", ".bin", ".safetensors", ".npz", ".pkl")
+_SOURCES = {"torchvision": "torchvision.models", "timm": "timm"}  # where their lists are
+_WAYS = "write torchvision:NAME, timm:NAME, package.module:factory or a file that ends in .pt2"
 _DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
@@ -93,10 +96,9 @@ def load_model(
         return _load_program(Path(text))
     kind, colon, name = text.partition(":")
     if not (kind and colon and name):
-        raise LoadError(
-            f"{text!r} names no model: write torchvision:NAME, timm:NAME, module:factory or a file"
-            " that ends in .pt2"
-        )
+        raise LoadError(_no_model(text))
+    if kind.endswith(".py") or "/" in kind:
+        raise LoadError(f"{text} names a file: write {_module_of(kind)}:{name}")
     load = {"torchvision": _load_torchvision, "timm": _load_timm}.get(kind)
     model, shape = load(name) if load else _call_factory(kind, name)
     if weights is not None:
@@ -108,6 +110,46 @@ def load_model(
     if shape is None:
         return loaded
     return replace(loaded, inputs=(torch.zeros(shape, dtype=loaded.dtype),))
+
+
+def _no_model(text: str) -> str:
+    """Why a text without a colon names no model, and what to write instead."""
+    suffix = Path(text).suffix.lower()
+    if suffix in _STATES:
+        return (
+            f"{text} may hold weights, but no model: write package.module:factory, a function that"
+            " returns the model, and give the file to --weights"
+        )
+    if suffix == ".onnx":
+        return f"{text}: .onnx files are written, not read; name the model it was made of"
+    if text and Path(text).is_dir():
+        return f"{text} is a folder: {_WAYS}"
+    if suffix == ".py":
+        return f"{text} holds code: write {_module_of(text)}:factory"
+    return f"{text!r} names no model: {_suggest_source(text) or _WAYS}"
+
+
+def _module_of(path: str) -> str:
+    """The name of the module that a file of code is, from the current folder."""
+    return ".".join(Path(path).with_suffix("").parts)
+
+
+def _suggest_source(name: str) -> str:
+    """What to write for an architecture that a package knows, or for a function; "" for others."""
+    found = [f"{source}:{name}" for source in _SOURCES if name and _knows(source, name)]
+    module, _, function = name.rpartition(".")
+    if not found and module and name.replace(".", "").isidentifier():
+        found = [f"{module}:{function}"]
+    return f"did you mean {' or '.join(found)}?" if found else ""
+
+
+def _knows(source: str, name: str) -> bool:
+    """Whether a package that is installed has an architecture of a name."""
+    try:
+        found = importlib.import_module(_SOURCES[source])
+    except ImportError:
+        return False
+    return name in found.list_models()
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -250,6 +292,7 @@ def named_object(text: str) -> object:
         if error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise LoadError(
                 f"there is no module {error.name!r} here or on Python's path"
+                f"{_suggest(error.name, _SOURCES)}"
             ) from error
         raise LoadError(f"{module_name} needs another module: {error}") from error
     except (Exception, SystemExit) as error:

@@ -107,6 +107,15 @@ def test_a_model_that_names_its_size_comes_with_example_inputs(here: str) -> Non
     [
         ("resnet18", "names no model"),
         (":net", "names no model"),
+        ("", "names no model: write torchvision:NAME"),
+        ("m.pt", "m.pt may hold weights, but no model: .*--weights"),
+        ("w.safetensors", "w.safetensors may hold weights, but no model: .*--weights"),
+        ("m.onnx", ".onnx files are written, not read"),
+        (".", r"\. is a folder: write torchvision:NAME"),
+        ("my/nets.py", "holds code: write my.nets:factory"),
+        ("my/nets.py:factory", "names a file: write my.nets:factory"),
+        ("my.nets.factory", "did you mean my.nets:factory"),
+        ("torchvison:resnet18", "no module 'torchvison' .*; did you mean torchvision"),
         ("no_such_package.nets:net", "no module 'no_such_package'"),
         ("rmfx.models:DigitNet", "did you mean DigitsNet"),
         ("{here}:NUMBER", "neither a module nor a function"),
@@ -118,6 +127,12 @@ def test_a_model_that_names_its_size_comes_with_example_inputs(here: str) -> Non
 def test_a_wrong_model_is_explained(text: str, message: str, here: str) -> None:
     with pytest.raises(LoadError, match=message):
         load_model(text.format(here=here))
+
+
+@pytest.mark.bench
+def test_an_architecture_alone_is_answered_with_its_packages() -> None:
+    with pytest.raises(LoadError, match=r"mean torchvision:resnet18 or timm:resnet18\?"):
+        load_model("resnet18")
 
 
 @pytest.mark.bench
