@@ -481,6 +481,21 @@ def test_what_cannot_be_done_exits_with_1_and_one_line(
     assert os.listdir(tmp_path) == []
 
 
+def test_a_program_says_for_which_inputs_it_was_exported(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    image = torch.zeros(2, 1, 28, 28)
+    for free, given, told in (
+        ({}, "3,1,28,28", "(2, 1, 28, 28)"),
+        ({0: torch.export.Dim.AUTO}, "3,2,28,28", "(any, 1, 28, 28)"),
+    ):
+        program = torch.export.export(rmfx.demo.load_model(), (image,), dynamic_shapes=(free,))
+        torch.export.save(program, "net.pt2")
+        for command in (["report"], ["convert", "-o", "out.pt2"]):
+            message = fails(capsys, *command, "net.pt2", "--input-shape", given)
+            assert f"the program was exported for inputs {told}; --input-shape must fit" in message
+
+
 def test_a_corrupt_weights_file_is_named(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights.write_bytes(weights.read_bytes()[:5000])
     message = fails(capsys, "convert", DIGITS, SHAPE, "--weights", str(weights), "-o", "o.pt2")
