@@ -183,7 +183,7 @@ def run_prune(options: argparse.Namespace) -> None:
             loss=torch.nn.functional.cross_entropy,
             step=step,
             of=options.of,
-            importance=options.importance or ("l2" if data is None else "taylor"),
+            importance=options.importance,
             allocation=options.allocation,
             protect=options.protect,
             multiple=options.multiple,
