@@ -28,7 +28,16 @@ from rmfx.removal.plan import plans
 from rmfx.removal.policy import Policy, check_policy
 from rmfx.removal.rule import Arrange, ResidualRule, apply_to_joins, as_one_layer, finish, joins_of
 from rmfx.removal.site import Site
-from rmfx.report import HELD_KEY, META_KEY, Report, SiteReport, Timing, report
+from rmfx.report import (
+    BRANCHES_MERGED,
+    HELD_KEY,
+    META_KEY,
+    REMOVED,
+    Report,
+    SiteReport,
+    Timing,
+    report,
+)
 from rmfx.rules.batch_norm import fold
 from rmfx.rules.linear import LinearRule
 from rmfx.rules.noop import NoopRule
@@ -100,8 +109,8 @@ def optimize(
     if len(forms) > 1:
         best, timings = _measured(forms, inputs, runtime, settings, step)
         rows = _rows(report(forms[best]), tried, timings)
-    held = forms[best].meta.get(HELD_KEY, ())
-    forms[best].meta[META_KEY] = Report(rows, timings, held=held)
+    held, effect = forms[best].meta.get(HELD_KEY, ()), report(forms[best]).effect
+    forms[best].meta[META_KEY] = Report(rows, timings, held=held, effect=effect)
     return checked("optimize", model, source, forms[best], inputs, wanted=verify, reports=True)
 
 
@@ -204,7 +213,8 @@ def _rewritten(source: fx.GraphModule, arrange: Arrange | None, policy: Policy) 
         _, refusals = apply_to_joins(net, rule)
         # Last, where it is cheaper: what the rewrites left next to another linear layer.
         apply_rule(net, LinearRule())
-    made: fx.GraphModule = finish(net, rule, refusals, joins)
+    effect = BRANCHES_MERGED if arrange is as_one_layer else REMOVED
+    made: fx.GraphModule = finish(net, rule, refusals, joins, effect=effect)
     return made
 
 

@@ -70,7 +70,7 @@ class PruningReport(Record):
         families: one for each set of filters that can go one by one.
         macs_before, macs_after: multiply-adds.
         parameters_before, parameters_after: numbers in the parameters.
-        importance, allocation: as asked for.
+        importance, allocation: as asked for, or by default.
         held: operations that no channel of what they read can leave, and why.
     """
 
@@ -116,7 +116,7 @@ def prune_channels(
     of: str | LatencyTable = "macs",
     data: Batches | None = None,
     loss: Loss = F.cross_entropy,
-    importance: str | Custom = "taylor",
+    importance: str | Custom | None = None,
     allocation: str = "uniform",
     floor: float = 0.1,
     multiple: Multiple = 1,
@@ -140,7 +140,8 @@ def prune_channels(
         loss: called with the model's output and the targets.
         importance: "taylor", "activation", "bn_scale", "l1", "l2", "geometric_median", "random"; or
             a function of the traced graph that gives a number for each output channel of layers,
-            by their paths; what it does not name counts as 0.
+            by their paths; what it does not name counts as 0. By default "taylor" with data, "l2"
+            without.
         allocation: "uniform", "global" or "search", see `rmfx.pruning.allocation`.
         floor: share of each family of filters that stays in any case; at least one filter does.
         multiple: to which the filters of a family are rounded up; or a function that gives it for
@@ -166,11 +167,13 @@ def prune_channels(
         ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)
         ... ).eval()
         >>> small, report = rmfx.prune_channels(
-        ...     model, torch.randn(1, 3, 8, 8), target=0.5, importance="l2"
+        ...     model, torch.randn(1, 3, 8, 8), target=0.5
         ... )
         >>> [m.out_channels for m in small.children() if isinstance(m, torch.nn.Conv2d)]
         [4, 4]
     """
+    if importance is None:
+        importance = "l2" if data is None else "taylor"
     options = Options(
         target, budget, of, data, loss, importance, allocation, floor, multiple, responses, seed
     )

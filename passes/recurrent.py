@@ -17,7 +17,7 @@ from rmfx.algebra.affine import CONVS, MULTIPLYING
 from rmfx.errors import OptionError, WeightError, first_line
 from rmfx.ir.undisturbed import undisturbed
 from rmfx.modules.ring import Rings
-from rmfx.options import count_of, is_named, number_of, patterns_of
+from rmfx.options import count_of, is_named, number_of, patterns_of, with_article
 from rmfx.rules.rings import check_drawable, draw, is_drawn, materialise, weight_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -120,7 +120,7 @@ def materialize(model: Model) -> Model:
 def _included(model: nn.Module, include: Any) -> dict[str, nn.Module]:
     """Layers by path, in the order of the model."""
     if not isinstance(model, nn.Module):
-        raise OptionError(f"cannot share the parameters of a {type(model).__name__}")
+        raise OptionError(f"cannot share the parameters of {with_article(model)}")
     layers = {path: m for path, m in model.named_modules() if isinstance(m, MULTIPLYING)}
     if include is None:
         convolutions = {path: m for path, m in layers.items() if isinstance(m, CONVS[1:])}

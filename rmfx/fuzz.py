@@ -26,7 +26,7 @@ from typing import Any
 
 from rmfx.choices import FRONTENDS, PASSES, STRATEGIES
 from rmfx.errors import OptionError
-from rmfx.options import check_choice, count_of, number_of
+from rmfx.options import check_choice, count_of, number_of, with_article
 from rmfx.passes.batch_norm import fold_batch_norm
 from rmfx.passes.branches import merge_branches
 from rmfx.passes.dead_channels import eliminate_dead_channels
@@ -158,5 +158,5 @@ def load_pass(name: str) -> Callable[..., Any]:
     except (ImportError, AttributeError) as error:
         raise OptionError(f"pass {name!r}: {error}") from error
     if not callable(found):
-        raise OptionError(f"pass {name!r} is a {type(found).__name__}, not a function")
+        raise OptionError(f"pass {name!r} is {with_article(found)}, not a function")
     return found  # type: ignore[no-any-return]

@@ -21,6 +21,7 @@ from typing import (
     TypeGuard,
     TypeVar,
     Union,
+    cast,
     get_args,
     get_origin,
 )
@@ -230,8 +231,25 @@ def has_arrays(inputs: Iterable[object]) -> bool:
 
 def shapes_shown(inputs: Iterable[object]) -> str:
     """Inputs as messages show them: tensors by their shapes."""
-    parts = (str(tuple(x.shape)) if isinstance(x, Tensor) else shown(x) for x in inputs)
-    return f"[{', '.join(parts)}]"
+    return f"[{', '.join(map(_shape_shown, inputs))}]"
+
+
+def _shape_shown(value: object) -> str:
+    """A tensor by its shape, whatever holds it; anything else as it is."""
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    if isinstance(value, Mapping):
+        parts = (f"{key!r}: {_shape_shown(part)}" for key, part in value.items())
+        return f"{{{', '.join(parts)}}}"
+    if type(value) in (list, tuple):
+        return shapes_shown(cast("Iterable[object]", value))
+    return shown(value)
+
+
+def with_article(value: object) -> str:
+    """The class of a value in a sentence: "an int", "a dict"."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
 
 
 def shown(value: object) -> str:

@@ -38,6 +38,8 @@ WAYS = {
     "masked": "a mask lets it by",
     "linear": "there is none to pass",
 }
+# What becomes of the sites that are "removed", as `Report.effect` says it.
+REMOVED, BRANCHES_MERGED = "residual connections removed", "sums of parallel branches merged"
 DEAR = 8.0  # times the multiply-adds, above which a report says so in words
 
 
@@ -145,12 +147,14 @@ class Report:
         timings: what `rmfx.optimize` has measured; empty otherwise.
         verification: what was compared with the original, if the pass does that.
         held: layers whose weights the result holds otherwise than the model.
+        effect: what became of the rows that are "removed", `REMOVED` or `BRANCHES_MERGED`.
     """
 
     rows: tuple[SiteReport, ...]
     timings: tuple[Timing, ...] = ()
     verification: Verification | None = None
     held: tuple[HeldReport, ...] = ()
+    effect: str = REMOVED
 
     @property
     def removed(self) -> int:
@@ -210,7 +214,7 @@ class Report:
         if not self.rows:
             return "no residual connections: the graph adds no two tensors"
         count = len(self.rows) - self.other
-        total = f"{self.removed} of {count} residual connections removed"
+        total = f"{self.removed} of {count} {self.effect}"
         total += f", {self.kept} kept by choice" if self.kept else ""
         total += f"; {self.other} other additions" if self.other else ""
         return f"{table(self.rows, _COLUMNS)}\n{legend(self.rows)}\n{total}{self._dearness()}"

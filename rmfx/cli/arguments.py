@@ -230,7 +230,7 @@ def _add_fuzz_options(parser: argparse.ArgumentParser) -> None:
     add("--pass", metavar="NAME", dest="transform", default=PASSES[0], help=_PASS_HELP % passes)
     add("--frontend", choices=FRONTENDS, default=FRONTENDS[0], help="how the networks are held")
     ways = f"how carries pass activations: auto, relu, random, or some of {','.join(STRATEGIES)}"
-    add("--activation", metavar="WAYS", type=_parse_ways, default="auto", help=ways)
+    add("--activation", metavar="WAYS", type=_parse_ways_to_try, default="auto", help=ways)
     text = "draw no more networks after so many"
     add("--time", metavar="SECONDS", type=_parse_number, help=text)
 
@@ -312,13 +312,25 @@ def _parse_list(text: str, kind: type[N], what: str, most: float = math.inf) -> 
 
 
 def _parse_ways(text: str) -> str | tuple[str, ...]:
+    return _ways(text, ("auto",))
+
+
+def _parse_ways_to_try(text: str) -> str | tuple[str, ...]:
+    return _ways(text, ("auto", "random"))
+
+
+def _ways(text: str, alone: tuple[str, ...]) -> str | tuple[str, ...]:
+    """Ways to pass activations, or one of the words that stand alone."""
     names = tuple(text.split(","))
-    known = ("auto", "relu", "random", *STRATEGIES)
+    known = (*alone, "relu", *STRATEGIES)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise argparse.ArgumentTypeError(
             f"unknown: {', '.join(map(repr, unknown))}; choose from {', '.join(known)}"
         )
+    mixed = [name for name in names if name in alone and len(names) > 1]
+    if mixed:
+        raise argparse.ArgumentTypeError(f"{mixed[0]!r} stands alone, without other ways")
     return names[0] if len(names) == 1 else names
 
 

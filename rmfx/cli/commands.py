@@ -162,7 +162,7 @@ def run_convert(options: argparse.Namespace) -> None:
     head = _head(options, given, conversion)
     result = {
         "model": options.model,
-        "output": dataclasses.asdict(saved) | {"path": str(saved.path)},
+        "output": _output(saved),
         **conversion.to_dict(),
     }
     _show(options, f"{head}\n{conversion}\n\n{_describe_file(saved)}", result)
@@ -183,19 +183,22 @@ def run_prune(options: argparse.Namespace) -> None:
             loss=torch.nn.functional.cross_entropy,
             step=step,
             of=options.of,
-            importance=options.importance or ("l2" if data is None else "taylor"),
+            importance=options.importance,
             allocation=options.allocation,
             protect=options.protect,
             multiple=options.multiple,
         )
         if options.output is not None:
             step("write and check")
-            save(curve.networks[0], options.output, given.required)
+            model = given.loaded.model
+            saved = save(curve.networks[0], options.output, given.required, source=model)
     if options.plot is not None:
         with whole_file(Path(options.plot)) as path:
             draw_curve(curve, path, options.model)
-    head = given.describe(options)
-    _show(options, f"{head}\n{curve}", {"model": options.model, **curve.to_dict()})
+    text, result = f"{given.describe(options)}\n{curve}", dict[str, Any](model=options.model)
+    if options.output is not None:
+        text, result["output"] = f"{text}\n\n{_written(saved)}", _output(saved)
+    _show(options, text, result | curve.to_dict())
 
 
 def _check_pruning_files(options: argparse.Namespace) -> None:
@@ -212,10 +215,17 @@ def _check_pruning_files(options: argparse.Namespace) -> None:
         raise UsageError(f"argument --importance: {options.importance} needs --data")
 
 
+def _output(saved: SavedFile) -> dict[str, Any]:
+    return dataclasses.asdict(saved) | {"path": str(saved.path)}
+
+
+def _written(saved: SavedFile) -> str:
+    return f"Wrote {saved.path} ({saved.size / 1e6:.1f} MB, for inputs {saved.inputs})."
+
+
 def _describe_file(saved: SavedFile) -> str:
-    batch = "batches of any size" if saved.free_batch else "the batch size of the example"
     lines = [
-        f"Wrote {saved.path} ({saved.size / 1e6:.1f} MB, for {batch}).",
+        _written(saved),
         f"Loaded it and ran it on {saved.runs} inputs: it differs from the original by"
         f" {saved.error:.1e} at most (accepted up to {saved.tolerance:.0e}).",
     ]

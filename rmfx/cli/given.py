@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from rmfx.data.batches import arguments_of, check_batches, inputs_of
 from rmfx.errors import RmfxError
 from rmfx.files.example_inputs import as_types, load_inputs, takes
+from rmfx.files.free_sizes import described_shapes
 from rmfx.files.loading import LoadedModel, load_model, named_object
 from rmfx.files.saving import as_function
 from rmfx.files.source_lines import described
-from rmfx.options import as_tuple
+from rmfx.options import as_tuple, with_article
 
 from .arguments import UsageError
 
@@ -95,7 +97,7 @@ def load(options: argparse.Namespace, name: str) -> Given:
     given = Given(loaded, inputs, origin, batches)
     if inputs is not None:
         _check_range(options, inputs, origin)
-        _try(network, inputs, origin)
+        _try(network, inputs, _way_out(loaded.model, origin))
     elif types:
         raise UsageError(f"argument --input-dtype: {_WAY_OUT} as well")
     return given
@@ -140,18 +142,23 @@ def _check_range(options: argparse.Namespace, inputs: Inputs, origin: str) -> No
             )
 
 
-def _try(network: nn.Module, inputs: Inputs, origin: str) -> None:
+def _way_out(model: nn.Module | ExportedProgram, origin: str) -> str:
+    """What to do where a model fails on its inputs."""
+    if isinstance(model, ExportedProgram):
+        taken = f"the program was exported for inputs {described_shapes(model)}"
+        return f"{taken}; {origin or '--input-shape'} must fit, and --input-dtype gives other types"
+    if origin:
+        return f"{origin} must hold what it takes; --input-dtype gives other types"
+    return "give its --input-shape and --input-dtype (int64 for indices), or --inputs FILE"
+
+
+def _try(network: nn.Module, inputs: Inputs, way: str) -> None:
     """Finds out early, and says plainly, that a model does not take such inputs."""
     try:
         with torch.no_grad():
             network(*inputs)
     except Exception as error:
         shapes = ", ".join(map(_told, inputs))
-        way = (
-            f"{origin} must hold what it takes; --input-dtype gives other types"
-            if origin
-            else "give its --input-shape and --input-dtype (int64 for indices), or --inputs FILE"
-        )
         raise RmfxError(
             f"the model fails on inputs of shape {shapes} ({described(error)}); {way}"
         ) from error
@@ -196,7 +203,7 @@ def _called(name: str, *, pairs: bool) -> list[Any]:
     """What a function of the caller's gives, as batches."""
     function = named_object(name)
     if not callable(function):
-        raise RmfxError(f"{name} is a {type(function).__name__}, not a function")
+        raise RmfxError(f"{name} is {with_article(function)}, not a function")
     try:
         made = function()
         check_batches(f"{name}()", made, pairs=pairs)

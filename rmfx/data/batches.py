@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from rmfx.errors import OptionError, ShapeError, first_line
-from rmfx.options import as_tuple, shapes_shown, shown
+from rmfx.options import as_tuple, shapes_shown, shown, with_article
 
 Loss = Callable[[Any, Any], Tensor]
 Batches = Iterable[tuple[Any, Any]]
@@ -41,7 +41,7 @@ def inputs_of(batch: Any) -> Any:
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise OptionError(
-            f"data holds a {type(batch).__name__}, where batches are pairs of (inputs, targets)"
+            f"data holds {with_article(batch)}, where batches are pairs of (inputs, targets)"
         )
     if any(isinstance(x, Tensor) and not x.numel() for x in tree_leaves(batch[0])):
         raise OptionError("data holds an empty batch")

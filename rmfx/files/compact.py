@@ -26,9 +26,10 @@ from rmfx.modules.ring import FromRing
 from rmfx.options import typed
 
 from .saving import whole_file
+from .tensors import check_kept
 
 LAYOUT, CHECKSUM = "layout", "sha256"
-_DAMAGE = (OSError, SafetensorError, zlib.error, KeyError, ValueError, TypeError, RuntimeError)
+_DAMAGE = (SafetensorError, zlib.error, KeyError, ValueError, TypeError, RuntimeError)
 Layout = dict[str, list[tuple[str, list[int]]]]  # by type, names and shapes in the order of numbers
 
 
@@ -71,6 +72,7 @@ def load_compact(model: nn.Module, path: str | Path) -> None:
         RmfxError: the file is none of `save_compact`'s, is damaged, or is of another model.
     """
     try:
+        check_kept(Path(path))
         with safe_open(path, "pt") as file:
             flat = {kind: file.get_tensor(kind) for kind in file.keys()}  # noqa: SIM118
             if LAYOUT not in (file.metadata() or {}):
@@ -79,6 +81,8 @@ def load_compact(model: nn.Module, path: str | Path) -> None:
             if file.metadata()[CHECKSUM] != _checksum(flat):
                 raise ValueError("its numbers are not those that were written")
         state = dict(_parts(flat, layout))
+    except OSError as error:
+        raise RmfxError(f"{path} cannot be read: {error.strerror or error}") from error
     except _DAMAGE as error:
         raise RmfxError(f"{path} is no whole file of save_compact: {error}") from error
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rmfx.options import with_article
+
 from .tensors import LoadError, read_tensors
 
 _NUMBERED = re.compile(r"arr_\d+")
@@ -42,7 +44,7 @@ def load_inputs(path: Path, network: nn.Module) -> tuple[Tensor, ...]:
         return _by_name(path, values, network)
     if not isinstance(found, (list, tuple)):
         raise LoadError(
-            f"{path} holds a {type(found).__name__}; store a tensor, a list of them, or a dict of"
+            f"{path} holds {with_article(found)}; store a tensor, a list of them, or a dict of"
             " them by name"
         )
     tensors = tuple(_checked(path, f"number {i}", x) for i, x in enumerate(found, start=1))
@@ -89,7 +91,7 @@ def _checked(path: Path, name: str, x: object) -> Tensor:
     """A tensor that networks can be given, as a tensor of its own."""
     fault = ""
     if not isinstance(x, Tensor):
-        fault = f"is a {type(x).__name__}, no tensor"
+        fault = f"is {with_article(x)}, no tensor"
     elif x.layout is not torch.strided or x.is_quantized or x.is_meta:
         fault = "is sparse, quantised or without numbers; store an ordinary tensor"
     elif not x.numel():

@@ -25,14 +25,14 @@ class Format:
     """A kind of file.
 
     Attributes:
-        write: puts a program into a file; told whether the first dimension of its inputs is free.
+        write: puts a program into a file.
         read: a written file as a function of tensors.
         packages: those it needs besides torch.
         lacks: types of inputs with which it cannot be checked, and why.
         limit: bytes of weights, of which it holds fewer; None where it holds any number.
     """
 
-    write: Callable[[ExportedProgram, Path, bool], None]
+    write: Callable[[ExportedProgram, Path], None]
     read: Callable[[Path], Function]
     packages: tuple[str, ...] = ()
     lacks: tuple[tuple[torch.dtype, ...], str] = ((), "")
@@ -44,7 +44,7 @@ class Format:
         return [name for name in self.packages if importlib.util.find_spec(name) is None]
 
 
-def _write_program(program: ExportedProgram, path: Path, free_batch: bool) -> None:
+def _write_program(program: ExportedProgram, path: Path) -> None:
     # To memory first: where a disk is full, torch's own writer ends the whole process.
     written = io.BytesIO()
     shorten_stacks(program.graph_module)

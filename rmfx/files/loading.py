@@ -32,14 +32,18 @@ from torch.export import ExportedProgram
 
 from rmfx.errors import first_line
 from rmfx.modules.copies import copied_model
+from rmfx.options import with_article
 
 from .expressions import UnsafeFileError
 from .programs import check_program
 from .source_lines import described
-from .tensors import LoadError, read_tensors
+from .tensors import LoadError, check_kept, read_tensors
 
 _IMAGE = (1, 3, 224, 224)
 _VIDEO = (1, 3, 16, 112, 112)
+_STATES = (".pt", ".pth", ".tar", ".ckpt", ".bin", ".safetensors", ".npz", ".pkl")
+_SOURCES = {"torchvision": "torchvision.models", "timm": "timm"}  # where their lists are
+_WAYS = "write torchvision:NAME, timm:NAME, package.module:factory or a file that ends in .pt2"
 _DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
@@ -92,10 +96,9 @@ def load_model(
         return _load_program(Path(text))
     kind, colon, name = text.partition(":")
     if not (kind and colon and name):
-        raise LoadError(
-            f"{text!r} names no model: write torchvision:NAME, timm:NAME, module:factory or a file"
-            " that ends in .pt2"
-        )
+        raise LoadError(_no_model(text))
+    if kind.endswith(".py") or "/" in kind:
+        raise LoadError(f"{text} names a file: write {_module_of(kind)}:{name}")
     load = {"torchvision": _load_torchvision, "timm": _load_timm}.get(kind)
     model, shape = load(name) if load else _call_factory(kind, name)
     if weights is not None:
@@ -107,6 +110,46 @@ def load_model(
     if shape is None:
         return loaded
     return replace(loaded, inputs=(torch.zeros(shape, dtype=loaded.dtype),))
+
+
+def _no_model(text: str) -> str:
+    """Why a text without a colon names no model, and what to write instead."""
+    suffix = Path(text).suffix.lower()
+    if suffix in _STATES:
+        return (
+            f"{text} may hold weights, but no model: write package.module:factory, a function that"
+            " returns the model, and give the file to --weights"
+        )
+    if suffix == ".onnx":
+        return f"{text}: .onnx files are written, not read; name the model it was made of"
+    if text and Path(text).is_dir():
+        return f"{text} is a folder: {_WAYS}"
+    if suffix == ".py":
+        return f"{text} holds code: write {_module_of(text)}:factory"
+    return f"{text!r} names no model: {_suggest_source(text) or _WAYS}"
+
+
+def _module_of(path: str) -> str:
+    """The name of the module that a file of code is, from the current folder."""
+    return ".".join(Path(path).with_suffix("").parts)
+
+
+def _suggest_source(name: str) -> str:
+    """What to write for an architecture that a package knows, or for a function; "" for others."""
+    found = [f"{source}:{name}" for source in _SOURCES if name and _knows(source, name)]
+    module, _, function = name.rpartition(".")
+    if not found and module and name.replace(".", "").isidentifier():
+        found = [f"{module}:{function}"]
+    return f"did you mean {' or '.join(found)}?" if found else ""
+
+
+def _knows(source: str, name: str) -> bool:
+    """Whether a package that is installed has an architecture of a name."""
+    try:
+        found = importlib.import_module(_SOURCES[source])
+    except ImportError:
+        return False
+    return name in found.list_models()
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -176,6 +219,7 @@ def _load_program(path: Path) -> LoadedModel:
 
 def _read_program(path: Path) -> ExportedProgram:
     try:
+        check_kept(path)
         # One open file: what is read is what was checked, whatever comes to lie at the path.
         with path.open("rb") as file:
             check_program(file)
@@ -248,6 +292,7 @@ def named_object(text: str) -> object:
         if error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise LoadError(
                 f"there is no module {error.name!r} here or on Python's path"
+                f"{_suggest(error.name, _SOURCES)}"
             ) from error
         raise LoadError(f"{module_name} needs another module: {error}") from error
     except (Exception, SystemExit) as error:
@@ -265,7 +310,7 @@ def _call_factory(module_name: str, attribute: str) -> tuple[nn.Module, tuple[in
     if isinstance(found, nn.Module):
         return copied_model(found), _own_size(found)
     if not callable(found):
-        raise LoadError(f"{text} is a {type(found).__name__}, neither a module nor a function")
+        raise LoadError(f"{text} is {with_article(found)}, neither a module nor a function")
     model = _call(found, text)
     return model, _own_size(model)
 
@@ -276,6 +321,6 @@ def _call(factory: Callable[[], object], text: str) -> nn.Module:
     except (Exception, SystemExit) as error:
         raise LoadError(f"{text}() raised {described(error)}") from error
     if not isinstance(model, nn.Module):
-        raise LoadError(f"{text}() gave a {type(model).__name__}, not a torch.nn.Module")
+        raise LoadError(f"{text}() gave {with_article(model)}, not a torch.nn.Module")
     # The factory may hand out one object again and again; the caller's eval() must not reach it.
     return copied_model(model)

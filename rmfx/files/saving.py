@@ -20,17 +20,23 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from rmfx.errors import RmfxError, VerificationError, install_command
+from rmfx.errors import RmfxError, ShapeError, VerificationError, install_command
 from rmfx.interval import Interval
 
 from .formats import FORMATS, Format, Function
-from .trials import Trials, default_tolerance, relative_error
+from .free_sizes import described_shapes, free_batch, free_sizes, left_to_torch, takes_any_batch
+from .trials import Trials, default_tolerance, doubled, relative_error
 
 SUFFIXES = tuple(FORMATS)
+Run = tuple[Sequence[Tensor], object]  # inputs, and what a network gives for them
 
 
-# What the exporter raises for a model it cannot follow (Dynamo's errors are RuntimeErrors).
-_EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
+# What the exporter raises for a model it cannot follow (Dynamo's errors are RuntimeErrors), and
+# networks for inputs of other sizes than theirs.
+_EXPORT_ERRORS = (
+    *(RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError),
+    ShapeError,
+)
 
 
 class SaveError(RmfxError):
@@ -44,7 +50,8 @@ class SavedFile:
     Attributes:
         path: where it is.
         size: bytes.
-        free_batch: whether it takes batches of any size; otherwise that of the example inputs only.
+        free_batch: whether it takes batches of any size.
+        inputs: the shapes that it takes, in words, as `described_shapes` has them.
         runs: how many inputs it was checked on: random ones, and the example where it is not all 0.
         error: the largest relative error, max |file - original| / max |original|.
         tolerance: the error that would have been too large.
@@ -53,6 +60,7 @@ class SavedFile:
     path: Path
     size: int
     free_batch: bool
+    inputs: str
     runs: int
     error: float
     tolerance: float
@@ -96,6 +104,7 @@ def save(
     example_inputs: Sequence[Tensor],
     *,
     reference: nn.Module | ExportedProgram | None = None,
+    source: nn.Module | ExportedProgram | None = None,
     tolerance: float | None = None,
     input_range: Interval | None = None,
     samples: Sequence[Sequence[Tensor]] = (),
@@ -108,6 +117,8 @@ def save(
         example_inputs: what the network takes; the first dimension of each is the batch, which the
             file leaves free if the network allows it.
         reference: what the file must compute, by default `gm` itself.
+        source: what `gm` was made from, by default the reference. The sizes that are free in an
+            exported program are so in the file, as far as the network allows it.
         tolerance: largest relative error that is accepted, by default 1e-4 in float32.
         input_range: (low, high) of all inputs, where the network was made for such.
         samples: batches of inputs on which alone it is checked, where it was made for such.
@@ -121,25 +132,27 @@ def save(
         >>> gm = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval())
         >>> folder = tempfile.TemporaryDirectory()
         >>> saved = save(gm, Path(folder.name) / "net.pt2", (torch.zeros(1, 3, 8, 8),))
-        >>> saved.free_batch, saved.error
-        (True, 0.0)
+        >>> saved.inputs, saved.error
+        ('(any, 3, 8, 8)', 0.0)
         >>> folder.cleanup()
     """
     place = check_output(path)
-    original = as_function(gm if reference is None else reference)
+    reference = gm if reference is None else reference
+    original = as_function(reference)
     inputs = tuple(example_inputs)
     form = FORMATS[place.suffix]
     types, reason = form.lacks
     if any(x.dtype in types for x in inputs):
         raise SaveError(f"{reason}; use float32 or .pt2")
-    source = Trials(inputs, input_range, samples)
-    program, free_batch = _export(gm, original, source)
+    trials = Trials(inputs, input_range, samples)
+    program = _export(gm, original, trials, source or reference)
     limit = default_tolerance(inputs) if tolerance is None else tolerance
     with whole_file(place) as temporary:
-        _write(form, program, temporary, free_batch)
-        runs, error = _verify(original, form.read(temporary), source, free_batch, limit)
+        _write(form, program, temporary)
+        runs, error = _verify(original, form.read(temporary), trials, program, limit)
         size = temporary.stat().st_size
-    return SavedFile(place, size, free_batch, runs, error, limit)
+    free, shapes = takes_any_batch(program), described_shapes(program)
+    return SavedFile(place, size, free, shapes, runs, error, limit)
 
 
 def as_function(model: nn.Module | ExportedProgram) -> nn.Module:
@@ -178,64 +191,109 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _export(gm: fx.GraphModule, original: Function, source: Trials) -> tuple[ExportedProgram, bool]:
-    """The program to write, and whether its batch is free."""
+def _export(
+    gm: fx.GraphModule,
+    original: Function,
+    trials: Trials,
+    source: nn.Module | ExportedProgram,
+) -> ExportedProgram:
+    """The program to write, with as many free sizes as the first way that works gives."""
     # The file will hold its example inputs: random numbers, no data of the caller's.
-    example = Trials(source.inputs, source.input_range)
-    if _takes_any_batch(gm, original, source):
+    example = Trials(trials.inputs, trials.input_range)
+    if isinstance(source, ExportedProgram) and any(free := free_sizes(source)):
         # A batch of one would be taken for a constant; two stand for any number.
+        is_single = all(0 in dims for dims in free) and example.inputs[0].shape[0] == 1
+        given = tuple(example.draw(batch=2 if is_single else None))
+        with contextlib.suppress(*_EXPORT_ERRORS):
+            return torch.export.export(gm, given, dynamic_shapes=left_to_torch(given, free))
+    if _takes_any_batch(gm, original, trials):
         batched, batch = tuple(example.draw(batch=2)), Dim("batch")
         with contextlib.suppress(*_EXPORT_ERRORS):
             shapes = tuple({0: batch} for _ in batched)
-            return torch.export.export(gm, batched, dynamic_shapes=shapes), True
+            return torch.export.export(gm, batched, dynamic_shapes=shapes)
     try:
-        return torch.export.export(gm, tuple(example.draw())), False
+        return torch.export.export(gm, tuple(example.draw()))
     except _EXPORT_ERRORS as error:
         raise SaveError(f"torch.export cannot export the network: {error}") from error
 
 
-def _takes_any_batch(gm: fx.GraphModule, original: Function, source: Trials) -> bool:
+def _takes_any_batch(gm: fx.GraphModule, original: Function, trials: Trials) -> bool:
     """Whether both functions accept, and agree on, another batch than that of the inputs."""
-    inputs = source.inputs
+    inputs = trials.inputs
     if any(x.ndim < 2 for x in inputs) or len({x.shape[0] for x in inputs}) != 1:
         return False
     try:
         with torch.no_grad():
-            trial, expected = source.run(original, inputs[0].shape[0] + 1)
+            trial, expected = trials.run(original, inputs[0].shape[0] + 1)
             return relative_error(expected, gm(*trial)) <= default_tolerance(inputs)
     except (*_EXPORT_ERRORS, VerificationError):
         return False
 
 
-def _write(form: Format, program: ExportedProgram, path: Path, free_batch: bool) -> None:
+def _write(form: Format, program: ExportedProgram, path: Path) -> None:
     size = sum(value.nbytes for value in program.state_dict.values())
     if form.limit is not None and size >= form.limit:
         raise SaveError(
             f"{size / 1e9:.1f} GB of weights do not fit in one {path.suffix} file; use .pt2"
         )
     try:
-        form.write(program, path, free_batch)
+        form.write(program, path)
     except _EXPORT_ERRORS as error:
         raise SaveError(f"the network cannot be written as {path.suffix}: {error}") from error
 
 
 def _verify(
-    original: Function, written: Function, source: Trials, free_batch: bool, tolerance: float
+    original: Function,
+    written: Function,
+    trials: Trials,
+    program: ExportedProgram,
+    tolerance: float,
 ) -> tuple[int, float]:
     """On how many inputs both were run, and the largest error.
 
     Raises:
         VerificationError: it is above the tolerance, or the original gives no numbers.
     """
-    # Three batches of other numbers than zeros: as given, and where batches are free one and five.
-    sizes: list[int | None] = [None, 1, 5] if free_batch else [None] * 3
     with torch.no_grad():
-        trials = [source.run(original, batch, seed) for seed, batch in enumerate(sizes)]
-        trials += [(own, original(*own)) for own in source.own()]
-        worst = max(relative_error(expected, written(*trial)) for trial, expected in trials)
+        runs = _runs(original, trials, program)
+        worst = max(relative_error(expected, written(*given)) for given, expected in runs)
     if not worst <= tolerance:
         raise VerificationError(
             f"the written file differs from the original by {worst:.2g} (relative); at most"
             f" {tolerance:.2g} is accepted; nothing was kept"
         )
-    return len(trials), worst
+    return len(runs), worst
+
+
+def _runs(original: Function, trials: Trials, program: ExportedProgram) -> list[Run]:
+    """Inputs of all the sizes at which a file is tried, with what the original gives.
+
+    Three are of other numbers than zeros: as given, and where batches are free one and five. One
+    more is of larger sizes where others are free, if both the original and the program take them.
+    """
+    batch = free_batch(program)
+    runs: list[Run] = [trials.run(original)]
+    for seed, size in enumerate((1, 5) if batch else (None, None), 1):
+        if size is None or takes_any_batch(program):
+            runs.append(trials.run(original, size, seed))
+        else:
+            runs += _if_taken(original, program, trials, size, seed)
+    free = [[d for d in dims if not (batch and d == 0)] for dims in free_sizes(program)]
+    if any(free) and not trials.samples:
+        larger = [doubled(x, dims) for x, dims in zip(trials.inputs, free, strict=True)]
+        runs += _if_taken(original, program, Trials(larger, trials.input_range))
+    return runs + [(own, original(*own)) for own in trials.own()]
+
+
+def _if_taken(
+    original: Function,
+    program: ExportedProgram,
+    trials: Trials,
+    batch: int | None = None,
+    seed: int = 0,
+) -> Iterator[Run]:
+    """Inputs of sizes that may be too large or too small; nothing where they are."""
+    with contextlib.suppress(*_EXPORT_ERRORS, VerificationError):
+        given, expected = trials.run(original, batch, seed)
+        program.module()(*given)
+        yield given, expected

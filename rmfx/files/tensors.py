@@ -29,6 +29,9 @@ _DAMAGED = (
 )
 
 
+_ZIP, _PICKLE = b"PK", b"\x80"  # with which files of torch begin, the former ones second
+
+
 def read_tensors(path: Path) -> Any:
     """What a file holds: tensors by name, or whatever made of tensors `torch.save` was given.
 
@@ -39,20 +42,52 @@ def read_tensors(path: Path) -> Any:
         LoadError: it cannot be read, is damaged, or holds code.
     """
     try:
+        check_kept(path)
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.suffix == ".npz":
             return _arrays(path)
+        _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, *_DAMAGED) as error:
+        raise LoadError(f"{path} is {_fault(path, error)}") from error
+
+
+def check_kept(path: Path) -> None:
+    """Raise LoadError for an empty file, OSError for a folder or no file at all."""
+    with path.open("rb") as file:
+        if not file.read(1):
+            raise LoadError(f"{path} is empty")
+
+
+def _check_archive(path: Path) -> None:
+    """Raise LoadError for archives of torch's other writers, of which torch.load advises to run."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = {name.rpartition("/")[2] for name in archive.namelist()}
+    if "constants.pkl" in entries:
         raise LoadError(
-            f"{path} is damaged, or holds more than tensors (only tensors are read, never code)"
-        ) from error
-    except _DAMAGED as error:
-        kind = path.suffix[1:] or "tensor"
-        raise LoadError(f"{path} is damaged or no .{kind} file: {first_line(error)}") from error
+            f"{path} is TorchScript, which holds code; write the state of the model alone:"
+            " torch.save(torch.jit.load(path).state_dict(), other_path)"
+        )
+    if "archive_format" in entries and "data.pkl" not in entries:
+        raise LoadError(f"{path} is an exported program; let its name end in .pt2")
+
+
+def _fault(path: Path, error: Exception) -> str:
+    """What is wrong with a file that could not be read."""
+    if path.suffix in (".npz", ".safetensors"):
+        return f"damaged or no {path.suffix} file: {first_line(error)}"
+    with path.open("rb") as file:
+        begin = file.read(2)
+    if begin != _ZIP and begin[:1] != _PICKLE:
+        return "no file of torch.save"
+    if begin == _ZIP and not isinstance(error, pickle.UnpicklingError):
+        return "damaged, or a zip file of something else"
+    return "damaged, or holds more than tensors (only tensors are read, never code)"
 
 
 def _arrays(path: Path) -> dict[str, torch.Tensor]:

@@ -106,6 +106,11 @@ def _tiled(x: Tensor, batch: int) -> Tensor:
     return torch.cat([x] * -(-batch // max(x.shape[0], 1)))[:batch]
 
 
+def doubled(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """A tensor with itself behind it, in some dimensions."""
+    return x.repeat([2 if d in dims else 1 for d in range(x.ndim)]) if dims else x
+
+
 def relative_error(expected: object, found: object) -> float:
     """The largest max |found - expected| / max |expected| over all tensors of two outputs.
 

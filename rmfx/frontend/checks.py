@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import keyword
+from collections.abc import Iterator, Mapping
 
+import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -58,6 +61,31 @@ def check_hooks(model: nn.Module) -> None:
         )
 
 
+@contextlib.contextmanager
+def telling_scripts(model: nn.Module) -> Iterator[None]:
+    """Say of a model that cannot be traced which part of it is TorchScript, if one is."""
+    try:
+        yield
+    except TraceError as error:
+        for path, module in model.named_modules():
+            if is_script(module):
+                raise of_script(path or type(model).__name__) from error
+        raise
+
+
+def is_script(model: object) -> bool:
+    """Whether a model was made by `torch.jit`."""
+    return isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction))
+
+
+def of_script(name: str) -> TraceError:
+    """The error for what was made by `torch.jit`."""
+    return TraceError(
+        f"{name} is TorchScript, of which torch.fx makes no graph; pass the nn.Module that it was "
+        "made from"
+    )
+
+
 def check_packed(model: nn.Module) -> None:
     """Raise TraceError for a layer whose weights are packed integers."""
     for path, module in model.named_modules():
@@ -72,7 +100,7 @@ def check_packed(model: nn.Module) -> None:
 def check_mode(model: nn.Module) -> None:
     """Raise ModeError if a layer of `model` would behave differently in eval mode."""
     for name, module in model.named_modules():
-        if module.training and isinstance(module, MODE_DEPENDENT):
+        if isinstance(module, MODE_DEPENDENT) and module.training:
             raise ModeError(
                 f"{name or type(module).__name__} ({type(module).__name__}) is in training mode; "
                 "call model.eval() first"
@@ -172,7 +200,11 @@ def does_not_run(inputs: Inputs, error: Exception) -> ShapeError:
             "inputs are an example only; leave them out, or convert the part before"
         )
     where = line_of_caller(error)
-    hint = "; pass tensors: torch.from_numpy(array)" if has_arrays(inputs) else ""
+    hint = ""
+    if has_arrays(inputs):
+        hint = "; pass tensors: torch.from_numpy(array)"
+    elif len(inputs) == 1 and isinstance(inputs[0], Mapping):
+        hint = "; a dict is one argument: pass a tuple in the order of the arguments"
     return ShapeError(
         f"the model does not run on the example inputs {shapes_shown(inputs)}: "
         f"{first_line(error)}{where and f' ({where})'}{hint}"

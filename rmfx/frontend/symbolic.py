@@ -21,6 +21,7 @@ from rmfx.ir.nodes import replaced_method
 from rmfx.ir.notes import OWN_GRADIENT, SOURCE
 from rmfx.ir.threads import alone, for_this_thread, replaced
 from rmfx.modules.activations import OWN_ACTIVATIONS
+from rmfx.options import with_article
 
 from .draws import no_draws
 from .kept_state import State, keeps_state, unchanged
@@ -178,7 +179,7 @@ class _Tracer(fx.Tracer):
         if type(a) is OrderedDict:
             return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
         if isinstance(a, dict) and type(a) is not dict:
-            raise TraceError(f"it makes a {type(a).__name__}, of which a trace makes a dict")
+            raise TraceError(f"it makes {with_article(a)}, of which a trace makes a dict")
         return super().create_arg(a)
 
 

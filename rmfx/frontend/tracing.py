@@ -34,7 +34,7 @@ from rmfx.ir.nodes import replaced_method
 from rmfx.ir.notes import FOLLOWED, SOURCE
 from rmfx.ir.ranks import BY_RANK, Snapshot, assumed_ranks, demand_assumed, demand_ranks
 from rmfx.ir.threads import alone
-from rmfx.options import Inputs, as_inputs, typed
+from rmfx.options import Inputs, as_inputs, typed, with_article
 
 from .canonicalise import canonicalise
 from .checks import (
@@ -48,7 +48,10 @@ from .checks import (
     check_stars,
     check_weights,
     does_not_run,
+    is_script,
     note_switches,
+    of_script,
+    telling_scripts,
 )
 from .constants import fold_constants
 from .dynamo import check_in_graph, find_lifted, with_weights
@@ -174,9 +177,11 @@ def _graph_of(model: Any, inputs: Inputs | None) -> fx.GraphModule:
     """The model as a graph; what belongs to the caller is not to be written to."""
     if isinstance(model, torch.export.ExportedProgram):
         return unlifted(model)
+    if is_script(model):
+        raise of_script(type(model).__name__)
     if not isinstance(model, nn.Module):
         raise TraceError(
-            f"cannot trace a {type(model).__name__}; pass an nn.Module, a GraphModule or an "
+            f"cannot trace {with_article(model)}; pass an nn.Module, a GraphModule or an "
             "ExportedProgram"
         )
     model = _unwrapped(model)
@@ -187,7 +192,8 @@ def _graph_of(model: Any, inputs: Inputs | None) -> fx.GraphModule:
         check_hooks(model)
     check_names(model)
     if not isinstance(model, fx.GraphModule):
-        return _graph_of_module(model, inputs)
+        with telling_scripts(model):
+            return _graph_of_module(model, inputs)
     if (replaced := replaced_method(model)) is not None:
         raise TraceError(
             f"the {replaced} of this {type(model).__name__} was put in the place of its own, which "

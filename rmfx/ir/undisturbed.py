@@ -87,7 +87,10 @@ def _outline(model: nn.Module) -> tuple[list[Any], ...]:
     modules = dict(model.named_modules(remove_duplicate=False))
     graphs = [m.graph for m in modules.values() if isinstance(m, fx.GraphModule)]
     return (
-        [(name, id(m), m.training, *map(len, _hooks(m))) for name, m in modules.items()],
+        [
+            (name, id(m), getattr(m, "training", None), *map(len, _hooks(m)))
+            for name, m in modules.items()
+        ],
         [
             (name, id(t), t.requires_grad)
             for named in (model.named_parameters, model.named_buffers)

@@ -19,7 +19,7 @@ from rmfx.ir.net import Net
 from rmfx.ir.nodes import between, put_in_order
 from rmfx.ir.notes import set_type, type_of
 from rmfx.ir.reading import demands_of
-from rmfx.report import HELD_KEY, MERGED, META_KEY, HeldReport, Report, SiteReport
+from rmfx.report import HELD_KEY, MERGED, META_KEY, REMOVED, HeldReport, Report, SiteReport
 from rmfx.rules.concatenation import ConcatenationRule
 
 from .additions import told_apart, why_not_opened
@@ -278,11 +278,13 @@ def finish(
     refusals: Mapping[fx.Node, Refusal],
     joins: Sequence[str],
     copied: Iterable[HeldReport] = (),
+    effect: str = REMOVED,
 ) -> fx.GraphModule:
     """The new module, with a report on the joins.
 
     Args:
         copied: layers that share weights in the source, and not in the result.
+        effect: what became of those that are gone, as the report says it.
     """
     held = (*net.source.meta.get(HELD_KEY, ()), *copied)
     refusals = told_apart(net, refusals)
@@ -293,7 +295,8 @@ def finish(
     net.sweep()
     where = net.places()
     rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}
-    report = Report(tuple(rows[name] for name in joins if name in rows), held=held)
+    told = tuple(rows[name] for name in joins if name in rows)
+    report = Report(told, held=held, effect=effect)
     gm = net.finish({META_KEY: report, HELD_KEY: held})
     with_one_path(gm)
     return gm

@@ -197,7 +197,7 @@ def test_convert_writes_a_network_without_residuals(
     text = capsys.readouterr().out
     assert "5 of 5 residual connections removed" in text
     assert "layer2.0" in text
-    assert "batches of any size" in text
+    assert "for inputs (any, 1, 28, 28)" in text
     images, labels = rmfx.demo.load_digits()
     program = torch.export.load(out).module()
     expected = rmfx.demo.load_model()(images)
@@ -238,6 +238,13 @@ def test_convert_reads_what_torch_export_saved(capsys: pytest.CaptureFixture[str
     torch.export.save(program, "residual.pt2")
     found = run_json(capsys, "convert", "residual.pt2", "-o", "plain.pt2")
     assert found["cost"]["after"]["adds"] == 0
+
+
+def test_a_program_for_one_batch_size_is_pruned(capsys: pytest.CaptureFixture[str]) -> None:
+    program = torch.export.export(rmfx.demo.load_model(), (torch.zeros(1, 1, 28, 28),))
+    torch.export.save(program, "whole.pt2")
+    assert main(["prune", "whole.pt2", "--target=0.5", "-o", "small.pt2"]) == 0
+    assert torch.export.load("small.pt2").module()(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
 
 
 def test_convert_in_float64_is_exact_to_float64(
@@ -421,6 +428,11 @@ def test_bad_input_shapes_are_wrong_usage(capsys: pytest.CaptureFixture[str]) ->
         (["convert", DIGITS, "-o", "n.pt2", "--tolerance", "nan"], "not a number, 0 or above"),
         (["fuzz", "--time", "-1"], "not a number, 0 or above"),
         (["report", DIGITS, "--activation", "magic"], "unknown: 'magic'"),
+        (["report", DIGITS, "--activation", "gelu"], "choose from auto, relu, identity"),
+        (["report", DIGITS, "--activation", "random"], "unknown: 'random'"),
+        (["report", DIGITS, "--activation", "relu,auto"], "'auto' stands alone"),
+        (["fuzz", "--activation", "gelu"], "choose from auto, random, relu"),
+        (["fuzz", "--activation", "random,relu"], "'random' stands alone"),
         (["bench"], "required: MODEL"),
         (["bench", DIGITS, "--runtimes", "eager,abacus"], "unknown: 'abacus'"),
         (["bench", DIGITS, "--batch", "1,0"], "is not a list of sizes like 1,8"),
@@ -467,6 +479,21 @@ def test_what_cannot_be_done_exits_with_1_and_one_line(
 ) -> None:
     assert message in fails(capsys, *arguments)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_program_says_for_which_inputs_it_was_exported(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    image = torch.zeros(2, 1, 28, 28)
+    for free, given, told in (
+        ({}, "3,1,28,28", "(2, 1, 28, 28)"),
+        ({0: torch.export.Dim.AUTO}, "3,2,28,28", "(any, 1, 28, 28)"),
+    ):
+        program = torch.export.export(rmfx.demo.load_model(), (image,), dynamic_shapes=(free,))
+        torch.export.save(program, "net.pt2")
+        for command in (["report"], ["convert", "-o", "out.pt2"]):
+            message = fails(capsys, *command, "net.pt2", "--input-shape", given)
+            assert f"the program was exported for inputs {told}; --input-shape must fit" in message
 
 
 def test_a_corrupt_weights_file_is_named(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:

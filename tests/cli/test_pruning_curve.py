@@ -65,7 +65,9 @@ def test_the_file_is_the_pruned_network(tmp_path: Path, capsys: pytest.CaptureFi
     output = tmp_path / "small.pt2"
     given = ["prune", MODEL, "--input-shape", "1,1,8,8", "--target", "0.5", "-o", str(output)]
     assert main([*given, "--protect", "conv*", "--allocation", "global"]) == 0
-    assert "left" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "left" in text
+    assert "for inputs (any, 1, 8, 8))." in text
     x = torch.randn(2, 1, 8, 8)
     whole = rmfx.cost.count(load_model(), x).macs
     small: Any = torch.export.load(output)

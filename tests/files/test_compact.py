@@ -74,13 +74,17 @@ def test_a_file_that_is_damaged(tmp_path: Path) -> None:
     content = path.read_bytes()
     other_number = content[:-1] + bytes([content[-1] ^ 1])
     other_head = content[:20] + b"\0" + content[21:]
-    for damaged in (b"", content[:-4], b"x" * 100, other_head, other_number):
+    for damaged in (content[:-4], b"x" * 100, other_head, other_number):
         path.write_bytes(damaged)
         with pytest.raises(RmfxError, match="is no whole file of save_compact"):
             rmfx.load_compact(model, path)
-    for nothing in (tmp_path / "none", tmp_path):
-        with pytest.raises(RmfxError, match="is no whole file of save_compact"):
-            rmfx.load_compact(model, nothing)
+    path.write_bytes(b"")
+    with pytest.raises(RmfxError, match="model is empty"):
+        rmfx.load_compact(model, path)
+    with pytest.raises(RmfxError, match="none cannot be read: No such file or directory"):
+        rmfx.load_compact(model, tmp_path / "none")
+    with pytest.raises(RmfxError, match="cannot be read: Is a directory"):
+        rmfx.load_compact(model, tmp_path)
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(RmfxError, match="is no whole file of save_compact"):
         rmfx.load_compact(model, path)

@@ -94,7 +94,7 @@ class _Attack:
         ([], "holds 0 tensors, where"),
         ({}, "holds 0 tensors, where"),
         ({"ids": "text"}, "ids is a str, no tensor"),
-        ([IDS, 3], "number 2 is a int, no tensor"),
+        ([IDS, 3], "number 2 is an int, no tensor"),
         ({"ids": [IDS]}, "ids is a list, no tensor"),
         ("text", "holds a str; store a tensor"),
         (3.0, "holds a float; store a tensor"),
@@ -119,9 +119,15 @@ def test_damaged_and_missing_files_are_named(suffix: str, tmp_path: Path) -> Non
     path = tmp_path / f"x.{suffix}"
     with pytest.raises(LoadError, match=rf"x\.{suffix} cannot be read: No such file"):
         load_inputs(path, nn.ReLU())
-    for content in (b"", b"abc", b"PK\x03\x04 not really", b"\x00\x01\xff" * 40):
+    path.write_bytes(b"")
+    with pytest.raises(LoadError, match=rf"x\.{suffix} is empty"):
+        load_inputs(path, nn.ReLU())
+    foreign = (b"abc", b"hello", b"<html>", b"error: not found", b"\x00\x01\xff" * 40)
+    for content in (*foreign, b"PK\x03\x04 not really", b"\x80\x02"):
         path.write_bytes(content)
-        with pytest.raises(LoadError, match=rf"x\.{suffix} is damaged"):
+        is_foreign = suffix == "pt" and content in foreign
+        told = "no file of torch.save$" if is_foreign else "damaged"
+        with pytest.raises(LoadError, match=rf"x\.{suffix} is {told}"):
             load_inputs(path, nn.ReLU())
 
 

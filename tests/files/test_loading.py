@@ -107,17 +107,32 @@ def test_a_model_that_names_its_size_comes_with_example_inputs(here: str) -> Non
     [
         ("resnet18", "names no model"),
         (":net", "names no model"),
+        ("", "names no model: write torchvision:NAME"),
+        ("m.pt", "m.pt may hold weights, but no model: .*--weights"),
+        ("w.safetensors", "w.safetensors may hold weights, but no model: .*--weights"),
+        ("m.onnx", ".onnx files are written, not read"),
+        (".", r"\. is a folder: write torchvision:NAME"),
+        ("my/nets.py", "holds code: write my.nets:factory"),
+        ("my/nets.py:factory", "names a file: write my.nets:factory"),
+        ("my.nets.factory", "did you mean my.nets:factory"),
+        ("torchvison:resnet18", "no module 'torchvison' .*; did you mean torchvision"),
         ("no_such_package.nets:net", "no module 'no_such_package'"),
         ("rmfx.models:DigitNet", "did you mean DigitsNet"),
         ("{here}:NUMBER", "neither a module nor a function"),
         ("{here}:make_nothing", "gave a NoneType"),
-        ("{here}:make_trouble", "raised RuntimeError: out of paint, at .*, line "),
+        ("{here}:make_trouble", r"raised RuntimeError: out of paint, at .*, line \d+$"),
         ("missing.pt2", "there is no file missing.pt2"),
     ],
 )
 def test_a_wrong_model_is_explained(text: str, message: str, here: str) -> None:
     with pytest.raises(LoadError, match=message):
         load_model(text.format(here=here))
+
+
+@pytest.mark.bench
+def test_an_architecture_alone_is_answered_with_its_packages() -> None:
+    with pytest.raises(LoadError, match=r"mean torchvision:resnet18 or timm:resnet18\?"):
+        load_model("resnet18")
 
 
 @pytest.mark.bench
@@ -171,11 +186,11 @@ def test_weights_of_an_exported_program_cannot_be_replaced(tmp_path: Path) -> No
         load_model(str(tmp_path / "net.pt2"), weights="w.safetensors")
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not really"])
-def test_a_corrupt_program_is_explained(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "told"), [(b"", "empty"), (b"PK\x03\x04 no", "damaged")])
+def test_a_corrupt_program_is_explained(content: bytes, told: str, tmp_path: Path) -> None:
     path = tmp_path / "net.pt2"
     path.write_bytes(content)
-    with pytest.raises(LoadError, match=r"net\.pt2 is damaged"):
+    with pytest.raises(LoadError, match=rf"net\.pt2 is {told}"):
         load_model(str(path))
 
 
@@ -241,8 +256,23 @@ def test_a_corrupt_weights_file_is_explained(damage: object, suffix: str, tmp_pa
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     assert callable(damage)
     damage(path)
-    with pytest.raises(LoadError, match=f"weights{suffix} is damaged"):
+    told = "damaged|empty|no file of torch.save"
+    with pytest.raises(LoadError, match=rf"weights{suffix} is ({told})") as caught:
         load_weights(DigitsNet(), path)
+    assert suffix == ".safetensors" or "file: " not in str(caught.value)  # torch's own words
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_files_of_other_writers_of_torch_are_told_from_states(tmp_path: Path) -> None:
+    model, path = nn.Linear(2, 2), tmp_path / "weights.pt"
+    torch.jit.trace(model, torch.zeros(1, 2)).save(path)  # type: ignore[no-untyped-call]
+    with pytest.raises(LoadError, match="is TorchScript, which holds code; write the state"):
+        load_weights(model, path)
+    torch.export.save(torch.export.export(model, (torch.zeros(1, 2),)), tmp_path / "net.pt2")
+    (tmp_path / "net.pt2").rename(path)
+    with pytest.raises(LoadError, match=r"is an exported program; let its name end in \.pt2"):
+        load_weights(model, path)
 
 
 class _Attack:

@@ -37,6 +37,31 @@ class Clamps(nn.Module):
         return self.conv(x.clamp(self.low)).clamp(self.same)  # type: ignore[no-any-return]
 
 
+class Products(nn.Module):
+    """Layers and products whose weights the exporter transposes, one of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.weight = nn.Linear(8, 6), nn.Parameter(torch.randn(8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) @ self.weight.t() @ self.weight + x @ self.weight
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 5, 8), (2, 3, 5, 8)])
+def test_weights_that_the_exporter_transposes_are_written(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, x = Products().eval(), torch.randn(7, *shape[1:])
+    saved = save(fx.symbolic_trace(model), tmp_path / "net.onnx", (torch.zeros(shape),))
+    assert saved.free_batch
+    session = onnxruntime.InferenceSession(saved.path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach())
+
+
 def test_an_onnx_file_holds_the_network_and_nothing_else(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.export import Dim
 
+import rmfx
+from rmfx.files.formats import FORMATS
 from rmfx.files.saving import (
     SaveError,
     VerificationError,
@@ -76,6 +79,57 @@ def test_a_network_for_one_batch_size_is_written_for_that_size(tmp_path: Path) -
     saved = save(fx.symbolic_trace(Reshape()), tmp_path / "net.pt2", inputs)
     assert not saved.free_batch
     assert saved.runs == 3
+
+
+ANY, UP_TO_64 = Dim.AUTO, Dim("batch", min=1, max=64)
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize(
+    ("free", "told", "others"),
+    [
+        ({}, "(2, 3, 8, 8)", []),
+        ({0: ANY}, "(any, 3, 8, 8)", [(1, 3, 8, 8)]),
+        ({0: UP_TO_64}, "(n, 3, 8, 8) with n <= 64", [(1, 3, 8, 8), (64, 3, 8, 8)]),
+        ({0: ANY, 2: ANY, 3: ANY}, "(any, 3, any, any)", [(1, 3, 9, 12), (5, 3, 8, 7)]),
+        ({2: ANY}, "(2, 3, any, 8)", [(2, 3, 5, 8)]),
+    ],
+)
+def test_sizes_that_are_free_in_a_program_stay_so(
+    free: dict[int, Any], told: str, others: list[tuple[int, ...]], suffix: str, tmp_path: Path
+) -> None:
+    if suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.PReLU(4)).eval()
+    inputs = (torch.zeros(2, 3, 8, 8),)
+    program = torch.export.export(model, inputs, dynamic_shapes=(free,))
+    gm = rmfx.remove_residuals(program, inputs)
+    for given in ({"reference": program}, {"source": program}):
+        saved = save(gm, tmp_path / f"net{suffix}", inputs, **given)
+        assert saved.inputs == told
+        assert saved.free_batch == told.startswith("(any")
+    network = FORMATS[suffix].read(saved.path)
+    for shape in others:
+        x = torch.randn(shape)
+        assert relative_error(model(x), network(x)) < 1e-6
+
+
+class EachWay(nn.Module):
+    """Adds a map to itself with height and width exchanged, and joins it with a second one."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([x + x.mT, y], 1)
+
+
+def test_sizes_that_must_agree_have_one_name(tmp_path: Path) -> None:
+    inputs = (torch.zeros(2, 3, 8, 8), torch.zeros(2, 4, 8, 8))
+    free = ({0: ANY, 2: ANY, 3: ANY}, {0: ANY, 1: ANY, 2: ANY, 3: ANY})
+    program = torch.export.export(EachWay(), inputs, dynamic_shapes=free)
+    gm = rmfx.remove_residuals(program, inputs)
+    saved = save(gm, tmp_path / "net.pt2", inputs, reference=program)
+    assert saved.inputs == "(n, 3, m, m) and (n, any, m, m)"
+    assert saved.free_batch
 
 
 def test_several_inputs_and_outputs(tmp_path: Path) -> None:

@@ -190,15 +190,37 @@ def test_what_is_no_module_is_an_error_of_rmfx(verb: Callable[..., Any], model: 
         verb(model)
 
 
+def _recorded(model: nn.Module) -> Any:
+    return torch.jit.trace(model, image(), check_trace=False)  # type: ignore[no-untyped-call]
+
+
+def _frozen(model: nn.Module) -> Any:
+    return torch.jit.freeze(torch.jit.script(model))
+
+
+def _held(model: nn.Module) -> Any:
+    return ready(Residual(torch.jit.script(model)))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_scripted_module_is_an_error_of_rmfx() -> None:
-    scripted: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
-        ready(conv_branch()), image(), check_trace=False
-    )
+@pytest.mark.parametrize("make", [_recorded, torch.jit.script, _frozen, _held])
+def test_scripted_module_is_an_error_of_rmfx(make: Callable[[nn.Module], Any]) -> None:
+    model = ready(conv_branch())
+    scripted = make(model)
     for inputs in (None, image()):
-        with pytest.raises(rmfx.TraceError):
+        with pytest.raises(rmfx.TraceError, match=r"is TorchScript, .*; pass the nn.Module"):
             rmfx.remove_residuals(scripted, inputs)
+
+
+@every_verb
+def test_a_dict_of_inputs_is_answered_with_a_tuple(verb: Callable[..., Any]) -> None:
+    model = ready(conv_branch())
+    inputs = {"x": image(), "rest": [image()]}
+    with pytest.raises(rmfx.ShapeError, match="pass a tuple in the order of the arg") as caught:
+        verb(model, inputs)
+    shape = str(tuple(image().shape))
+    assert f"[{{'x': {shape}, 'rest': [{shape}]}}]" in str(caught.value)
 
 
 def test_class_instead_of_an_instance_is_an_error_of_rmfx() -> None:

@@ -182,7 +182,9 @@ def bottleneck() -> Any:
 
 def test_a_policy_chooses() -> None:
     model, x = bottleneck(), image(1, 64, 6, 6)
-    assert len(shapes(merged(model, x))) == 1
+    whole = merged(model, x)
+    assert len(shapes(whole)) == 1
+    assert "1 of 1 sums of parallel branches merged" in str(rmfx.report(whole))
     rows = []
 
     def never(row: rmfx.SiteReport) -> bool:

@@ -52,10 +52,12 @@ def test_the_fastest_form_is_returned(best: str, pretend: Any) -> None:
     model = network()
     fast = rmfx.optimize(model, image(), policy="all")
     expected = {"folded": 2, "merged": 1, "converted": 0}
+    told = "sums of parallel branches merged" if best == "merged" else "residual connections re"
     report = rmfx.report(fast)
     assert report.adds_left == expected[best]
     assert [timing.form for timing in report.timings if timing.chosen] == [best]
     assert f"{best}: " in str(report)
+    assert f"{2 - expected[best]} of 2 {told}" in str(report)
     assert "BatchNorm2d" not in types(fast)
     for row in report.rows:
         assert row.status == "removed" or "would not pay" in row.reason

@@ -339,6 +339,14 @@ def test_means_go_into_the_running_mean_of_a_batch_norm() -> None:
     assert small.get_submodule("2").bias is None
 
 
+def test_importance_is_by_what_is_given() -> None:
+    for data, importance in ((None, "l2"), (batches(1), "taylor")):
+        _, by_default = pruned(small_net(), target=0.5, data=data)
+        _, chosen = pruned(small_net(), target=0.5, data=data, importance=importance)
+        assert by_default == chosen
+        assert by_default.importance == importance
+
+
 def test_taylor_is_the_slope_of_the_loss_towards_the_mean() -> None:
     model = small_net()
     net, widths = prepared(model, image(1, 3, 8, 8))
@@ -449,7 +457,7 @@ def test_the_table_tells_what_went() -> None:
         ({"target": 0.5, "importance": 3}, "choose from taylor"),
         ({"target": 0.5, "allocation": "fair"}, "allocation='fair'"),
         ({"target": 0.5, "floor": 2}, "floor"),
-        ({"target": 0.5}, "needs data"),
+        ({"target": 0.5, "importance": "taylor"}, "needs data"),
         ({"target": 0.5, "data": iter([])}, "iterator"),
         ({"target": 0.5, "importance": "l2", "responses": "all"}, "responses='all'"),
         ({"target": 0.5, "importance": "l2", "responses": "borders"}, "needs data"),
