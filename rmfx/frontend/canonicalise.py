@@ -45,7 +45,7 @@ from rmfx.ir.kinds import (
     is_a,
 )
 from rmfx.ir.names import name_nodes
-from rmfx.ir.nodes import MEANS, must_stay, replace_by_number
+from rmfx.ir.nodes import MEANS, must_stay, replace_by_number, two_operands
 from rmfx.ir.notes import FUNCTIONAL, VAL, gives_container, gives_number, type_of, why_frozen
 from rmfx.ir.open_sizes import OpenSizes
 from rmfx.ir.ranks import asks_for_rank
@@ -226,6 +226,10 @@ def _may_be_pointwise(node: fx.Node) -> bool:
     read = [n for n in node.all_input_nodes if n.op != "get_attr"]
     if node.target in SELECTIONS.values():
         return node.target is torch.where or len(read) == 1
+    if node.target in (torch.mul, torch.div) and len(read) == 1:
+        a, b = two_operands(node)
+        if a is b or (node.target is torch.div and b is read[0]):
+            return True  # no scale: x * x, 1 / x
     kinds = {type_of(n) for n in (node, *read)}
     differ = None not in kinds and len(kinds) > 1
     return node.target not in DIALECT or differ or forms.has_options(node)

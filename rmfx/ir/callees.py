@@ -103,7 +103,8 @@ class Callees(Calls):
         if ways_out:
             return Refusal(
                 f"module {name} computes its weights at every call; make ordinary ones of them by "
-                f"{' and '.join(ways_out)} first",
+                f"{' and '.join(ways_out)} first, or convert what torch.export.export makes of the "
+                "model",
                 (node.name,),
             )
         return None if self._may_copy else self._shared(node, module)

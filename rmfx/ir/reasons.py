@@ -40,7 +40,8 @@ OTHER: tuple[tuple[str, str], ...] = (
     (r"convtranspose", "is a transposed convolution with a stride: it puts zeros between values"),
     (r"pixelshuffle|pixelunshuffle", "moves channels into space or back"),
     (r"permute|transpose|reshape|view|flatten|squeeze|roll|flip|movedim|rearrange",
-     "rearranges values, so that channels are no longer where they were"),
+     "rearranges values, so that here channels are not where they are at the fork; rearrange before"
+     " the fork and behind the sum instead"),
     (r"dropout", "is dropout in training mode"),
     (r"^(new)?(zeros|ones|full|empty)(like)?$",
      "makes a tensor that is not known to have the sizes of what it meets; write a number for it"),

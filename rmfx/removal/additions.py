@@ -28,7 +28,7 @@ from rmfx.ir.kinds import FILLED
 from rmfx.ir.laterals import laterals
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import is_tensor_node
-from rmfx.ir.notes import OF_BRANCHES, gives_container, shape_of
+from rmfx.ir.notes import OF_BRANCHES, Shape, gives_container, shape_of
 from rmfx.ir.reading import is_spatial_pool
 from rmfx.ir.reasons import operation_name, reason_for
 from rmfx.report import SiteReport
@@ -67,13 +67,19 @@ def _told(net: Net, join: fx.Node, refusal: Refusal, sources: Sources) -> Refusa
         reason = f"no residual connection: the operands come from different inputs, {found}"
         return Refusal(reason, (join.name,), apart=True)
     shapes = [shape_of(x) for x, _ in terms]
-    if None not in shapes and shapes[0] != shapes[1]:
+    if None not in shapes and _differ(*shapes):
         sizes = " and ".join("x".join("?" if n is None else str(n) for n in s) for s in shapes)
         reason = f"no residual connection: the add broadcasts, of {sizes}"
         return Refusal(reason, (join.name,), apart=True)
     if _comes_back_from_another_scale(net, terms[0][0], terms[1][0], refusal):
         return replace(refusal, reason=f"no residual connection: {refusal.reason}", apart=True)
     return refusal
+
+
+def _differ(a: Shape, b: Shape) -> bool:
+    """Whether two shapes are known to differ."""
+    known = (pair for pair in zip(a, b, strict=False) if None not in pair)
+    return len(a) != len(b) or any(m != n for m, n in known)
 
 
 def _sources(net: Net) -> Sources:

@@ -73,7 +73,7 @@ def check(net: Net, ranges: Ranges, inputs: list[Tensor], *, axis: int | None = 
         for node in net.graph.nodes:
             if node.name not in run.values or node.op == "get_attr":
                 continue
-            value, found = run.values[node.name], ranges.of(node)
+            value, found = run.values[node.name].double(), ranges.of(node)
             slack = 1e-9 * (1 + value.abs().max())
             if axis is None:
                 assert value.min() >= found.low.min() - slack, node

@@ -611,3 +611,14 @@ def test_what_fails_in_code_of_the_caller_names_its_line(capfd: pytest.CaptureFi
     with pytest.raises(rmfx.TraceError, match=rf"by values, at .*\.py, line {first + 4}"):
         rmfx.remove_residuals(Apply(decides), image())
     assert capfd.readouterr().err == ""  # torch prints what it has traced, and logs
+
+
+@pytest.mark.parametrize(
+    "verb", [rmfx.remove_residuals, rmfx.eliminate_dead_channels, rmfx.close_carries]
+)
+def test_example_inputs_outside_of_their_range_are_an_error(verb: Callable[..., Any]) -> None:
+    model = block()
+    with untouched(model), pytest.raises(rmfx.OptionError, match=r"range=\(0, 1\): the example"):
+        verb(model, image(), input_range=(0, 1))
+    verb(model, torch.zeros_like(image()), input_range=(1, 2))  # which stands for its shape
+    verb(model, image().sigmoid(), input_range=(0, 1))

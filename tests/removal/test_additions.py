@@ -140,3 +140,19 @@ def test_a_residual_connection_inside_of_a_gate_is_removed() -> None:
     model = ready(Apply(forward, block=Residual(conv_branch())))
     report = rmfx.report(rmfx.remove_residuals(model, image()))
     assert (report.removed, report.other) == (1, 0), str(report)
+
+
+def test_an_addition_of_sizes_that_are_open_is_not_told_to_broadcast() -> None:
+    """A gate between rearrangements, of which a program with open sizes knows no size."""
+
+    def gated(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).permute(0, 2, 3, 1)
+        gate = torch.sigmoid(m.l(y.mean((1, 2), keepdim=True)))
+        return x + (y * gate).permute(0, 3, 1, 2)
+
+    model, x = ready(Apply(gated, a=conv(), l=nn.Linear(4, 4))), image()
+    sizes = (dict.fromkeys(range(4), torch.export.Dim.AUTO),)
+    program = torch.export.export(model, (x,), dynamic_shapes=sizes, strict=False)
+    (row,) = rmfx.report(rmfx.remove_residuals(program, (x,))).rows
+    assert row.status in ("removed", "refused")
+    assert "broadcast" not in (row.reason or "")

@@ -21,7 +21,7 @@ from builders import (
     ready,
     snapshot,
 )
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import rmfx
 from rmfx.testing import assert_equivalent
@@ -129,3 +129,17 @@ def test_a_compiled_network_may_be_told_to_share() -> None:
         torch.compile(ready(recurrent()), backend="rmfx", options=options)(image())
     (report,) = found
     assert (report.removed, report.refused) == (1, 3)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_what_reads_a_weight_beside_its_layer_goes_on_reading_it(traced: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.c(x).type_as(m.a.weight)
+        return y + m.b(torch.relu(m.a(y)))
+
+    model = ready(Apply(forward, a=conv(), b=conv(), c=conv()))
+    gm = rmfx.remove_residuals(fx.symbolic_trace(model) if traced else model)
+    assert rmfx.report(gm).removed == 1
+    assert_equivalent(model, gm, image())
+    kept = rmfx.remove_residuals(model, image(), policy=lambda _: False)
+    assert {*dict(kept.named_parameters())} == {*dict(model.named_parameters())}
