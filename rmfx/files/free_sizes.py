@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+_VALUE = "val"  # where torch.export keeps what a node gives, in tensors without numbers
 LETTERS = "nmkpqrstuvw"  # for sizes that cannot just be called any
 _SIZE = re.compile(r"\b[a-z]\w*\b")
 _TOLD_BY_SHAPES = re.compile(r"L\S+ == \S+|L\S+ (<=|>=) \d+")
@@ -21,7 +22,7 @@ Size = int | torch.SymInt
 def shapes_of(program: ExportedProgram) -> list[tuple[Size, ...]]:
     """The shapes of the tensors that a program takes, free sizes as symbols."""
     nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    values = [nodes[name].meta.get("val") for name in program.graph_signature.user_inputs]
+    values = [nodes[name].meta.get(_VALUE) for name in program.graph_signature.user_inputs]
     return [tuple(value.shape) for value in values if isinstance(value, Tensor)]
 
 

@@ -384,7 +384,7 @@ def test_transposed_convolutions_become_modules(dims: int, forward: Callable[...
         ("mul", lambda m, x: 2 * x),
         ("mul", lambda m, x: torch.multiply(x, m.slope)),
         ("div", lambda m, x: x / 2),
-        ("div", lambda m, x: torch.true_divide(x, x)),
+        ("div", lambda m, x: torch.true_divide(x, m.slope)),
         ("neg", lambda m, x: -x),
         ("neg", lambda m, x: x.neg()),
     ],

@@ -484,7 +484,7 @@ def test_a_dict_of_a_class_of_its_own_is_not_made_a_dict() -> None:
         pass
 
     model = ready(Apply(lambda m, x: Output(y=x + m.a(torch.relu(x))), a=conv()))
-    with pytest.raises(rmfx.TraceError, match="makes a Output"):
+    with pytest.raises(rmfx.TraceError, match="makes an Output"):
         rmfx.remove_residuals(model)
 
 

@@ -118,7 +118,7 @@ def test_linear_modules_are_read_as_what_they_compute(
     [
         (lambda m, x: x * m.many, "sample to sample"),
         (lambda m, x: x * torch.sigmoid(x), "both depend on the input"),
-        (lambda m, x: 2 / x, "division by a tensor"),
+        (lambda m, x: m.c / x, "division by a tensor"),
         (lambda m, x: x * x.shape[0], "neither a number nor a real tensor"),
         (lambda m, x: x * float("inf"), "not finite"),
         (lambda m, x: x / 0, "not finite"),
