@@ -33,6 +33,8 @@ from rmfx.ir.reading import read, read_affine
 from rmfx.ir.selections import may_select, selected
 from rmfx.options import as_tuple, shown
 
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True, eq=False)
 class Range:
@@ -165,20 +167,26 @@ def check_range(input_range: Interval | None, inputs: Any = ()) -> None:
     if input_range is None:
         return
     is_pair = isinstance(input_range, (tuple, list)) and len(input_range) == 2
-    numbers = is_pair and all(isinstance(v, (int, float)) for v in input_range)
-    if not numbers or not input_range[0] <= input_range[1]:
+    if not is_pair or not all(map(_is_bound, input_range)) or not input_range[0] <= input_range[1]:
         raise RmfxError(f"input_range={shown(input_range)}: pass (low, high) with low <= high")
     low, high = input_range
     for x in as_tuple(inputs):
-        if not isinstance(x, Tensor) or not x.is_floating_point() or is_fake(x) or x.is_meta:
+        if not isinstance(x, Tensor) or x.dtype not in FLOATS or is_fake(x) or x.is_meta:
             continue
-        if not x.any():
+        if x.layout is not torch.strided or not x.any():
             continue
         if not bool(((low <= x) & (x <= high)).all()):
             raise OptionError(
                 f"input_range=({low:g}, {high:g}): the example inputs hold numbers from "
                 f"{float(x.min()):g} to {float(x.max()):g}; give the range of all inputs"
             )
+
+
+def _is_bound(value: object) -> bool:
+    """Whether a value is a number, and no whole one that is too large for a float."""
+    if not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or abs(value) <= torch.finfo(torch.float64).max
 
 
 class Ranges:

@@ -87,7 +87,9 @@ def _type_read(node: fx.Node) -> torch.dtype | None:
 def _same_type(facts: Inference, base: fx.Node, node: fx.Node) -> bool:
     """Whether two values are of one type of real numbers, as far as that is known."""
     kinds = [type_of(n) for n in (base, node)]
-    return not gives_number(base) and facts.is_real(base) and len({*kinds} - {None}) <= 1
+    # Where it is known, nothing is decided by it: the calls themselves will run.
+    is_real = kinds[0][0].is_floating_point if kinds[0] else facts.is_real(base)
+    return not gives_number(base) and is_real and len({*kinds} - {None}) <= 1
 
 
 def _cut_out(

@@ -27,11 +27,13 @@ from rmfx.frontend.idioms.border_fill import pad_before
 from rmfx.frontend.idioms.crops import crop_by_numbers
 from rmfx.frontend.idioms.filled_operands import numbers_for_fillings
 from rmfx.frontend.idioms.returns import without_detours
+from rmfx.ir.callees import Calls
 from rmfx.ir.conditions import put_conditions, take_conditions
 from rmfx.ir.converted import ConvertedModule, copy_graph
 from rmfx.ir.facts import facts_of
 from rmfx.ir.nodes import replaced_method
 from rmfx.ir.notes import FOLLOWED, SOURCE
+from rmfx.ir.own_types import demand_kinds
 from rmfx.ir.ranks import BY_RANK, Snapshot, assumed_ranks, demand_assumed, demand_ranks
 from rmfx.ir.threads import alone
 from rmfx.options import Inputs, as_inputs, typed, with_article
@@ -122,6 +124,7 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
         ranks = {x.name: facts.rank(x) for x in gm.graph.find_nodes(op="placeholder")}
         demand_ranks(conditions, ranks)
         demand_assumed(gm.graph, assumed_ranks(gm.graph, facts.rank, facts.layer))
+    demand_kinds(conditions, gm.graph, Calls(gm))
     put_conditions(conditions, gm.graph)
     gm.graph.lint()
     gm.recompile()

@@ -26,7 +26,7 @@ from .kinds import ADDS, BATCH_NORMS, COMPARISONS, SCALES, SPREADING, SUBS, is_a
 from .layer_facts import Callee, channels_in, channels_out, dims_of, is_on_last, keeps_values
 from .memo import on_demand, succeed
 from .nodes import data_read
-from .notes import gives_number, shape_of, sizes_of_every_call, type_of
+from .notes import gives_number, kind_read, shape_of, sizes_of_every_call, type_of
 from .numbers import computed, size_read
 from .open_sizes import OpenSizes
 
@@ -306,7 +306,7 @@ class Inference:
         here: fx.Node | None = node
         while here is not None:
             if type_of(here) is not None:
-                found: bool = type_of(here)[0].is_floating_point
+                found: bool = kind_read(here)[0].is_floating_point
                 return found
             layer = self.layer(here)
             if any(channels_in(one) for one in (layer, *map(self.layer, here.users))):

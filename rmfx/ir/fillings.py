@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from .kinds import aten, overloads
-from .notes import gives_number, type_of, why_frozen
+from .notes import gives_number, kind_read, why_frozen
 from .numbers import shape_read
 
 COPIES = (torch.clone, aten.clone.default, aten.detach.default, "clone", "detach", "contiguous")
@@ -76,7 +76,7 @@ def _in_type(number: float, node: fx.Node) -> float | None:
 
     That is 1 of 3 as a truth value, and another 0.1 in float32 than in float64.
     """
-    kind = type_of(node)
+    kind = kind_read(node)
     if kind is None:
         return number if number in (0, 1) else None  # which every type holds
     held = torch.tensor(number, dtype=kind[0], device="cpu").item()

@@ -17,6 +17,7 @@ NUMBER = "number"  # the value is a number, a size or the like
 CONTAINER = "container"  # the value is a tuple or list of tensors
 FUNCTIONAL = "functional"  # a call in place of which one that does not write may stand
 FIRST = "first"  # the node stands for the first result of its operator
+KIND = "kind"  # something was decided because the value holds floating numbers, or none
 GIVEN = "given"  # an input of the example that is no tensor
 SOURCE = "source"  # the line of code
 OWN_GRADIENT = "own_gradient"  # where a gradient is not that of what is computed
@@ -29,6 +30,16 @@ OF_VALUE = (SHAPE, TYPE)
 ORIGIN = ("nn_module_stack", SOURCE, "stack_trace")  # where a node comes from
 NOTED = (VAL, EXAMPLE_VALUE, "tensor_meta")  # by exporting, by Dynamo and by torch.fx
 Shape = tuple[int | None, ...]
+
+
+def kind_read(node: fx.Node) -> Any:
+    """The type of a value as `type_of` tells it, where something is decided by it.
+
+    It is that of the example: who needs to know can see on the node that it was read.
+    """
+    for one in (node, *node.all_input_nodes):  # what is made like a value goes with it
+        one.meta[KIND] = True
+    return type_of(node)
 
 
 def noted(node: fx.Node) -> Any:

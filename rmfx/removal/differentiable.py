@@ -98,5 +98,7 @@ def _with_random_weights(source: fx.GraphModule, names: Collection[str]) -> fx.G
             sign = torch.randint(2, tensor.shape, generator=generator) * 2 - 1
             if not isinstance(tensor, nn.Parameter):
                 sign = torch.where(tensor.cpu() < 0, -1, 1)
+            if torch._debug_has_internal_overlap(tensor):  # one number in many places
+                tensor.data = tensor.clone(memory_format=torch.contiguous_format)
             tensor.copy_(size * sign)
     return generic

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from rmfx.errors import RmfxError, install_command
 from rmfx.options import is_number, is_whole
 
 from .runtimes import RUNTIMES, Form, Run, RuntimeFailure, as_failure, times_of, torch_threads
+
+MOST_THREADS = 1024  # with many more of them torch ends the process
 
 
 class LatencyError(RmfxError):
@@ -55,8 +56,8 @@ class Settings:
         counts = (*self.batches, self.threads, self.rounds)
         if not self.batches or not all(is_whole(n) and n >= 1 for n in counts):
             raise LatencyError("batches, threads and rounds must be whole numbers, at least 1")
-        if self.threads > (most := max(os.cpu_count() or 1, torch.get_num_threads())):
-            raise LatencyError(f"threads={self.threads} are more than the {most} processors")
+        if self.threads > MOST_THREADS:
+            raise LatencyError(f"threads={self.threads} must be at most {MOST_THREADS}")
         if not is_number(self.seconds) or not 0 <= self.seconds < math.inf:
             raise LatencyError(f"seconds={self.seconds!r} must be a number, at least 0")
 

@@ -11,6 +11,7 @@ from builders import Apply, conv, image, ready
 from torch import Tensor, fx
 
 import rmfx
+from rmfx.ir.conditions import AGAIN
 
 Forward = Callable[..., Tensor]
 
@@ -31,15 +32,11 @@ def at_the_end(m: Any, x: Tensor) -> Tensor:
     return block(m, x.float()).to(x)
 
 
-def behind_a_sum(m: Any, x: Tensor) -> Tensor:
-    return block(m, (x + 1).type_as(m.a.weight))
-
-
 def to_the_type_of_a_weight(m: Any, x: Tensor) -> Tensor:
     return block(m, x.to(m.a.weight.dtype))
 
 
-FORWARDS = (at_the_front, to_what_it_is, at_the_end, behind_a_sum, to_the_type_of_a_weight)
+FORWARDS = (at_the_front, to_what_it_is, at_the_end, to_the_type_of_a_weight)
 
 
 def net(forward: Forward) -> Any:
@@ -67,3 +64,32 @@ def test_casts_behind_a_layer_are_none() -> None:
     gm = rmfx.remove_residuals(model, x)
     assert rmfx.is_plain(gm)
     assert "float" not in str(gm.graph)
+
+
+# Before the first layer: what these give of whole numbers is not what they give of others.
+BEFORE: dict[str, Forward] = {
+    "a product": lambda m, x: block(m, (x * torch.full_like(x, 1.5)).to(torch.float32)),
+    "a sum": lambda m, x: block(m, (x + 1).type_as(m.a.weight)),
+    "a fill": lambda m, x: block(m, x.masked_fill(x > 3, 0.5).to(torch.float32)),
+    "a clamp": lambda m, x: block(m, x.clamp(0, 3.5).to(torch.float32)),
+    "a choice": lambda m, x: block(m, torch.where(x > 3, 2.7, x).to(torch.float32)),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_inputs_of_another_kind_are_right_or_refused(name: str) -> None:
+    model, x = net(BEFORE[name]), image(dtype=torch.float32) * 4
+    for given in (x, (10 * x.abs()).to(torch.uint8)):
+        gm = rmfx.remove_residuals(model, given)
+        for kind in (torch.float64, torch.uint8, torch.int64, torch.bool):
+            other = given.to(kind)
+            if other.is_floating_point() != given.is_floating_point():
+                with pytest.raises(rmfx.ShapeError, match=f"{AGAIN}"):
+                    gm(other)
+            elif kind is not torch.bool or name not in ("a clamp",):
+                torch.testing.assert_close(gm(other), model(other), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_demanded_of_what_a_layer_reads() -> None:
+    model = net(block)
+    assert "floating" not in str(rmfx.remove_residuals(model, image(dtype=torch.float32)).graph)

@@ -714,7 +714,6 @@ REFUSED: dict[str, tuple[Make, str]] = {
         ),
         "do not correspond",
     ),
-    "a division by the input": (lambda: Residual(Apply(lambda m, x: 1 / x)), "division"),
     "a shift from pixel to pixel": (
         lambda: Residual(
             Apply(lambda m, x: m.c(x) + m.p, c=conv(), p=nn.Parameter(torch.randn(9, 7)))

@@ -19,7 +19,7 @@ from rmfx.ir.fillings import Filling, filling, original
 from rmfx.ir.kinds import KEEPING_BATCH, is_a
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import is_tensor_node, must_stay
-from rmfx.ir.notes import gives_number, type_of, why_frozen
+from rmfx.ir.notes import gives_number, kind_read, why_frozen
 from rmfx.ir.numbers import size_read
 from rmfx.ir.reading import sizes_of
 from rmfx.ir.size_keeping import keeps_sizes, meets
@@ -77,7 +77,7 @@ def _rank(numbers: Numbers, found: Filling) -> int | None:
 
 def _keeps_type(net: Net, nodes: tuple[fx.Node, ...], found: Filling) -> bool:
     """Whether the result has the type of the value beside, which is real."""
-    kinds = [type_of(n) for n in nodes]
+    kinds = [kind_read(n) for n in nodes]
     if None not in kinds:
         return bool(kinds[0] == kinds[2] and kinds[2][0].is_floating_point)
     _, filled, value = nodes
