@@ -37,12 +37,13 @@ from _worker import Worker, WorkerError
 from rmfx.models import C2fNet, Edsr, InceptionResNet, cifar_resnet, preactivation_resnet
 
 NETS = _zoo.zoo()
-# Left to benchmarks/zoo.py: a minute each, and like 110A and 110B; and like resnet50 and 152; and
-# what tests/test_models.py has smaller ones of.
-SLOW = ("cifar1202A", "cifar1202B", "resnet101", "wide_resnet50_2", "mobilenet_v2_free")
+# Left to benchmarks/zoo.py: a minute each, and like 110A and 110B; and like resnet50; and what
+# tests/test_models.py has smaller ones of.
+SLOW = ("cifar1202A", "cifar1202B", "resnet101", "resnet152", "wide_resnet50_2", "fcn_resnet50")
+SLOW += ("mobilenet_v2_free",)
 SLOW += tuple(name for name in NETS if name.startswith(("rmrep", "rmnext")))
 TESTED = [name for name, net in NETS.items() if net.kind == "whole" and name not in SLOW]
-CONTROLS = ["convnext_tiny", "vgg11_bn", "densenet121"]  # quick, and without timm
+CONTROLS = ["convnext_tiny", "squeezenet1_1", "densenet121"]  # quick, and without timm
 
 
 @pytest.mark.zoo
