@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 import re
 import shlex
 import sys
@@ -83,6 +84,25 @@ def output_of(block: Block, page: Path, names: dict[str, Any]) -> str:
     with contextlib.redirect_stdout(output):
         exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
     return output.getvalue()
+
+
+def test_the_notebook_runs_and_shows_what_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("matplotlib", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    notebook = DOCS / "tour.ipynb"
+    cells = json.loads(notebook.read_text())["cells"]
+    names: dict[str, Any] = {"__name__": notebook.stem}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            block = Block("python", "".join(cell["source"]), 0, ())
+            printed = output_of(block, Path(f"cell {number} of {notebook.name}"), names)
+            kept = [output for output in cell["outputs"] if output["output_type"] == "stream"]
+            assert bool(printed) == bool(kept)  # numbers differ between machines
+    names["plt"].close("all")
 
 
 @pytest.mark.parametrize("page", named([page for page in PAGES if page.name in ELSEWHERE]))
