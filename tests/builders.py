@@ -143,12 +143,6 @@ def shapes(model: fx.GraphModule) -> list[tuple[int, ...]]:
     return [tuple(layer.weight.shape) for layer in layers]
 
 
-def python_blocks(page: Path) -> list[str]:
-    """The Python code that stands in a Markdown page, block by block."""
-    found: list[str] = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
-    return found
-
-
 @dataclass(frozen=True)
 class Block:
     """What stands between fences in a Markdown page.
@@ -179,6 +173,11 @@ def fenced_blocks(page: Path) -> list[Block]:
             line = text.count("\n", 0, match.start()) + 1
             found.append(Block(match["kind"], match["text"], line, needs))
     return found
+
+
+def python_blocks(page: Path) -> list[str]:
+    """The Python code that stands in a Markdown page, block by block."""
+    return [block.text for block in fenced_blocks(page) if block.kind == "python"]
 
 
 def variables_of(page: Path, folder: Path) -> dict[str, Any]:
