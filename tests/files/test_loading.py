@@ -131,6 +131,8 @@ def test_a_wrong_model_is_explained(text: str, message: str, here: str) -> None:
 
 @pytest.mark.bench
 def test_an_architecture_alone_is_answered_with_its_packages() -> None:
+    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     with pytest.raises(LoadError, match=r"mean torchvision:resnet18 or timm:resnet18\?"):
         load_model("resnet18")
 
