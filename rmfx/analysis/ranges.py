@@ -175,11 +175,19 @@ def check_range(input_range: Interval | None, inputs: Any = ()) -> None:
             continue
         if x.layout is not torch.strided or not x.any():
             continue
-        if not bool(((low <= x) & (x <= high)).all()):
+        if outside := numbers_outside(x, (low, high)):
             raise OptionError(
-                f"input_range=({low:g}, {high:g}): the example inputs hold numbers from "
-                f"{float(x.min()):g} to {float(x.max()):g}; give the range of all inputs"
+                f"input_range=({low:g}, {high:g}): the example inputs hold {outside}; give the "
+                "range of all inputs"
             )
+
+
+def numbers_outside(x: Tensor, bounds: Interval) -> str:
+    """What a tensor holds that has numbers outside of a range; "" for others."""
+    low, high = bounds
+    if bool(((low <= x) & (x <= high)).all()):
+        return ""
+    return "NaN" if x.isnan().any() else f"numbers from {float(x.min()):g} to {float(x.max()):g}"
 
 
 def _is_bound(value: object) -> bool:

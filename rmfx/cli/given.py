@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from rmfx.analysis.ranges import numbers_outside
 from rmfx.data.batches import arguments_of, check_batches, inputs_of
 from rmfx.errors import RmfxError
 from rmfx.files.example_inputs import as_types, load_inputs, takes
@@ -133,13 +134,9 @@ def _check_range(options: argparse.Namespace, inputs: Inputs, origin: str) -> No
     """Finds out that inputs which were given are not what was said of all."""
     if options.input_range is None or not origin:
         return
-    low, high = options.input_range
     for x in inputs:
-        if x.is_floating_point() and not bool(((low <= x) & (x <= high)).all()):
-            raise UsageError(
-                f"argument --input-range: {origin} holds numbers from {float(x.min()):g} to"
-                f" {float(x.max()):g}"
-            )
+        if x.is_floating_point() and (outside := numbers_outside(x, options.input_range)):
+            raise UsageError(f"argument --input-range: {origin} holds {outside}")
 
 
 def _way_out(model: nn.Module | ExportedProgram, origin: str) -> str:

@@ -34,15 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             getattr(commands, f"run_{options.command}")(options)
     except UsageError as error:
         options.parser.error(str(error))
-    except RmfxError as error:
+    except (RmfxError, MemoryError) as error:
         if options.traceback:
             raise
-        _complain(" ".join(str(error).split()))
-        return 1
-    except MemoryError as error:
-        if options.traceback:
-            raise
-        _complain(f"not enough memory ({first_line(error)}); give smaller inputs")
+        _complain(_told(error))
         return 1
     except KeyboardInterrupt:
         _complain("interrupted")
@@ -52,6 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _told(error: RmfxError | MemoryError) -> str:
+    """An error in one line."""
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({first_line(error)}); give smaller inputs"
+    return " ".join(str(error).split())
 
 
 def _complain(message: str) -> None:

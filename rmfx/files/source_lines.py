@@ -72,10 +72,15 @@ def line_of_caller(error: BaseException) -> str:
     return f"{short_path(own[-1][0])}, line {own[-1][1]}" if own else ""
 
 
+def at_line(error: BaseException) -> str:
+    """The end of a sentence on where an error arose, for example ", at nets/block.py, line 7"."""
+    where = line_of_caller(error)
+    return where and f", at {where}"
+
+
 def described(error: BaseException) -> str:
     """An error of the caller's own code: its class, its first line, and where it arose."""
-    where = line_of_caller(error)
-    return f"{type(error).__name__}: {first_line(error)}{where and f', at {where}'}"
+    return f"{type(error).__name__}: {first_line(error)}{at_line(error)}"
 
 
 def _is_of_caller(path: str) -> bool:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from rmfx.errors import ModeError, ShapeError, TraceError, WeightError, first_line
-from rmfx.files.source_lines import line_of_caller
+from rmfx.files.source_lines import at_line
 from rmfx.ir.functions import SWITCHES_OF_GRADIENTS
 from rmfx.ir.kinds import MODE_DEPENDENT
 from rmfx.ir.nodes import has_global_hooks, has_hooks
@@ -199,7 +199,6 @@ def does_not_run(inputs: Inputs, error: Exception) -> ShapeError:
             f"the model's sizes or ways depend on values ({first_line(error)}), of which example "
             "inputs are an example only; leave them out, or convert the part before"
         )
-    where = line_of_caller(error)
     hint = ""
     if has_arrays(inputs):
         hint = "; pass tensors: torch.from_numpy(array)"
@@ -207,5 +206,5 @@ def does_not_run(inputs: Inputs, error: Exception) -> ShapeError:
         hint = "; a dict is one argument: pass a tuple in the order of the arguments"
     return ShapeError(
         f"the model does not run on the example inputs {shapes_shown(inputs)}: "
-        f"{first_line(error)}{where and f' ({where})'}{hint}"
+        f"{first_line(error)}{at_line(error)}{hint}"
     )

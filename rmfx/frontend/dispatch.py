@@ -184,7 +184,10 @@ class Probes:
         with self._mode:
             return torch.empty(shape, dtype=kind)
 
-    def run(self, known: Known, call: Callable[[], Any]) -> tuple[list[Step], Any] | None:
+    def _run(self, node: fx.Node, values: Mapping[fx.Node, Any], known: Known) -> Ran | None:
+        return self.run(known, partial(run_node, node, values, self._gm.get_submodule))
+
+    def run(self, known: Known, call: Callable[[], Any]) -> Ran | None:
         """The operators of a call and what it gives, None where it does not run."""
         recorder = Recorder(known)
         try:
@@ -200,7 +203,7 @@ class Probes:
         for family in self.of(node):
             found: list[Run] = []
             for values in family:
-                ran = self.run(known, partial(run_node, node, values, self._gm.get_submodule))
+                ran = self._run(node, values, known)
                 if ran is None:
                     break
                 found.append((*ran, values))
@@ -216,7 +219,7 @@ class Probes:
                 return types_for(n)[:1] if self._has_own_type(n) else (kind,)
 
             for values in itertools.chain.from_iterable(self.of(node, types)):
-                ran = self.run(bool, partial(run_node, node, values, self._gm.get_submodule))
+                ran = self._run(node, values, bool)
                 if ran is not None and ran[0]:
                     return False
         return True
@@ -239,7 +242,8 @@ class Probes:
         return _agreed(self._runs(node, known))
 
 
-Run = tuple[list[Step], Any, dict[fx.Node, Any]]
+Ran = tuple[list[Step], Any]  # operators, and the result
+Run = tuple[list[Step], Any, dict[fx.Node, Any]]  # the same, and what was given
 
 
 def _handed_on(runs: Sequence[Run]) -> fx.Node | None:

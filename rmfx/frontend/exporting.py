@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv
 
 from rmfx.errors import TraceError
-from rmfx.files.source_lines import described, line_of_caller
+from rmfx.files.source_lines import at_line, described
 from rmfx.ir.notes import OWN_GRADIENT, VAL
 from rmfx.ir.threads import alone_exporting, without_warnings
 from rmfx.options import Inputs
@@ -106,9 +106,8 @@ def _export(model: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
                 "it reads `.data`, whose values a program cannot follow; write `.detach()` there"
             ) from error
         if isinstance(error, BY_VALUES):
-            where = line_of_caller(error)
             raise TraceError(
-                f"its code computes sizes, or decides, by values{where and f', at {where}'}"
+                f"its code computes sizes, or decides, by values{at_line(error)}"
             ) from error
         raise TraceError(described(error)) from error
 

@@ -32,7 +32,7 @@ from rmfx.ir.conditions import put_conditions, take_conditions
 from rmfx.ir.converted import ConvertedModule, copy_graph
 from rmfx.ir.facts import facts_of
 from rmfx.ir.nodes import replaced_method
-from rmfx.ir.notes import FOLLOWED, SOURCE
+from rmfx.ir.notes import FOLLOWED, NAMED, SOURCE
 from rmfx.ir.own_types import demand_kinds
 from rmfx.ir.ranks import BY_RANK, Snapshot, assumed_ranks, demand_assumed, demand_ranks
 from rmfx.ir.threads import alone
@@ -94,6 +94,8 @@ def _traced(model: Any, inputs: Inputs | None, fold: bool) -> fx.GraphModule:
     named = {n.name for n in graph.graph.nodes} if isinstance(graph, ConvertedModule) else set()
     gm = _private_copy(graph)
     gm.meta[FOLLOWED] = not fold
+    if not fold:
+        gm.meta[NAMED] = named
     inline_bodies(gm)
     conditions = take_conditions(gm.graph)
     check_weights(gm)
@@ -159,7 +161,7 @@ def with_constants(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, fx.Nod
 def canonicalise_again(gm: fx.GraphModule) -> None:
     """Bring a graph into the dialect in which functions of constants may be layers now."""
     conditions = take_conditions(gm.graph)
-    canonicalise(gm)
+    canonicalise(gm, gm.meta.pop(NAMED, ()))
     with contextlib.suppress(WeightValueError):  # then sizes rest on numbers that may change
         if without_detours(gm):
             gm.meta[BY_RANK] = True

@@ -24,6 +24,7 @@ OWN_GRADIENT = "own_gradient"  # where a gradient is not that of what is compute
 WRITTEN = "written"  # tensors of the model behind the node may be written to
 OF_BRANCHES = "of_branches"  # an addition that was a sum over an axis of branches
 FOLLOWED = "followed"  # in a graph's metadata: no number is read from its tensors, which may change
+NAMED = "named"  # likewise, until its layers are found: names of nodes that are to be kept
 GUARDED = "guarded"  # the sizes noted are those of every call: others are refused
 VAL, EXAMPLE_VALUE, GRAPHARG = "val", "example_value", "grapharg"  # by exporting; two by Dynamo
 OF_VALUE = (SHAPE, TYPE)

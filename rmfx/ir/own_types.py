@@ -2,8 +2,8 @@
 
 What an example shows of types holds for inputs of its types alone. A layer, though, takes values of
 the type of its weights and gives such, so that behind one a cast to that type is none, ever. Before
-the first layer floating numbers are taken for such, and an input that nothing shows to be one has
-to be one: a network says so.
+the first layer floating numbers are taken for such. Where something was decided by that, an input
+that nothing shows to hold them has to: a network says so.
 """
 
 from __future__ import annotations

@@ -93,6 +93,7 @@ class Linker:
         for node in gm.graph.nodes:
             if node.op != "placeholder":
                 self._copy(node, layers[node])
+        self._keep_names()
         self._graph.set_codegen(gm.graph._codegen)
         made = ConvertedModule(self._root, self._graph, type(self._source).__name__)
         made.meta = dict(gm.meta)
@@ -101,6 +102,19 @@ class Linker:
         for module in made.modules():
             module.training = module.training and module in shared  # which the model has, too
         return made
+
+    def _keep_names(self) -> None:
+        """Let the nodes of the converted graph have their names, which what makes weights may bear.
+
+        By these names a report tells of sums, and a check finds them.
+        """
+        names = {self._places[node]: node.name for node in self._converted.graph.nodes}
+        taken = set(names.values())
+        for node in self._graph.nodes:
+            if node not in names and node.name in taken:
+                node._rename(f"{node.name}_of_weights")
+        for node, name in names.items():
+            node.name = name
 
     # ---- the weights ------------------------------------------------------------------------
     def _copy_own_code(self, used: set[fx.Node]) -> None:
@@ -274,12 +288,11 @@ class Linker:
         return self._graph.get_attr(name)
 
     def _step(self, node: fx.Node, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
-        """A call on the way to what a node gives, of which it leaves the name alone."""
+        """A call on the way to what a node gives."""
         return self._graph.create_node("call_function", function, args, name=f"{node.name}_step")
 
     def _stand_for(self, node: fx.Node, made: fx.Node) -> None:
         """Let a node of the result be known as the one that it stands for."""
-        made._rename(node.name)
         made.meta = dict(node.meta)
         self._places[node] = made
 

@@ -30,8 +30,12 @@ def with_calls_apart(source: fx.GraphModule) -> fx.GraphModule:
         if target in seen and any(True for _ in source.get_submodule(target).parameters()):
             again.append(node.name)
         seen.add(target)
-    read = source.graph.find_nodes(op="get_attr")
-    inside = [n.name for n in read if str(n.target).rpartition(".")[0] in seen]
+    inside = [
+        node.name
+        for node in source.graph.find_nodes(op="get_attr")
+        if str(node.target).rpartition(".")[0] in seen
+        and isinstance(attribute(source, node), nn.Parameter)
+    ]
     if not again and not inside:
         return source
     gm = fx.GraphModule(source, copy_graph(source), type(source).__name__)
@@ -43,9 +47,8 @@ def with_calls_apart(source: fx.GraphModule) -> fx.GraphModule:
             gm.set_submodule(node.target, gm.get_submodule(target))
         elif node.name in inside:
             value = attribute(gm, node)
-            if isinstance(value, nn.Parameter):
-                node.target = free_name(gm, target.replace(".", "_"), set())
-                gm.register_parameter(node.target, value)
+            node.target = free_name(gm, target.replace(".", "_"), set())
+            gm.register_parameter(node.target, value)
     gm.recompile()
     return gm
 

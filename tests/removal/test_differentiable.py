@@ -491,3 +491,35 @@ def test_bounds_per_channel_of_a_result_follow_it() -> None:
     assert any("low" in name for name, _ in plain.named_buffers())
     linked = rmfx.remove_residuals(plain, image(), differentiable=True)
     assert_equivalent(model, linked, image())
+
+
+# ---- names ---------------------------------------------------------------------------------------
+def test_code_that_makes_weights_takes_no_name_of_a_sum() -> None:
+    """Both call `add`, and a check finds sums by their names."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.conv2d(x, m.a.weight + 1, padding=1)
+        return x + y.softmax(1)
+
+    model = ready(Apply(forward, a=conv()))
+    linked = rmfx.remove_residuals(model, image(), differentiable=True)
+    assert rmfx.report(linked).verification is not None
+    assert_equivalent(model, linked, image(3, 4, 7, 8))
+    assert_same_gradients(model, linked, (image(),))
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        lambda model: rmfx.close_carries(rmfx.remove_residuals(model, image()), image()),
+        lambda model: rmfx.remove_residuals(model, image(), differentiable=True),
+        lambda model: rmfx.remove_residuals(model, image()),
+    ],
+)
+def test_a_result_can_be_converted_again(before: Any) -> None:
+    earlier = before(network())
+    linked = rmfx.remove_residuals(earlier, image(), differentiable=True)
+    again = rmfx.remove_residuals(linked, image(), differentiable=True)
+    for result in (linked, again):
+        assert_equivalent(earlier, result, image(3, 4, 7, 8))
+        assert_same_gradients(earlier, result, (image(),))
