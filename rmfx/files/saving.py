@@ -205,14 +205,16 @@ def _export(
         is_single = all(0 in dims for dims in free) and example.inputs[0].shape[0] == 1
         given = tuple(example.draw(batch=2 if is_single else None))
         with contextlib.suppress(*_EXPORT_ERRORS):
-            return torch.export.export(gm, given, dynamic_shapes=left_to_torch(given, free))
+            return torch.export.export(
+                gm, given, dynamic_shapes=left_to_torch(given, free), strict=False
+            )
     if _takes_any_batch(gm, original, trials):
         batched, batch = tuple(example.draw(batch=2)), Dim("batch")
         with contextlib.suppress(*_EXPORT_ERRORS):
             shapes = tuple({0: batch} for _ in batched)
-            return torch.export.export(gm, batched, dynamic_shapes=shapes)
+            return torch.export.export(gm, batched, dynamic_shapes=shapes, strict=False)
     try:
-        return torch.export.export(gm, tuple(example.draw()))
+        return torch.export.export(gm, tuple(example.draw()), strict=False)
     except _EXPORT_ERRORS as error:
         raise SaveError(f"torch.export cannot export the network: {error}") from error
 

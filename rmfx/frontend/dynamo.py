@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rmfx.compatibility import asked
 from rmfx.ir.converted import attach, copy_graph
 from rmfx.ir.nodes import replace_by_number
 from rmfx.ir.notes import GRAPHARG
@@ -82,16 +83,13 @@ def can_be_seen(value: Any) -> bool:
 
 
 def _is_of_module(source: Any) -> bool:
-    guard = source.guard_source
-    guard = guard() if callable(guard) else guard
+    guard = asked(source.guard_source)
     return bool(guard.is_specialized_nn_module() or guard.is_unspecialized_nn_module())
 
 
 def _path(source: Any) -> str:
     """`L['self']._modules['layer1']._parameters['weight']` is layer1.weight."""
-    name = source.name
-    text = name() if callable(name) else name
-    inside = re.sub(r"^[LG]\['[^']*'\]", "", text)
+    inside = re.sub(r"^[LG]\['[^']*'\]", "", asked(source.name))
     parts = re.findall(r"\['([^']+)'\]|\.(\w+)|\[(\d+)\]", inside)
     words = [a or b or c for a, b, c in parts]
     kept = [w for w in words if w not in OF_MODULES]

@@ -7,6 +7,8 @@ from collections.abc import Collection
 
 from torch import fx, nn
 
+from rmfx.compatibility import dotted
+
 from .notes import gives_number
 
 
@@ -23,8 +25,7 @@ def _innermost(node: fx.Node) -> tuple[str, str]:
     key, entry = list(stack.items())[-1]
     path, kind = entry if isinstance(entry, tuple) else (key, entry)
     kind = f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
-    # Dynamo writes where the root comes from: L['self'].layer1.0
-    return re.sub(r"^[LG]\['[^']*'\]\.?", "", str(path)), kind
+    return dotted(str(path)), kind
 
 
 def name_nodes(graph: fx.Graph, named: Collection[str] = ()) -> None:

@@ -107,7 +107,8 @@ def test_sizes_that_are_free_in_a_program_stay_so(
     gm = rmfx.remove_residuals(program, inputs)
     for given in ({"reference": program}, {"source": program}):
         saved = save(gm, tmp_path / f"net{suffix}", inputs, **given)
-        assert saved.inputs == told
+        # Which torch before 2.11 adds to what it was told.
+        assert saved.inputs.removesuffix(" with conditions that it checks itself") == told
         assert saved.free_batch == told.startswith("(any")
     network = FORMATS[suffix].read(saved.path)
     for shape in others:

@@ -393,6 +393,7 @@ def test_looking_before_training_does_no_harm() -> None:
     assert model.parameter_rings["all"].numbers.grad is not None
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 traces no seed")
 @pytest.mark.parametrize("warm", [False, True])
 def test_compilers_follow_the_seed(warm: bool) -> None:
     model = rmfx.share_parameters(small_resnet().eval(), ratio=0.1, seed=1)
