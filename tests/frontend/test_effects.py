@@ -287,7 +287,7 @@ def test_effects_of_calls(name: str) -> None:
     call, writes, aliases, draws = CALLS[name]
     graph = fx.Graph()
     call(graph.call_function, *map(graph.placeholder, "xyz"))
-    found = effects_of(fx.GraphModule(nn.Module(), graph), next(reversed(graph.nodes)))
+    found = effects_of(fx.GraphModule(nn.Module(), graph), next(iter(reversed(graph.nodes))))
     assert {n.name for n in found.writes} == set(writes)
     assert {n.name for n in found.aliases} == set(aliases)
     assert found.draws is draws
