@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -74,9 +75,28 @@ def reported(place: str) -> Iterator[None]:
         raise
     # The last net: what comes here was not foreseen, whatever it is.
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
-            raise MemoryError(first_line(error)) from error
+        check_memory(error)
         raise fault(place, f"{type(error).__name__}: {error}") from error
+
+
+def check_memory(error: BaseException) -> None:
+    """Raise MemoryError if an error says that there is not enough, in Python's words or torch's."""
+    if isinstance(error, MemoryError):
+        raise error
+    if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        raise MemoryError(first_line(error)) from error
+
+
+@contextlib.contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Without what torch logs of what it could not do: an error of rmfx says it in one line."""
+    logger = logging.getLogger("torch")
+    former = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(former)
 
 
 def fault(place: str, event: str) -> InternalError:

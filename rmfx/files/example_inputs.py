@@ -89,18 +89,21 @@ def _cast(number: int, x: Tensor, to: torch.dtype) -> Tensor:
 # ---- files --------------------------------------------------------------------------------------
 def _checked(path: Path, name: str, x: object) -> Tensor:
     """A tensor that networks can be given, as a tensor of its own."""
-    fault = ""
-    if not isinstance(x, Tensor):
-        fault = f"is {with_article(x)}, no tensor"
-    elif x.layout is not torch.strided or x.is_quantized or x.is_meta:
-        fault = "is sparse, quantised or without numbers; store an ordinary tensor"
-    elif not x.numel():
-        fault = "is empty"
-    elif not x.isfinite().all():
-        fault = "holds NaN or Inf"
+    fault = fault_of(x)
     if fault or not isinstance(x, Tensor):
         raise LoadError(f"{path}: {name} {fault}")
     return x.detach().clone()
+
+
+def fault_of(x: object) -> str:
+    """Why networks cannot be given something as an input, "" if they can."""
+    if not isinstance(x, Tensor):
+        return f"is {with_article(x)}, no tensor"
+    if x.layout is not torch.strided or x.is_quantized or x.is_meta:
+        return "is sparse, quantised or without numbers; give an ordinary tensor"
+    if not x.numel():
+        return "is empty"
+    return "" if x.isfinite().all() else "holds NaN or Inf"
 
 
 # ---- arguments ----------------------------------------------------------------------------------

@@ -30,14 +30,15 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from rmfx.errors import first_line
+from rmfx.errors import check_memory, first_line
 from rmfx.modules.copies import copied_model
 from rmfx.options import with_article
 
 from .expressions import UnsafeFileError
 from .programs import check_program
-from .source_lines import described
-from .tensors import LoadError, check_kept, read_tensors
+from .source_lines import described, working_folder
+from .states import load_weights
+from .tensors import LoadError, check_kept
 
 _IMAGE = (1, 3, 224, 224)
 _VIDEO = (1, 3, 16, 112, 112)
@@ -103,6 +104,7 @@ def load_model(
     model, shape = load(name) if load else _call_factory(kind, name)
     if weights is not None:
         load_weights(model, weights)
+    _check_kind(text, model)
     model.eval().requires_grad_(False)
     if dtype is not None:
         model.to(dtype)
@@ -110,6 +112,18 @@ def load_model(
     if shape is None:
         return loaded
     return replace(loaded, inputs=(torch.zeros(shape, dtype=loaded.dtype),))
+
+
+def _check_kind(text: str, model: nn.Module) -> None:
+    """Raise LoadError for a model that cannot be put into another mode or type."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise LoadError(f"{text} is TorchScript; name the torch.nn.Module that it was made from")
+    lazy = [name for name, weight in model.named_parameters() if nn.parameter.is_lazy(weight)]
+    if lazy:
+        raise LoadError(
+            f"{text}: {lazy[0]} has no shape before the first call; let the factory run the model"
+            " once on example inputs"
+        )
 
 
 def _no_model(text: str) -> str:
@@ -122,7 +136,7 @@ def _no_model(text: str) -> str:
         )
     if suffix == ".onnx":
         return f"{text}: .onnx files are written, not read; name the model it was made of"
-    if text and Path(text).is_dir():
+    if os.path.isdir(text):
         return f"{text} is a folder: {_WAYS}"
     if suffix == ".py":
         return f"{text} holds code: write {_module_of(text)}:factory"
@@ -152,60 +166,10 @@ def _knows(source: str, name: str) -> bool:
     return name in found.list_models()
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Fills a model, in place, from a file that must hold exactly its parameters and buffers.
-
-    Raises:
-        LoadError: the file cannot be read or is damaged, or a key is missing, left over or has
-            another shape; the model is then as it was.
-    """
-    path = Path(path)
-    found = _strip_prefix(_read_state(path))
-    wanted = model.state_dict()
-    # Counters of batch norm are bookkeeping of training, and older files do not have them.
-    missing = [k for k in wanted if k not in found and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in found if k not in wanted]
-    differing = [
-        f"{k} is {tuple(found[k].shape)} in the file and {tuple(wanted[k].shape)} in the model"
-        for k in wanted
-        if k in found and found[k].shape != wanted[k].shape
-    ]
-    faults = [
-        _count(missing, "missing key"),
-        _count(unexpected, "unexpected key"),
-        _count(differing, "wrong shape"),
-    ]
-    if any(faults):
-        raise LoadError(f"{path} does not fit the model: {'; '.join(filter(None, faults))}")
-    model.load_state_dict(wanted | dict(found))
-
-
-def _count(names: list[str], what: str, shown: int = 3) -> str:
-    if not names:
-        return ""
-    more = ", ..." if len(names) > shown else ""
-    plural = "s" if len(names) > 1 else ""
-    return f"{len(names)} {what}{plural} ({', '.join(names[:shown])}{more})"
-
-
-def _read_state(path: Path) -> Mapping[str, Tensor]:
-    state = read_tensors(path)
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise LoadError(f"{path} holds no state dict (a mapping from names to tensors)")
-    return state
-
-
-def _strip_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
-    """Undoes what `nn.DataParallel` adds to each key."""
-    whole = all(key.startswith(prefix) for key in state)
-    return {key[len(prefix) :] if whole else key: value for key, value in state.items()}
-
-
 def _load_program(path: Path) -> LoadedModel:
-    if not path.is_file():
+    if os.path.isdir(path):
+        raise LoadError(f"{path} is a folder, not a file of torch.export.save")
+    if not os.path.isfile(path):
         raise LoadError(f"there is no file {path}")
     program = _read_program(path)
     inputs = None
@@ -229,8 +193,13 @@ def _read_program(path: Path) -> ExportedProgram:
             f"{path} is not opened: {error}; a file may hold tensors and a graph, no code"
         ) from error
     # A text that is no program fails in torch wherever it is read first.
-    except (*_DAMAGED, zipfile.BadZipFile, OSError) as error:
-        raise LoadError(f"{path} is damaged or no exported program: {first_line(error)}") from error
+    except (*_DAMAGED, zipfile.BadZipFile) as error:
+        told = first_line(error).partition(". Please check the warnings above")[0]
+        raise LoadError(
+            f"{path} is damaged, no exported program, or of another version of torch: {told}"
+        ) from error
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _load_torchvision(name: str) -> tuple[nn.Module, tuple[int, ...]]:
@@ -282,10 +251,10 @@ def named_object(text: str) -> object:
         LoadError: there is no such thing.
     """
     module_name, _, attribute = text.partition(":")
-    if not module_name or not attribute:
+    if not module_name or not attribute or module_name.startswith("."):
         raise LoadError(f"{text!r} names nothing: write package.module:name")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    if (here := working_folder()) and here not in sys.path:
+        sys.path.insert(0, here)
     try:
         found: object = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -308,7 +277,7 @@ def _call_factory(module_name: str, attribute: str) -> tuple[nn.Module, tuple[in
     text = f"{module_name}:{attribute}"
     found = named_object(text)
     if isinstance(found, nn.Module):
-        return copied_model(found), _own_size(found)
+        return _own_copy(found, text), _own_size(found)
     if not callable(found):
         raise LoadError(f"{text} is {with_article(found)}, neither a module nor a function")
     model = _call(found, text)
@@ -319,8 +288,21 @@ def _call(factory: Callable[[], object], text: str) -> nn.Module:
     try:
         model = factory()
     except (Exception, SystemExit) as error:
+        check_memory(error)
         raise LoadError(f"{text}() raised {described(error)}") from error
     if not isinstance(model, nn.Module):
         raise LoadError(f"{text}() gave {with_article(model)}, not a torch.nn.Module")
     # The factory may hand out one object again and again; the caller's eval() must not reach it.
-    return copied_model(model)
+    return _own_copy(model, text)
+
+
+def _own_copy(model: nn.Module, text: str) -> nn.Module:
+    try:
+        return copied_model(model)
+    # What a model holds besides tensors may raise anything where it is copied.
+    except Exception as error:
+        check_memory(error)
+        raise LoadError(
+            f"{text} cannot be copied ({described(error)}); let it hold nothing but modules,"
+            " tensors and plain values"
+        ) from error

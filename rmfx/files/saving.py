@@ -10,7 +10,9 @@ The kinds of files stand in `formats.py`.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 
 from rmfx.errors import RmfxError, ShapeError, VerificationError, install_command
 from rmfx.interval import Interval
+from rmfx.options import number_of
 
 from .formats import FORMATS, Format, Function
 from .free_sizes import described_shapes, free_batch, free_sizes, left_to_torch, takes_any_batch
@@ -90,10 +93,6 @@ def check_place(path: str | os.PathLike[str], suffixes: Sequence[str]) -> Path:
     place = Path(path)
     if place.suffix not in suffixes:
         raise SaveError(f"{place}: the name must end in {' or '.join(suffixes)}")
-    if place.exists() and not place.is_file():
-        raise SaveError(f"{place} exists and is not a file")
-    if place.exists() and not os.access(place, os.W_OK):
-        raise SaveError(f"{place} exists and is read-only")
     with whole_file(place):
         return place
 
@@ -124,6 +123,7 @@ def save(
         samples: batches of inputs on which alone it is checked, where it was made for such.
 
     Raises:
+        OptionError: the tolerance is no number, negative or infinite.
         SaveError: the place cannot be written to, or the network cannot be exported.
         VerificationError: the error is too large or not finite.
 
@@ -137,6 +137,9 @@ def save(
         >>> folder.cleanup()
     """
     place = check_output(path)
+    limit = default_tolerance(example_inputs)
+    if tolerance is not None:
+        limit = number_of("tolerance", tolerance, least=0, below=math.inf)
     reference = gm if reference is None else reference
     original = as_function(reference)
     inputs = tuple(example_inputs)
@@ -146,7 +149,6 @@ def save(
         raise SaveError(f"{reason}; use float32 or .pt2")
     trials = Trials(inputs, input_range, samples)
     program = _export(gm, original, trials, source or reference)
-    limit = default_tolerance(inputs) if tolerance is None else tolerance
     with whole_file(place) as temporary:
         _write(form, program, temporary)
         runs, error = _verify(original, form.read(temporary), trials, program, limit)
@@ -165,19 +167,45 @@ def whole_file(place: Path) -> Iterator[Path]:
     """A temporary path on the same disk, which becomes `place` if the block ends without error.
 
     It has the final name, since writers look at the suffix. If the block writes no file, `place`
-    stays as it is. The folder around it vanishes in any case.
+    stays as it is. The folder around it vanishes in any case. A file that is replaced hands on its
+    permissions; a link stays one, and its target is replaced.
+
+    Raises:
+        SaveError: the place cannot be written to, or holds what must not be replaced.
     """
     target = Path(os.path.realpath(place))
     try:
+        mode = _mode_of(place)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
             temporary = Path(folder) / target.name
             yield temporary
             if temporary.exists():
+                if mode is not None:
+                    temporary.chmod(mode)
                 _flush(temporary)
                 os.replace(temporary, target)
                 _flush(target.parent)
     except OSError as error:
         raise SaveError(f"{place} cannot be written: {error.strerror or error}") from error
+
+
+def _mode_of(place: Path) -> int | None:
+    """The permissions of the file at a place, None where there is none.
+
+    Raises:
+        SaveError: it is no file, or read-only.
+        OSError: nobody can tell.
+    """
+    try:
+        mode = place.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(mode):
+        raise SaveError(f"{place} exists and is not a file")
+    # The superuser may write to what its owner has protected, and a folder lets it be replaced.
+    if not mode & 0o222 or not os.access(place, os.W_OK):
+        raise SaveError(f"{place} exists and is read-only; name another file, or make it writable")
+    return stat.S_IMODE(mode)
 
 
 def _flush(path: Path) -> None:

@@ -34,10 +34,10 @@ def short_path(path: str) -> str:
     >>> short_path("/home/somebody/block.py"), short_path("<stdin>")
     ('block.py', '<stdin>')
     """
-    return _shortened(path, _working_folder(), tuple(sys.path))
+    return _shortened(path, working_folder(), tuple(sys.path))
 
 
-def _working_folder() -> str:
+def working_folder() -> str:
     """The working directory, "" where it was deleted."""
     try:
         return os.getcwd()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pickle
 import struct
+import warnings
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,9 @@ def read_tensors(path: Path) -> Any:
         if path.suffix == ".npz":
             return _arrays(path)
         _check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error.strerror or error}") from error
     except (pickle.UnpicklingError, *_DAMAGED) as error:
@@ -94,7 +98,20 @@ def _arrays(path: Path) -> dict[str, torch.Tensor]:
     with path.open("rb") as file, zipfile.ZipFile(file):  # numpy would read other files, too
         file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
+            found = {name: _array(path, name, arrays) for name in arrays.files}
     # Those of other machines may have their bytes the other way round.
     native = {name: x.astype(x.dtype.newbyteorder("=")) for name, x in found.items()}
     return {name: torch.from_numpy(x) for name, x in native.items()}
+
+
+def _array(path: Path, name: str, arrays: Mapping[str, Any]) -> Any:
+    """An array of numbers, whatever bytes they have."""
+    try:
+        found = arrays[name]
+    except ValueError as error:  # numpy reads no objects, which are pickles
+        if "allow_pickle" not in str(error):
+            raise
+        raise LoadError(f"{path}: {name} holds Python objects; store numbers") from error
+    if found.dtype.kind not in "biufc":
+        raise LoadError(f"{path}: {name} holds {found.dtype}; store numbers")
+    return found

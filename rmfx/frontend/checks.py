@@ -97,6 +97,16 @@ def check_packed(model: nn.Module) -> None:
             )
 
 
+def check_sized(model: nn.Module) -> None:
+    """Raise WeightError for a weight whose shape the first call would decide."""
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(weight):
+            raise WeightError(
+                f"{name}: the layer is lazy, its weight has no shape before the first call; run the"
+                " model once on example inputs"
+            )
+
+
 def check_mode(model: nn.Module) -> None:
     """Raise ModeError if a layer of `model` would behave differently in eval mode."""
     for name, module in model.named_modules():

@@ -47,6 +47,7 @@ from .checks import (
     check_names,
     check_packed,
     check_rings,
+    check_sized,
     check_stars,
     check_weights,
     does_not_run,
@@ -192,6 +193,7 @@ def _graph_of(model: Any, inputs: Inputs | None) -> fx.GraphModule:
     model = _unwrapped(model)
     check_mode(model)
     check_packed(model)
+    check_sized(model)
     check_rings(model)
     if not is_exported(model):
         check_hooks(model)

@@ -60,6 +60,9 @@ class Settings:
             raise LatencyError(f"threads={self.threads} must be at most {MOST_THREADS}")
         if not is_number(self.seconds) or not 0 <= self.seconds < math.inf:
             raise LatencyError(f"seconds={self.seconds!r} must be a number, at least 0")
+        tolerance = 0 if self.tolerance is None else self.tolerance
+        if not is_number(tolerance) or not 0 <= tolerance < math.inf:
+            raise LatencyError(f"tolerance={tolerance!r} must be a number, at least 0")
 
 
 def _check_runtimes(names: Sequence[str]) -> None:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from rmfx.files.loading import LoadError, load_model, load_weights
+from rmfx.files.loading import LoadError, load_model
+from rmfx.files.states import load_weights
 from rmfx.models import DigitsNet
 
 KEPT = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))  # in training mode

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 import rmfx
+from rmfx.errors import OptionError
 from rmfx.files.formats import FORMATS
 from rmfx.files.saving import (
     SaveError,
@@ -173,6 +174,22 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert target.stat().st_size > 3
 
 
+def test_a_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
+    place = tmp_path / "net.pt2"
+    for mode in (0o600, 0o640):
+        place.touch()
+        place.chmod(mode)
+        save(make_net(), place, IMAGE)
+        assert place.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan"), float("inf"), "0.1"])
+def test_a_tolerance_is_a_number_above_0(tolerance: Any, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="tolerance="):
+        save(make_net(), tmp_path / "net.pt2", IMAGE, tolerance=tolerance)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_new_file_has_ordinary_permissions(tmp_path: Path) -> None:
     save(make_net(), tmp_path / "net.pt2", IMAGE)
     (tmp_path / "other").touch()
@@ -289,7 +306,10 @@ def test_places_that_cannot_be_written_are_found_before_any_work(tmp_path: Path)
 
 def test_a_read_only_file_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "net.pt2").touch()
-    # chmod would not do: the superuser, who runs many a CI, may write to anything.
+    (tmp_path / "net.pt2").chmod(0o444)  # which would not keep the superuser from writing
+    with pytest.raises(SaveError, match="read-only"):
+        check_output(tmp_path / "net.pt2")
+    (tmp_path / "net.pt2").chmod(0o644)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     with pytest.raises(SaveError, match="read-only"):
         check_output(tmp_path / "net.pt2")

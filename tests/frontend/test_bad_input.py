@@ -595,6 +595,12 @@ def test_layers_of_packed_integers_are_named_with_the_way_out() -> None:
         rmfx.remove_residuals(model, image())
 
 
+def test_lazy_layers_are_named_with_the_way_out() -> None:
+    model = chain(conv(), nn.Flatten(), nn.LazyLinear(2))
+    with pytest.raises(rmfx.WeightError, match=r"2\.weight: .* run the model once"):
+        rmfx.remove_residuals(model, image())
+
+
 def test_arrays_in_the_place_of_tensors_are_told_from_them() -> None:
     with pytest.raises(rmfx.ShapeError, match="from_numpy"):
         rmfx.remove_residuals(block(), image().numpy())
