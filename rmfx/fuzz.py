@@ -15,17 +15,17 @@ which the original fails, or which the result refuses itself, says nothing.
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import math
-import os
-import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rmfx.choices import FRONTENDS, PASSES, STRATEGIES
 from rmfx.errors import OptionError
+from rmfx.files.loading import named_object
+from rmfx.files.tensors import LoadError
 from rmfx.options import check_choice, count_of, number_of, with_article
 from rmfx.passes.batch_norm import fold_batch_norm
 from rmfx.passes.branches import merge_branches
@@ -37,7 +37,7 @@ from rmfx.testing.case import draw_case
 from rmfx.testing.compare import compare
 from rmfx.testing.compiled import compare_compiled
 from rmfx.testing.fuzz_report import COUNTED, Failure, FuzzReport, without_names
-from rmfx.testing.trial import WRONG, try_case
+from rmfx.testing.trial import WRONG, made_small, try_case
 
 __all__ = [
     "COUNTED",
@@ -60,6 +60,18 @@ _VERBS: dict[str, Callable[..., Any]] = {
         eliminate_dead_channels,
     )
 }
+
+
+class InterruptedFuzzing(KeyboardInterrupt):
+    """Somebody has interrupted the fuzzer.
+
+    Args:
+        report: what was tried before.
+    """
+
+    def __init__(self, report: FuzzReport) -> None:
+        super().__init__()
+        self.report = report
 
 
 def fuzz(
@@ -91,6 +103,7 @@ def fuzz(
 
     Raises:
         OptionError: an option has a value that is not known, or there is no such pass.
+        InterruptedFuzzing: by Ctrl-C; its `report` is what was tried before.
 
     >>> fuzz("remove_noops", examples=3).failure is None
     True
@@ -99,16 +112,28 @@ def fuzz(
     apply = load_pass(transform)
     report = FuzzReport(transform, frontend, seed)
     end = math.inf if seconds is None else time.monotonic() + seconds
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _telling(report):
         warnings.simplefilter("ignore")  # a pass may warn; the exporter does so all the time
-        while report.failure is None and report.examples != examples and time.monotonic() < end:
+        while report.examples != examples and time.monotonic() < end:
             step(f"{report.removed.total()} sites removed")
             example = report.examples
             case = draw_case(example, seed, transform, frontend, activation)
+            try_case(report, case, apply, example)
             report.features.update(case.features())
             report.examples += 1
-            try_case(report, case, apply, example)
+            if report.failure is not None:
+                report.failure = made_small(report.failure, case, apply)
+                break
     return report
+
+
+@contextlib.contextmanager
+def _telling(report: FuzzReport) -> Iterator[None]:
+    """Lets an interruption tell what was tried before."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise InterruptedFuzzing(report) from error
 
 
 def _check_options(
@@ -144,19 +169,15 @@ def load_pass(name: str) -> Callable[..., Any]:
     """
     if name in PASSES:
         return _VERBS[name]
-    module_name, colon, attribute = name.partition(":")
-    if not (module_name and colon and attribute):
+    module, _, attribute = name.partition(":")
+    if not (module and attribute):
         raise OptionError(
             f"pass {name!r}: choose from {', '.join(PASSES)}, or give package.module:function"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+        found = named_object(name)
+    except LoadError as error:
         raise OptionError(f"pass {name!r}: {error}") from error
     if not callable(found):
         raise OptionError(f"pass {name!r} is {with_article(found)}, not a function")
-    return found  # type: ignore[no-any-return]
+    return found

@@ -138,7 +138,7 @@ class FuzzReport:
         }
 
     def __str__(self) -> str:
-        features = [(name, self.features[name]) for name in sorted(COUNTED)]
+        features = [(name, n) for name in sorted(COUNTED) if (n := self.features[name])]
         removed = [(*key, count) for key, count in self.removed.most_common()]
         parts = [
             _counts(features, "feature", "networks"),

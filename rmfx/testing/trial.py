@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmfx.choices import PASSES
-from rmfx.errors import OptionError, TraceError, first_line
+from rmfx.errors import OptionError, TraceError, first_line, quiet_logs
 from rmfx.ir.spec import enforced
 
 from .case import Case
@@ -30,7 +28,7 @@ class NotHeldError(Exception):
 
 
 def try_case(report: FuzzReport, case: Case, apply: Callable[..., Any], example: int) -> None:
-    """Count what becomes of one network; a failure is made small and noted."""
+    """Count what becomes of one network; a failure is noted."""
     try:
         for trial in _check(case, apply):
             report.count(trial, case.spec.dtype)
@@ -38,8 +36,8 @@ def try_case(report: FuzzReport, case: Case, apply: Callable[..., Any], example:
     except (NotHeldError, NoNumbersError) as error:
         report.skipped += 1
         report.untraced[without_names(str(error))] += 1
-    except Exception as error:  # noqa: BLE001  (whatever a pass raises is what is looked for)
-        report.failure = _failure(case, apply, example, _kind(error))
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (what a pass raises is looked for)
+        report.failure = _failure(case, example, _kind(error), str(error))
 
 
 def _check(case: Case, apply: Callable[..., Any]) -> Iterator[Trial]:
@@ -136,7 +134,7 @@ def held(model: nn.Module, inputs: tuple[Tensor, ...], frontend: str) -> tuple[A
         if frontend == "traced":
             traced = fx.symbolic_trace(model)
             return traced, traced
-        with _quiet_logs():
+        with quiet_logs():
             program = torch.export.export(model, inputs)
             return program, program.module()
     except Exception as error:
@@ -147,36 +145,28 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-@contextlib.contextmanager
-def _quiet_logs() -> Iterator[None]:
-    """Without what the exporter logs of a network that it cannot hold."""
-    logger = logging.getLogger("torch")
-    former = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(former)
-
-
-def _kind(error: Exception) -> str:
+def _kind(error: BaseException) -> str:
     return WRONG if type(error) is AssertionError else type(error).__name__
 
 
-def _failure(case: Case, apply: Callable[..., Any], example: int, kind: str) -> Failure:
-    """Make the network small for as long as it fails in the same way."""
+def _failure(case: Case, example: int, kind: str, message: str) -> Failure:
+    return Failure(example, kind, message, case.spec, script(case, f"{kind}: {message}"))
+
+
+def made_small(failure: Failure, case: Case, apply: Callable[..., Any]) -> Failure:
+    """The failure with the smallest network found that fails in the same way."""
     said: dict[NetworkSpec, str] = {}
 
     def fails(spec: NetworkSpec) -> bool:
         try:
             for _ in _check(case.of(spec), apply):
                 pass
-        except Exception as error:  # noqa: BLE001  (as above)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (as above)
             said[spec] = str(error)
-            return _kind(error) == kind
+            return _kind(error) == failure.kind
         return False
 
     spec = shrink(case.spec, fails)
     fails(spec)
     message = said.get(spec, "it failed once and not again")
-    return Failure(example, kind, message, spec, script(case.of(spec), f"{kind}: {message}"))
+    return _failure(case.of(spec), failure.example, failure.kind, message)

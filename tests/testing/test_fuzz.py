@@ -16,13 +16,15 @@ import rmfx
 from rmfx import fuzz, testing
 from rmfx.cli import main
 from rmfx.fuzz import WRONG, draw_case, without_names
-from rmfx.testing import Act, Conv, Join, NetworkSpec, Norm, Recall, Save, Split
+from rmfx.testing import Act, Conv, Join, NetworkSpec, Norm, Recall, Save, Split, trial
 from rmfx.testing.case import Case
 from rmfx.testing.script import layout, script
 from rmfx.testing.shrink import runs, shrink
 from rmfx.testing.trial import NotHeldError, held
 
 PASSES = """
+import signal
+
 import torch
 from torch import nn
 import rmfx
@@ -46,6 +48,20 @@ def forgets_skips(model, inputs):
         if row.status == "removed":
             raise RuntimeError(f"removed {row.join}")
     return plain
+
+
+calls = []
+
+
+def stops_by_SIGINT(model, inputs, number=signal.SIGINT):
+    calls.append(model)
+    if len(calls) == 4:
+        signal.raise_signal(number)
+    return model
+
+
+def stops_by_SIGTERM(model, inputs):
+    return stops_by_SIGINT(model, inputs, signal.SIGTERM)
 
 
 def gives_up(model, inputs):
@@ -130,6 +146,36 @@ def test_a_time_limit_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["examples"] > 0
 
 
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_an_interrupted_run_says_what_it_has_tried(
+    number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run_json(capsys, "--pass", f"own_passes:stops_by_{number}", "--examples", "9", code=130)
+    assert 0 < found["examples"] < 4
+    assert sum(found["features"].values()) > 0
+    assert found["failure"] is None
+
+
+def test_a_failure_is_told_though_making_it_small_was_interrupted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trial, "shrink", interrupt)
+    asked = ("--pass", "own_passes:gives_up", "--seed", "3")
+    found = run_json(capsys, *asked, code=130)
+    assert found["failure"]["kind"] == "TraceError"
+    assert found["examples"] == found["failure"]["example"] + 1
+    assert run_script(found["failure"]["script"]).returncode == 1
+
+
+def test_tables_have_no_rows_of_zeros(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fuzz", "--pass", "own_passes:keeps", "--examples", "1"]) == 0
+    table, *_ = capsys.readouterr().out.split("\n\n")
+    assert not [line for line in table.splitlines() if line.endswith(" 0")]
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "most"),
     [
@@ -166,7 +212,7 @@ def test_the_program_is_printed_and_one_line_says_why(capsys: pytest.CaptureFixt
     ("arguments", "message"),
     [
         (["--pass", "nonsense"], "choose from remove_residuals"),
-        (["--pass", "no_such_module:f"], "No module named 'no_such_module'"),
+        (["--pass", "no_such_module:f"], "there is no module 'no_such_module'"),
         (["--pass", "own_passes:no_such_function"], "no_such_function"),
         (["--pass", "own_passes:not_a_function"], "not a function"),
         (["--examples", "0"], "0"),
