@@ -1,13 +1,10 @@
-"""What the command `rmfx` takes: its parser, and what text becomes."""
+"""What the command `rmfx` takes: its parser."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import math
-import os
 from collections.abc import Callable
-from typing import Any, TypeVar
 
 from rmfx.choices import (
     ALLOCATIONS,
@@ -19,12 +16,26 @@ from rmfx.choices import (
     STRATEGIES,
     TARGETS,
 )
-from rmfx.errors import RmfxError
 
-N = TypeVar("N", int, float)
+from .completion import SHELLS, PrintCompletion
+from .values import (
+    Range,
+    parse_batches,
+    parse_count,
+    parse_file,
+    parse_inputs,
+    parse_name,
+    parse_number,
+    parse_runtimes,
+    parse_shape,
+    parse_shares,
+    parse_threads,
+    parse_ways,
+    parse_ways_to_try,
+)
+
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 _INPUT_DTYPES = (*_DTYPES, "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
-_INPUT_FILES = (".pt", ".npz", ".safetensors")
 _MODEL_HELP = """\
 MODEL is one of
   torchvision:NAME         an architecture of torchvision, e.g. torchvision:resnet18
@@ -56,6 +67,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     version = importlib.metadata.version("rmfx")
     parser.add_argument("--version", action="version", version=f"rmfx {version}")
+    parser.add_argument(
+        "--print-completion",
+        metavar="SHELL",
+        choices=SHELLS,
+        action=PrintCompletion,
+        help=f"print a script that completes the command in {', '.join(SHELLS)}",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("demo", help="convert a small trained network and show the result")
     for name, text, add_options in _commands_for_models():
@@ -122,14 +140,14 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         "--input-shape",
         metavar="N,C,H,W",
         action="append",
-        type=_parse_shape,
+        type=parse_shape,
         help="shape of an input, batch first, e.g. 1,3,224,224; repeat it for several inputs",
     )
     text = (
         "example inputs with values: tensors as .pt, .npz or .safetensors, several in the order of"
         " the network's arguments or under their names"
     )
-    examples.add_argument("--inputs", metavar="FILE", type=_parse_inputs, help=text)
+    examples.add_argument("--inputs", metavar="FILE", type=parse_inputs, help=text)
     text = (
         "type of the inputs, e.g. int64 for indices; repeat it for several that differ (default:"
         " that of the file, or of the model's weights)"
@@ -139,13 +157,14 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         f"how carries pass activations: auto, relu, or some of {','.join(STRATEGIES)};"
         " relu multiplies none by more than 16, relu,scale by any number (auto)"
     )
-    add("--activation", default="auto", metavar="WAYS", type=_parse_ways, help=text)
+    add("--activation", default="auto", metavar="WAYS", type=parse_ways, help=text)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="what to convert, see below")
-    add("--weights", metavar="FILE", help="safetensors, or a PyTorch checkpoint of tensors only")
+    text = "safetensors, or a PyTorch checkpoint of tensors only"
+    add("--weights", metavar="FILE", type=parse_file, help=text)
     add("--dtype", choices=_DTYPES, help="compute in this type (default: the model's own)")
 
 
@@ -164,12 +183,12 @@ def _add_conversion_options(parser: argparse.ArgumentParser) -> None:
         "between which two numbers all values of the inputs are, which can prove that a carry"
         " passes an activation unchanged"
     )
-    add("--input-range", metavar=("LOW", "HIGH"), nargs=2, type=float, action=_Range, help=text)
+    add("--input-range", metavar=("LOW", "HIGH"), nargs=2, type=float, action=Range, help=text)
     text = (
         "package.module:function that gives batches of inputs, or of (inputs, classes), which show"
         " how large values are; a shift needs it"
     )
-    add("--calibration", metavar="NAME", type=_parse_name, help=text)
+    add("--calibration", metavar="NAME", type=parse_name, help=text)
     text = "remove all that can be removed, or only what should pay by a simple cost model"
     add("--policy", choices=("all", "profitable"), default="all", help=text)
 
@@ -179,28 +198,28 @@ def _add_page_options(parser: argparse.ArgumentParser) -> None:
     add("--html", metavar="FILE.html", help="write one page with tables, plots and both graphs")
     names = ",".join(RUNTIMES)
     text = f"with --html: measure the latency in some of {names}, batch 1"
-    add("--runtimes", type=_parse_runtimes, default=(), metavar="NAMES", help=text)
+    add("--runtimes", type=parse_runtimes, default=(), metavar="NAMES", help=text)
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-o", "--output", metavar="OUT", required=True, help="file to write: .pt2 or .onnx")
     text = "largest relative error accepted in the written file"
-    add("--tolerance", type=_parse_number, help=text)
+    add("--tolerance", type=parse_number, help=text)
 
 
 def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     text = "share of the cost to keep, in (0, 1]; several for a table or a plot"
-    add("--target", metavar="SHARE,...", type=_parse_shares, required=True, help=text)
+    add("--target", metavar="SHARE,...", type=parse_shares, required=True, help=text)
     add("--of", choices=COSTS, default=COSTS[0], help="the cost that is meant (macs)")
     text = "package.module:function that gives batches of (inputs, classes)"
-    add("--data", metavar="NAME", type=_parse_name, help=text)
+    add("--data", metavar="NAME", type=parse_name, help=text)
     text = "how much a filter matters (taylor with --data, else l2)"
     add("--importance", choices=IMPORTANCES, help=text)
     add("--allocation", choices=ALLOCATIONS, default=ALLOCATIONS[0], help="how layers share it")
     add("--protect", metavar="PATTERN", action="append", default=[], help="layers to leave alone")
-    add("--multiple", type=_parse_count, default=1, help="round the filters up to it (1)")
+    add("--multiple", type=parse_count, default=1, help="round the filters up to it (1)")
     add("-o", "--output", metavar="OUT", help="file to write: .pt2 or .onnx; for one target")
     add("--plot", metavar="FILE", help="file to draw the accuracy to: .svg or .png; needs --data")
 
@@ -210,12 +229,12 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     add("models", metavar="MODEL", nargs="+", help="what to measure, see below")
     # How long a network takes does not depend on its weights; the runtimes share float32 only.
     names = ",".join(RUNTIMES)
-    add("--runtimes", type=_parse_runtimes, default=tuple(RUNTIMES), help=f"some of {names} (all)")
-    add("--batch", metavar="N,...", type=_parse_batches, default=(1, 8), help="sizes (1,8)")
-    add("--threads", type=_parse_threads, help="for one inference, at most as many as processors")
-    add("--rounds", type=_parse_count, default=20, help="measurements of each form (20)")
+    add("--runtimes", type=parse_runtimes, default=tuple(RUNTIMES), help=f"some of {names} (all)")
+    add("--batch", metavar="N,...", type=parse_batches, default=(1, 8), help="sizes (1,8)")
+    add("--threads", type=parse_threads, help="for one inference, at most as many as processors")
+    add("--rounds", type=parse_count, default=20, help="measurements of each form (20)")
     text = "largest relative error accepted of a runtime"
-    add("--tolerance", type=_parse_number, help=text)
+    add("--tolerance", type=parse_number, help=text)
     add("-o", "--output", metavar="FILE.json", help="file to write the measurements to")
     add("--plot", metavar="FILE", help="file to draw the ratios to: .svg or .png")
 
@@ -223,126 +242,11 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
 def _add_fuzz_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     passes = ", ".join(PASSES)
-    add(
-        "--examples", metavar="N", type=_parse_count, help="networks (100; with --time: any number)"
-    )
+    add("--examples", metavar="N", type=parse_count, help="networks (100; with --time: any number)")
     add("--seed", metavar="S", type=int, default=0, help="equal seeds draw equal networks (0)")
     add("--pass", metavar="NAME", dest="transform", default=PASSES[0], help=_PASS_HELP % passes)
     add("--frontend", choices=FRONTENDS, default=FRONTENDS[0], help="how the networks are held")
     ways = f"how carries pass activations: auto, relu, random, or some of {','.join(STRATEGIES)}"
-    add("--activation", metavar="WAYS", type=_parse_ways_to_try, default="auto", help=ways)
+    add("--activation", metavar="WAYS", type=parse_ways_to_try, default="auto", help=ways)
     text = "draw no more networks after so many"
-    add("--time", metavar="SECONDS", type=_parse_number, help=text)
-
-
-def _parse_shape(text: str) -> tuple[int, ...]:
-    return _parse_list(text, int, "sizes like 1,3,224,224")
-
-
-def _parse_batches(text: str) -> tuple[int, ...]:
-    return _parse_list(text, int, "sizes like 1,8")
-
-
-def _parse_shares(text: str) -> tuple[float, ...]:
-    return _parse_list(text, float, "shares like 0.75,0.5", most=1.0)
-
-
-def _parse_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _parse_threads(text: str) -> int:
-    count, most = _parse_count(text), os.cpu_count() or 1
-    if count > most:
-        raise argparse.ArgumentTypeError(f"{count} threads are more than the {most} processors")
-    return count
-
-
-def _parse_number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or above")
-    return number
-
-
-class _Range(argparse.Action):
-    """Two finite numbers, the lower one first."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        low, high = values
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise argparse.ArgumentError(
-                self, f"{low:g} {high:g} are not two finite numbers, the lower one first"
-            )
-        setattr(namespace, self.dest, (low, high))
-
-
-def _parse_name(text: str) -> str:
-    module, _, name = text.partition(":")
-    if not module or not name:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name like package.module:function")
-    return text
-
-
-def _parse_inputs(text: str) -> str:
-    if not text.endswith(_INPUT_FILES):
-        raise argparse.ArgumentTypeError(f"{text!r} must end in {' or '.join(_INPUT_FILES)}")
-    return text
-
-
-def _parse_list(text: str, kind: type[N], what: str, most: float = math.inf) -> tuple[N, ...]:
-    try:
-        numbers = tuple(kind(number) for number in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or not all(0 < number <= most for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {what}")
-    return numbers
-
-
-def _parse_ways(text: str) -> str | tuple[str, ...]:
-    return _ways(text, ("auto",))
-
-
-def _parse_ways_to_try(text: str) -> str | tuple[str, ...]:
-    return _ways(text, ("auto", "random"))
-
-
-def _ways(text: str, alone: tuple[str, ...]) -> str | tuple[str, ...]:
-    """Ways to pass activations, or one of the words that stand alone."""
-    names = tuple(text.split(","))
-    known = (*alone, "relu", *STRATEGIES)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"unknown: {', '.join(map(repr, unknown))}; choose from {', '.join(known)}"
-        )
-    mixed = [name for name in names if name in alone and len(names) > 1]
-    if mixed:
-        raise argparse.ArgumentTypeError(f"{mixed[0]!r} stands alone, without other ways")
-    return names[0] if len(names) == 1 else names
-
-
-def _parse_runtimes(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    unknown = [name for name in names if name not in RUNTIMES]
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"unknown: {', '.join(map(repr, unknown))}; choose from {', '.join(RUNTIMES)}"
-        )
-    return names
-
-
-class UsageError(RmfxError):
-    """Arguments that do not go together."""
+    add("--time", metavar="SECONDS", type=parse_number, help=text)

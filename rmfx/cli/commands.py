@@ -23,7 +23,7 @@ from rmfx import models
 from rmfx.choices import BY_DATA
 from rmfx.conversion import Conversion, convert
 from rmfx.demo import run as demo
-from rmfx.errors import OptionError, RmfxError
+from rmfx.errors import OptionError, RmfxError, quiet_logs
 from rmfx.files.figures import PLOT_SUFFIXES, check_plotting
 from rmfx.files.saving import (
     SUFFIXES,
@@ -33,19 +33,20 @@ from rmfx.files.saving import (
     save,
     whole_file,
 )
-from rmfx.fuzz import fuzz
-from rmfx.latency import LatencyReport, Network, measure_latency, plot
+from rmfx.fuzz import FuzzReport, InterruptedFuzzing, fuzz
+from rmfx.latency import Network, measure_latency
 from rmfx.oracle.pair import NO_NUMBERS
 from rmfx.removal.remove import is_calibrated
 from rmfx.table import Column, table
 from rmfx.timing.speed import LatencyError, Settings
 
-from .arguments import UsageError
+from .bench import announcement, tried, write_files
 from .doctor import diagnose
 from .given import Given, load
 from .page import check_packages, page
 from .pruning_curve import plot as draw_curve
 from .pruning_curve import pruning_curve
+from .values import OutputError, UsageError
 
 
 class FoundError(RmfxError):
@@ -54,7 +55,7 @@ class FoundError(RmfxError):
 
 def run_demo(options: argparse.Namespace) -> None:
     """Convert a small trained network and show the result."""
-    with _quiet_stdout(), _progress(4) as step:
+    with _quiet(), _progress(4) as step:
         result = demo.run_demo(step)
     _show(options, str(result), result.to_dict())
 
@@ -71,7 +72,7 @@ def run_models(options: argparse.Namespace) -> None:
 
 def run_doctor(options: argparse.Namespace) -> None:
     """Say what is installed here, and whether a conversion works."""
-    with _quiet_stdout(), _progress(2, width=25) as step:
+    with _quiet(), _progress(2, width=25) as step:
         found = diagnose(step)
     _show(options, str(found), found.to_dict())
     if found.failure:
@@ -82,7 +83,7 @@ def run_report(options: argparse.Namespace) -> None:
     """Say what a conversion would do."""
     _check_page(options)
     steps = 2 + bool(options.html) + len(options.runtimes)
-    with _quiet_stdout(), _progress(steps, width=30) as step:
+    with _quiet(), _progress(steps, width=30) as step:
         step("load")
         given = load(options, options.model)
         step("convert and verify")
@@ -143,7 +144,7 @@ def _write_page(
 def run_convert(options: argparse.Namespace) -> None:
     """Convert a network, write it to a file and check the file."""
     _check_file("-o", options.output, SUFFIXES)
-    with _quiet_stdout(), _progress(3, width=30) as step:
+    with _quiet(), _progress(3, width=30) as step:
         step("load")
         given = load(options, options.model)
         inputs = given.required
@@ -171,7 +172,7 @@ def run_convert(options: argparse.Namespace) -> None:
 def run_prune(options: argparse.Namespace) -> None:
     """Prune a network to the sizes asked for."""
     _check_pruning_files(options)
-    with _quiet_stdout(), _progress(None, width=40) as step:
+    with _quiet(), _progress(None, width=40) as step:
         step("load")
         given = load(options, options.model)
         data = given.batches or None
@@ -245,11 +246,14 @@ def run_bench(options: argparse.Namespace) -> None:
         tolerance=options.tolerance,
         activation=options.activation,
     )
-    steps = len(options.models) * (1 + len(settings.runtimes) * len(settings.batches))
-    with _quiet_stdout(), _progress(steps, width=50) as step:
+    steps = len(options.models) * (2 + len(settings.runtimes) * len(settings.batches))
+    with _quiet(), _progress(steps, width=50) as step:
         networks = [_network(options, name, step) for name in options.models]
+        trials = [tried(network, settings, step) for network in networks]
+        if line := announcement(trials, settings):
+            tqdm.write(line, file=sys.stderr)
         report = measure_latency(networks, settings, step)
-    _write_bench_files(options, report)
+    write_files(options, report)
     _show(options, str(report), report.to_dict())
     if report.failures:
         count = f"{len(report.failures)} of {len(report.rows)}"
@@ -261,8 +265,8 @@ def run_fuzz(options: argparse.Namespace) -> None:
     examples = options.examples
     if examples is None and options.time is None:
         examples = 100
-    with _quiet_stdout(), _progress(examples, width=30) as step:
-        try:
+    try:
+        with _quiet(), _progress(examples, width=30) as step:
             report = fuzz(
                 options.transform,
                 examples=examples,
@@ -272,28 +276,25 @@ def run_fuzz(options: argparse.Namespace) -> None:
                 seconds=options.time,
                 step=step,
             )
-        except OptionError as error:
-            raise UsageError(str(error)) from error
-    failure = report.failure
-    text = f"{report}\n\n{failure.script}" if failure else str(report)
-    _show(options, text, report.to_dict())
-    if failure:
+    except OptionError as error:
+        raise UsageError(str(error)) from error
+    except InterruptedFuzzing as interruption:
+        _show_fuzzing(options, interruption.report)
+        raise
+    _show_fuzzing(options, report)
+    if failure := report.failure:
         raise FoundError(f"network {failure.example}: {failure.kind}: {failure.message}")
+
+
+def _show_fuzzing(options: argparse.Namespace, report: FuzzReport) -> None:
+    text = f"{report}\n\n{report.failure.script}" if report.failure else str(report)
+    _show(options, text, report.to_dict())
 
 
 def _network(options: argparse.Namespace, name: str, step: Callable[[str], object]) -> Network:
     step(f"load {name}")
     given = load(options, name)
     return Network(name, given.loaded.model, given.required)
-
-
-def _write_bench_files(options: argparse.Namespace, report: LatencyReport) -> None:
-    if options.output is not None:
-        with whole_file(Path(options.output)) as path:
-            path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    if options.plot is not None:
-        with whole_file(Path(options.plot)) as path:
-            plot(report, path)
 
 
 def _convert(options: argparse.Namespace, given: Given) -> Conversion:
@@ -317,8 +318,13 @@ def _calibration(given: Given) -> list[tuple[Tensor, ...]]:
 
 
 def _show(options: argparse.Namespace, text: str, result: dict[str, Any]) -> None:
-    sys.stdout.write((json.dumps(result, indent=2) if options.json else text) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write((json.dumps(result, indent=2) if options.json else text) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"stdout cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -337,6 +343,8 @@ def _progress(steps: int | None, width: int = 20) -> Iterator[Callable[[str], No
         yield step
 
 
-def _quiet_stdout() -> contextlib.redirect_stdout[Any]:
-    """Sends what models and torch print to stderr: stdout is for the result."""
-    return contextlib.redirect_stdout(sys.stderr)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Sends what models print to stderr, as stdout is for the result; torch logs nothing."""
+    with contextlib.redirect_stdout(sys.stderr), quiet_logs():
+        yield

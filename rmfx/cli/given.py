@@ -15,15 +15,15 @@ from torch.export import ExportedProgram
 
 from rmfx.analysis.ranges import numbers_outside
 from rmfx.data.batches import arguments_of, check_batches, inputs_of
-from rmfx.errors import RmfxError
-from rmfx.files.example_inputs import as_types, load_inputs, takes
+from rmfx.errors import RmfxError, check_memory
+from rmfx.files.example_inputs import as_types, fault_of, load_inputs, takes
 from rmfx.files.free_sizes import described_shapes
 from rmfx.files.loading import LoadedModel, load_model, named_object
 from rmfx.files.saving import as_function
 from rmfx.files.source_lines import described
 from rmfx.options import as_tuple, with_article
 
-from .arguments import UsageError
+from .values import UsageError
 
 _WAY_OUT = "give --inputs FILE, or give --input-shape, such as 1,3,224,224"
 Inputs = tuple[Tensor, ...]
@@ -154,7 +154,8 @@ def _try(network: nn.Module, inputs: Inputs, way: str) -> None:
     try:
         with torch.no_grad():
             network(*inputs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        check_memory(error)
         shapes = ", ".join(map(_told, inputs))
         raise RmfxError(
             f"the model fails on inputs of shape {shapes} ({described(error)}); {way}"
@@ -193,6 +194,9 @@ def _batches(
     if not all(isinstance(x, Tensor) for x in tensors) or not batches:
         wanted = "(inputs, classes)" if options.data else "inputs, or of (inputs, classes)"
         raise RmfxError(f"{name}() must give batches of {wanted}: tensors that the model takes")
+    for number, (inputs, _) in enumerate(batches, start=1):
+        for fault in filter(None, map(fault_of, inputs)):
+            raise RmfxError(f"{name}(): an input of batch {number} {fault}")
     return batches
 
 
@@ -209,4 +213,5 @@ def _called(name: str, *, pairs: bool) -> list[Any]:
         raise
     # The caller's own code, which may raise anything.
     except (Exception, SystemExit) as error:
+        check_memory(error)
         raise RmfxError(f"{name}() raised {described(error)}") from error

@@ -16,7 +16,8 @@ from types import FrameType
 
 from rmfx.errors import RmfxError, first_line, reported
 
-from .arguments import UsageError, make_parser
+from .arguments import make_parser
+from .values import OutputError, UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         options.parser.error(str(error))
     except (RmfxError, MemoryError) as error:
+        if isinstance(error, OutputError):
+            _drop_output()
         if options.traceback:
             raise
         _complain(_told(error))
@@ -42,9 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
-    except BrokenPipeError:
-        # The reader of our output left (`rmfx report ... | head`); Python must not flush into it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as error:
+        _complain(f"code of the model's own ended the command (SystemExit: {error})")
+        return 1
+    except BrokenPipeError:  # the reader of our output left (`rmfx report ... | head`)
+        _drop_output()
         return 1
     return 0
 
@@ -58,6 +63,11 @@ def _told(error: RmfxError | MemoryError) -> str:
 
 def _complain(message: str) -> None:
     sys.stderr.write(f"rmfx: {message}\n")
+
+
+def _drop_output() -> None:
+    """Keeps Python from flushing, as it ends, what nobody takes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
