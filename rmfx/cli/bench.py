@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from rmfx.files.saving import whole_file
 from rmfx.latency import LatencyReport, Network, measure_latency, plot
 from rmfx.timing.runtimes import RUNTIMES
@@ -57,6 +60,9 @@ def tried(network: Network, settings: Settings, step: Callable[[str], object]) -
     """
     batch = settings.batches[0]
     short = replace(settings, runtimes=("eager",), batches=(batch,), rounds=1, seconds=0.0)
+    # What the first conversion of a process imports takes longer than many a network.
+    tiny = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()).eval()
+    measure_latency([Network("a tiny network", tiny, (torch.zeros(1, 1, 2, 2),))], short)
     began = time.monotonic()
     (row,) = measure_latency([network], short, step).rows
     calls = (*row.original, *row.converted)
