@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from tabulate import tabulate
 
@@ -62,6 +63,39 @@ class Record:
         return asdict(self)
 
 
+class Placed(Protocol):
+    """A row of a table on joins, as `SiteReport` is one."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def place(self) -> str: ...
+    @property
+    def join(self) -> str: ...
+    @property
+    def index(self) -> int: ...
+
+
+P = TypeVar("P", bound=Placed)
+
+
+def numbered(rows: Iterable[P]) -> tuple[P, ...]:
+    """The rows, in order, of which those that share a place have an index."""
+    rows, seen = [*rows], Counter[str]()
+    shared = Counter(row.place for row in rows if row.place)
+    made = []
+    for row in rows:
+        seen[row.place] += 1
+        made.append(replace(row, index=seen[row.place] if shared[row.place] > 1 else 0))
+    return tuple(made)
+
+
+def name_of(row: Placed) -> str:
+    """The place of a join, with its index if it has one; that of the root is called by its node."""
+    name = row.place or row.join
+    return f"{name} #{row.index}" if row.index else name
+
+
 def short(n: int) -> str:
     """A number for people.
 
@@ -83,3 +117,14 @@ def spread(quartiles: tuple[float, float, float]) -> str:
     """A median with its lower and upper quartile."""
     median, low, high = quartiles
     return f"{median:.2f} ({low:.2f} to {high:.2f})"
+
+
+def told_ratio(quartiles: tuple[float, float, float], *, is_noise: bool) -> str:
+    """A ratio of times with its quartiles, and whether it is one of two equal times."""
+    return f"{spread(quartiles)}, not beyond the noise" if is_noise else spread(quartiles)
+
+
+def milliseconds(seconds: tuple[float, float, float]) -> str:
+    """A median time with its quartiles, in three digits or more."""
+    median, low, high = (f"{1e3 * t:.3g}" if t < 0.1 else f"{1e3 * t:.0f}" for t in seconds)
+    return f"{median} ({low} to {high})"

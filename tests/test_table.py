@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from operator import itemgetter
 
-from rmfx.table import Column, Record, change, spread, table
+from rmfx.table import Column, Record, change, milliseconds, spread, table, told_ratio
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,8 @@ def test_numbers_for_people() -> None:
     assert change(1_500, 2_000_000) == "1.5 k -> 2 M"
     assert change(None, 1) is None
     assert spread((1.0, 0.5, 2.0)) == "1.00 (0.50 to 2.00)"
+    assert told_ratio((1.0, 0.5, 2.0), is_noise=False) == "1.00 (0.50 to 2.00)"
+    noise = told_ratio((1.0, 0.5, 2.0), is_noise=True)
+    assert noise == "1.00 (0.50 to 2.00), not beyond the noise"
+    assert milliseconds((2e-5, 1.234e-5, 0.5)) == "0.02 (0.0123 to 500)"
+    assert milliseconds((1.5, 0.1, 2.5)) == "1500 (100 to 2500)"

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rmfx.conversion import Conversion, convert
-from rmfx.table import Column, spread, table
-from rmfx.timing.speed import LatencyError, Settings, compare_speed, quartiles, ratio_of
+from rmfx.table import Column, table
+from rmfx.timing.paired import Paired
+from rmfx.timing.speed import LatencyError, Settings, compare_speed
 
 from . import load_digits, load_model
 
@@ -37,12 +38,14 @@ class Speed:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Medians and quartiles instead of rounds."""
-        names = ("median", "low", "high")
+        """Medians and quartiles instead of rounds; that after is that before times the ratio."""
         made: dict[str, Any] = {"runtime": self.runtime, "note": self.note}
-        for side in ("before", "after") if not self.note else ():
-            made[side] = dict(zip(names, quartiles(getattr(self, side)), strict=True))
-        return made
+        return made if self.note else made | self.paired.to_dict()
+
+    @property
+    def paired(self) -> Paired:
+        """Both times, for people."""
+        return Paired(self.before, self.after)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class DemoResult:
             f"Largest difference of any output: {self.largest_difference:.1e}"
             f" ({relative:.1e} of the largest output).",
             str(self.conversion),
-            f"Milliseconds for {BATCH} digits on one thread, median (quartiles):",
+            f"Milliseconds for {BATCH} digits on one thread, median (quartiles); after is before"
+            " times the ratio, which is that of single rounds:",
             self._speed_table(),
             _ADVICE,
         ]
@@ -139,13 +143,9 @@ def _measure_speeds(
     return tuple(speeds)
 
 
-def _milliseconds(seconds: tuple[float, ...]) -> str:
-    return spread(quartiles([1e3 * each for each in seconds]))
-
-
 _COLUMNS = (
     Column("", "runtime"),
-    Column("before", "before", _milliseconds),
-    Column("after", "after", _milliseconds),
-    Column("after/before", lambda speed: spread(ratio_of(speed.before, speed.after))),
+    Column("before", lambda speed: speed.paired.told_before),
+    Column("after", lambda speed: speed.paired.told_after),
+    Column("after/before", lambda speed: speed.paired.told_ratio),
 )

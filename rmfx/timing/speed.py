@@ -16,6 +16,8 @@ from rmfx.options import is_number, is_whole
 from .runtimes import RUNTIMES, Form, Run, RuntimeFailure, as_failure, times_of, torch_threads
 
 MOST_THREADS = 1024  # with many more of them torch ends the process
+CHANCE = 0.02  # at most, that one of two equal forms passes for the faster one
+Quartiles = tuple[float, float, float]  # the median, the lower and the upper one
 
 
 class LatencyError(RmfxError):
@@ -115,7 +117,7 @@ def ratios_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, .
     return tuple(b / a for a, b in zip(before, after, strict=True))
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+def quartiles(values: Sequence[float]) -> Quartiles:
     """The median, the lower and the upper quartile."""
     if len(values) == 1:
         return (values[0],) * 3
@@ -123,9 +125,35 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return median, low, high
 
 
-def ratio_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+def ratio_of(before: Sequence[float], after: Sequence[float]) -> Quartiles:
     """after/before: median, lower and upper quartile of the ratios of single rounds."""
     return quartiles(ratios_of(before, after))
+
+
+def time_after(before: Sequence[float], after: Sequence[float]) -> Quartiles:
+    """How long the form after takes where the one before takes its median: that times the ratio.
+
+    The median of its own rounds may say the opposite of the ratio: a slower spell of the machine
+    that meets half of all rounds moves either median to another round, and no ratio.
+    """
+    middle = statistics.median(before)
+    median, low, high = ratio_of(before, after)
+    return middle * median, middle * low, middle * high
+
+
+def is_faster(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether the form after is faster beyond the noise, by the sign test on the rounds.
+
+    Fewer than six rounds show nothing, even where all agree.
+    """
+    total, wins = len(before), sum(b < a for a, b in zip(before, after, strict=True))
+    chance: float = sum(math.comb(total, k) for k in range(wins, total + 1)) / 2**total
+    return chance <= CHANCE
+
+
+def is_noise(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether neither of two forms is faster beyond the noise."""
+    return not is_faster(before, after) and not is_faster(after, before)
 
 
 def advice(absent: Sequence[str]) -> str:

@@ -1,0 +1,45 @@
+"""Two forms timed in turn, and what may be said of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rmfx.table import milliseconds, told_ratio
+
+from .speed import Quartiles, is_noise, quartiles, ratio_of, time_after
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Seconds of a call of two forms, one number for each round: at least one."""
+
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+    @property
+    def told_before(self) -> str:
+        """The time before, in milliseconds."""
+        return milliseconds(quartiles(self.before))
+
+    @property
+    def told_after(self) -> str:
+        """The time after, in milliseconds, as the ratio gives it."""
+        return milliseconds(time_after(self.before, self.after))
+
+    @property
+    def told_ratio(self) -> str:
+        """After over before, and whether that is noise."""
+        is_alike = is_noise(self.before, self.after)
+        return told_ratio(ratio_of(self.before, self.after), is_noise=is_alike)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Medians and quartiles of the times and of the ratio, and whether that is beyond noise."""
+        times = quartiles(self.before), time_after(self.before, self.after)
+        before, after, ratio = map(_named, (*times, ratio_of(self.before, self.after)))
+        ratio["beyond_noise"] = not is_noise(self.before, self.after)
+        return {"before": before, "after": after, "ratio": ratio}
+
+
+def _named(found: Quartiles) -> dict[str, Any]:
+    return dict(zip(("median", "low", "high"), found, strict=True))
