@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,22 +27,11 @@ from rmfx.removal.plan import plans
 from rmfx.removal.policy import Policy, check_policy
 from rmfx.removal.rule import Arrange, ResidualRule, apply_to_joins, as_one_layer, finish, joins_of
 from rmfx.removal.site import Site
-from rmfx.report import (
-    BRANCHES_MERGED,
-    HELD_KEY,
-    META_KEY,
-    REMOVED,
-    Report,
-    SiteReport,
-    Timing,
-    report,
-)
+from rmfx.report import HELD_KEY, META_KEY, Report, SiteReport, Timing, report
 from rmfx.rules.batch_norm import fold
 from rmfx.rules.linear import LinearRule
 from rmfx.rules.noop import NoopRule
-from rmfx.timing.speed import Settings, compare_speed, ratio_of
-
-FORMS = ("folded", "merged", "converted")
+from rmfx.timing.speed import Settings, compare_speed, is_faster, is_noise, ratio_of
 
 
 @undisturbed
@@ -61,9 +49,9 @@ def optimize(
 ) -> fx.GraphModule:
     """Make a network faster without changing what it computes, or return it as fast as it was.
 
-    A form is returned if it is faster beyond noise (a sign test on the rounds, of which there are
-    more where the first leave it open), the fastest of them by the median; else the original with
-    its batch norm folded.
+    A form is returned if it is faster beyond the noise (a sign test on the rounds, of which there
+    are more where the first leave it open), the fastest of them by the median; else the original
+    with its batch norm folded. The report has every form's ratio, and says where it is noise.
 
     Args:
         model: `nn.Module`, `GraphModule` or `ExportedProgram` in eval mode; not changed.
@@ -109,8 +97,8 @@ def optimize(
     if len(forms) > 1:
         best, timings = _measured(forms, inputs, runtime, settings, step)
         rows = _rows(report(forms[best]), tried, timings)
-    held, effect = forms[best].meta.get(HELD_KEY, ()), report(forms[best]).effect
-    forms[best].meta[META_KEY] = Report(rows, timings, held=held, effect=effect)
+    held = forms[best].meta.get(HELD_KEY, ())
+    forms[best].meta[META_KEY] = Report(rows, timings, held=held)
     return checked("optimize", model, source, forms[best], inputs, wanted=verify, reports=True)
 
 
@@ -123,36 +111,34 @@ def _measured(
 ) -> tuple[str, tuple[Timing, ...]]:
     """The name of the form to return, and how long each takes."""
     times = compare_speed(list(forms.values()), inputs, runtime, settings, step)
-    if any(_verdict(times[0], own) is None for own in times[1:]):
+    if any(_is_open(times[0], own) for own in times[1:]):
         more = replace(settings, rounds=3 * settings.rounds)
         again = compare_speed(list(forms.values()), inputs, runtime, more, step)
         times = [(*own, *others) for own, others in zip(times, again, strict=True)]
-    ratios = [ratio_of(times[0], own) for own in times]
     best = _fastest(dict(zip(forms, times, strict=True)))
     timings = tuple(
-        Timing(name, runtime, *ratio, chosen=name == best)
-        for name, ratio in zip(forms, ratios, strict=True)
+        Timing(
+            name,
+            runtime,
+            *ratio_of(times[0], own),
+            beyond_noise=not is_noise(times[0], own),
+            chosen=name == best,
+        )
+        for name, own in zip(forms, times, strict=True)
     )
     return best, timings
 
 
-def _verdict(before: Sequence[float], after: Sequence[float]) -> bool | None:
-    """Whether a form is faster, by the sign test on its rounds; None where that is open.
-
-    Two equal forms are taken to differ in one case of fifty (or, of few rounds, if all agree).
-    """
-    total = len(before)
+def _is_open(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether a form won most rounds, and too few of them to be surely faster."""
     wins = sum(own < other for own, other in zip(after, before, strict=True))
-    chance = sum(math.comb(total, k) for k in range(wins, total + 1)) / 2**total
-    if chance <= 0.02 or wins == total:
-        return True
-    return None if 2 * wins > total else False
+    return 2 * wins > len(before) and not is_faster(before, after)
 
 
 def _fastest(times: Mapping[str, Sequence[float]]) -> str:
     """The form with the least median ratio of those that are surely faster, else the first."""
     first = next(iter(times))
-    faster = [name for name in times if name != first and _verdict(times[first], times[name])]
+    faster = [name for name in times if name != first and is_faster(times[first], times[name])]
     return min(faster, key=lambda name: ratio_of(times[first], times[name])[0], default=first)
 
 
@@ -160,8 +146,10 @@ def _rows(
     made: Report, tried: Sequence[SiteReport], timings: Sequence[Timing]
 ) -> tuple[SiteReport, ...]:
     """What became of every site, where one that could have gone was kept after measuring."""
-    slower = timings[-1]
-    reason = f"it would not pay: {slower.ratio:.2f} times the time in {slower.runtime}, measured"
+    slower, best = timings[-1], next(timing for timing in timings if timing.chosen)
+    reason = f"it would not pay, measured: time in {slower.runtime} times {slower.told}"
+    if best is not timings[0]:
+        reason += f"; without it, times {best.told}"
     rows, tried_at = [], {row.join: row for row in tried}
     for row in made.rows:
         other = tried_at.get(row.join, row)
@@ -213,8 +201,7 @@ def _rewritten(source: fx.GraphModule, arrange: Arrange | None, policy: Policy) 
         _, refusals = apply_to_joins(net, rule)
         # Last, where it is cheaper: what the rewrites left next to another linear layer.
         apply_rule(net, LinearRule())
-    effect = BRANCHES_MERGED if arrange is as_one_layer else REMOVED
-    made: fx.GraphModule = finish(net, rule, refusals, joins, effect=effect)
+    made: fx.GraphModule = finish(net, rule, refusals, joins)
     return made
 
 

@@ -43,7 +43,7 @@ from rmfx.removal.shortcuts import Candidate, branch_alone, candidates_of, witho
 from rmfx.report import META_KEY
 from rmfx.rules.batch_norm import fold
 from rmfx.rules.noop import NoopRule
-from rmfx.table import Column, Record, table
+from rmfx.table import Column, Record, name_of, numbered, table
 from rmfx.timing.timer import Timer
 
 CHOICES = ("keep", "open", "cut")
@@ -60,6 +60,7 @@ class SiteChoice:
         seconds: it takes alone as it is.
         seconds_open, seconds_cut: in the other forms, None where there is none.
         loss_cut: what cutting it adds to the loss.
+        index: which of several joins of that place it is, from 1 on; 0 where it is the only one.
     """
 
     place: str
@@ -69,6 +70,7 @@ class SiteChoice:
     seconds_open: float | None
     seconds_cut: float | None
     loss_cut: float | None
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _microseconds(seconds: float) -> str:
 
 
 _COLUMNS = (
-    Column("site", lambda row: row.place or row.join),
+    Column("site", name_of),
     Column("choice", "choice"),
     Column("as it is", "seconds", _microseconds, right=True),
     Column("open", "seconds_open", _microseconds, right=True),
@@ -170,7 +172,7 @@ def choose_sites(
     rows = [replace(row, choice=choice) for row, choice in zip(rows, chosen, strict=True)]
     gm = _with_choices(source, candidates, rows, example_inputs, batches)
     after = _loss_of(gm, batches, loss)
-    return gm, ChoiceReport(tuple(rows), before, after, runtime)
+    return gm, ChoiceReport(numbered(rows), before, after, runtime)
 
 
 def _check_choices(choices: Sequence[str]) -> None:

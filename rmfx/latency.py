@@ -5,6 +5,8 @@ what is compared is the removal alone. Each runtime first has to give the origin
 both forms; then both are timed in turn, in one process: every round measures each form once with
 `torch.utils.benchmark`, in the opposite order of the round before. A slower spell of the machine
 meets both forms of a round, so the ratio of each round is taken first, and the median of those.
+Where the rounds do not agree on which form is faster (a sign test), the table says so; and it gives
+the converted form's time as the original's times the ratio, which no other median contradicts.
 
 All of it in float32, which OpenVINO has to be told: where the CPU knows bfloat16 it would use that.
 
@@ -15,8 +17,7 @@ environment lets them sleep instead; it must be there before torch is imported.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,8 +32,9 @@ from rmfx.conversion import Conversion, convert
 from rmfx.files.figures import check_plotting, write_figure
 from rmfx.files.saving import as_function
 from rmfx.files.trials import Trials, default_tolerance, relative_error
-from rmfx.table import Column, spread, table
+from rmfx.table import Column, table
 from rmfx.timing.machine import machine_of
+from rmfx.timing.paired import Paired
 from rmfx.timing.runtimes import RUNTIMES, Form, RuntimeFailure, as_failure, torch_threads
 from rmfx.timing.speed import LatencyError, Settings, advice, ratio_of, ratios_of
 
@@ -84,11 +86,16 @@ class Latency:
         """The median of the ratios, and their lower and upper quartile."""
         return ratio_of(self.original, self.converted)
 
+    @property
+    def paired(self) -> Paired:
+        """Both times, for people."""
+        return Paired(self.original, self.converted)
+
     def to_dict(self) -> dict[str, Any]:
         """The attributes, and where there are times their summary under "ratio"."""
         made = asdict(self)
         if not self.failure:
-            made["ratio"] = dict(zip(("median", "low", "high"), self.ratio, strict=True))
+            made["ratio"] = self.paired.to_dict()["ratio"]
         return made
 
     @staticmethod
@@ -135,25 +142,22 @@ class LatencyReport:
 
 
 _EXPLANATION = """\
-Times are medians over all rounds; the ratio is the median of the ratios of single rounds.
+Times and ratios: median (quartiles) over all rounds. The ratio is that of single rounds, and the
+converted form's time is the original's times the ratio. Noise: by a sign test on the rounds.
 Multiply-adds are converted/original. The error is the larger one of both forms, relative, against
 the original in eager mode."""
 
 
-def _milliseconds(side: Sequence[float]) -> str:
-    return f"{statistics.median(side) * 1e3:.2f}" if side else ""
-
-
 def _ratio(row: Latency) -> str:
-    return f"failed: {row.failure}" if row.failure else spread(row.ratio)
+    return f"failed: {row.failure}" if row.failure else row.paired.told_ratio
 
 
 _COLUMNS = (
     Column("network", "network"),
     Column("batch", "batch", right=True),
     Column("runtime", "runtime"),
-    Column("original, ms", "original", _milliseconds, right=True),
-    Column("converted, ms", "converted", _milliseconds, right=True),
+    Column("original, ms", lambda row: None if row.failure else row.paired.told_before),
+    Column("converted, ms", lambda row: None if row.failure else row.paired.told_after),
     Column("converted/original (quartiles)", _ratio),
     Column("multiply-adds", "macs", ".2f", right=True),
     Column("error", "error", ".0e"),
@@ -239,11 +243,8 @@ class _Pair:
     def notes(self) -> list[str]:
         if "conversion" not in vars(self) or not self.conversion.report.refused:
             return []
-        report = self.conversion.report
-        return [
-            f"{self.network.name}: {report.refused} of {len(report.rows) - report.other} residual"
-            " connections are still there, `rmfx report` says why"
-        ]
+        left = " and ".join(self.conversion.report.counted("refused").values())
+        return [f"{self.network.name}: {left} are still there, `rmfx report` says why"]
 
     @property
     def macs(self) -> float | None:

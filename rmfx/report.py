@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from rmfx.errors import RmfxError
 
-from .table import Column, change, spread, table
+from .table import Column, change, name_of, table, told_ratio
 from .verified import Verification
+from .words import FORMS, KINDS, SKIP, WAYS
 
 if TYPE_CHECKING:
     from torch import fx
@@ -22,24 +23,6 @@ META_KEY = "rmfx_report"
 REWRITES_KEY = "rmfx_rewrites"  # what rules have done so far, while a verb is at work
 MODIFIED_KEY = "rmfx_modified"
 HELD_KEY = "rmfx_held"  # what was read of layers that compute their weights
-# What `SiteReport.layout` may say.
-IN_TURNS, TAKEN_APART = "in turns with the branch", "layers taken apart"
-PADDED = "carry padded to whole groups"
-MERGED = "linear layers merged"
-LAYOUTS = (IN_TURNS, TAKEN_APART, PADDED, MERGED)
-# What `SiteReport.strategy` may say, and what it means.
-WAYS = {
-    "identity": "unchanged",
-    "scale": "times a power of two",
-    "per-channel": "slopes or bounds of its own",
-    "odd-pair": "as x and -x",
-    "shift": "moved to where it stays",
-    "double-relu": "a clamp becomes two ReLU",
-    "masked": "a mask lets it by",
-    "linear": "there is none to pass",
-}
-# What becomes of the sites that are "removed", as `Report.effect` says it.
-REMOVED, BRANCHES_MERGED = "residual connections removed", "sums of parallel branches merged"
 DEAR = 8.0  # times the multiply-adds, above which a report says so in words
 
 
@@ -49,12 +32,16 @@ class SiteReport:
 
     Attributes:
         place: path of the module whose code adds, "" for the root.
+        index: which of several joins of that place it is, from 1 on; 0 where it is the only one.
         source: "file.py:12", where known.
         join: name of the add in `rmfx.trace(model, example_inputs)`.
         node: name of the node of the result that holds the join's value, None if none does.
         status: "removed", "refused", "kept" where only the policy was against it, or "other" for an
             addition that is no residual connection: of different inputs, of what depends on sizes
             alone, of another scale, or for a gate.
+        kind: "residual connection" where one of both values comes from where they part without
+            passing an activation, or that cannot be read; "parallel branches" where both do, or
+            neither; "" for another addition.
         reason: why it stays, "" if it was removed.
         strategy: how the carry passes the activations: the least simple of "identity", "scale",
             "per-channel", "odd-pair", "shift", "double-relu" and "masked" in use; "linear" where
@@ -68,8 +55,8 @@ class SiteReport:
             offset over its own size; None where nothing was rewritten. The 4 by which
             "double-relu" multiplies the branch is not counted.
         bits: how many of the type's bits its sums cost a carry, beside one rounding or a few.
-        layout: which of several exact arrangements it is, some of `LAYOUTS` among its words, and
-            what the next best one would cost.
+        layout: which of several exact arrangements it is, some of `LAYOUTS` among its words.
+        alternative: the next best one, and what it would cost; "" where there is none.
         shape: of the join's value, where known.
         carry: carried channels.
         macs_before, macs_after: multiply-adds of the site, where shapes are known.
@@ -88,6 +75,7 @@ class SiteReport:
     gain: float | None = None
     bits: float = 0.0
     layout: str = ""
+    alternative: str = ""
     shape: tuple[int | None, ...] | None = None
     carry: int = 0
     macs_before: int | None = None
@@ -96,6 +84,19 @@ class SiteReport:
     moved_after: int | None = None
     params_before: int | None = None
     params_after: int | None = None
+    kind: str = ""
+    index: int = 0
+
+    @property
+    def name(self) -> str:
+        """What tables call it: its place, with the index where others share that."""
+        return name_of(self)
+
+    @property
+    def done(self) -> str:
+        """What tables say of it: its status, but branches are merged."""
+        is_done = self.status == "removed" and self.kind in KINDS
+        return KINDS[self.kind][1] if is_done else self.status
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,10 @@ class Timing:
     """How long one form of a network takes, over the original with its batch norm folded.
 
     Attributes:
-        form: what was done to it.
+        form: what was done to it, one of `FORMS`; the original itself is "folded".
         runtime: where it was measured.
-        ratio, low, high: median and quartiles of the ratios.
+        ratio, low, high: median and quartiles of the ratios of single rounds.
+        beyond_noise: whether it is faster or slower, by the sign test on the rounds.
         chosen: whether it is what was returned.
     """
 
@@ -131,10 +133,19 @@ class Timing:
     ratio: float
     low: float
     high: float
+    beyond_noise: bool = True
     chosen: bool = False
 
+    @property
+    def told(self) -> str:
+        """The ratio, with its spread and whether it is noise; that of the original is 1."""
+        if self.form == "folded":
+            return "1"
+        ratio = (self.ratio, self.low, self.high)
+        return told_ratio(ratio, is_noise=not self.beyond_noise)
+
     def __str__(self) -> str:
-        text = f"{self.form}: {spread((self.ratio, self.low, self.high))}"
+        text = f"{FORMS[self.form]}: {self.told}"
         return f"{text}, returned" if self.chosen else text
 
 
@@ -147,14 +158,12 @@ class Report:
         timings: what `rmfx.optimize` has measured; empty otherwise.
         verification: what was compared with the original, if the pass does that.
         held: layers whose weights the result holds otherwise than the model.
-        effect: what became of the rows that are "removed", `REMOVED` or `BRANCHES_MERGED`.
     """
 
     rows: tuple[SiteReport, ...]
     timings: tuple[Timing, ...] = ()
     verification: Verification | None = None
     held: tuple[HeldReport, ...] = ()
-    effect: str = REMOVED
 
     @property
     def removed(self) -> int:
@@ -180,6 +189,28 @@ class Report:
     def other(self) -> int:
         """Additions that are no residual connections."""
         return sum(row.status == "other" for row in self.rows)
+
+    def counted(self, status: str) -> dict[str, str]:
+        """By kind, how many have a status, in words: "2 of 3 residual connections"."""
+        found = {}
+        for kind, (many, _) in KINDS.items():
+            of_kind = [row.status for row in self.rows if row.kind == kind]
+            if of_kind:
+                found[kind] = f"{of_kind.count(status)} of {len(of_kind)} {many}"
+        return found
+
+    @property
+    def total(self) -> str:
+        """What became of residual connections, of sums of parallel branches, and of the rest."""
+        counted = self.counted("removed") or {SKIP: "0 of 0 residual connections"}
+        parts = [f"{text} {KINDS[kind][1]}" for kind, text in counted.items()]
+        parts += [f"{self.kept} kept by choice"] if self.kept else []
+        rest = f"; {self.other} other additions" if self.other else ""
+        return f"{', '.join(parts)}{rest}"
+
+    def details(self) -> str:
+        """A table of layouts, with the next best; a join and its node in the graph after it."""
+        return table(self.rows, _DETAILS)
 
     @property
     def adds_left(self) -> int:
@@ -207,17 +238,16 @@ class Report:
         if not self.timings:
             return []
         runtime = self.timings[0].runtime
-        head = f"time in {runtime} over that of the original with its batch norm folded:"
+        head = (
+            f"time in {runtime} over that of the original with its batch norm folded, median"
+            " (quartiles):"
+        )
         return [head, *(f"  {timing}" for timing in self.timings)]
 
     def _table(self) -> str:
         if not self.rows:
             return "no residual connections: the graph adds no two tensors"
-        count = len(self.rows) - self.other
-        total = f"{self.removed} of {count} {self.effect}"
-        total += f", {self.kept} kept by choice" if self.kept else ""
-        total += f"; {self.other} other additions" if self.other else ""
-        return f"{table(self.rows, _COLUMNS)}\n{legend(self.rows)}\n{total}{self._dearness()}"
+        return f"{table(self.rows, _COLUMNS)}\n{legend(self.rows)}\n{self.total}{self._dearness()}"
 
     def _dearness(self) -> str:
         """What is said where a conversion costs many times what was there."""
@@ -263,9 +293,10 @@ def _reason(row: SiteReport) -> str:
 
 
 WIDTH = 60  # of a column at most
+SITE = Column("site", "name", width=WIDTH)
 HEAD = (  # what every table of sites begins with
-    Column("site", lambda row: row.place or row.join, width=WIDTH),
-    Column("done", "status"),
+    SITE,
+    Column("done", "done"),
     Column("strategy", "strategy"),
     Column("exactness", _exactness),
 )
@@ -277,6 +308,13 @@ _COLUMNS = (
     Column("multiply-adds", lambda row: change(row.macs_before, row.macs_after)),
     Column("parameters", lambda row: change(row.params_before, row.params_after)),
     Column("reason", _reason, width=WIDTH),
+)
+_DETAILS = (
+    SITE,
+    Column("join", "join"),
+    Column("node", "node"),
+    Column("layout", "layout", width=WIDTH),
+    Column("the next best, times the multiply-adds", "alternative", width=WIDTH),
 )
 
 

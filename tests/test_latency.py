@@ -269,7 +269,8 @@ def test_json_holds_everything() -> None:
     text = json.dumps(report.to_dict())
     assert LatencyReport.from_dict(json.loads(text)) == report
     rows = json.loads(text)["rows"]
-    assert rows[0]["ratio"] == {"median": 1.5, "low": 1.25, "high": 1.75}
+    ratio = {"median": 1.5, "low": 1.25, "high": 1.75}
+    assert rows[0]["ratio"] == ratio | {"beyond_noise": False}
     assert "ratio" not in rows[1]
 
 
@@ -277,6 +278,26 @@ def test_the_table_says_how_it_was_made() -> None:
     text = str(example_report())
     assert "1.50 (1.25 to 1.75)" in text
     assert all(part in text for part in ("a note", "threads 2", "abacus", "torch 2.0"))
+
+
+def test_the_table_says_what_is_not_beyond_the_noise() -> None:
+    turns = {"original": (1.0,) * 8, "converted": (1.1, 0.9) * 4}
+    slower = {"original": (1.0,) * 8, "converted": (1.1,) * 8}
+    rows = (Latency("even", "eager", 1, **turns), Latency("slow", "eager", 1, **slower))
+    even, slow = str(LatencyReport(rows, (), {})).splitlines()[2:4]
+    assert "1.00 (0.90 to 1.10), not beyond the noise" in even
+    assert "1.10 (1.10 to 1.10)" in slow
+    assert "noise" not in slow
+
+
+def test_the_table_has_no_median_that_contradicts_the_ratio() -> None:
+    before, after = (1.0, 1.0, 3.0, 3.0, 1.0), (0.9, 0.9, 2.0, 2.0, 2.0)
+    row = Latency("a", "eager", 1, original=before, converted=after)
+    text = str(LatencyReport((row,), (), {}))
+    assert "1000 (1000 to 3000)" in text
+    assert " 900 (667 to 900)" in text
+    assert "0.90 (0.67 to 0.90)" in text
+    assert "2000" not in text
 
 
 def test_machine_names_threads_precision_and_versions() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 import rmfx
 from rmfx.choices import STRATEGIES
 from rmfx.cost import counting as cost
-from rmfx.report import WAYS
+from rmfx.words import WAYS
 
 
 def converted(*, inputs: bool = True) -> torch.fx.GraphModule:
@@ -89,6 +89,70 @@ def test_table_has_a_line_for_every_site_and_a_sum() -> None:
         assert word in text
     assert "22.6 k -> 36 k" in text
     assert max(len(line) for line in lines) < 220
+
+
+class Twice(nn.Module):
+    """Parallel branches and a residual connection, added by the code of one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(), conv(kernel=1), conv_branch()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.a(x) + self.b(x))
+        return y + self.c(y)  # type: ignore[no-any-return]
+
+
+def test_parallel_branches_are_not_called_residual_connections() -> None:
+    model = ready(chain(Twice(), nn.ReLU(), Residual(conv_branch())))
+    report = rmfx.report(rmfx.remove_residuals(model, image()))
+    kinds = ["parallel branches", "residual connection", "residual connection"]
+    assert [row.kind for row in report.rows] == kinds
+    assert [row.status for row in report.rows] == ["removed"] * 3
+    assert [row.done for row in report.rows] == ["merged", "removed", "removed"]
+    told = "2 of 2 residual connections removed, 1 of 1 sums of parallel branches merged"
+    assert told in str(report).splitlines()
+    merged = rmfx.report(rmfx.merge_branches(model, image()))
+    assert [row.kind for row in merged.rows] == kinds
+    assert merged.total == told.replace("2 of 2", "0 of 2")
+
+
+def test_two_branches_with_activations_are_parallel() -> None:
+    """None of both is a shortcut: they stand side by side."""
+    model = ready(Residual(conv_branch(), conv_branch()))
+    (row,) = rmfx.report(rmfx.remove_residuals(model, image())).rows
+    assert (row.status, row.kind) == ("removed", "parallel branches")
+
+
+def test_rows_that_share_a_name_have_an_index() -> None:
+    twice = Twice()
+    model = ready(chain(twice, twice, Residual(conv_branch())))
+    report = rmfx.report(rmfx.remove_residuals(model, image()))
+    names = [f"0 #{i}" for i in (1, 2, 3, 4)]
+    assert [row.name for row in report.rows] == [*names, "2"]
+    assert [row.place for row in report.rows] == ["0"] * 4 + ["2"]
+    assert [row["index"] for row in report.to_dict()["sites"]] == [1, 2, 3, 4, 0]
+    assert [line[:4].strip() for line in str(report).splitlines()[2:7]] == [*names, "2"]
+    joins = {node.name for node in rmfx.trace(model, image()).graph.nodes}
+    assert len({row.join for row in report.rows} & joins) == 5
+
+
+def test_rows_of_the_root_are_called_by_their_nodes() -> None:
+    report = rmfx.report(rmfx.remove_residuals(ready(Twice()), image()))
+    assert [(row.name, row.index) for row in report.rows] == [("add", 0), ("add_1", 0)]
+
+
+def test_the_next_best_layout_is_told_on_demand() -> None:
+    branch = chain(conv(20, 8, 1), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 20, 1))
+    report = rmfx.report(rmfx.remove_residuals(ready(Residual(branch)), image(1, 20, 6, 6)))
+    (row,) = report.rows
+    assert row.layout == "carried past 3 layers, inner ones grouped, carry padded to whole groups"
+    assert row.alternative.startswith("carried past 3 layers, inner ones full: ")
+    assert row.alternative not in str(report)
+    header, _, line, *_ = report.details().splitlines()
+    assert "the next best, times the multiply-adds" in header
+    assert all(text in line for text in ("add", "inner ones grouped", row.alternative))
+    assert report.to_dict()["sites"][0]["alternative"] == row.alternative
 
 
 def test_the_table_says_where_a_conversion_is_dear_and_what_is_cheaper() -> None:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.laws import direct_sum, groups_side_by_side, join, plus, spread, stack, window_of
 from rmfx.errors import Refusal
-from rmfx.report import IN_TURNS, TAKEN_APART
+from rmfx.words import IN_TURNS, TAKEN_APART
 
 from .column import Column
 from .columns import Linear, linear_of
@@ -195,5 +195,6 @@ def described(columns: Sequence[Column], layout: Layout) -> str:
     grouped = {form.groups != 1 for form in layers[1:-1] if form.groups != 0}
     if not grouped:
         return turns + apart
-    how = "carry partly grouped" if len(grouped) == 2 else "grouped" if True in grouped else "dense"
-    return f"{turns}, {how}{apart}"
+    kinds = {True: "grouped", False: "full"}
+    how = " and ".join(kinds[one] for one in sorted(grouped, reverse=True))
+    return f"{turns}, inner ones {how}{apart}"

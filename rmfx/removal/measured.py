@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from rmfx.errors import Refusal
 from rmfx.ir.net import Net
+from rmfx.table import told_ratio
 from rmfx.timing.speed import ratio_of
 from rmfx.timing.timer import Timer
 
@@ -68,11 +69,14 @@ class MeasuredPolicy:
         alone = cut_out(net, site)
         if alone is None:
             return Refusal("its shapes are unknown; pass example_inputs", by_choice=True)
-        ratio, _, _ = self._timing(site.join.name, *alone, both_forms)
-        if ratio < 1:
+        ratio = self._timing(site.join.name, *alone, both_forms)
+        median, low, high = ratio
+        if median < 1:
             return None
-        cause = f"{ratio:.2f} times the time in {self.runtime}, measured alone"
-        return Refusal(f"it would not pay: {cause}", by_choice=True)
+        # By the quartiles: rounds are not kept.
+        told = told_ratio(ratio, is_noise=low <= 1 <= high)
+        cause = f"measured alone: time in {self.runtime} times {told}"
+        return Refusal(f"it would not pay, {cause}", by_choice=True)
 
     def _timing(
         self, name: str, alone: fx.GraphModule, inputs: Inputs, both_forms: BothForms

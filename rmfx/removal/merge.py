@@ -7,7 +7,6 @@ from torch import fx
 from rmfx.analysis.ranges import Ranges
 from rmfx.ir.driver import apply_rule
 from rmfx.ir.net import Net
-from rmfx.report import BRANCHES_MERGED
 from rmfx.rules.batch_norm import fold
 from rmfx.rules.linear import LinearRule
 from rmfx.rules.noop import NoopRule
@@ -28,4 +27,4 @@ def merge(
     made, refusals = apply_to_joins(net, sums)
     check_strict("merge_branches", refusals, strict=strict)
     apply_rule(net, LinearRule(concerns=made.__contains__))
-    return finish(net, sums, refusals, joins, effect=BRANCHES_MERGED)
+    return finish(net, sums, refusals, joins)

@@ -14,7 +14,7 @@ from rmfx.algebra.products import unmerged
 from rmfx.errors import Refusal
 from rmfx.ir.elements import ByChannel
 from rmfx.ir.notes import shape_of
-from rmfx.report import PADDED
+from rmfx.words import PADDED
 
 from .alignment import aligned
 from .assembly import Plan, plan_of
@@ -158,12 +158,14 @@ def _ways_beside(site: Site, main: Chain, shortcut: Chain) -> Sequence[Beside] |
 
 def _place(counts: Sequence[int], has_layers: bool) -> str:
     """Beside which layers of the branch those of the shortcut stand."""
-    if not has_layers:
-        return "identity beside one layer" if len(counts) == 1 else f"identity beside {len(counts)}"
-    layers = [str(i + 1) for i, n in enumerate(counts) if n > (counts[i - 1] if i else 0)]
     if len(counts) == 1:
         return "one layer"
-    return f"shortcut in layer {' and '.join(layers)} of {len(counts)}"
+    carried = f"carried past {len(counts)} layers"
+    if not has_layers:
+        return carried
+    layers = [str(i + 1) for i, n in enumerate(counts) if n > (counts[i - 1] if i else 0)]
+    which = f"layer{'s' if len(layers) > 1 else ''} {' and '.join(layers)}"
+    return f"{carried}, the shortcut's own in {which}"
 
 
 def _geometry(site: Site, main: Chain) -> tuple[list[AffineConv], list[int]]:

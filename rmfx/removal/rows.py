@@ -14,11 +14,12 @@ from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
 from rmfx.ir.notes import SOURCE, positions, shape_of
 from rmfx.report import SiteReport
+from rmfx.words import PARALLEL, SKIP
 
 from .assembly import Plan
 from .columns import Linear, Pointwise, Sided, linear_of
 from .order import Ordered
-from .site import Site
+from .site import Site, find_sites, innermost
 from .strategy import Settled
 from .traffic import moved_beside
 
@@ -80,6 +81,7 @@ def row_of_match(net: Net, site: Site, settled: Settled, nodes: Sequence[fx.Node
         moved_after=after.moved,
         params_before=before.parameters,
         params_after=after.parameters,
+        kind=_kind(site),
     )
 
 
@@ -90,7 +92,7 @@ def with_expense(row: SiteReport, after: Expense) -> SiteReport:
     )
 
 
-def row_of_refusal(node: fx.Node, refusal: Refusal, *, whole: bool) -> SiteReport:
+def row_of_refusal(net: Net, node: fx.Node, refusal: Refusal, *, whole: bool) -> SiteReport:
     """The row of a site that stays.
 
     Args:
@@ -104,4 +106,16 @@ def row_of_refusal(node: fx.Node, refusal: Refusal, *, whole: bool) -> SiteRepor
         status="kept" if refusal.by_choice else "other" if refusal.apart else "refused",
         reason=str(refusal),
         shape=shape_of(node),
+        kind="" if refusal.apart else _kind_of_join(net, node),
     )
+
+
+def _kind(site: Site) -> str:
+    """Whether a sum has a shortcut."""
+    return PARALLEL if site.shortcut is None else SKIP
+
+
+def _kind_of_join(net: Net, join: fx.Node) -> str:
+    """The same of a sum that stays, as far as it can be read."""
+    sites = find_sites(net, join, keep_norms=False)
+    return _kind(innermost(sites)) if isinstance(sites, list) else SKIP

@@ -19,8 +19,10 @@ from rmfx.ir.net import Net
 from rmfx.ir.nodes import between, put_in_order
 from rmfx.ir.notes import set_type, type_of
 from rmfx.ir.reading import demands_of
-from rmfx.report import HELD_KEY, MERGED, META_KEY, REMOVED, HeldReport, Report, SiteReport
+from rmfx.report import HELD_KEY, META_KEY, HeldReport, Report, SiteReport
 from rmfx.rules.concatenation import ConcatenationRule
+from rmfx.table import numbered
+from rmfx.words import MERGED
 
 from .additions import told_apart, why_not_opened
 from .alignment import may_reorder
@@ -90,7 +92,7 @@ class ResidualRule:
             return next(option for option in found if isinstance(option, Refusal))
         site, settled, plans_of_site = min(options, key=lambda option: option[1].price)
         row = row_of_match(net, site, settled, _old(site, settled))
-        row = replace(row, layout=_compared(settled.plan, plans_of_site))
+        row = replace(row, alternative=_alternative(settled.plan, plans_of_site))
         kept = why_not_opened(net, node, row, site.dims)
         kept = kept or reason_to_keep(self._policy, net, site, row, self._both_forms)
         return kept or Match(site, settled, row)
@@ -156,9 +158,8 @@ class ResidualRule:
             if not made.isdisjoint(nodes):
                 row = self.rows[join]
                 after = Expense(row.macs_after, row.moved_after, row.params_after or 0)
-                chosen, bracket, other = row.layout.partition(" (")
-                chosen += "" if MERGED in chosen else f", {MERGED}"
-                row = replace(row, layout=f"{chosen}{bracket}{other}")
+                if MERGED not in row.layout:
+                    row = replace(row, layout=f"{row.layout}, {MERGED}")
                 self.rows[join] = with_expense(row, after + difference)
                 return
 
@@ -252,12 +253,10 @@ def _old(site: Site, settled: Settled) -> list[fx.Node]:
     return [n for n in sorted(dict.fromkeys(site.nodes)) if n not in settled.plan.kept]
 
 
-def _compared(plan: Plan, others: Sequence[Plan]) -> str:
-    """The layout of an arrangement, beside the next best that has another one."""
+def _alternative(plan: Plan, others: Sequence[Plan]) -> str:
+    """The next best arrangement that has another layout, and what it would cost."""
     other = next((o for o in others if o.place != plan.place), None)
-    if other is None or not plan.work:
-        return plan.place
-    return f"{plan.place} ({other.place}: {other.work / plan.work:.2f} times the multiply-adds)"
+    return f"{other.place}: {other.work / plan.work:.2f}" if other and plan.work else ""
 
 
 def joins_of(net: Net) -> list[str]:
@@ -278,25 +277,22 @@ def finish(
     refusals: Mapping[fx.Node, Refusal],
     joins: Sequence[str],
     copied: Iterable[HeldReport] = (),
-    effect: str = REMOVED,
 ) -> fx.GraphModule:
     """The new module, with a report on the joins.
 
     Args:
         copied: layers that share weights in the source, and not in the result.
-        effect: what became of those that are gone, as the report says it.
     """
     held = (*net.source.meta.get(HELD_KEY, ()), *copied)
     refusals = told_apart(net, refusals)
     refused = {
-        node.name: row_of_refusal(node, refusal, whole=node.name not in rule.widened)
+        node.name: row_of_refusal(net, node, refusal, whole=node.name not in rule.widened)
         for node, refusal in refusals.items()
     }
     net.sweep()
     where = net.places()
     rows = {**refused, **{n: replace(r, node=where.get(n)) for n, r in rule.rows.items()}}
-    told = tuple(rows[name] for name in joins if name in rows)
-    report = Report(told, held=held, effect=effect)
+    report = Report(numbered(rows[name] for name in joins if name in rows), held=held)
     gm = net.finish({META_KEY: report, HELD_KEY: held})
     with_one_path(gm)
     return gm

@@ -12,7 +12,7 @@ from rmfx.ir.joins import read_join
 from rmfx.ir.net import Net
 from rmfx.report import META_KEY
 
-from .site import Site, find_sites
+from .site import Site, find_sites, innermost
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ def candidates_of(net: Net, *, can_cut: bool) -> list[Candidate]:
     for node in net.graph.nodes:
         sites = find_sites(net, node, keep_norms=False)
         if isinstance(sites, list):
-            site = min(sites, key=lambda site: len(site.nodes))
+            site = innermost(sites)
             found.append(Candidate(site, _main_operand(site) if can_cut else None))
     return found
 
@@ -39,8 +39,7 @@ def _main_operand(site: Site) -> int | None:
     terms = read_join(site.join)
     if terms is None or isinstance(terms, Refusal) or any(factor != 1 for _, factor in terms):
         return None
-    linear = [all(step.layer.is_linear for step in chain) for chain in site.branches]
-    return linear.index(False) if linear[0] != linear[1] else None
+    return None if site.shortcut is None else 1 - site.shortcut
 
 
 def without(source: fx.GraphModule, candidates: Iterable[Candidate]) -> fx.GraphModule:

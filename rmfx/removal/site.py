@@ -96,6 +96,12 @@ class Site:
     fixed: bool = False
 
     @property
+    def shortcut(self) -> int | None:
+        """Which branch is the shortcut: the linear one where the other is not; None without one."""
+        linear = [all(step.layer.is_linear for step in chain) for chain in self.branches]
+        return linear.index(True) if linear[0] != linear[1] else None
+
+    @property
     def nodes(self) -> list[fx.Node]:
         """The nodes of both branches and the join."""
         return [n for chain in self.branches for step in chain for n in step.nodes] + [self.join]
@@ -119,6 +125,11 @@ def find_sites(net: Net, join: fx.Node, *, keep_norms: bool) -> list[Site] | Ref
     ]
     sites = [one for one in found if isinstance(one, Site)]
     return sites or next(one for one in found if isinstance(one, Refusal))
+
+
+def innermost(sites: Sequence[Site]) -> Site:
+    """The smallest of the sites of a join."""
+    return min(sites, key=lambda site: len(site.nodes))
 
 
 def _site(

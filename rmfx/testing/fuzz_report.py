@@ -10,8 +10,9 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from rmfx.oracle.equivalence import Equivalence
-from rmfx.report import LAYOUTS, SiteReport
+from rmfx.report import SiteReport
 from rmfx.table import Column, table
+from rmfx.words import LAYOUTS
 
 from .compare import SIZES
 from .compiled import CHANGES
@@ -93,8 +94,7 @@ class FuzzReport:
 
     def count(self, trial: Trial, dtype: str) -> None:
         """Count in what came of a network of that type."""
-        layouts = {row.layout.split(" (")[0] for row in trial.rows}
-        stood = {words for words in LAYOUTS if any(words in text for text in layouts)}
+        stood = {words for words in LAYOUTS if any(words in row.layout for row in trial.rows)}
         self.features.update(trial.sizes | stood)
         for row in trial.rows:
             if row.status == "removed":

@@ -15,6 +15,7 @@ import rmfx
 from rmfx.passes import optimize as pipeline
 from rmfx.testing import NetworkSpec, assert_equivalent, residual_networks
 from rmfx.timing.speed import LatencyError
+from rmfx.words import FORMS
 
 Times = dict[str, float]
 
@@ -26,9 +27,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Times], list[int]]:
     def install(times: Times) -> list[int]:
         counts: list[int] = []
 
-        def compare(forms: list[Any], *rest: Any) -> list[tuple[float, ...]]:
+        def compare(
+            forms: list[Any], inputs: Any, runtime: str, settings: Any, step: Any
+        ) -> list[tuple[float, ...]]:
             counts.append(len(forms))
-            return [(times[name],) * 3 for name in pipeline.FORMS[: len(forms)]]
+            return [(times[name],) * settings.rounds for name in [*FORMS][: len(forms)]]
 
         monkeypatch.setattr(pipeline, "compare_speed", compare)
         return counts
@@ -46,18 +49,19 @@ def statuses(gm: Any) -> list[str]:
     return [row.status for row in rmfx.report(gm).rows]
 
 
-@pytest.mark.parametrize("best", pipeline.FORMS)
+@pytest.mark.parametrize("best", FORMS)
 def test_the_fastest_form_is_returned(best: str, pretend: Any) -> None:
-    pretend({name: 0.5 if name == best else 1.0 for name in pipeline.FORMS})
+    pretend({name: 0.5 if name == best else 1.0 for name in FORMS})
     model = network()
     fast = rmfx.optimize(model, image(), policy="all")
     expected = {"folded": 2, "merged": 1, "converted": 0}
-    told = "sums of parallel branches merged" if best == "merged" else "residual connections re"
+    told = [f"{int(best == 'converted')} of 1 residual connections removed"]
+    told += [f"{int(best != 'folded')} of 1 sums of parallel branches merged"]
     report = rmfx.report(fast)
     assert report.adds_left == expected[best]
     assert [timing.form for timing in report.timings if timing.chosen] == [best]
-    assert f"{best}: " in str(report)
-    assert f"{2 - expected[best]} of 2 {told}" in str(report)
+    assert f"  {FORMS[best]}: " in str(report)
+    assert ", ".join(told) in str(report)
     assert "BatchNorm2d" not in types(fast)
     for row in report.rows:
         assert row.status == "removed" or "would not pay" in row.reason
@@ -70,7 +74,34 @@ def test_what_is_not_faster_is_not_returned(pretend: Any) -> None:
     pretend({"folded": 1.0, "merged": 1.01, "converted": 1.02})
     fast = rmfx.optimize(network(), image(), policy="all")
     assert statuses(fast) == ["kept", "kept"]
-    assert "1.02 times" in rmfx.report(fast).rows[0].reason
+    report = rmfx.report(fast)
+    told = "it would not pay, measured: time in inductor times 1.02 (1.02 to 1.02)"
+    assert [row.reason for row in report.rows] == [told] * 2
+    assert str(report).splitlines()[-3:] == [
+        "  batch norm folded: 1, returned",
+        "  parallel branches merged: 1.01 (1.01 to 1.01)",
+        "  residual connections removed: 1.02 (1.02 to 1.02)",
+    ]
+
+
+def test_what_is_faster_is_told_beside_what_is_faster_still(pretend: Any) -> None:
+    pretend({"folded": 1.0, "merged": 0.5, "converted": 0.7})
+    report = rmfx.report(rmfx.optimize(network(), image(), policy="all"))
+    reason = report.rows[1].reason
+    assert reason.endswith("times 0.70 (0.70 to 0.70); without it, times 0.50 (0.50 to 0.50)")
+
+
+def test_a_difference_within_the_noise_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(forms: Any, inputs: Any, runtime: str, settings: Any, step: Any) -> list[Any]:
+        even = (0.9, 1.1, 0.9, 0.98, 1.05, 0.9, 1.1, 0.9) * (settings.rounds // 8)
+        return [(1.0,) * len(even), even, (2.0,) * len(even)]
+
+    monkeypatch.setattr(pipeline, "compare_speed", compare)
+    report = rmfx.report(rmfx.optimize(network(), image(), policy="all", rounds=8))
+    folded, merged, converted = report.timings
+    assert "merged: 0.94 (0.90 to 1.06), not beyond the noise" in str(report)
+    assert (folded.chosen, merged.beyond_noise, converted.beyond_noise) == (True, False, True)
+    assert report.to_dict()["timings"][1]["beyond_noise"] is False
 
 
 @pytest.mark.parametrize(

@@ -837,13 +837,17 @@ def test_second_run_finds_nothing_and_the_model_is_unchanged(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("channels", "inner", "layout"),
-    [(16, 4, "grouped"), (20, 8, "grouped, carry padded to whole groups ("), (6, 16, "dense (")],
+    [
+        (16, 4, "inner ones grouped"),
+        (20, 8, "inner ones grouped, carry padded to whole groups"),
+        (6, 16, "inner ones full"),
+    ],
 )
 def test_the_report_tells_how_the_carry_passes(channels: int, inner: int, layout: str) -> None:
     branch = chain(conv(channels, inner, 1), nn.ReLU(), conv(inner, inner), nn.ReLU())
     model = ready(Residual(chain(branch, conv(inner, channels, 1))))
     (row,) = rmfx.report(rmfx.remove_residuals(model, image(1, channels, 6, 6))).rows
-    assert row.layout.startswith(f"identity beside 3, {layout}")
+    assert row.layout == f"carried past 3 layers, {layout}"
 
 
 def test_result_shares_no_memory_with_the_model() -> None:
