@@ -46,9 +46,8 @@ def with_calls_apart(source: fx.GraphModule) -> fx.GraphModule:
             node.target = free_name(gm, target, set())
             gm.set_submodule(node.target, gm.get_submodule(target))
         elif node.name in inside:
-            value = attribute(gm, node)
             node.target = free_name(gm, target.replace(".", "_"), set())
-            gm.register_parameter(node.target, value)
+            gm.register_parameter(node.target, gm.get_parameter(target))
     gm.recompile()
     return gm
 
