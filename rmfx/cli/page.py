@@ -1,19 +1,18 @@
 """A conversion as one self-contained page: what it did at every site, what it costs, both graphs.
 
-igraph places the nodes (Sugiyama's layout of layers), matplotlib draws the bars, jinja2 fills the
-page; `pip install igraph jinja2 matplotlib` brings all three.
+igraph places the nodes, matplotlib draws the bars, jinja2 fills the page;
+`pip install igraph jinja2 matplotlib` brings all three.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import io
-import itertools
-import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from typing import Any
 
 from torch import Tensor, fx
@@ -23,25 +22,28 @@ from rmfx.cost.counting import NodeCost, nodes
 from rmfx.errors import RmfxError, install_command
 from rmfx.files.figures import write_figure
 from rmfx.frontend.tracing import trace
-from rmfx.ir.conditions import nodes_of_conditions
-from rmfx.ir.notes import shape_of
 from rmfx.latency import LatencyReport
 from rmfx.report import CARRY, GAIN, HEAD, SIZE, SiteReport, legend
 from rmfx.table import Column, short
 
+from .drawing import Drawing, channels_of, draw, is_addition
+from .stages import divide, follow, shown_nodes
+
 PACKAGES = ("igraph", "jinja2", "matplotlib")
-WIDTH, HEIGHT = 128, 20  # of a box
-ACROSS, DOWN = 144, 36  # from box to box
-MARGIN = 12
 COLUMNS = (
     *(*HEAD, Column("layout", "layout"), SIZE),
     *(replace(column, right=True) for column in (GAIN, CARRY)),
     Column("multiply-adds before", "macs_before", short, right=True),
-    Column("after", "macs_after", short, right=True),
+    Column("multiply-adds after", "macs_after", short, right=True),
     Column("parameters before", "params_before", short, right=True),
-    Column("after", "params_after", short, right=True),
+    Column("parameters after", "params_after", short, right=True),
     Column("reason", "reason"),
 )
+
+
+FORMS = ("before", "after")
+OPEN = 2  # so many stages of a graph are unfolded at once
+BAR, FONT = "#6b8fc9", 12  # colour of a bar; the figure is shown at its size or larger
 
 
 class PageError(RmfxError):
@@ -49,34 +51,18 @@ class PageError(RmfxError):
 
 
 @dataclass(frozen=True)
-class Box:
-    """A node of a drawing."""
+class Part:
+    """A stage in both forms.
 
-    x: float
-    y: float
-    label: str
-    detail: str
-    kind: str
-    width: int = WIDTH
-    height: int = HEIGHT
+    Attributes:
+        title: of the stage.
+        counts: of what it consists and what it costs: a name, before and after.
+        drawings: by form, None where a form has nothing there.
+    """
 
-
-@dataclass(frozen=True)
-class Line:
-    """An edge of a drawing, as "x,y x,y"; whether it is a skip."""
-
-    points: str
-    skip: bool
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A graph with places."""
-
-    width: int
-    height: int
-    boxes: list[Box]
-    lines: list[Line]
+    title: str
+    counts: list[tuple[str, ...]]
+    drawings: dict[str, Drawing | None]
 
 
 def check_packages() -> None:
@@ -110,31 +96,58 @@ def page(
     check_packages()
     import jinja2
 
-    graphs = [trace(gm, inputs) for gm in (conversion.before, conversion.after)]  # with shapes
-    costs = [{row.node: row for row in nodes(gm, inputs)} for gm in graphs]
-    own = {node.name: _channels(node) for node in graphs[0].graph.nodes}
-    drawings = [
-        ("before", draw(graphs[0], costs[0], {})),
-        ("after", draw(graphs[1], costs[1], own)),
-    ]
     figures = [
         (title, short(before), short(after), f"{after / before:.2f}x" if before else "")
         for title, before, after in conversion.costs
     ]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = resources.files("rmfx.cli").joinpath("templates/report.html")
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    parts = list(_parts(conversion, inputs))
+    sites = conversion.report.rows
+    columns = [column for column in COLUMNS if any(map(column.cell, sites))]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rmfx.cli"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html").render(
         title=title,
         summary=_summary(conversion),
         figures=figures,
         bars=_bars(figures, latency),
         notes=_notes(latency),
-        drawings=drawings,
-        columns=[column.title for column in COLUMNS],
-        legend=legend(conversion.report.rows),
-        rows=[{"cells": _cells(row)} for row in conversion.report.rows],
+        parts=parts,
+        folded=len(parts) > OPEN,
+        legend=legend(sites),
+        columns=[column.title for column in columns],
+        rows=[(row.status, _cells(row, columns)) for row in sites],
+        statuses=Counter(row.status for row in sites),
         version=importlib.metadata.version("rmfx"),
     )
+
+
+# ---- graphs -------------------------------------------------------------------------------------
+def _parts(conversion: Conversion, inputs: tuple[Tensor, ...]) -> Iterator[Part]:
+    """Both graphs side by side: stage by stage, where they are long."""
+    graphs = [trace(gm, inputs) for gm in (conversion.before, conversion.after)]  # with shapes
+    costs = [{row.node: row for row in nodes(gm, inputs)} for gm in graphs]
+    shown = [shown_nodes(gm.graph) for gm in graphs]
+    stages = divide(shown[0])
+    parts = [[stage.nodes for stage in stages], follow(shown[1], stages)]
+    own = {node.name: channels_of(node) for node in shown[0]}
+    drawings = [draw(parts[0], costs[0], {}), draw(parts[1], costs[1], own)]
+    for i, stage in enumerate(stages):
+        counts = [_counts(part[i], form) for part, form in zip(parts, costs, strict=True)]
+        told = [(name, *(count[name] for count in counts)) for name in counts[0]]
+        made = {form: drawn[i] for form, drawn in zip(FORMS, drawings, strict=True)}
+        yield Part(stage.title, told, made)
+
+
+def _counts(part: Sequence[fx.Node], costs: Mapping[str, NodeCost]) -> dict[str, str]:
+    """What a stage consists of and costs."""
+    macs = sum(costs[node.name].macs for node in part if node.name in costs)
+    additions = sum(map(is_addition, part))
+    return {"nodes": str(len(part)), "additions": str(additions), "multiply-adds": short(macs)}
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -172,137 +185,34 @@ def _bars(figures: Sequence[tuple[str, str, str, str]], latency: LatencyReport |
             bars.append((name, median, median - low, high - median))
     if not bars:
         return ""
-    figure = Figure(figsize=(8.0, 0.6 + 0.36 * len(bars)), layout="constrained")
+    figure = Figure(figsize=(4.7, 0.5 + 0.36 * len(bars)), layout="constrained", facecolor="none")
     axes = figure.subplots()
+    axes.set_facecolor("none")
     names, values, below, above = zip(*reversed(bars), strict=True)
-    made = axes.barh(names, values, color="#6b8fc9")
+    axes.barh(names, values, color=BAR)
     if any(above):
         axes.errorbar(values, names, xerr=[below, above], fmt="none", ecolor="black", capsize=3)
-    axes.bar_label(made, fmt="%.2f", padding=8)
+    for i, value in enumerate(values):  # beside the axes, where no bar or line crosses it
+        place = {"transform": axes.get_yaxis_transform(), "va": "center"}
+        axes.text(1.03, i, f"{value:.2f}", fontsize=FONT, **place)
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.margins(x=0.12)
+    axes.set_xticks([0, 1])
+    axes.tick_params(labelsize=FONT)
     axes.spines[["top", "right"]].set_visible(False)
     text = io.StringIO()
     write_figure(figure, text, "svg")
     drawn = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
+    drawn = drawn.replace("#000000", "currentColor").replace(BAR, "var(--bar)")  # dark pages, too
     return drawn[drawn.index("<svg") :]
 
 
-def _cells(row: SiteReport) -> list[dict[str, Any]]:
+def _cells(row: SiteReport, columns: Sequence[Column]) -> list[dict[str, Any]]:
     """What the page shows of a site, and by what it sorts."""
-    kinds = {"done": row.status}
     cells = []
-    for column in COLUMNS:
-        kind = kinds.get(column.title, "number" if column.right else "")
+    for column in columns:
+        kind = "number" if column.right else ""
+        kind = {"done": row.status, "layout": "words", "reason": "words"}.get(column.title, kind)
         value = column.value(row)
         text = "" if value is None else str(value)
-        cells.append({"text": column.cell(row), "kind": kind, "value": text})
+        cells.append({"title": column.title, "text": column.cell(row), "kind": kind, "value": text})
     return cells
-
-
-# ---- drawings -----------------------------------------------------------------------------------
-def _channels(node: fx.Node) -> int | None:
-    shape = shape_of(node)
-    if shape is None or len(shape) < 2:
-        return None
-    found = shape[1] if len(shape) > 3 else shape[-1]
-    return found if isinstance(found, int) else None
-
-
-def draw(gm: fx.GraphModule, costs: dict[str, NodeCost], own: dict[str, int | None]) -> Drawing:
-    """A graph with places.
-
-    Args:
-        gm: what to draw; its nodes know their shapes.
-        costs: of its nodes, by name.
-        own: how many channels nodes of these names have without a carry.
-    """
-    aside = set(nodes_of_conditions(gm.graph))
-    shown = [n for n in gm.graph.nodes if n.op != "get_attr" and n not in aside]
-    layers = _layers(shown)
-    edges = [(a, b) for b in shown for a in b.all_input_nodes if a in layers]
-    count = len(shown)
-    number = {node: i for i, node in enumerate(shown)}
-    levels = [layers[node] for node in shown]
-    paths: list[list[int]] = []
-    for a, b in edges:
-        between = range(layers[a] + 1, layers[b])
-        paths.append([number[a], *range(count, count + len(between)), number[b]])
-        levels += between
-        count += len(between)
-    places = _places(levels, paths)
-    boxes = [_box(gm, node, places[i], costs, own) for i, node in enumerate(shown)]
-    lines = [
-        Line(_polyline([places[i] for i in path]), skip=_is_skip(b, layers, a))
-        for (a, b), path in zip(edges, paths, strict=True)
-    ]
-    width = max(x for x, _ in places) + WIDTH + 2 * MARGIN
-    height = max(y for _, y in places) + HEIGHT + 2 * MARGIN
-    return Drawing(math.ceil(width), math.ceil(height), boxes, lines)
-
-
-def _layers(shown: Sequence[fx.Node]) -> dict[fx.Node, int]:
-    """How far below the inputs each node stands: one further than the lowest it reads."""
-    found: dict[fx.Node, int] = {}
-    for node in shown:
-        found[node] = max((found[n] + 1 for n in node.all_input_nodes if n in found), default=0)
-    return found
-
-
-def _places(levels: list[int], paths: list[list[int]]) -> list[tuple[float, float]]:
-    """Where each vertex stands, those on long edges included."""
-    import igraph
-
-    pairs = [pair for path in paths for pair in itertools.pairwise(path)]
-    graph = igraph.Graph(n=len(levels), edges=pairs, directed=True)
-    layout = graph.layout_sugiyama(layers=levels, hgap=ACROSS, vgap=DOWN)
-    places = [tuple(place) for place in layout.coords[: len(levels)]]
-    left = min(x for x, _ in places)
-    # The layout may leave less than the gap it was asked for.
-    ends: dict[int, float] = {}
-    found = list(places)
-    for i in sorted(range(len(places)), key=lambda i: places[i]):
-        x = max(places[i][0] - left, ends.get(levels[i], -ACROSS) + ACROSS)
-        ends[levels[i]] = x
-        found[i] = (x + MARGIN, places[i][1] + MARGIN)
-    return found
-
-
-def _polyline(places: Sequence[tuple[float, float]]) -> str:
-    ends = [(x + WIDTH / 2, y + HEIGHT / 2) for x, y in places]
-    return " ".join(f"{x:.0f},{y:.0f}" for x, y in ends)
-
-
-def _is_skip(node: fx.Node, layers: dict[fx.Node, int], source: fx.Node) -> bool:
-    """Whether an edge jumps over layers to an addition."""
-    return _kind_of_call(node) == "add" and layers[node] - layers[source] > 1
-
-
-def _kind_of_call(node: fx.Node) -> str:
-    name = str(getattr(node.target, "__name__", node.target))
-    added = node.op != "call_module" and name.strip("_") in ("add", "iadd", "sub", "isub")
-    return "add" if added and len(node.all_input_nodes) == 2 else ""
-
-
-def _box(
-    gm: fx.GraphModule,
-    node: fx.Node,
-    place: tuple[float, float],
-    costs: dict[str, NodeCost],
-    own: dict[str, int | None],
-) -> Box:
-    cost = costs.get(node.name)
-    what = cost.kind if cost else node.op
-    kind = _kind_of_call(node)
-    if node.op in ("placeholder", "output"):
-        kind, what = "io", "input" if node.op == "placeholder" else "output"
-    elif node.op == "call_module" and not kind:
-        kind = "conv" if cost and cost.macs else "act"
-    channels, before = _channels(node), own.get(node.name)
-    width = "" if channels is None else str(channels)
-    if before is not None and channels is not None and channels > before and kind != "io":
-        kind, width = "carry", f"{before} + {channels - before}"
-    lines = [f"{node.name} ({what})", f"shape {shape_of(node, '?')}"]
-    if cost:
-        lines += [f"{short(cost.macs)} multiply-adds", f"{short(cost.parameters)} parameters"]
-    return Box(*place, label=f"{what} {width}".strip()[:22], detail="\n".join(lines), kind=kind)
