@@ -113,12 +113,12 @@ def _draw(
                 passing.setdefault(("to", stage), {})[node] = None
                 edges[node, ("to", stage)] = None
     ends = {key: _passage(key, list(passing[key])) for key in sorted(passing)}
-    top = {key: box for key, box in ends.items() if key[0] == "from"}
-    bottom = {key: box for key, box in ends.items() if key[0] == "to"}
-    boxes = {**top, **{node: own_boxes[node] for node in nodes}, **bottom}
-    number_of = {key: i for i, key in enumerate(boxes)}
+    top, bottom = ([key for key in ends if key[0] == way] for way in ("from", "to"))
+    keys: list[fx.Node | Passage] = [*top, *nodes, *bottom]
+    number_of = {key: i for i, key in enumerate(keys)}
     pairs = [(number_of[a], number_of[b]) for a, b in edges]
-    return _placed(list(boxes.values()), pairs, range(len(boxes) - len(bottom), len(boxes)))
+    boxes = [ends[key] if isinstance(key, tuple) else own_boxes[key] for key in keys]
+    return _placed(boxes, pairs, bottom=range(len(keys) - len(bottom), len(keys)))
 
 
 def _placed(boxes: Sequence[Box], edges: Sequence[tuple[int, int]], bottom: range) -> Drawing:

@@ -193,8 +193,8 @@ def _bars(figures: Sequence[tuple[str, str, str, str]], latency: LatencyReport |
     if any(above):
         axes.errorbar(values, names, xerr=[below, above], fmt="none", ecolor="black", capsize=3)
     for i, value in enumerate(values):  # beside the axes, where no bar or line crosses it
-        place = {"transform": axes.get_yaxis_transform(), "va": "center"}
-        axes.text(1.03, i, f"{value:.2f}", fontsize=FONT, **place)
+        label = f"{value:.2f}"
+        axes.text(1.03, i, label, fontsize=FONT, va="center", transform=axes.get_yaxis_transform())
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xticks([0, 1])
     axes.tick_params(labelsize=FONT)

@@ -31,13 +31,15 @@ document.addEventListener("keydown", event => {
 });
 
 // What scrolls says so.
-const watch = new ResizeObserver(entries => {
-  for (const { target } of entries) {
-    const fits = target.scrollWidth <= target.clientWidth && target.scrollHeight <= target.clientHeight;
-    target.previousElementSibling.hidden = fits;
+const hint = () => {
+  for (const box of all(".scroll")) {
+    const fits = box.scrollWidth <= box.clientWidth && box.scrollHeight <= box.clientHeight;
+    box.previousElementSibling.hidden = fits;
   }
-});
-for (const box of all(".scroll")) watch.observe(box);
+};
+hint();
+addEventListener("resize", hint);
+document.addEventListener("toggle", hint, true);  // of a stage
 
 // The table sorts and filters.
 const body = document.querySelector("#sites tbody");
