@@ -109,6 +109,8 @@ def test_the_other_form_is_divided_alike() -> None:
     shown = shown_nodes(after.graph)
     parts = follow(shown, stages)
     assert [node for part in parts for node in part] == shown
+    turned = follow(shown, stages[::-1])  # no edge leads back, whatever the order
+    assert [node for part in turned for node in part] == shown
     assert len(parts) == len(stages)
     for part, stage in zip(parts, stages, strict=True):
         assert {node.name for node in part} & {node.name for node in stage.nodes}
