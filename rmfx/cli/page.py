@@ -155,15 +155,7 @@ def _summary(conversion: Conversion) -> str:
     report = conversion.report
     if not report.rows:
         return "This network adds no two tensors: there is no residual connection to remove."
-    count = len(report.rows) - report.other
-    parts = [f"{report.removed} of {count} residual connections are removed"]
-    if report.refused:
-        parts.append(f"{report.refused} cannot be removed exactly")
-    if report.kept:
-        parts.append(f"{report.kept} are kept by choice")
-    if report.other:
-        parts.append(f"{report.other} additions are no residual connections")
-    return f"{', '.join(parts)}. Both forms compute the same; batch norm is folded in both."
+    return f"{report.total}. Both forms compute the same; batch norm is folded in both."
 
 
 def _notes(latency: LatencyReport | None) -> list[str]:
@@ -182,6 +174,7 @@ def _bars(figures: Sequence[tuple[str, str, str, str]], latency: LatencyReport |
         if not row.failure:
             median, low, high = row.ratio
             name = f"latency, {row.runtime}, batch {row.batch}"
+            name += ", noise" if row.paired.is_noise else ""
             bars.append((name, median, median - low, high - median))
     if not bars:
         return ""

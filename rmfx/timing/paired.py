@@ -30,14 +30,18 @@ class Paired:
     @property
     def told_ratio(self) -> str:
         """After over before, and whether that is noise."""
-        is_alike = is_noise(self.before, self.after)
-        return told_ratio(ratio_of(self.before, self.after), is_noise=is_alike)
+        return told_ratio(ratio_of(self.before, self.after), is_noise=self.is_noise)
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the rounds do not show which form is faster."""
+        return is_noise(self.before, self.after)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Medians and quartiles of the times and of the ratio, and whether that is beyond noise."""
         times = quartiles(self.before), time_after(self.before, self.after)
         before, after, ratio = map(_named, (*times, ratio_of(self.before, self.after)))
-        ratio["beyond_noise"] = not is_noise(self.before, self.after)
+        ratio["beyond_noise"] = not self.is_noise
         return {"before": before, "after": after, "ratio": ratio}
 
 
