@@ -120,8 +120,8 @@ def page(
         folded=len(parts) > OPEN,
         legend=legend(sites),
         columns=[column.title for column in columns],
-        rows=[(row.status, _cells(row, columns)) for row in sites],
-        statuses=Counter(row.status for row in sites),
+        rows=[(row.done, _cells(row, columns)) for row in sites],
+        statuses=Counter(row.done for row in sites),
         version=importlib.metadata.version("rmfx"),
     )
 

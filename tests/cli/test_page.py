@@ -23,7 +23,7 @@ pytest.importorskip("igraph")
 
 def test_the_page_says_what_was_done() -> None:
     text = made()
-    assert "2 of 3 residual connections removed" in text
+    assert "1 of 2 residual connections removed, 1 of 1 sums of parallel branches merged" in text
     assert "GroupNorm divides by statistics" in text
     assert "gain: the largest factor, up or down, on its way" in text
     assert text.count("<tr data-status=") == 3

@@ -174,11 +174,11 @@ def test_the_table_sorts_and_filters(tmp_path: Path) -> None:
       }
       set("#status", "removed");
       return [...seen, rows(), document.querySelector("#count").textContent, errors];"""
-    everything = ["refused", "removed", "removed"]
+    everything = ["merged", "refused", "removed"]
     for width in (390, 1200):
         seen = see(made(), script, tmp_path, width)
         assert seen[:3] == [everything, ["refused"], []]
-        assert seen[3:] == [everything, ["removed", "removed"], "2 of 3 sites", []]
+        assert seen[3:] == [everything, ["removed"], "1 of 3 sites", []]
 
 
 @pytest.mark.skipif(not shutil.which("pdftotext"), reason="needs poppler-utils")
