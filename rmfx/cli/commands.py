@@ -6,14 +6,12 @@ The command imports this file once it knows that there is something to do: it lo
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +21,7 @@ from rmfx import models
 from rmfx.choices import BY_DATA
 from rmfx.conversion import Conversion, convert
 from rmfx.demo import run as demo
-from rmfx.errors import OptionError, RmfxError, quiet_logs
+from rmfx.errors import OptionError, RmfxError
 from rmfx.files.figures import PLOT_SUFFIXES, check_plotting
 from rmfx.files.saving import (
     SUFFIXES,
@@ -33,7 +31,6 @@ from rmfx.files.saving import (
     save,
     whole_file,
 )
-from rmfx.fuzz import FuzzReport, InterruptedFuzzing, fuzz
 from rmfx.latency import Network, measure_latency
 from rmfx.oracle.pair import NO_NUMBERS
 from rmfx.removal.remove import is_calibrated
@@ -46,7 +43,11 @@ from .given import Given, load
 from .page import check_packages, page
 from .pruning_curve import plot as draw_curve
 from .pruning_curve import pruning_curve
-from .values import OutputError, UsageError
+from .terminal import progress, quiet, show
+from .values import UsageError
+
+if TYPE_CHECKING:
+    from rmfx.fuzz import FuzzReport
 
 
 class FoundError(RmfxError):
@@ -55,9 +56,9 @@ class FoundError(RmfxError):
 
 def run_demo(options: argparse.Namespace) -> None:
     """Convert a small trained network and show the result."""
-    with _quiet(), _progress(4) as step:
+    with quiet(), progress(4) as step:
         result = demo.run_demo(step)
-    _show(options, str(result), result.to_dict())
+    show(options, str(result), result.to_dict())
 
 
 def run_models(options: argparse.Namespace) -> None:
@@ -67,14 +68,14 @@ def run_models(options: argparse.Namespace) -> None:
         f"rmfx.models:{name}": str(made.__doc__).splitlines()[0] for name, made in functions.items()
     }
     columns = (Column("MODEL", itemgetter(0)), Column("what it is", itemgetter(1)))
-    _show(options, table(rows.items(), columns), rows)
+    show(options, table(rows.items(), columns), rows)
 
 
 def run_doctor(options: argparse.Namespace) -> None:
     """Say what is installed here, and whether a conversion works."""
-    with _quiet(), _progress(2, width=25) as step:
+    with quiet(), progress(2, width=25) as step:
         found = diagnose(step)
-    _show(options, str(found), found.to_dict())
+    show(options, str(found), found.to_dict())
     if found.failure:
         raise FoundError(f"the self-test failed: {found.failure}")
 
@@ -83,7 +84,7 @@ def run_report(options: argparse.Namespace) -> None:
     """Say what a conversion would do."""
     _check_page(options)
     steps = 2 + bool(options.html) + len(options.runtimes)
-    with _quiet(), _progress(steps, width=30) as step:
+    with quiet(), progress(steps, width=30) as step:
         step("load")
         given = load(options, options.model)
         step("convert and verify")
@@ -91,7 +92,7 @@ def run_report(options: argparse.Namespace) -> None:
         if options.html:
             _write_page(options, given, conversion, step)
     head = _head(options, given, conversion)
-    _show(options, f"{head}\n{conversion}", {"model": options.model, **conversion.to_dict()})
+    show(options, f"{head}\n{conversion}", {"model": options.model, **conversion.to_dict()})
 
 
 def _head(options: argparse.Namespace, given: Given, conversion: Conversion) -> str:
@@ -144,7 +145,7 @@ def _write_page(
 def run_convert(options: argparse.Namespace) -> None:
     """Convert a network, write it to a file and check the file."""
     _check_file("-o", options.output, SUFFIXES)
-    with _quiet(), _progress(3, width=30) as step:
+    with quiet(), progress(3, width=30) as step:
         step("load")
         given = load(options, options.model)
         inputs = given.required
@@ -166,13 +167,13 @@ def run_convert(options: argparse.Namespace) -> None:
         "output": _output(saved),
         **conversion.to_dict(),
     }
-    _show(options, f"{head}\n{conversion}\n\n{_describe_file(saved)}", result)
+    show(options, f"{head}\n{conversion}\n\n{_describe_file(saved)}", result)
 
 
 def run_prune(options: argparse.Namespace) -> None:
     """Prune a network to the sizes asked for."""
     _check_pruning_files(options)
-    with _quiet(), _progress(None, width=40) as step:
+    with quiet(), progress(None, width=40) as step:
         step("load")
         given = load(options, options.model)
         data = given.batches or None
@@ -199,7 +200,7 @@ def run_prune(options: argparse.Namespace) -> None:
     text, result = f"{given.describe(options)}\n{curve}", dict[str, Any](model=options.model)
     if options.output is not None:
         text, result["output"] = f"{text}\n\n{_written(saved)}", _output(saved)
-    _show(options, text, result | curve.to_dict())
+    show(options, text, result | curve.to_dict())
 
 
 def _check_pruning_files(options: argparse.Namespace) -> None:
@@ -247,14 +248,14 @@ def run_bench(options: argparse.Namespace) -> None:
         activation=options.activation,
     )
     steps = len(options.models) * (2 + len(settings.runtimes) * len(settings.batches))
-    with _quiet(), _progress(steps, width=50) as step:
+    with quiet(), progress(steps, width=50) as step:
         networks = [_network(options, name, step) for name in options.models]
         trials = [tried(network, settings, step) for network in networks]
         if line := announcement(trials, settings):
             tqdm.write(line, file=sys.stderr)
         report = measure_latency(networks, settings, step)
     write_files(options, report)
-    _show(options, str(report), report.to_dict())
+    show(options, str(report), report.to_dict())
     if report.failures:
         count = f"{len(report.failures)} of {len(report.rows)}"
         raise LatencyError(f"{count} measurements failed: {report.failures[0].failure}")
@@ -262,11 +263,13 @@ def run_bench(options: argparse.Namespace) -> None:
 
 def run_fuzz(options: argparse.Namespace) -> None:
     """Try a pass on random networks."""
+    from rmfx.fuzz import InterruptedFuzzing, fuzz  # half a second that no other command needs
+
     examples = options.examples
     if examples is None and options.time is None:
         examples = 100
     try:
-        with _quiet(), _progress(examples, width=30) as step:
+        with quiet(), progress(examples, width=30) as step:
             report = fuzz(
                 options.transform,
                 examples=examples,
@@ -288,7 +291,7 @@ def run_fuzz(options: argparse.Namespace) -> None:
 
 def _show_fuzzing(options: argparse.Namespace, report: FuzzReport) -> None:
     text = f"{report}\n\n{report.failure.script}" if report.failure else str(report)
-    _show(options, text, report.to_dict())
+    show(options, text, report.to_dict())
 
 
 def _network(options: argparse.Namespace, name: str, step: Callable[[str], object]) -> Network:
@@ -315,36 +318,3 @@ def _convert(options: argparse.Namespace, given: Given) -> Conversion:
 def _calibration(given: Given) -> list[tuple[Tensor, ...]]:
     """The inputs on which values are measured."""
     return [inputs for inputs, _ in given.batches]
-
-
-def _show(options: argparse.Namespace, text: str, result: dict[str, Any]) -> None:
-    try:
-        sys.stdout.write((json.dumps(result, indent=2) if options.json else text) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OutputError(f"stdout cannot be written: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def _progress(steps: int | None, width: int = 20) -> Iterator[Callable[[str], None]]:
-    """A function to call with the name of each step as it begins; shown on a terminal only."""
-    form = f"{{desc:{width}}} {{bar:20}} {{n}}/{{total}} {{elapsed}}"
-    with tqdm(total=steps, file=sys.stderr, disable=None, leave=False, bar_format=form) as bar:
-        started = 0
-
-        def step(name: str) -> None:
-            nonlocal started
-            bar.update(1 if started else 0)
-            started += 1
-            bar.set_description_str(name)
-
-        yield step
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Sends what models print to stderr, as stdout is for the result; torch logs nothing."""
-    with contextlib.redirect_stdout(sys.stderr), quiet_logs():
-        yield
