@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from rmfx import models
 from rmfx.choices import BY_DATA
 from rmfx.conversion import Conversion, convert
 from rmfx.demo import run as demo
-from rmfx.errors import OptionError, RmfxError
 from rmfx.files.figures import PLOT_SUFFIXES, check_plotting
 from rmfx.files.saving import (
     SUFFIXES,
@@ -44,14 +43,7 @@ from .page import check_packages, page
 from .pruning_curve import plot as draw_curve
 from .pruning_curve import pruning_curve
 from .terminal import progress, quiet, show
-from .values import UsageError
-
-if TYPE_CHECKING:
-    from rmfx.fuzz import FuzzReport
-
-
-class FoundError(RmfxError):
-    """A random network broke the pass, or the self-test failed."""
+from .values import FoundError, UsageError
 
 
 def run_demo(options: argparse.Namespace) -> None:
@@ -259,39 +251,6 @@ def run_bench(options: argparse.Namespace) -> None:
     if report.failures:
         count = f"{len(report.failures)} of {len(report.rows)}"
         raise LatencyError(f"{count} measurements failed: {report.failures[0].failure}")
-
-
-def run_fuzz(options: argparse.Namespace) -> None:
-    """Try a pass on random networks."""
-    from rmfx.fuzz import InterruptedFuzzing, fuzz  # half a second that no other command needs
-
-    examples = options.examples
-    if examples is None and options.time is None:
-        examples = 100
-    try:
-        with quiet(), progress(examples, width=30) as step:
-            report = fuzz(
-                options.transform,
-                examples=examples,
-                seed=options.seed,
-                frontend=options.frontend,
-                activation=options.activation,
-                seconds=options.time,
-                step=step,
-            )
-    except OptionError as error:
-        raise UsageError(str(error)) from error
-    except InterruptedFuzzing as interruption:
-        _show_fuzzing(options, interruption.report)
-        raise
-    _show_fuzzing(options, report)
-    if failure := report.failure:
-        raise FoundError(f"network {failure.example}: {failure.kind}: {failure.message}")
-
-
-def _show_fuzzing(options: argparse.Namespace, report: FuzzReport) -> None:
-    text = f"{report}\n\n{report.failure.script}" if report.failure else str(report)
-    show(options, text, report.to_dict())
 
 
 def _network(options: argparse.Namespace, name: str, step: Callable[[str], object]) -> Network:

@@ -19,6 +19,8 @@ from rmfx.errors import RmfxError, first_line, reported
 from .arguments import make_parser
 from .values import OutputError, UsageError
 
+_ELSEWHERE = {"fuzz": "fuzzing"}  # the files of commands that stand alone
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code.
@@ -31,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         with _terminable(), reported("the command"):
-            commands = importlib.import_module(f"{__package__}.commands")  # which loads torch
+            place = _ELSEWHERE.get(options.command, "commands")
+            commands = importlib.import_module(f"{__package__}.{place}")  # which loads torch
             getattr(commands, f"run_{options.command}")(options)
     except UsageError as error:
         options.parser.error(str(error))

@@ -24,6 +24,10 @@ class OutputError(RmfxError):
     """Stdout does not take the result."""
 
 
+class FoundError(RmfxError):
+    """A random network broke the pass, or the self-test failed."""
+
+
 def parse_shape(text: str) -> tuple[int, ...]:
     """A shape, as 1,3,224,224."""
     sizes = _parse_list(text, int, "sizes like 1,3,224,224")

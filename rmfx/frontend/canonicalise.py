@@ -24,6 +24,7 @@ from rmfx.frontend.idioms.upsampling import enlarge_once
 from rmfx.frontend.idioms.zero_channels import pad_for_zeros
 from rmfx.ir.facts import facts_of
 from rmfx.ir.fillings import filling
+from rmfx.ir.functions import is_in_place
 from rmfx.ir.kinds import (
     ADDCMULS,
     ARITHMETIC,
@@ -46,9 +47,18 @@ from rmfx.ir.kinds import (
 )
 from rmfx.ir.names import name_nodes
 from rmfx.ir.nodes import MEANS, must_stay, replace_by_number, two_operands
-from rmfx.ir.notes import FUNCTIONAL, VAL, gives_container, gives_number, type_of, why_frozen
+from rmfx.ir.notes import (
+    FROZEN,
+    FUNCTIONAL,
+    VAL,
+    gives_container,
+    gives_number,
+    type_of,
+    why_frozen,
+)
 from rmfx.ir.open_sizes import OpenSizes
 from rmfx.ir.ranks import asks_for_rank
+from rmfx.ir.size_keeping import operator_name
 from rmfx.modules.factors import Elementwise
 
 from . import forms
@@ -64,7 +74,7 @@ from .layers import (
     reshaped,
 )
 from .parts import slice_of_split, take_first, unpack_split
-from .pointwise import bounded, composed, reads_one
+from .pointwise import bounded, composed, reads_one, write_to_copy
 
 # What rewrites a call into the dialect, by its target; each may give a module for it to call.
 _FORMS: dict[Any, Callable[[fx.GraphModule, fx.Node], nn.Module | None]] = {
@@ -84,6 +94,8 @@ _FORMS: dict[Any, Callable[[fx.GraphModule, fx.Node], nn.Module | None]] = {
     torch._C._nn.pad: lambda gm, node: forms.becomes(node, F.pad),  # which Dynamo looks through
     **dict.fromkeys((*VIEWS, "reshape", torch.reshape), reshaped),
 }
+
+UNSAFE = "an in-place operation without a functional form"
 
 # What calls of the dialect are; they are read as they stand.
 DIALECT = frozenset(
@@ -191,6 +203,10 @@ def _ask(gm: fx.GraphModule, taken: set[str]) -> None:
             made = composed(gm, node, facts, probes) or bounded(gm, node, probes)
             if made is not None:
                 call_module(gm, node, *made, taken)
+        if node.meta.get(FUNCTIONAL) and is_in_place(operator_name(node)):
+            # What it reads is written to elsewhere, which nobody knew when a form was looked for.
+            for one in (node, write_to_copy(node)):
+                one.meta[FROZEN] = f"{UNSAFE} ({node.name})"
 
 
 def _is_told(target: Any) -> bool:

@@ -35,7 +35,7 @@ from rmfx.ir.threads import FAKES, without_logs, without_warnings
 ABOVE = (10, 28)  # sizes of a value are primes above one number, then above the other
 RANKS = (2, 3, 4)
 MOST_DIMS = 6
-OTHER_TYPES = (torch.float16, torch.float32, torch.float64, torch.uint8)
+OTHER_TYPES = (torch.float16, torch.float32, torch.float64, torch.complex64, torch.uint8)
 QUESTIONS = ("prim",)  # operators that ask a tensor about itself
 Shape = tuple[int, ...]
 Known = Callable[[OpOverload], Any]
@@ -211,18 +211,32 @@ class Probes:
                 return found
         return []
 
-    def _in_other_types(self, node: fx.Node) -> bool:
-        """Whether a call hands on values of the types, too, that other inputs would give it."""
-        for kind in () if all(map(self._has_own_type, node.all_input_nodes)) else OTHER_TYPES:
+    def _in_other_forms(self, node: fx.Node) -> bool:
+        """Whether a call hands on, too, what other inputs would give it.
 
-            def types(n: fx.Node, kind: torch.dtype = kind) -> Sequence[torch.dtype]:
-                return types_for(n)[:1] if self._has_own_type(n) else (kind,)
+        These are values of other types, and conjugates and negatives that torch has yet to compute.
+        """
+        own = all(map(self._has_own_type, node.all_input_nodes))
+        for kind in (None,) if own else (None, *OTHER_TYPES):
+
+            def types(n: fx.Node, kind: torch.dtype | None = kind) -> Sequence[torch.dtype]:
+                return types_for(n)[:1] if kind is None or self._has_own_type(n) else (kind,)
 
             for values in itertools.chain.from_iterable(self.of(node, types)):
-                ran = self._run(node, values, bool)
-                if ran is not None and ran[0]:
-                    return False
+                for given in (values, self._marked(values)):
+                    ran = self._run(node, given, bool)
+                    if ran is not None and ran[0]:
+                        return False
         return True
+
+    def _marked(self, values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+        """Values that only bits tell from their conjugates, or their negatives."""
+
+        def marked(x: Tensor) -> Tensor:
+            return x.conj() if x.is_complex() else torch._neg_view(x)
+
+        with self._mode:
+            return {n: x if n.op == "get_attr" else marked(x) for n, x in values.items()}
 
     def meaning(self, node: fx.Node, known: Known) -> Call | fx.Node | None:
         """The one operator that a call amounts to, or the value that it gives as it is, if any.
@@ -235,7 +249,7 @@ class Probes:
         runs = self._ran[call]
         if runs and not any(steps for steps, *_ in runs):
             source = _handed_on(runs)
-            return source if source is None or self._in_other_types(node) else None
+            return source if source is None or self._in_other_forms(node) else None
         found = _agreed(runs)
         if found is None or known(found[0]) or not is_pointwise(found[0]):
             return found

@@ -212,7 +212,7 @@ def _batch_sizes(program: ExportedProgram) -> list[int | torch.SymInt]:
 
 
 class _Calls:
-    """What a program calls, with numbers as they are for a batch of one.
+    """What a program calls, with numbers as they are for a batch of one, and its constants.
 
     Attributes:
         found: a text for each call that gives tensors, one of its own where that is not known.
@@ -223,6 +223,7 @@ class _Calls:
         self._one = {n.node.expr: 1 for n in sizes}
         self._places: dict[fx.Node, int] = {}
         self._number = 0
+        self._constants = _constants_of(program)
         self.found = [self._text(node) for node in program.graph.nodes if self._counts(node)]
 
     def _counts(self, node: fx.Node) -> bool:
@@ -241,6 +242,8 @@ class _Calls:
         self._places[node] = self._number = self._number + 1
         if isinstance(node.target, HigherOrderOperator):
             return f"{id(node)}"  # which may hold any graph
+        if node.op == "placeholder":
+            return f"{node.target} {self._constants.get(node.name)}"
         given = fx.map_arg((node.args, node.kwargs), self._shown)
         return f"{node.op} {node.target} {given}"
 
@@ -251,6 +254,13 @@ class _Calls:
         if isinstance(value, torch.SymInt):
             return _Text(str(value.node.expr.xreplace(self._one)))
         return _Text(str(value))
+
+
+def _constants_of(program: ExportedProgram) -> dict[str, str]:
+    """What the constants hold that the code makes, in one text each, by their placeholders."""
+    names = program.graph_signature.inputs_to_lifted_tensor_constants
+    found = {name: program.constants[path] for name, path in names.items()}
+    return {name: f"{x.dtype} {x.tolist()}" for name, x in found.items()}
 
 
 class _Text(str):

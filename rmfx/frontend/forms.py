@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from rmfx.ir.facts import facts_of
 from rmfx.ir.fillings import filling
 from rmfx.ir.kinds import ARITHMETIC, CHOICES_OF_TWO, FILLS, SELECTIONS, STACKS, SUMS, aten
-from rmfx.ir.nodes import attribute
+from rmfx.ir.nodes import constant
 from rmfx.ir.notes import (
     FOLLOWED,
     SHAPE,
@@ -80,10 +80,8 @@ def _as_number(gm: fx.GraphModule, value: Any) -> Any:
     found = filling(value) if isinstance(value, fx.Node) else None
     if found is not None and found.like is None and not found.sizes:
         return found.number
-    if not isinstance(value, fx.Node) or value.op != "get_attr" or why_frozen(value):
-        return value
-    held = attribute(gm, value)
-    if not isinstance(held, Tensor) or isinstance(held, nn.Parameter) or gm.meta.get(FOLLOWED):
+    held = constant(gm, value) if isinstance(value, fx.Node) else None
+    if held is None or isinstance(held, nn.Parameter) or gm.meta.get(FOLLOWED):
         return value
     return value if held.is_complex() or held.dim() else held.item()
 

@@ -39,13 +39,11 @@ from rmfx.ir.notes import (
     type_of,
 )
 
-from .canonicalise import has_functional_form
+from .canonicalise import UNSAFE, has_functional_form
 from .effects import effects_of
 from .layers import input_of_call
 from .memory import memories, storage_of, tensors_behind
 from .schemas import Effects
-
-UNSAFE = "an in-place operation without a functional form"
 
 
 def mark_numbers(graph: fx.Graph) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from rmfx.algebra.activation import is_activation
 from rmfx.algebra.affine import CONVS
@@ -16,7 +16,7 @@ from rmfx.ir.callees import Calls
 from rmfx.ir.facts import facts_of
 from rmfx.ir.kinds import ELEMENTWISE, INSTANCE_NORMS, KEEPING_BATCH, VIEWS, is_a
 from rmfx.ir.names import free_name, free_path
-from rmfx.ir.nodes import attribute, has_hooks, replaced_method
+from rmfx.ir.nodes import constant, has_hooks, replaced_method
 from rmfx.ir.notes import FIRST, SHAPE, gives_number, set_shape, shape_of, why_frozen, without_notes
 from rmfx.ir.numbers import size_read
 
@@ -54,10 +54,8 @@ def module_for(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 def _constant(gm: fx.GraphModule, value: Any) -> Any:
     """A node argument as a constant: numbers as they are, get_attr nodes as tensors."""
     if isinstance(value, fx.Node):
-        if value.op != "get_attr" or why_frozen(value):
-            return MISSING
-        found = attribute(gm, value)
-        return found if isinstance(found, Tensor) else MISSING
+        found = constant(gm, value)
+        return MISSING if found is None else found
     if isinstance(value, (list, tuple)):
         items = [_constant(gm, v) for v in value]
         return MISSING if any(v is MISSING for v in items) else type(value)(items)

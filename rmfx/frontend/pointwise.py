@@ -19,13 +19,15 @@ from torch._ops import OpOverload
 from rmfx.interval import INF
 from rmfx.ir.callees import is_touched
 from rmfx.ir.facts import Inference
-from rmfx.ir.functions import is_in_place, torch_name
+from rmfx.ir.functions import is_in_place
 from rmfx.ir.kinds import FILLED, NO_OP_CALLS, NO_OP_METHODS, aten, kind_of
-from rmfx.ir.nodes import attribute
+from rmfx.ir.nodes import constant
 from rmfx.ir.notes import FOLLOWED, gives_number, type_of, why_frozen
+from rmfx.ir.size_keeping import operator_name
 from rmfx.modules.activations import ChannelClamp, Composed
 
 from .dispatch import Probes, Step, families, is_open, is_pointwise, types_for
+from .layers import input_of_call
 
 MOST = 32  # calls in a row
 COPIES = (*NO_OP_CALLS, *NO_OP_METHODS)
@@ -42,10 +44,9 @@ def composed(
     while len(region) <= MOST:
         bases = _read_by(region)
         if len(bases) == 1 and _same_type(facts, bases[0], node):
-            calls = _cut_out(gm, bases[0], region, node)
-            return (
-                (Composed(calls), bases[0]) if _acts_alone(calls, bases[0], facts, probes) else None
-            )
+            calls = _cut_out(gm, bases[0], region, node) if _stays(bases[0], region) else None
+            alone = calls is not None and _acts_alone(calls, bases[0], facts, probes)
+            return (Composed(calls), bases[0]) if calls is not None and alone else None
         last = max(bases, default=None)
         if last is None or not _is_call(gm, last):
             return None
@@ -68,6 +69,12 @@ def reads_one(gm: fx.GraphModule, node: fx.Node) -> bool:
         return False
     module = gm.get_submodule(str(node.target))
     return kind_of(module) is not None and not is_touched(module)
+
+
+def _stays(base: fx.Node, region: Collection[fx.Node]) -> bool:
+    """Whether the last call of a region would read of its base and constants what the first did."""
+    constants = {n for node in region for n in node.all_input_nodes if n.op == "get_attr"}
+    return not any(map(why_frozen, (base, *constants)))
 
 
 def _read_by(region: Collection[fx.Node]) -> list[fx.Node]:
@@ -109,12 +116,22 @@ def _cut_out(
         copies[node] = graph.create_node(
             node.op, node.target, *fx.map_arg((node.args, node.kwargs), of)
         )
-        if is_in_place(torch_name(node).partition(".")[0]):
-            with graph.inserting_before(copies[node]):
-                kept = graph.call_method("clone", (copies[node].args[0],))
-            copies[node].args = (kept, *copies[node].args[1:])
+        if is_in_place(operator_name(node)):
+            write_to_copy(copies[node])
     graph.output(copies[end])
     return fx.GraphModule(gm, graph, "Calls").eval()
+
+
+def write_to_copy(node: fx.Node) -> fx.Node:
+    """Let a call that writes to its first argument write to a copy of it, which is given."""
+    written: Any = input_of_call(node)
+    with node.graph.inserting_before(node):
+        kept = node.graph.call_method("clone", (written,))
+    if node.args:
+        node.args = (kept, *node.args[1:])
+    else:
+        node.replace_input_with(written, kept)
+    return kept
 
 
 def _acts_alone(calls: fx.GraphModule, base: fx.Node, facts: Inference, probes: Probes) -> bool:
@@ -168,7 +185,9 @@ def bounded(gm: fx.GraphModule, node: fx.Node, probes: Probes) -> tuple[nn.Modul
     bounds = [given.get(name) for name in _BOUNDS[op]]
     if type_of(given["self"]) is None or any(n is not None and n.op != "get_attr" for n in bounds):
         return None
-    ends: list[Any] = [n and attribute(gm, n) for n in bounds]
+    ends = [n and constant(gm, n) for n in bounds]
+    if any(n is not None and end is None for n, end in zip(bounds, ends, strict=True)):
+        return None
     clamp = _channel_clamp(ends, *type_of(given["self"]))
     return None if clamp is None else (clamp, given["self"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from rmfx.algebra.affine import AffineConv
@@ -12,7 +12,7 @@ from rmfx.errors import Refusal
 
 from .computed_weights import remedies
 from .elements import Virtual
-from .nodes import attribute, has_hooks, replaced_method
+from .nodes import attribute, constant, has_hooks, replaced_method
 
 
 class Calls:
@@ -37,6 +37,10 @@ class Calls:
     def attribute(self, node: fx.Node) -> object:
         """The value behind a get_attr node."""
         return attribute(self._source, node)
+
+    def constant(self, node: fx.Node) -> Tensor | None:
+        """The tensor behind a get_attr node, None where calls may find another one there."""
+        return constant(self._source, node)
 
 
 class Callees(Calls):

@@ -69,6 +69,7 @@ class Net:
         self.replacement = self._callees.replacement
         self.callee = self._callees.callee
         self.attribute = self._callees.attribute
+        self.constant = self._callees.constant
         self.guard = self._callees.guard
         self._of_source = frozenset(self._before)
         self._values = {n: n.name for n in self.graph.nodes}  # whose of the source's each holds

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import _side_effectful_functions
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
@@ -171,6 +171,15 @@ def attribute(gm: fx.GraphModule, node: fx.Node) -> object:
     for name in str(node.target).split("."):
         value = getattr(value, name)
     return value
+
+
+def constant(gm: fx.GraphModule, node: fx.Node) -> Tensor | None:
+    """The tensor behind a get_attr node, None where calls may find another one there.
+
+    Whoever goes by what a tensor holds asks here; `attribute` is for its type and its shape.
+    """
+    value = attribute(gm, node) if node.op == "get_attr" and why_frozen(node) is None else None
+    return value if isinstance(value, Tensor) else None
 
 
 def averaged_dims(node: fx.Node, dims: int) -> tuple[set[int], bool] | None:

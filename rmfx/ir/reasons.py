@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .net import Net
 from .nodes import data_read, is_tensor_node
+from .notes import why_frozen
 
 NEAR = 100  # nodes that are looked at behind one that only rearranges
 DATA_DEPENDENT: tuple[tuple[str, str], ...] = (
@@ -64,11 +65,17 @@ def operation_name(net: Net, node: fx.Node) -> str:
 def reason_for(net: Net, node: fx.Node) -> str:
     """Why a carry cannot pass a node that is no layer."""
     name = operation_name(net, node)
+    held = [n for n in node.all_input_nodes if n.op == "get_attr" and why_frozen(n)]
+    if held:
+        return f"{name} reads {held[0].target}, and {why_frozen(held[0])}"
     if _is_product(name):
         return f"{name} {_of_product(net, node)}"
     for pattern, words in (*DATA_DEPENDENT, *OTHER):
         if re.search(pattern, _plain(name)):
             return f"{name} {words}"
+    written = [n for n in node.all_input_nodes if why_frozen(n)]
+    if written:
+        return f"{name} reads {written[0].name}, and {why_frozen(written[0])}"
     return f"{name} is neither linear nor a pointwise activation"
 
 

@@ -91,9 +91,9 @@ def _value(net: Net, constant: object) -> Tensor | Refusal:
         return torch.tensor(float(constant), dtype=torch.float64)
     if isinstance(constant, fx.Node) and why_frozen(constant):
         return Refusal(why_frozen(constant), (constant.name,))
-    if isinstance(constant, fx.Node) and constant.op == "get_attr":
-        value = net.attribute(constant)
-        if isinstance(value, Tensor) and not value.is_complex():  # a mask is 0 or 1
+    if isinstance(constant, fx.Node):
+        value = net.constant(constant)
+        if value is not None and not value.is_complex():  # a mask is 0 or 1
             return value.detach().to("cpu", torch.float64)
     return Refusal("a constant that is neither a number nor a real tensor of the model")
 

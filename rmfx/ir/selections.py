@@ -198,7 +198,9 @@ def _run(net: Net, node: fx.Node, x: Tensor) -> Tensor | None:
         return None
     values: dict[fx.Node, Any] = {}
     for read in node.all_input_nodes:
-        values[read] = net.attribute(read) if read.op == "get_attr" else x
+        values[read] = net.constant(read) if read.op == "get_attr" else x
+    if any(value is None for value in values.values()):
+        return None
     if any(gives_number(n) for n in values) or sum(v is x for v in values.values()) != 1:
         return None
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from rmfx.algebra.activation import is_activation
 from rmfx.algebra.affine import CONVS
 from rmfx.algebra.modules import from_conv
 from rmfx.errors import Refusal
+
+from .nodes import has_hooks
 
 RANKS_OF_NORM: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3),
@@ -115,4 +118,19 @@ class WithoutValues(fx.Interpreter):
             shape = shape_after(module, args[0])
             if shape is not None:
                 return args[0].new_empty(shape) if shape != args[0].shape else args[0]
-        return self._weights.call(module, args, kwargs)
+        with _as_before(module) if has_hooks(module) else contextlib.nullcontext():
+            return self._weights.call(module, args, kwargs)
+
+
+@contextlib.contextmanager
+def _as_before(module: nn.Module) -> Iterator[None]:
+    """Puts back what a layer's hooks set: weights that they compute here have no values."""
+    tables = [vars(one) for one in module.modules()]
+    tables += [table[name] for table in tables for name in ("_parameters", "_buffers")]
+    before = [(table, dict(table)) for table in tables]
+    try:
+        yield
+    finally:
+        for table, held in before:
+            table.clear()
+            table.update(held)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import fx
 
 from rmfx.analysis.multiply_adds import Expense, expense_of
-from rmfx.errors import Refusal
+from rmfx.errors import Refusal, WeightValueError
 from rmfx.ir.names import module_path
 from rmfx.ir.net import Net
 from rmfx.ir.notes import SOURCE, positions, shape_of
@@ -117,5 +117,8 @@ def _kind(site: Site) -> str:
 
 def _kind_of_join(net: Net, join: fx.Node) -> str:
     """The same of a sum that stays, as far as it can be read."""
-    sites = find_sites(net, join, keep_norms=False)
+    try:
+        sites = find_sites(net, join, keep_norms=False)
+    except WeightValueError:  # the reason why it stays, perhaps
+        return SKIP
     return _kind(innermost(sites)) if isinstance(sites, list) else SKIP

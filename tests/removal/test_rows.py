@@ -105,10 +105,12 @@ def test_a_row_takes_what_its_site_costs_now_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("by_choice", [True, False])
 def test_a_refusal_is_a_row_with_its_reason(by_choice: bool) -> None:
-    site = site_of(BLOCKS["basic"]())
+    net = Net(rmfx.trace(ready(BLOCKS["basic"]()), image(2, 8, 8, 6)))
+    join = next(node for node in net.graph.nodes if node.target is torch.add)
     for whole in (True, False):
-        row = row_of_refusal(site.join, Refusal("so it is", by_choice=by_choice), whole=whole)
+        row = row_of_refusal(net, join, Refusal("so it is", by_choice=by_choice), whole=whole)
         assert row.status == ("kept" if by_choice else "refused")
-        assert row.node == (site.join.name if whole else None)
+        assert row.kind == "residual connection"
+        assert row.node == (join.name if whole else None)
         assert row.reason == "so it is"
         assert row.macs_after is None

@@ -30,7 +30,7 @@ from torch import Tensor, fx
 from rmfx.frontend.calls import arguments_of
 from rmfx.frontend.effects import effects_of
 from rmfx.ir.memo import on_demand
-from rmfx.ir.nodes import attribute, run_node, slice_by_slice
+from rmfx.ir.nodes import constant, run_node, slice_by_slice
 from rmfx.ir.notes import forget, set_shape, shape_of, type_of, without_notes
 
 aten = torch.ops.aten
@@ -104,8 +104,8 @@ class _Constants:
 
     def _compute(self, node: fx.Node) -> Tensor | None:
         if node.op == "get_attr":
-            value = attribute(self._gm, node)
-            return value.detach().to(self._dtype) if isinstance(value, Tensor) else None
+            value = constant(self._gm, node)
+            return None if value is None else value.detach().to(self._dtype)
         inputs = {n: self._known[n] for n in self._read_by(node)}
         if not inputs or any(value is None for value in inputs.values()):
             return None

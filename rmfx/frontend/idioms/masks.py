@@ -9,9 +9,9 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from rmfx.ir.nodes import attribute
+from rmfx.ir.nodes import constant
 from rmfx.ir.notes import set_shape, set_type, shape_of, type_of, why_frozen, without_notes
 
 MASKED = (torch.where, torch.mul)
@@ -31,9 +31,9 @@ def lift_masks(gm: fx.GraphModule) -> None:
 
 def _is_mask(gm: fx.GraphModule, x: fx.Node) -> bool:
     """Whether a value holds truth values, and its shape is known."""
-    if x.op == "get_attr" and not why_frozen(x):
-        held = attribute(gm, x)
-        if not isinstance(held, Tensor) or held.dtype is not torch.bool:
+    held = constant(gm, x)
+    if held is not None:
+        if held.dtype is not torch.bool:
             return False
         set_shape(x, tuple(held.shape))
         return True
@@ -43,10 +43,10 @@ def _is_mask(gm: fx.GraphModule, x: fx.Node) -> bool:
 def _lifted(gm: fx.GraphModule, x: fx.Node, missing: int, *, before: fx.Node) -> fx.Node:
     index: Any = (*[None] * missing, ...)
     with gm.graph.inserting_before(before):
-        if x.op == "get_attr":
-            held = attribute(gm, x)
+        held = constant(gm, x)
+        if held is not None:
             name = f"{str(x.target).replace('.', '_')}_of_{missing + len(shape_of(x))}_dimensions"
-            gm.register_buffer(name, held[index])  # type: ignore[index]
+            gm.register_buffer(name, held[index])
             made = gm.graph.get_attr(name)
         else:
             made = gm.graph.call_function(operator.getitem, (x, index))

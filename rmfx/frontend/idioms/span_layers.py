@@ -19,7 +19,7 @@ from rmfx.algebra.affine import CONVS
 from rmfx.errors import fault
 from rmfx.frontend.calls import Builder, batch_norm, conv, linear
 from rmfx.ir.kinds import BATCH_NORMS, ELEMENTWISE, NO_OPS, is_a
-from rmfx.ir.nodes import MEANS, attribute, each, is_tensor_node
+from rmfx.ir.nodes import MEANS, constant, each, is_tensor_node
 from rmfx.ir.notes import why_frozen
 
 from .layouts import ONE, Part, Row, Rows, Size, in_straight, whole
@@ -220,7 +220,7 @@ def _elementwise(spans: Spans, node: fx.Node, sources: list[fx.Node]) -> Found |
     if rows is None or axes is None:
         return None
     sizes = tuple(row[0].size if row else ONE for row in axes)
-    constants = {n: spans.net.attribute(n) for n in node.all_input_nodes if n.op == "get_attr"}
+    constants = {n: spans.net.constant(n) for n in node.all_input_nodes if n.op == "get_attr"}
     moved = {n: _constant(value, rows, sizes) for n, value in constants.items()}
     if any(value is None for value in moved.values()):
         return None
@@ -248,21 +248,21 @@ def _together(all_rows: list[Rows]) -> Rows | None:
     return tuple(found)
 
 
-def _constant(value: object, rows: Rows, sizes: tuple[Size, ...]) -> Tensor | None:
-    return in_straight(value.detach(), rows, sizes) if isinstance(value, Tensor) else None
+def _constant(value: Tensor | None, rows: Rows, sizes: tuple[Size, ...]) -> Tensor | None:
+    return None if value is None else in_straight(value.detach(), rows, sizes)
 
 
 def _put_constant(
-    gm: fx.GraphModule, node: fx.Node, constant: fx.Node, rows: Rows, sizes: tuple[Size, ...]
+    gm: fx.GraphModule, node: fx.Node, read: fx.Node, rows: Rows, sizes: tuple[Size, ...]
 ) -> None:
     """Let a node read a constant in another shape."""
-    value: Any = attribute(gm, constant)
+    value = constant(gm, read)
     made = _constant(value, rows, sizes)
-    if made is None or made.shape == value.shape:
+    if value is None or made is None or made.shape == value.shape:
         return
     number = 0
     while hasattr(gm, f"_straight_{number}"):
         number += 1
     gm.register_buffer(f"_straight_{number}", made)
     with gm.graph.inserting_before(node):
-        node.replace_input_with(constant, gm.graph.get_attr(f"_straight_{number}"))
+        node.replace_input_with(read, gm.graph.get_attr(f"_straight_{number}"))
