@@ -116,7 +116,13 @@ def _bound(gm: fx.GraphModule, inputs: Sequence[fx.Node]) -> dict[str, Any]:
     """Inputs by the parameters of the network, as the containers that it is called with."""
     spec = gm.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
     args, kwargs = pytree.tree_unflatten(list(inputs), spec)
-    return dict(inspect.signature(gm.forward).bind(*args, **kwargs).arguments)
+    found = dict(inspect.signature(gm.forward).bind(*args, **kwargs).arguments)
+    rest: dict[str, dict[int, Any]] = {}  # of a forward(x, *rest), whose parts got names
+    for name, value in found.items():
+        whole, _, place = name.rpartition("_")
+        if whole not in found and place.isdecimal():
+            rest.setdefault(whole, {})[int(place)] = value
+    return rest | found
 
 
 def _demand_constant(conditions: fx.Graph, node: fx.Node, value: Argument) -> None:

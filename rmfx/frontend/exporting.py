@@ -8,20 +8,24 @@ grow with every layer, over minutes; there they are those of the example.
 What tracing takes apart is no condition of the network: torch.export looks at a batch of one as at
 another case than a batch of more. So a batch of one is exported as one of two, and where a
 condition excludes a batch of one, the program for such a batch is made as well: if it calls the
-same operators with the same numbers, the condition goes.
+same operators with the same numbers, the condition goes. In the same way, code that asks in which
+order values lie in memory, which a program does not, is exported for two orders.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import re
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_config
 from torch.overrides import TorchFunctionMode
@@ -40,6 +44,9 @@ from .exported import guards_of, unlifted
 from .kept_state import unchanged
 from .symbolic import own_gradients
 
+aten = torch.ops.aten
+OF_MEMORY = ("is_contiguous", "stride", "storage_offset", "dim_order", "data_ptr")
+COPIES = (aten.clone.default, aten.contiguous.default)
 LARGEST = 40  # operations in the expression of a size
 OF_BATCH = ".size()[0]"
 NO_BATCH_OF_ONE = re.compile(r"[^<>=!]*\.size\(\)\[0\] (>= 2|!= 1|> 1)")
@@ -58,8 +65,11 @@ def export_model(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
         alone_exporting(),
         own_gradients(functions),
         no_draws(lambda: _export(model, inputs, None)),
+        _Questions() as asked,
     ):
         gm = _opened(model, inputs)
+        if asked.where is not None:
+            _check_orders(model, inputs, asked.where)
     if functions:
         gm.meta[OWN_GRADIENT] = functions[0]
     return gm
@@ -80,7 +90,7 @@ def _attempt(
 ) -> fx.GraphModule | None:
     """The graph with some open sizes; None if there is none, or none that takes a batch of one."""
     try:
-        program = _export(model, inputs, _open_dims(inputs, every=every))
+        program = _export(model, inputs, _open_dims(model, inputs, every=every))
         dropped = _needless(model, inputs, program, every=every)
         takes = not needs_one or _takes_one(program, dropped)
         return unlifted(program, dropped) if takes else None
@@ -139,11 +149,71 @@ def _parts(expression: Any) -> Iterator[Any]:
         yield from _parts(part)
 
 
+# ---- orders in memory --------------------------------------------------------------------------
+class _Questions(TorchFunctionMode):
+    """Takes note that the model's own code asks in which order a value lies in memory.
+
+    Attributes:
+        where: what it asks, if it does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where: str | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in OF_MEMORY and not _is_of_torch(sys._getframe(1)):
+            self.where = self.where or name
+        return func(*args, **(kwargs or {}))
+
+
+def _is_of_torch(frame: types.FrameType | None) -> bool:
+    """Whether torch's own code calls, which decides by it how to compute, not what."""
+    while frame is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+    return frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "torch"
+
+
+def _check_orders(model: nn.Module, inputs: Inputs, question: str) -> None:
+    """Raise TraceError if other operators run where values lie in memory in another order."""
+    calls = []
+    for given in (inputs, *_reordered(inputs)):
+        program = _export(model, given, None)
+        calls.append(_Calls(program, copies=_writes(program)).found)
+    if any(other != calls[0] for other in calls):
+        raise TraceError(
+            f"its code decides by the order of a value in memory ({question}), which a graph does "
+            "not keep; compute the same in every order"
+        )
+
+
+@torch.no_grad()
+def _reordered(inputs: Inputs) -> Iterator[Inputs]:
+    """The inputs with each dimension as the innermost one in memory, then with gaps."""
+
+    def innermost(x: Tensor, dim: int) -> Tensor:
+        return x if x.dim() <= dim else x.movedim(dim, -1).contiguous().movedim(-1, dim)
+
+    for dim in range(max((x.dim() for x in _tensors(inputs)), default=0)):
+        yield pytree.tree_map_only(Tensor, functools.partial(innermost, dim=dim), inputs)
+    yield pytree.tree_map_only(Tensor, lambda x: x.repeat_interleave(2, -1)[..., 1::2], inputs)
+
+
+def _writes(program: ExportedProgram) -> bool:
+    """Whether an operator writes, so that it matters what a copy of a value is read by."""
+    called = (n.target for n in program.graph.nodes if n.op == "call_function")
+    return any(isinstance(op, OpOverload) and op._schema.is_mutable for op in called)
+
+
 # ---- open sizes ---------------------------------------------------------------------------------
-def _open_dims(inputs: Inputs, *, every: bool, batch: bool = True) -> Any:
-    """The dimensions of tensors that may have other sizes than they have.
+def _open_dims(model: nn.Module, inputs: Inputs, *, every: bool, batch: bool = True) -> Any:
+    """The dimensions of tensors that may have other sizes than they have, by forward's arguments.
 
     Args:
+        model: whose forward takes them.
         inputs: the example.
         every: whether all may of which there is more than 1.
         batch: whether the first may.
@@ -156,7 +226,9 @@ def _open_dims(inputs: Inputs, *, every: bool, batch: bool = True) -> Any:
         others = {d for d, n in enumerate(x.shape) if d and n > 1} if every else set()
         return dict.fromkeys(sorted(first | others), Dim.AUTO)
 
-    return pytree.tree_map(dims, inputs)
+    # As torch.export sees them, for which the rest of a forward(x, *rest) is one argument.
+    given = inspect.signature(model.forward).bind(*inputs).arguments
+    return pytree.tree_map(dims, dict(given))
 
 
 def _tensors(inputs: Inputs) -> list[Tensor]:
@@ -185,7 +257,7 @@ def _needless(
         return []
     one = _of_batch(inputs, 1)
     try:
-        other = _export(model, one, _open_dims(one, every=every, batch=False))
+        other = _export(model, one, _open_dims(model, one, every=every, batch=False))
     except TraceError:
         return []
     return found if _Calls(program).found == _Calls(other).found else []
@@ -214,11 +286,16 @@ def _batch_sizes(program: ExportedProgram) -> list[int | torch.SymInt]:
 class _Calls:
     """What a program calls, with numbers as they are for a batch of one, and its constants.
 
+    Args:
+        program: what was exported.
+        copies: whether copies count.
+
     Attributes:
         found: a text for each call that gives tensors, one of its own where that is not known.
     """
 
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, *, copies: bool = True) -> None:
+        self._copies = () if copies else COPIES
         sizes = [n for n in _batch_sizes(program) if isinstance(n, torch.SymInt)]
         self._one = {n.node.expr: 1 for n in sizes}
         self._places: dict[fx.Node, int] = {}
@@ -230,7 +307,8 @@ class _Calls:
         """Whether a node is no number, nor a check of one, nor all that another one is."""
         if node.op != "call_function":
             return True
-        if node.target is torch.ops.aten.slice.Tensor and node.args[2:] == (0, sys.maxsize):
+        whole = node.target is aten.slice.Tensor and node.args[2:] == (0, sys.maxsize)
+        if whole or node.target in self._copies:
             self._places[node] = self._places[node.args[0]]  # type: ignore[index]
             return False
         leaves = pytree.tree_leaves(node.meta.get(VAL))

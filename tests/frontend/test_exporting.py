@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from builders import Apply, conv, image, ready
 from torch import Tensor, nn
 
 import rmfx
-from rmfx.errors import ShapeError
+from rmfx.errors import ShapeError, TraceError
 
 
 def bordered(m: Any, x: Tensor) -> Tensor:
@@ -106,3 +107,76 @@ def test_sizes_that_grow_with_every_layer_stay_those_of_the_example() -> None:
     assert_same_at(model, gm, (1, 4, 65, 65), (3, 4, 65, 65))
     with pytest.raises(ShapeError):
         gm(image(2, 4, 33, 33))
+
+
+class Several(nn.Module):
+    """A block that takes any number of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = conv()
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        y = torch.relu(self.a(xs[0]))
+        y[:, 0] = 0
+        return xs[-1] + y
+
+
+def test_the_rest_of_the_arguments_has_open_sizes() -> None:
+    model = ready(Several())
+    for inputs in (image(), (image(), image())):
+        gm = rmfx.remove_residuals(model, inputs)
+        for shape in ((1, 4, 9, 7), (3, 4, 5, 6)):
+            given = [image(*shape)] * len(inputs if isinstance(inputs, tuple) else (inputs,))
+            torch.testing.assert_close(gm(*given), model(*given))
+
+
+VALUES: dict[str, Any] = {
+    "number": lambda n: torch.tensor(n, dtype=torch.float64),
+    "row": lambda n: torch.tensor([n, 1.0, n, 2.0], dtype=torch.float64).view(-1, 1, 1),
+    "array": lambda n: torch.from_numpy(np.array(n)),
+    "python": lambda n: n,
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
+def test_constants_of_the_code_are_part_of_what_a_batch_of_one_computes(
+    value: Any, batch: int
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return x + m.a(x) * (value(2.0) if x.shape[0] > 1 else value(3.0))
+
+    model = ready(Apply(forward, a=conv()))
+    for verb in (rmfx.remove_residuals, rmfx.remove_noops):
+        gm = verb(model, image(batch, 4, 9, 7))
+        assert_same_at(model, gm, (batch, 4, 9, 7))
+        with pytest.raises(ShapeError):
+            gm(image(3 - batch, 4, 9, 7))
+
+
+@pytest.mark.parametrize(
+    "decides",
+    [
+        lambda x: x.is_contiguous(),
+        lambda x: x.stride(1) > x.stride(-1),
+        lambda x: x.is_contiguous(memory_format=torch.channels_last),
+    ],
+)
+def test_code_that_decides_by_the_order_in_memory_is_refused(decides: Any) -> None:
+    model = ready(Apply(lambda m, x: x + m.a(x) * (2.0 if decides(x) else 3.0), a=conv()))
+    with pytest.raises(TraceError, match="order of a value in memory"):
+        rmfx.remove_residuals(model, image())
+
+
+def test_code_that_asks_for_the_order_in_memory_to_copy_is_converted() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if not x.is_contiguous():
+            x = x.contiguous()
+        return x + m.a(x)
+
+    model = ready(Apply(forward, a=conv()))
+    gm = rmfx.remove_residuals(model, image())
+    assert rmfx.report(gm).rows[0].status == "removed"
+    for x in (image(), image().to(memory_format=torch.channels_last)):
+        torch.testing.assert_close(gm(x), model(x))
