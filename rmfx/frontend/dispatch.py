@@ -216,11 +216,14 @@ class Probes:
 
         These are values of other types, and conjugates and negatives that torch has yet to compute.
         """
-        own = all(map(self._has_own_type, node.all_input_nodes))
-        for kind in (None,) if own else (None, *OTHER_TYPES):
+
+        def is_fixed(n: fx.Node) -> bool:
+            return self._has_own_type(n) and (n.op == "get_attr" or type_of(n) is not None)
+
+        for kind in (None,) if all(map(is_fixed, node.all_input_nodes)) else (None, *OTHER_TYPES):
 
             def types(n: fx.Node, kind: torch.dtype | None = kind) -> Sequence[torch.dtype]:
-                return types_for(n)[:1] if kind is None or self._has_own_type(n) else (kind,)
+                return types_for(n)[:1] if kind is None or is_fixed(n) else (kind,)
 
             for values in itertools.chain.from_iterable(self.of(node, types)):
                 for given in (values, self._marked(values)):

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .net import Net
 from .nodes import data_read, is_tensor_node
-from .notes import why_frozen
+from .notes import FOLLOWED, why_frozen
 
 NEAR = 100  # nodes that are looked at behind one that only rearranges
 DATA_DEPENDENT: tuple[tuple[str, str], ...] = (
@@ -34,6 +34,10 @@ OF_CONSTANT = (
     "convolution"
 )
 OF_UNKNOWN = "multiplies by a constant, along which dimension is not known; pass example_inputs"
+OF_CHANGING = (
+    "goes by numbers of a tensor of the model, which with differentiable=True may change; convert "
+    "without it"
+)
 OTHER: tuple[tuple[str, str], ...] = (
     (r"interpolate|upsample|resize", "resizes by interpolation, the carry too"),
     (r"maxpool|fractionalmax", "takes the largest of several values, of the carry too"),
@@ -76,6 +80,8 @@ def reason_for(net: Net, node: fx.Node) -> str:
     written = [n for n in node.all_input_nodes if why_frozen(n)]
     if written:
         return f"{name} reads {written[0].name}, and {why_frozen(written[0])}"
+    if net.source.meta.get(FOLLOWED) and any(n.op == "get_attr" for n in node.all_input_nodes):
+        return f"{name} {OF_CHANGING}"
     return f"{name} is neither linear nor a pointwise activation"
 
 

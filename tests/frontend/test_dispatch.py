@@ -204,9 +204,42 @@ def test_a_number_that_depends_on_sizes_is_not_taken_into_an_activation() -> Non
     assert_equivalent(model, converted, (image(1, 4, 5, 12),))
 
 
+@pytest.mark.parametrize("name", ["clamp", "maximum"])
+def test_limits_that_may_change_are_told_as_the_reason(name: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return x + m.b(torch.clamp(y, -m.most, m.most) if name == "clamp" else y.maximum(m.most))
+
+    model = Apply(forward, a=conv(), b=conv())
+    model.register_buffer("most", torch.rand(4, 1, 1))
+    converted = rmfx.remove_residuals(ready(model), image(), differentiable=True)
+    assert "differentiable=True" in str(rmfx.report(converted).rows[0].reason)
+
+
 def test_a_cast_to_a_lower_type_is_no_activation_without_an_example() -> None:
     model = block(lambda x: torch.relu(x.half()).float()).float()
     assert rmfx.report(rmfx.remove_residuals(model)).removed == 0
+
+
+KEPT: dict[str, Callable[[Any, Tensor], Any]] = {  # of real numbers these give the value as it is
+    "conj": lambda m, x: torch.fft.ifft2(torch.fft.fft2(x).conj()).real + m.a(x),
+    "function": lambda m, x: torch.fft.ifft2(torch.conj(torch.fft.fft2(x))).real + m.a(x),
+    "computed": lambda m, x: torch.fft.ifft2(torch.conj_physical(torch.fft.fft2(x))).real + m.a(x),
+    "real": lambda m, x: torch.real(torch.fft.fft2(x)) + m.a(x),
+    "resolved": lambda m, x: torch.view_as_real(torch.fft.fft2(m.a(x)).conj().resolve_conj()),
+}
+
+
+@pytest.mark.parametrize("has_inputs", [True, False])
+@pytest.mark.parametrize("name", KEPT)
+def test_what_does_nothing_to_real_numbers_is_kept_for_complex_ones(
+    name: str, has_inputs: bool
+) -> None:
+    model = ready(Apply(KEPT[name], a=conv()))
+    for verb in (rmfx.remove_residuals, rmfx.remove_noops):
+        converted = verb(model, image() if has_inputs else None)
+        assert converted(image()).dtype == torch.float64
+        torch.testing.assert_close(converted(image()), model(image()))
 
 
 # ---- every operator that torch says is pointwise ------------------------------------------------

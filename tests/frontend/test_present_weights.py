@@ -103,6 +103,19 @@ def test_computed_weights_are_read_and_told(kind: Callable[[nn.Module], object])
 
 
 @every_kind
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_what_hooks_set_holds_numbers_after_a_conversion(kind: Any, differentiable: bool) -> None:
+    for inputs, verify in ((image(), True), (image(), False), (None, True)):
+        model = network(kind)
+        held = [{name: type(value) for name, value in vars(m).items()} for m in model.modules()]
+        rmfx.remove_residuals(model, inputs, differentiable=differentiable, verify=verify)
+        for module, before in zip(model.modules(), held, strict=True):
+            assert {name: type(value) for name, value in vars(module).items()} == before
+            tensors = [value for value in vars(module).values() if isinstance(value, Tensor)]
+            assert not any(tensor.is_meta for tensor in tensors)
+
+
+@every_kind
 def test_other_ways_to_hold_the_model_give_the_same(kind: Callable[[nn.Module], object]) -> None:
     model = network(kind, dims=1)
     x = torch.randn(2, 4, 9, dtype=torch.float64)

@@ -7,19 +7,21 @@ layer. The channels are the second axis of a value, or its last one.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rmfx.algebra.activation import is_activation, is_per_channel
 from rmfx.algebra.affine import CONVS
 from rmfx.errors import fault
-from rmfx.frontend.calls import Builder, batch_norm, conv, linear
+from rmfx.frontend.calls import Builder, arguments_of, batch_norm, conv, linear
 from rmfx.ir.kinds import BATCH_NORMS, ELEMENTWISE, NO_OPS, is_a
-from rmfx.ir.nodes import MEANS, constant, each, is_tensor_node
+from rmfx.ir.nodes import MEANS, constant, data_input, each, is_tensor_node, slice_by_slice
 from rmfx.ir.notes import why_frozen
 
 from .layouts import ONE, Part, Row, Rows, Size, in_straight, whole
@@ -27,6 +29,7 @@ from .spans import Spans, View
 
 Write = Callable[[fx.GraphModule, fx.Node], None]
 Found = tuple[View, Write]
+CONSTANT = (None, "constant")  # the default of paddings
 NORM_KEYS = ("running_mean", "running_var", "weight", "bias", "eps")
 
 
@@ -43,6 +46,10 @@ def in_layout(spans: Spans, node: fx.Node) -> Found | None:
         return _layer(spans, node, sources[0]) if len(node.args) == 1 else None
     if node.target in MEANS:
         return _mean(spans, node)
+    if node.target is operator.getitem:
+        return _sliced(spans, node)
+    if node.target is F.pad:
+        return _padded_with_number(spans, node)
     if node.target in ELEMENTWISE.values():
         return _elementwise(spans, node, sources)
     return None
@@ -206,6 +213,67 @@ def _mean(spans: Spans, node: fx.Node) -> Found | None:
         node.args, node.kwargs = (node.args[0], axes), {"keepdim": True}
 
     return View(tuple(kept), sizes, view.origin), write
+
+
+def _sliced(spans: Spans, node: fx.Node) -> Found | None:
+    """Slices of dimensions that are whole axes, by numbers."""
+    source, given = node.args
+    index: Any = given if isinstance(given, tuple) else (given,)
+    view = spans.view(source)  # type: ignore[arg-type]
+    if view is None or not all(i is ... or _is_by_numbers(i) for i in index):
+        return None
+    slices = [slice(None)] * len(view.axes)
+    behind = view
+    for dim, s in enumerate(slice_by_slice(index, len(view.rows))):
+        if s == slice(None):
+            continue
+        axis = view.axis_of(dim, *range(len(view.axes)))
+        if axis is None:
+            return None
+        slices[axis], size = s, view.axes[axis]
+        left = Size.of((node, "behind", axis))
+        left = Size(len(range(size.number)[s])) if size.is_number else left
+        behind = behind.resized(dim, axis, left)
+
+    def write(gm: fx.GraphModule, node: fx.Node) -> None:
+        node.args = (node.args[0], tuple(slices))
+
+    return behind, write
+
+
+def _is_by_numbers(index: Any) -> bool:
+    bounds = (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)
+    return isinstance(index, slice) and all(b is None or type(b) is int for b in bounds)
+
+
+def _padded_with_number(spans: Spans, node: fx.Node) -> Found | None:
+    """What puts one number around dimensions that are whole axes."""
+    given = arguments_of(node, "input", "pad", "mode", "value")
+    view, amounts = spans.view(given["input"]), given.get("pad")
+    if view is None or not isinstance(amounts, (list, tuple)) or given.get("mode") not in CONSTANT:
+        return None
+    if not all(type(n) is int for n in amounts):
+        return None
+    straight: list[Any] = [0] * (2 * len(view.axes))
+    behind = view
+    for i in range(0, len(amounts), 2):
+        dim, (before, after) = len(view.rows) - 1 - i // 2, amounts[i : i + 2]
+        if before == after == 0:
+            continue
+        axis = view.axis_of(dim, *range(len(view.axes)))
+        if axis is None:
+            return None
+        at, size = 2 * (len(view.axes) - 1 - axis), view.axes[axis]
+        straight[at : at + 2] = before, after
+        more = Size.of((node, "behind", axis))
+        more = Size(size.number + before + after) if size.is_number else more
+        behind = behind.resized(dim, axis, more)
+
+    def write(gm: fx.GraphModule, node: fx.Node) -> None:
+        value = arguments_of(node, "input", "pad", "mode", "value").get("value")
+        node.args, node.kwargs = (data_input(node), straight, "constant", value), {}
+
+    return behind, write
 
 
 def _elementwise(spans: Spans, node: fx.Node, sources: list[fx.Node]) -> Found | None:

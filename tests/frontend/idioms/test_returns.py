@@ -69,7 +69,13 @@ def per_sample_and_row(m: Any, x: Tensor) -> Tensor:
     return torch.relu(y).view(n, h, c, w).transpose(1, 2)
 
 
+def bordered(m: Any, x: Tensor) -> Tensor:
+    y = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 2, 3, 1))
+    return torch.relu(m.l(y))[:, 3:-1, 1:-2].permute(0, 3, 1, 2)
+
+
 SPANS: dict[str, Forward] = {
+    "bordered": bordered,
     "transposed": lambda m, x: m.c(x.transpose(2, 3)).transpose(3, 2),
     "transposed, kernel of two sizes": lambda m, x: m.c35(x.transpose(-1, -2)).transpose(-1, -2),
     "mT": lambda m, x: torch.relu(m.c35(x.mT)).swapaxes(2, 3),
