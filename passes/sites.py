@@ -30,6 +30,7 @@ from torch.optim.swa_utils import update_bn
 
 from rmfx.data.batches import Batches, Loss, check_batches, inputs_of, loss_on, output_on
 from rmfx.errors import OptionError, ShapeError
+from rmfx.frontend.memory import writes_undone
 from rmfx.frontend.tracing import trace
 from rmfx.ir.driver import apply_rule
 from rmfx.ir.names import module_path
@@ -163,15 +164,17 @@ def choose_sites(
     apply_rule(net, NoopRule())
     candidates = candidates_of(net, can_cut="cut" in choices)
     timer = Timer(runtime, cache, threads, rounds, seconds, step)
-    before = _loss_of(_reestimated(copy.deepcopy(source), batches), batches, loss)
     rows = []
-    for i, candidate in enumerate(candidates):
-        step(f"site {i + 1} of {len(candidates)}")
-        rows.append(_measure(net, source, candidate, timer, batches, (loss, before), choices))
-    chosen = knapsack(rows, budget)
-    rows = [replace(row, choice=choice) for row, choice in zip(rows, chosen, strict=True)]
-    gm = _with_choices(source, candidates, rows, example_inputs, batches)
-    after = _loss_of(gm, batches, loss)
+    with writes_undone(source):
+        before = _loss_of(_reestimated(copy.deepcopy(source), batches), batches, loss)
+        for i, candidate in enumerate(candidates):
+            step(f"site {i + 1} of {len(candidates)}")
+            rows.append(_measure(net, source, candidate, timer, batches, (loss, before), choices))
+        chosen = knapsack(rows, budget)
+        rows = [replace(row, choice=choice) for row, choice in zip(rows, chosen, strict=True)]
+        gm = _with_choices(source, candidates, rows, example_inputs, batches)
+    with writes_undone(gm):
+        after = _loss_of(gm, batches, loss)
     return gm, ChoiceReport(numbered(rows), before, after, runtime)
 
 

@@ -281,7 +281,7 @@ class Channels:
 
     def _constant(self, node: fx.Node, axis: int) -> Labels | None:
         """Labels of a constant with one number per channel, the same wherever it is read."""
-        if self._uses[node.target] > 1 or len(node.users) > 1:
+        if self._uses[node.target] > 1 or len(node.users) > 1 or why_frozen(node):
             return None
         value: Any = self._net.attribute(node)
         table = Table(node, self._union.new(value.shape[axis]), axis)

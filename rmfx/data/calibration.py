@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from rmfx.analysis.ranges import Range
 from rmfx.errors import ShapeError
+from rmfx.frontend.memory import writes_undone
 from rmfx.options import as_inputs
 
 from .batches import check_batches, output_on
@@ -96,7 +97,7 @@ def measure(
     check_batches("calibration", batches, pairs=False)
     recorder = _Recorder(gm, extremes=extremes, wanted=wanted)
     count = 0
-    with torch.no_grad():
+    with torch.no_grad(), writes_undone(gm):
         for batch in batches:
             inputs = as_inputs(batch) or ()
             if any(isinstance(x, Tensor) and not x.numel() for x in inputs):

@@ -8,6 +8,7 @@ their names and shapes compressed beside them, in a file of safetensors.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import math
@@ -15,11 +16,13 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rmfx.errors import RmfxError, WeightError
 from rmfx.modules.ring import FromRing
@@ -52,8 +55,9 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise WeightError(f"{name} is {type(value).__name__}, no tensor: use torch.save")
+        _check_numbers(name, value)
         kind = str(value.dtype).removeprefix("torch.")
-        if value.layout is not torch.strided or value.is_complex():
+        if value.layout is not torch.strided or value.is_complex() or value.is_quantized:
             found = f"{value.layout} and {value.dtype}"
             raise WeightError(f"{name} is {found}, which has no form in this file: use torch.save")
         layout[kind].append((name, list(value.shape)))
@@ -85,12 +89,30 @@ def load_compact(model: nn.Module, path: str | Path) -> None:
         raise RmfxError(f"{path} cannot be read: {error.strerror or error}") from error
     except _DAMAGE as error:
         raise RmfxError(f"{path} is no whole file of save_compact: {error}") from error
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = dict[str, Any]()
+    for name, value in model.state_dict().items():
+        _check_numbers(name, value)
+        if isinstance(value, Tensor) and (value.is_inference() or _is_spread_out(value)):
+            raise WeightError(f"{name} cannot be written to; clone it first")
+        before[name] = value.clone() if isinstance(value, Tensor) else value
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
-        model.load_state_dict(before)
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            model.load_state_dict(before)
         raise RmfxError(f"{path} holds the state of another model: {error}") from error
+
+
+def _check_numbers(name: str, value: object) -> None:
+    """Raise WeightError for a tensor of a model that holds no numbers yet."""
+    if isinstance(value, Tensor) and (is_lazy(value) or value.is_meta):
+        raise WeightError(f"{name} holds no numbers yet: run the model once, or load weights")
+
+
+def _is_spread_out(value: Tensor) -> bool:
+    """Whether several places of a tensor are one place in memory."""
+    pairs = zip(value.shape, value.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in pairs)
 
 
 def _check_rings(model: nn.Module) -> None:

@@ -28,7 +28,7 @@ from rmfx.options import number_of
 
 from .formats import FORMATS, Format, Function
 from .free_sizes import described_shapes, free_batch, free_sizes, left_to_torch, takes_any_batch
-from .trials import Trials, default_tolerance, doubled, relative_error
+from .trials import Trials, copies, default_tolerance, doubled, relative_error, state_kept
 
 SUFFIXES = tuple(FORMATS)
 Run = tuple[Sequence[Tensor], object]  # inputs, and what a network gives for them
@@ -253,7 +253,7 @@ def _takes_any_batch(gm: fx.GraphModule, original: Function, trials: Trials) -> 
     if any(x.ndim < 2 for x in inputs) or len({x.shape[0] for x in inputs}) != 1:
         return False
     try:
-        with torch.no_grad():
+        with torch.no_grad(), state_kept(original, gm):
             trial, expected = trials.run(original, inputs[0].shape[0] + 1)
             return relative_error(expected, gm(*trial)) <= default_tolerance(inputs)
     except (*_EXPORT_ERRORS, VerificationError):
@@ -284,7 +284,7 @@ def _verify(
     Raises:
         VerificationError: it is above the tolerance, or the original gives no numbers.
     """
-    with torch.no_grad():
+    with torch.no_grad(), state_kept(original):
         runs = _runs(original, trials, program)
         worst = max(relative_error(expected, written(*given)) for given, expected in runs)
     if not worst <= tolerance:
@@ -312,7 +312,7 @@ def _runs(original: Function, trials: Trials, program: ExportedProgram) -> list[
     if any(free) and not trials.samples:
         larger = [doubled(x, dims) for x, dims in zip(trials.inputs, free, strict=True)]
         runs += _if_taken(original, program, Trials(larger, trials.input_range))
-    return runs + [(own, original(*own)) for own in trials.own()]
+    return runs + [(own, original(*copies(own))) for own in trials.own()]
 
 
 def _if_taken(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rmfx.errors import VerificationError
+from rmfx.errors import VerificationError, WeightError
 from rmfx.interval import Interval
 
 # Two orders of magnitude above the rounding of one operation: depth adds up, and another order of
@@ -67,7 +68,7 @@ class Trials:
             VerificationError: it gives NaN or Inf on all.
         """
         for trial in (self.draw(batch, seed), *self.own(batch)):
-            output = network(*trial)
+            output = network(*copies(trial))
             if all(x.isfinite().all() for x in tensors_of(output) if x.is_floating_point()):
                 return trial, output
         raise VerificationError(
@@ -80,6 +81,34 @@ class Trials:
         if not x.is_floating_point():
             return _tiled(x, shape[0]) if x.ndim else x
         return numbers_like(x, shape, self.input_range, generator)
+
+
+def copies(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Inputs for a network that may write to them."""
+    return [x.clone() for x in inputs]
+
+
+@contextlib.contextmanager
+def state_kept(*functions: Callable[..., Any]) -> Iterator[None]:
+    """Put back what networks, which run in the block, write to their buffers.
+
+    Raises:
+        WeightError: a network has written to a parameter, of which there is no copy.
+    """
+    networks = [f for f in functions if isinstance(f, nn.Module)]
+    own = (tensor for network in networks for tensor in network.buffers())
+    buffers = [x for x in {id(x): x for x in own}.values() if not x.is_inference()]
+    before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in buffers]
+    named = (pair for network in networks for pair in network.named_parameters())
+    versions = [(name, p, p._version) for name, p in named if not p.is_inference()]
+    yield
+    with torch.no_grad():
+        for buffer, version, held in before:
+            if buffer._version != version:
+                buffer.copy_(held)
+    for name, parameter, version in versions:
+        if parameter._version != version:
+            raise WeightError(f"the network writes to its parameter {name} when it is called")
 
 
 def numbers_like(

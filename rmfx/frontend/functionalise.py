@@ -15,7 +15,7 @@ import functools
 import operator
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from rmfx.errors import WeightError
 from rmfx.ir.functions import (
@@ -273,17 +273,20 @@ class _Aliases:
 
     def _check_copies(self) -> None:
         """Raise WeightError for memory written to that a copy of the network would take apart."""
-        storages: dict[int, set[int]] = {}
+        apart: dict[int, set[int]] = {}  # what copies keep together has one number
         for node, behind in self._behind.items():
             for tensor in behind:
                 key = self._memory[id(tensor)]
-                found = storages.setdefault(key, set())
-                found.add(storage_of(tensor))
+                found = apart.setdefault(key, set())
+                # A parameter is copied with a storage of its own.
+                own = isinstance(tensor, nn.Parameter)
+                found.add(id(tensor) if own else storage_of(tensor))
                 if key in self._frozen and len(found) > 1:
                     raise WeightError(
                         f"{node.target}: the network writes to the memory in which it lies, where "
-                        "another tensor has a storage of its own, as those made of numpy's arrays; "
-                        "a copy would part them: make both views of one tensor of torch"
+                        "a parameter lies, too, or a tensor with a storage of its own, as those "
+                        "made of numpy's arrays; a copy would part them: make them views of one "
+                        "buffer"
                     )
 
     def _freeze_strangers(self) -> None:

@@ -9,6 +9,7 @@ put back; that a model computes with it shows only when it runs again.
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import sys
 import types
@@ -24,6 +25,7 @@ from .holders import ATOMS, Attributes, Cell, Holder, Items, Name, Values, holde
 
 Item = tuple[str, Any]
 TABLES = ("_buffers", "_parameters", "_modules")
+OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")
 CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
 
 
@@ -172,7 +174,9 @@ def _variables(path: str, function: types.FunctionType) -> Iterator[Holder | Ite
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
+    """The globals that code names; attributes are among its names, too."""
+    named = (i.argval for i in dis.get_instructions(code) if i.opname in OF_GLOBALS)
+    yield from dict.fromkeys(named)
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             yield from _names(inner)

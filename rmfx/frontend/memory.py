@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from rmfx.ir.kinds import is_ordinary
 from rmfx.ir.nodes import attribute
-from rmfx.ir.notes import GRAPHARG
+from rmfx.ir.notes import GRAPHARG, WRITTEN
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
@@ -68,6 +69,20 @@ def tensors_behind(gm: fx.GraphModule, node: fx.Node) -> tuple[Tensor, ...]:
     if node.op == "placeholder":
         value = _example(node)
     return (value,) if isinstance(value, Tensor) else ()
+
+
+@contextlib.contextmanager
+def writes_undone(gm: fx.GraphModule) -> Iterator[None]:
+    """Put back what the calls of a graph, which runs in the block, write to the model's tensors."""
+    nodes = (n for n in gm.graph.nodes if n.meta.get(WRITTEN) and n.op != "placeholder")
+    written = {id(t): t for n in nodes for t in tensors_behind(gm, n)}
+    before = [(tensor, tensor.detach().clone()) for tensor in written.values()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, held in before:
+                tensor.copy_(held)
 
 
 def _example(node: fx.Node) -> object:

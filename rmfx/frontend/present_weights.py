@@ -20,11 +20,13 @@ from rmfx.algebra.activation import TABLE
 from rmfx.algebra.affine import MULTIPLYING
 from rmfx.ir.computed_weights import Made, made_by_hooks
 from rmfx.ir.kinds import BATCH_NORMS, is_a
+from rmfx.ir.nodes import attribute
 from rmfx.ir.weights import check_weight
 from rmfx.modules.parametrized import make_ordinary
 from rmfx.report import HELD_KEY, HeldReport
 
 from .kept_state import unchanged
+from .memory import storage_of, tensors_of
 from .watches import Watch
 
 READ = (*MULTIPLYING, *BATCH_NORMS, *TABLE)  # the layers whose weights rules read
@@ -42,6 +44,9 @@ def read_present_weights(gm: fx.GraphModule) -> None:
     """
     called = dict.fromkeys(str(n.target) for n in gm.graph.find_nodes(op="call_module"))
     read = {*called, *(str(n.target) for n in gm.graph.find_nodes(op="get_attr"))}
+    # By another name, what a weight is made of may be written to.
+    constants = (attribute(gm, n) for n in gm.graph.find_nodes(op="get_attr"))
+    held = {storage_of(value) for value in constants if isinstance(value, Tensor)}
     made: dict[int, nn.Module] = {}
     rows = []
     for target in called:
@@ -49,6 +54,8 @@ def read_present_weights(gm: fx.GraphModule) -> None:
         hooks = made_by_hooks(module) if is_a(module, READ) else None
         by = _makers(module, hooks or ())
         if not by or hooks is None or _is_entangled(target, read):
+            continue
+        if held & {storage_of(tensor) for tensor in tensors_of(module)}:
             continue
         ordinary = made.get(id(module)) or _with_present_weights(module, hooks)
         if ordinary is None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import fx, nn
 
-from rmfx.errors import WeightError
+from rmfx.errors import WeightError, fault
 from rmfx.modules.copies import computed_tensors
 from rmfx.report import META_KEY, REWRITES_KEY, Report
 
@@ -27,7 +27,7 @@ from .demands import Demands
 from .elements import Virtual
 from .facts import Inference
 from .memo import succeed
-from .nodes import data_input, must_stay
+from .nodes import data_input, must_stay, reads_among_writes
 from .notes import OF_VALUE, ORIGIN, forget, notes_of, set_shape, shape_of, why_frozen
 from .open_sizes import OpenSizes
 from .own_types import OwnTypes
@@ -72,6 +72,7 @@ class Net:
         self.constant = self._callees.constant
         self.guard = self._callees.guard
         self._of_source = frozenset(self._before)
+        self._reads = reads_among_writes(self.graph)
         self._values = {n: n.name for n in self.graph.nodes}  # whose of the source's each holds
         # A target freed by a rewrite keeps its module out of the result, its name is reused.
         self._names = set(self._callees.modules) | {n for n, _ in gm.named_parameters()}
@@ -97,6 +98,15 @@ class Net:
     def stands_for(self, node: fx.Node) -> str | None:
         """The name of the source's node whose value a node holds, None if it holds another one."""
         return self._values.get(node)
+
+    def misread(self) -> fx.Node | None:
+        """A value that is written to and has got a reader among other writes than its own."""
+        if not self._reads:
+            return None
+        now = reads_among_writes(self.graph)
+        return next(
+            (n for n, places in now.items() if not places <= self._reads.get(n, places)), None
+        )
 
     def places(self) -> dict[str, str]:
         """The names of the nodes that hold values of the source, by the names of its nodes."""
@@ -254,6 +264,8 @@ class Net:
             WeightError: a computed weight is not finite in its dtype.
         """
         self.sweep()
+        if (misread := self.misread()) is not None:
+            raise fault(misread.name, "a rule lets it be read behind a write to it, or before one")
         rewritten = list(self._rewritten())
         assumed = assumed_ranks(self.graph, self.rank, self._inference.layer)
         memo: dict[int, object] = {}

@@ -138,6 +138,32 @@ def must_stay(node: fx.Node) -> bool:
     return node.target in _side_effectful_functions or bool(schema and schema.is_mutable)
 
 
+def reads_among_writes(graph: fx.Graph) -> dict[fx.Node, set[int]]:
+    """Of each value that is written to, behind how many of the nodes that stay it is read."""
+    found: dict[fx.Node, set[int]] = {}
+    count = 0
+    for node in graph.nodes:
+        for read in node.all_input_nodes:
+            if why_frozen(read):
+                found.setdefault(read, set()).add(count)
+        if why_frozen(node):
+            found.setdefault(node, set())
+            count += node.op not in ("placeholder", "get_attr")
+    return found
+
+
+def is_same_there(value: fx.Node, here: fx.Node, there: fx.Node) -> bool:
+    """Whether a node that reads a value would read the same in the place of another one."""
+    if not why_frozen(value):
+        return True
+    node, last = sorted((here, there))
+    while node is not last:
+        if why_frozen(node):
+            return False
+        node = node.next
+    return True
+
+
 def has_global_hooks() -> bool:
     """Whether something runs around the forward of every module."""
     return bool(_global_forward_hooks or _global_forward_pre_hooks)

@@ -6,6 +6,7 @@ Those behind common layers follow from their laws, which is far quicker than run
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.func import functional_call
 
 from rmfx.algebra.activation import is_activation
 from rmfx.algebra.affine import CONVS
@@ -22,6 +22,7 @@ from rmfx.errors import Refusal
 
 from .nodes import has_hooks
 
+COMBINING = (torch.add, torch.sub, torch.mul, torch.div)
 RANKS_OF_NORM: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3),
     nn.BatchNorm2d: (4,),
@@ -76,6 +77,7 @@ class OnMeta:
     def __init__(self) -> None:
         self.mode: Any = contextlib.nullcontext()
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._modules: dict[int, tuple[nn.Module, nn.Module]] = {}
 
     def device(self, real: torch.device) -> torch.device:
         """Where inputs are."""
@@ -87,8 +89,12 @@ class OnMeta:
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What a module gives."""
-        named = itertools.chain(module.named_parameters(), module.named_buffers())
-        return functional_call(module, {name: self.of(x) for name, x in named}, args, kwargs)
+        known = self._modules.get(id(module))
+        if known is None:
+            named = itertools.chain(module.named_parameters(), module.named_buffers())
+            made = copy.deepcopy(module, {id(x): self.of(x) for _, x in named})
+            known = self._modules[id(module)] = module, made
+        return known[1](*args, **kwargs)
 
 
 Weights = AsFakes | OnMeta
@@ -111,6 +117,11 @@ class WithoutValues(fx.Interpreter):
         value = super().get_attr(target, args, kwargs)
         return self._weights.of(value) if isinstance(value, Tensor) else value
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """What a function gives."""
+        found = _combined(*args) if target in COMBINING and len(args) == 2 and not kwargs else None
+        return super().call_function(target, args, kwargs) if found is None else found
+
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """What a layer gives."""
         module = self.fetch_attr(target)
@@ -120,6 +131,21 @@ class WithoutValues(fx.Interpreter):
                 return args[0].new_empty(shape) if shape != args[0].shape else args[0]
         with _as_before(module) if has_hooks(module) else contextlib.nullcontext():
             return self._weights.call(module, args, kwargs)
+
+
+def _combined(x: Any, y: Any) -> Tensor | None:
+    """A value like what two real numbers at each place give, None where only a run can tell."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return None
+    if type(y) in (int, float):
+        return x
+    kind = x.dtype, x.device, x.layout
+    if not isinstance(y, Tensor) or kind != (y.dtype, y.device, y.layout):
+        return None
+    if x.shape == y.shape:
+        return x
+    sizes = torch.broadcast_shapes(x.shape, y.shape)
+    return x.new_empty(sizes) if all(type(n) is int for n in sizes) else None
 
 
 @contextlib.contextmanager

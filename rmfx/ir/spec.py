@@ -98,6 +98,8 @@ def check(net: Net, after: str) -> None:
         for message, holds in LAWS:
             if not holds(net, node):
                 raise fault(f"{after} left {node.name}", f"it {message}")
+    if (misread := net.misread()) is not None:
+        raise fault(f"{after} left {misread.name}", "it is written to and read among other writes")
 
 
 _is_enforced: ContextVar[bool] = ContextVar("rmfx_dialect_is_enforced", default=False)

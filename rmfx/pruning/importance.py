@@ -24,6 +24,7 @@ from rmfx.analysis.labels import Labelled
 from rmfx.data.batches import Batches, Loss, inputs_of, loss_on, output_on
 from rmfx.data.moments import Moments
 from rmfx.errors import OptionError
+from rmfx.frontend.memory import writes_undone
 from rmfx.ir.net import Net
 
 from .cutting import norm_behind
@@ -93,7 +94,7 @@ class Responses:
     ) -> None:
         self._moments: dict[fx.Node, Moments] = {}
         runner = Readers(net, readers_of(widths), self._add)
-        with torch.no_grad():
+        with torch.no_grad(), writes_undone(net.source):
             for i, batch in enumerate(data):
                 step(f"responses, batch {i + 1}")
                 output_on(runner.run, inputs_of(batch))
@@ -138,7 +139,7 @@ def taylor(
         return value + probe
 
     runner, samples = Readers(net, readers_of(widths), look), 0
-    with torch.enable_grad():
+    with torch.enable_grad(), writes_undone(net.source):
         for i, (inputs, target) in enumerate(data):
             step(f"importance, batch {i + 1}")
             taken.clear()

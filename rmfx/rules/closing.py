@@ -131,6 +131,8 @@ def _splits(net: Net, origins: Origins) -> dict[fx.Node, list[Split]]:
         if not isinstance(element, AffineConv) or source is None or net.guard(node) is not None:
             continue
         for carry in origins.of(source):
+            if why_frozen(carry.source):
+                continue  # behind the carry, it may be another value
             split = _split(element, carry, copies.of(carry.source))
             split = None if split is None else _lifted(split, origins, copies)
             if split is not None and _weights(split.skip) < split.saved:
@@ -145,6 +147,8 @@ def _lifted(split: Split, origins: Origins, copies: Copies) -> Split:
     while found is not None:
         split, found = found, None
         for carry in origins.of(split.source):
+            if why_frozen(carry.source):
+                continue
             head = (
                 split.skip[0]
                 if split.skip
@@ -277,5 +281,6 @@ def tidy(net: Net) -> None:
         if grouped is not layer and isinstance(grouped, AffineConv):
             put(net, node, grouped)
         does_nothing = isinstance(layer, AffineConv) and _is_identity(trimmed(layer))
-        if source is not None and (does_nothing or type(plain) is nn.Identity):
+        nothing = does_nothing or type(plain) is nn.Identity
+        if source is not None and nothing and not why_frozen(source):
             node.replace_all_uses_with(source)

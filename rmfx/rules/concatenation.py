@@ -25,7 +25,7 @@ from rmfx.algebra.products import chain as compose_chain
 from rmfx.errors import Refusal
 from rmfx.ir.elements import Virtual
 from rmfx.ir.net import Net
-from rmfx.ir.nodes import input_of, is_tensor_node
+from rmfx.ir.nodes import input_of, is_same_there, is_tensor_node
 from rmfx.ir.notes import OF_VALUE, notes_of, why_frozen
 from rmfx.ir.reading import demands_of, read_affine
 from rmfx.ir.weights import weight_types
@@ -69,6 +69,8 @@ class ConcatenationRule:
         fork = max(shared)
         branches = [path[: path.index(fork)][::-1] for path in paths]
         nodes = sorted({n for branch in branches for n in branch})
+        if not all(is_same_there(fork, branch[0] if branch else node, node) for branch in branches):
+            return Refusal(why_frozen(fork), (fork.name,))
         kinds, dims = weight_types(net, nodes), {affine_at(net, n).dims for n in nodes}
         if len(kinds) != 1 or len(dims) != 1:
             return None

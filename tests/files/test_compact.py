@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,3 +132,55 @@ def test_a_model_that_does_not_fit_is_left_as_it_was(tmp_path: Path) -> None:
         rmfx.load_compact(model, tmp_path / "other")
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+class Picky(nn.Module):
+    """A module whose own way to load fails in a way of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyError("own")
+
+
+def spread_out() -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.register_buffer("b", torch.zeros(1).expand(3))
+    return model
+
+
+def made_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return nn.Linear(2, 2)
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Linear(2, 2)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize(
+    "make",
+    [Picky, spread_out, made_in_inference_mode, on_meta, lambda: nn.LazyLinear(2)],
+)
+def test_a_model_that_nothing_can_be_loaded_into(tmp_path: Path, make: Any) -> None:
+    rmfx.save_compact(nn.Linear(2, 2), tmp_path / "net")
+    with pytest.raises(RmfxError):
+        rmfx.load_compact(make(), tmp_path / "net")
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.filterwarnings("ignore:.*[Qq]uantiz")
+@pytest.mark.parametrize("make", [on_meta, lambda: nn.LazyLinear(2), lambda: quantised()])
+def test_a_model_without_numbers_is_not_written(tmp_path: Path, make: Any) -> None:
+    with pytest.raises(WeightError):
+        rmfx.save_compact(make(), tmp_path / "net")
+
+
+def quantised() -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.register_buffer("q", torch.quantize_per_tensor(torch.rand(3), 0.1, 0, torch.qint8))
+    return model

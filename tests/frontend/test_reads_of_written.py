@@ -170,3 +170,189 @@ def test_an_observer_of_ranges_goes_on_observing() -> None:
 @pytest.mark.parametrize("order", [_written_behind, _written_before])
 def test_no_choice_is_made_before_the_call(read: Read, write: Any, order: Any) -> None:
     same_at_every_call(order(read, write))
+
+
+# ---- a layer that is put elsewhere --------------------------------------------------------------
+def _two_branches(write_first: bool) -> Read:
+    def forward(m: Any, x: Tensor) -> Any:
+        v = x.relu()
+        flat, a = v.view(-1), m.a(v)
+        if write_first:
+            flat.add_(1)
+        b = m.b(v)
+        if not write_first:
+            flat.add_(1)
+        return torch.cat([a, b], 1) * v.mean()
+
+    return forward
+
+
+@pytest.mark.parametrize("write_first", [True, False])
+@pytest.mark.parametrize("verb", [*VERBS, rmfx.fuse_resconv])
+def test_branches_of_a_concatenation_are_not_moved_past_a_write(
+    verb: Any, write_first: bool
+) -> None:
+    same_at_every_call(_two_branches(write_first), verb)
+
+
+def test_branches_before_all_writes_are_still_merged() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        v = x.relu()
+        y = torch.cat([m.a(v), m.b(v)], 1)
+        v.view(-1).add_(1)
+        return y * v.mean()
+
+    same_at_every_call(forward, rmfx.merge_branches)
+    merged = rmfx.merge_branches(model_of(forward), photo())
+    assert sum(isinstance(module, nn.Conv2d) for module in merged.modules()) == 1
+
+
+class Carry(nn.Module):
+    """A conv that hands its input on, an activation that lets it pass, and a conv that adds it."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.i, self.p, self.o = conv(4, 8), nn.PReLU(8, 0.2), conv(8, 4)
+        self.e, self.a = nn.Conv2d(4, 4, 1, bias=False), conv()
+        self.function = forward
+        with torch.no_grad():
+            self.p.weight[4:] = 1.0
+            self.i.weight[4:], self.i.bias[4:], self.o.weight[:, 4:] = 0.0, 0.0, 0.0
+            for k in range(4):
+                self.i.weight[4 + k, k, 1, 1] = self.o.weight[k, 4 + k, 1, 1] = 1.0
+            self.e.weight.copy_(torch.eye(4)[:, :, None, None])
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+    def around(self, x: Tensor, written: Tensor) -> Tensor:
+        y = self.p(self.i(x))
+        written.view(-1).add_(1)
+        return self.o(y)
+
+
+def _identity_behind(m: Any, x: Tensor) -> Tensor:
+    v = torch.relu(m.o(m.p(m.i(F.hardtanh(x)))))
+    flat, y = v.view(-1), m.e(v)
+    flat.add_(1)
+    return m.a(y) * v.mean()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.around(x, x) * x.mean(),
+        lambda m, x: (lambda v: m.around(v, v) * v.mean())(torch.relu(x)),
+        _identity_behind,
+    ],
+)
+def test_a_skip_is_not_read_behind_a_write(forward: Any) -> None:
+    model = Carry(forward).double().eval()
+    for verify in (True, False):
+        closed = rmfx.close_carries(model, photo(), verify=verify)
+        torch.testing.assert_close(closed(photo()), model(photo()))
+
+
+# ---- memory that is written to by another name --------------------------------------------------
+def weight_normed(m: Any) -> Tensor:
+    nn.utils.weight_norm(m.a)
+    return m.a.weight_g
+
+
+def parametrized(m: Any) -> Tensor:
+    nn.utils.parametrizations.weight_norm(m.a)
+    return m.a.parametrizations.weight.original0
+
+
+def pruned(m: Any) -> Tensor:
+    nn.utils.prune.random_unstructured(m.a, "weight", 0.5)
+    return m.a.weight_mask
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("compute", [weight_normed, parametrized, pruned])
+@pytest.mark.parametrize("by", ["object", "data"])
+def test_a_computed_weight_follows_what_it_is_made_of(compute: Any, by: str) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        m.alias.mul_(0.9)
+        return x + m.b(torch.relu(m.a(x)))
+
+    model = Apply(forward, a=conv(), b=conv()).double().eval().requires_grad_(False)
+    held = compute(model)
+    model.register_buffer("alias", held.data if by == "data" else held.detach())
+    if isinstance(held, nn.Parameter):
+        with pytest.raises(rmfx.RmfxError, match="a copy would part them"):
+            rmfx.remove_residuals(model, photo())
+        return
+    converted = rmfx.remove_residuals(model, photo())
+    for _ in range(3):
+        torch.testing.assert_close(converted(photo()), model(photo()))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_parameter_in_memory_that_is_written_to_is_refused(verb: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        m.alias.mul_(0.9)
+        return x + m.b(torch.relu(m.a(x)))
+
+    model = Apply(forward, a=conv(), b=conv()).double().eval()
+    model.register_buffer("alias", model.a.weight.data)
+    with pytest.raises(rmfx.RmfxError, match="a copy would part them"):
+        verb(model, photo())
+
+
+def test_a_constant_in_memory_that_is_written_to_is_not_cut() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.b(m.a(x) * m.scale)
+        m.alias.mul_(0.9)
+        return y
+
+    model = Apply(forward, a=conv(4, 8), b=conv(8, 4)).double().eval()
+    model.register_buffer("scale", torch.rand(1, 8, 1, 1, dtype=torch.float64))
+    model.register_buffer("alias", model.scale.view(8))
+    with torch.no_grad():
+        model.b.weight[:, :4] = 0
+    smaller = rmfx.eliminate_dead_channels(model, photo())
+    for _ in range(3):
+        torch.testing.assert_close(smaller(photo()), model(photo()))
+
+
+# ---- what verbs run leaves the model as it is ---------------------------------------------------
+def counting(m: Any, x: Tensor) -> Any:
+    m.one.mul_(0.9)
+    return x + m.b(torch.relu(m.a(x))) * m.one
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda m, batches: rmfx.remove_residuals(m, photo(), calibration=batches),
+        lambda m, batches: rmfx.remove_residuals(
+            m, photo(), calibration=batches, activation="shift", verify=False
+        ),
+        lambda m, batches: rmfx.insert_batch_norm(m, batches),
+        lambda m, batches: rmfx.prune_channels(
+            m,
+            photo(),
+            target=0.9,
+            data=[(x, x) for (x,) in batches],
+            loss=F.mse_loss,
+            importance="taylor",
+        ),
+        lambda m, batches: rmfx.choose_sites(
+            m, photo(), data=[(x, x) for (x,) in batches], loss=F.mse_loss, rounds=1, seconds=0.01
+        ),
+    ],
+)
+def test_data_moves_no_state_of_the_caller(verb: Any) -> None:
+    model = model_of(counting)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        made = verb(model, [(photo(),), (photo() + 1,)])
+    except rmfx.RmfxError:
+        made = None
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    found = made[0] if isinstance(made, tuple) else made
+    if found is not None:
+        assert float(dict(found.named_buffers())["one"]) == float(before["one"])

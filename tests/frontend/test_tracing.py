@@ -29,6 +29,7 @@ from builders import (
 from torch import Tensor, fx, nn
 
 import rmfx
+from rmfx.frontend.kept_state import unchanged
 from rmfx.testing import assert_equivalent
 
 pytestmark = pytest.mark.oldest
@@ -336,3 +337,20 @@ def test_the_larger_of_two_tensors() -> None:
     names = [getattr(n.target, "__name__", n.target) for n in gm.graph.nodes]
     assert names.count("maximum") == names.count("minimum") == 1
     torch.testing.assert_close(gm(image()), Larger()(image()))
+
+
+SEEN: list[int] = []
+
+
+def test_a_global_that_is_only_named_like_an_attribute_is_left_alone() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.SEEN, self.c = 2.0, conv()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.c(x) * self.SEEN
+
+    with unchanged(ready(Named())):
+        SEEN.append(1)  # by another thread, say
+    assert SEEN == [1]
