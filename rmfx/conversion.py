@@ -12,11 +12,12 @@ from torch.export import ExportedProgram
 
 from rmfx.cost.counting import Cost, count
 from rmfx.options import as_inputs
+from rmfx.plain import why_not_plain
 
 from .passes.batch_norm import fold_batch_norm as fold
 from .passes.noop import remove_noops
 from .passes.residual import remove_residuals
-from .report import Report, report
+from .report import Report, modified, report
 from .table import Column, table
 
 
@@ -30,6 +31,7 @@ class Conversion:
         after: the network without its residual connections.
         report: what was done at every site.
         cost_before, cost_after: None where the inputs are not known.
+        folded: whether there was a batch norm to fold, in both forms.
     """
 
     before: fx.GraphModule
@@ -37,16 +39,36 @@ class Conversion:
     report: Report
     cost_before: Cost | None
     cost_after: Cost | None
+    folded: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """The report and the costs."""
+        """The report, what keeps the result from being a chain, and the costs."""
         made: dict[str, Any] = {"report": self.report.to_dict(), "cost": None}
+        made["why_not_plain"] = why_not_plain(self.after)
         if self.cost_before and self.cost_after:
             made["cost"] = {"before": asdict(self.cost_before), "after": asdict(self.cost_after)}
         return made
 
     def __str__(self) -> str:
-        return "\n\n".join(filter(None, [str(self.report), table(self.costs, _COLUMNS)]))
+        done = f"{self.report}\n{self.told_chain}"
+        if not self.costs:
+            return done
+        costs = "\n".join(filter(None, [table(self.costs, _COLUMNS), self.told_folding]))
+        return f"{done}\n\n{costs}"
+
+    @property
+    def told_chain(self) -> str:
+        """Whether the result is a chain, in a line, and if not, why."""
+        reason = why_not_plain(self.after)
+        if reason is None:
+            return "the result is a chain: rmfx.to_sequential gives it as an nn.Sequential"
+        return f"the result is no chain (rmfx.is_plain): {reason}"
+
+    @property
+    def told_folding(self) -> str:
+        """That parameters are counted without batch norm, "" where the model has none."""
+        told = "batch norm is folded in both forms, so the model's own count of parameters differs"
+        return told if self.folded else ""
 
     @property
     def costs(self) -> list[tuple[str, int, int]]:
@@ -101,12 +123,15 @@ def convert(
     inputs = as_inputs(example_inputs)
     after = remove_residuals(model, inputs, fold_batch_norm=fold_batch_norm, **options)
     before = remove_noops(model, inputs, verify=False)
+    folded = False
     if fold_batch_norm:
         before = fold(before, inputs, verify=False)
+        folded = bool(modified(before))
     return Conversion(
         before=before,
         after=after,
         report=report(after),
         cost_before=None if inputs is None else count(before, inputs),
         cost_after=None if inputs is None else count(after, inputs),
+        folded=folded,
     )

@@ -3,7 +3,7 @@
     from rmfx.fuzz import fuzz
 
     report = fuzz("mypackage.passes:my_pass", examples=500, seed=1)
-    print(report)  # what the networks were made of, what the pass did
+    print(report)  # what was tried; where the pass held, what the networks were made of as well
     if report.failure:
         print(report.failure.script)  # a program that fails
 
@@ -46,6 +46,7 @@ __all__ = [
     "WRONG",
     "Failure",
     "FuzzReport",
+    "InterruptedFuzzing",
     "compare",
     "compare_compiled",
     "draw_case",
@@ -115,7 +116,8 @@ def fuzz(
     with warnings.catch_warnings(), _telling(report):
         warnings.simplefilter("ignore")  # a pass may warn; the exporter does so all the time
         while report.examples != examples and time.monotonic() < end:
-            step(f"{report.removed.total()} sites removed")
+            removed = report.removed.total()
+            step(f"{removed} sites removed" if removed else "")
             example = report.examples
             case = draw_case(example, seed, transform, frontend, activation)
             try_case(report, case, apply, example)

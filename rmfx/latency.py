@@ -32,11 +32,11 @@ from rmfx.conversion import Conversion, convert
 from rmfx.files.figures import check_plotting, write_figure
 from rmfx.files.saving import as_function
 from rmfx.files.trials import Trials, default_tolerance, relative_error
-from rmfx.table import Column, table
+from rmfx.table import FEWEST_ROUNDS, Column, table
 from rmfx.timing.machine import machine_of
 from rmfx.timing.paired import Paired
 from rmfx.timing.runtimes import RUNTIMES, Form, RuntimeFailure, as_failure, torch_threads
-from rmfx.timing.speed import LatencyError, Settings, advice, ratio_of, ratios_of
+from rmfx.timing.speed import LatencyError, Settings, installed, ratio_of, ratios_of
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,10 @@ class LatencyReport:
         return "\n".join([text, "", *self.notes, f"{_EXPLANATION}\n{machine}."])
 
 
-_EXPLANATION = """\
+_EXPLANATION = f"""\
 Times and ratios: median (quartiles) over all rounds. The ratio is that of single rounds, and the
-converted form's time is the original's times the ratio. Noise: by a sign test on the rounds.
+converted form's time is the original's times the ratio. Noise: by a sign test on the
+rounds, which takes {FEWEST_ROUNDS} of them.
 Multiply-adds are converted/original. The error is the larger one of both forms, relative, against
 the original in eager mode."""
 
@@ -191,11 +192,7 @@ def measure_latency(
         (True, True)
     """
     settings = settings or Settings()
-    missing = {name: RUNTIMES[name].missing for name in settings.runtimes}
-    notes = [f"{name} left out: {advice(absent)}" for name, absent in missing.items() if absent]
-    present = [name for name, absent in missing.items() if not absent]
-    if not present:
-        raise LatencyError("; ".join(notes))
+    present, notes = installed(settings.runtimes)
     rows: list[Latency] = []
     with torch_threads(settings.threads):
         for network in networks:

@@ -29,7 +29,7 @@ from typing import (
 import numpy as np
 from torch import Tensor
 
-from rmfx.errors import OptionError, RmfxError
+from rmfx.errors import OptionError, RmfxError, ShapeError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -153,8 +153,21 @@ def is_named(path: str, patterns: Iterable[str]) -> bool:
 
 
 def as_inputs(example_inputs: Any) -> Inputs | None:
-    """Example inputs as a tuple of arguments."""
-    return None if example_inputs is None else as_tuple(example_inputs)
+    """Example inputs as a tuple of arguments.
+
+    Raises:
+        ShapeError: they are whole numbers alone, which is a shape and nothing that has one.
+    """
+    if example_inputs is None:
+        return None
+    inputs = as_tuple(example_inputs)
+    if inputs and all(map(is_whole, inputs)):
+        sizes = ", ".join(map(str, inputs))
+        raise ShapeError(
+            f"example_inputs={shown(example_inputs)}: pass a tensor, not a shape, such as"
+            f" torch.zeros({sizes})"
+        )
+    return inputs
 
 
 # ---- numbers and words --------------------------------------------------------------------------

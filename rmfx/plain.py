@@ -14,6 +14,7 @@ from rmfx.ir.converted import copy_graph
 from rmfx.modules.apply import Apply
 from rmfx.modules.copies import copied_model
 from rmfx.ordinary import layers_of
+from rmfx.report import META_KEY, Report
 
 
 def is_plain(model: nn.Module | Any) -> bool:
@@ -22,9 +23,18 @@ def is_plain(model: nn.Module | Any) -> bool:
     Raises:
         RmfxError: the model is no `GraphModule` and cannot be traced.
     """
+    return why_not_plain(model) is None
+
+
+def why_not_plain(model: nn.Module | Any) -> str | None:
+    """What keeps a model's graph from being a chain, in words; None if nothing does.
+
+    Raises:
+        RmfxError: the model is no `GraphModule` and cannot be traced.
+    """
     graph = copy_graph(_graph_of(model))
     take_conditions(graph)
-    return _why_not_plain(graph) is None
+    return _why_not_plain(graph)
 
 
 def to_sequential(model: nn.Module | Any) -> nn.Sequential:
@@ -43,10 +53,7 @@ def to_sequential(model: nn.Module | Any) -> nn.Sequential:
     conditions = take_conditions(graph)
     reason = _why_not_plain(graph)
     if reason is not None:
-        raise NotPlainError(
-            f"the graph is not plain: {reason}; remove_residuals makes chains of residual "
-            "networks, and print(rmfx.report(result)) says of each sum why it stayed"
-        )
+        raise NotPlainError(f"the graph is not plain: {reason}; {_advice(gm.meta.get(META_KEY))}")
     network = nn.Sequential()
     if has_conditions(conditions):
         network.add_module("conditions", Conditions(conditions))
@@ -106,11 +113,36 @@ def _why_not_plain(graph: fx.Graph) -> str | None:
             continue
         if len(node.users) != 1:
             users = ", ".join(u.name for u in node.users) or "nothing"
-            return f"{node.name} is read by {users}"
+            return f"{node.name} is read by {users}{_meeting(node)}"
         if node.op != "placeholder" and not _reads_one_value(node):
             names = ", ".join(n.name for n in node.all_input_nodes) or "nothing"
             return f"{node.name} reads {names}, not one tensor alone"
     return None
+
+
+def _advice(report: Report | None) -> str:
+    """What may be done about a graph that is no chain, by the report of what made it, if any."""
+    if report is None:
+        return "remove_residuals makes chains of residual networks"
+    if report.adds_left:
+        return "print(rmfx.report(result)) says of each sum why it stayed"
+    return "no sum stayed, and what puts values together otherwise, such as a gate, does"
+
+
+def _meeting(node: fx.Node) -> str:
+    """Where a value that several nodes read meets another one, or itself, again; "" if nowhere."""
+    readers = [user for user in node.users if _meets(user)]
+    later = (n for n in node.graph.nodes if n > node and _meets(n))
+    found = readers[-1] if readers else next(later, None)
+    if found is None:
+        return ""
+    names = " and ".join(n.name for n in found.all_input_nodes)
+    return f", and {found.name} puts {names} together"
+
+
+def _meets(node: fx.Node) -> bool:
+    """Whether a node reads several values of the network."""
+    return sum(n.op != "get_attr" for n in node.all_input_nodes) > 1
 
 
 def _given(graph: fx.Graph, output: fx.Node) -> object:

@@ -89,12 +89,12 @@ class SiteReport:
 
     @property
     def name(self) -> str:
-        """What tables call it: its place, with the index where others share that."""
+        """The place as tables call it, with the index where others share it."""
         return name_of(self)
 
     @property
     def done(self) -> str:
-        """What tables say of it: its status, but branches are merged."""
+        """The status as tables tell it, by which branches are merged."""
         is_done = self.status == "removed" and self.kind in KINDS
         return KINDS[self.kind][1] if is_done else self.status
 
@@ -126,6 +126,7 @@ class Timing:
         ratio, low, high: median and quartiles of the ratios of single rounds.
         beyond_noise: whether it is faster or slower, by the sign test on the rounds.
         chosen: whether it is what was returned.
+        rounds: how many there were; None where that was not written down.
     """
 
     form: str
@@ -135,6 +136,7 @@ class Timing:
     high: float
     beyond_noise: bool = True
     chosen: bool = False
+    rounds: int | None = None
 
     @property
     def told(self) -> str:
@@ -142,7 +144,7 @@ class Timing:
         if self.form == "folded":
             return "1"
         ratio = (self.ratio, self.low, self.high)
-        return told_ratio(ratio, is_noise=not self.beyond_noise)
+        return told_ratio(ratio, is_noise=not self.beyond_noise, rounds=self.rounds)
 
     def __str__(self) -> str:
         text = f"{FORMS[self.form]}: {self.told}"
@@ -247,9 +249,9 @@ class Report:
     def _table(self) -> str:
         if not self.rows:
             return "no residual connections: the graph adds no two tensors"
-        return f"{table(self.rows, _COLUMNS)}\n{legend(self.rows)}\n{self.total}{self._dearness()}"
+        return f"{table(self.rows, _COLUMNS)}\n{legend(self.rows)}\n{self.total}{self.dearness()}"
 
-    def _dearness(self) -> str:
+    def dearness(self) -> str:
         """What is said where a conversion costs many times what was there."""
         if self.times is None or self.times < DEAR:
             return ""
@@ -280,8 +282,8 @@ def _lists(value: Any) -> Any:
 
 
 def _exactness(row: SiteReport) -> str:
-    """How exactly a carry arrives, with the bits that it costs."""
-    return f"{row.exactness} (-{row.bits:.1f} bits)" if row.bits else row.exactness
+    """How exactly a carry arrives, with the bits that it loses, where it does."""
+    return f"{row.exactness} (loses {row.bits:.1f} bits)" if row.bits >= 0.05 else row.exactness
 
 
 def _size(row: SiteReport) -> str:

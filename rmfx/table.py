@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from tabulate import tabulate
+
+CHANCE = 0.02  # at most, that one of two equal forms passes for the faster one, by a sign test
+FEWEST_ROUNDS = math.ceil(-math.log2(CHANCE))  # fewer show nothing, even where all agree
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,21 @@ def spread(quartiles: tuple[float, float, float]) -> str:
     return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
-def told_ratio(quartiles: tuple[float, float, float], *, is_noise: bool) -> str:
-    """A ratio of times with its quartiles, and whether it is one of two equal times."""
-    return f"{spread(quartiles)}, not beyond the noise" if is_noise else spread(quartiles)
+def told_ratio(
+    quartiles: tuple[float, float, float], *, is_noise: bool, rounds: int | None = None
+) -> str:
+    """A ratio of times with its quartiles, and whether it may be one of two equal times.
+
+    Args:
+        quartiles: the median, the lower and the upper one.
+        is_noise: whether it may.
+        rounds: of the sign test which says so; None where that is not known.
+    """
+    if not is_noise:
+        return spread(quartiles)
+    if rounds is not None and rounds < FEWEST_ROUNDS:
+        return f"{spread(quartiles)}, too few rounds to tell (it takes {FEWEST_ROUNDS})"
+    return f"{spread(quartiles)}, not beyond the noise"
 
 
 def milliseconds(seconds: tuple[float, float, float]) -> str:

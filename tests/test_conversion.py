@@ -36,6 +36,25 @@ def test_text_has_summary_sites_and_costs() -> None:
         assert word in text
 
 
+def test_the_text_says_whether_the_result_is_a_chain() -> None:
+    conversion = convert(load_model())
+    assert "\nthe result is a chain: rmfx.to_sequential gives it" in str(conversion)
+    assert conversion.to_dict()["why_not_plain"] is None
+    kept = convert(load_model(), policy=lambda row: False)
+    (line,) = (line for line in str(kept).splitlines() if line.startswith("the result is no chain"))
+    assert "is read by" in line
+    assert " together" in line
+    assert kept.to_dict()["why_not_plain"] in line
+
+
+def test_the_text_says_that_batch_norm_is_folded_where_it_is() -> None:
+    model, images = load_model(), load_digits()[0][:1]
+    assert "batch norm is folded in both forms" in str(convert(model, images)).splitlines()[-1]
+    assert "batch norm is" not in str(convert(model, images, fold_batch_norm=False))
+    chain = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
+    assert "batch norm is" not in str(convert(chain, images))
+
+
 def test_without_inputs_there_are_no_costs() -> None:
     conversion = convert(load_model())
     assert conversion.cost_before is None

@@ -211,7 +211,8 @@ def test_a_missing_runtime_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPat
     assert note.startswith("openvino left out: no_such_package not installed")
     assert "pip install" in note
     assert note in str(report)
-    with pytest.raises(LatencyError, match=r"pip install no_such_package"):
+    left = r"no runtime is left to measure in: no_such_package not installed \(pip install no_such"
+    with pytest.raises(LatencyError, match=left):
         measure("openvino")
 
 
@@ -288,6 +289,14 @@ def test_the_table_says_what_is_not_beyond_the_noise() -> None:
     assert "1.00 (0.90 to 1.10), not beyond the noise" in even
     assert "1.10 (1.10 to 1.10)" in slow
     assert "noise" not in slow
+
+
+def test_the_table_says_that_rounds_are_too_few() -> None:
+    row = Latency("slow", "eager", 1, original=(1.0,) * 5, converted=(1.8,) * 5)
+    text = str(LatencyReport((row,), (), {}))
+    assert "1.80 (1.80 to 1.80), too few rounds to tell (it takes 6)" in text
+    assert "not beyond the noise" not in text
+    assert "by a sign test on the\nrounds, which takes 6 of them" in text
 
 
 def test_the_table_has_no_median_that_contradicts_the_ratio() -> None:

@@ -8,9 +8,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from rmfx.errors import OptionError
-from rmfx.options import check_choice, count_of, number_of, shapes_shown, shown
+import rmfx
+from rmfx.errors import OptionError, ShapeError
+from rmfx.options import as_inputs, check_choice, count_of, number_of, shapes_shown, shown
+
+
+@pytest.mark.parametrize("given", [(1, 3, 8, 8), [1, 3, 8, 8], torch.Size([1, 3, 8, 8])])
+def test_a_shape_in_place_of_inputs_is_told(given: Any) -> None:
+    with pytest.raises(ShapeError, match=r"pass a tensor, not a shape, such as torch\.zeros\(1, 3"):
+        rmfx.remove_residuals(nn.Conv2d(3, 3, 1).eval(), given)
+
+
+def test_inputs_that_hold_more_than_numbers_are_no_shape() -> None:
+    x = torch.zeros(1)
+    assert as_inputs(None) is None
+    assert as_inputs(()) == ()
+    assert as_inputs((x, 3)) == (x, 3)
+    assert as_inputs(({"size": 3},)) == ({"size": 3},)
 
 
 @pytest.mark.parametrize("given", [0.5, np.float32(0.5), torch.tensor(0.5), np.array(0.5)])

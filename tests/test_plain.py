@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,38 @@ def test_error_names_the_node_that_is_not_plain(name: str) -> None:
     assert not rmfx.is_plain(gm)
     with pytest.raises(rmfx.NotPlainError, match=f"not plain: .*{reason}"):
         rmfx.to_sequential(gm)
+
+
+def _gated(*, refused: bool) -> nn.Module:
+    """A squeeze-excite gate behind a residual connection, which goes or stays."""
+    branch = chain(conv(), nn.Softmax(1), conv()) if refused else conv_branch()
+    gate = Apply(lambda m, x: x * m.g(x.mean((2, 3), True)).sigmoid(), g=conv())
+    return ready(chain(Residual(branch), gate))
+
+
+def test_a_gate_is_named_where_no_sum_stayed() -> None:
+    told = _told(rmfx.remove_residuals(_gated(refused=False)))
+    assert re.search(r"(\w+) is read by \w+, \w+, and \w+ puts \1 and \w*sigmoid together", told)
+    assert "no sum stayed" in told
+    assert "rmfx.report" not in told
+
+
+def test_the_report_is_named_where_a_sum_stayed() -> None:
+    told = _told(rmfx.remove_residuals(_gated(refused=True)))
+    assert re.search(r"(\w+) is read by \w+, (\w*add), and \2 puts \1 and \w+ together", told)
+    assert "print(rmfx.report(result)) says of each sum why it stayed" in told
+
+
+def test_a_network_that_nobody_has_converted_is_advised_to_be() -> None:
+    told = _told(_gated(refused=False))
+    assert "; remove_residuals makes chains of residual networks" in told
+    assert "rmfx.report" not in told
+
+
+def _told(model: nn.Module) -> str:
+    with pytest.raises(rmfx.NotPlainError) as caught:
+        rmfx.to_sequential(model)
+    return str(caught.value)
 
 
 def test_two_inputs_are_not_plain() -> None:

@@ -15,6 +15,7 @@ from torch import nn
 import rmfx
 from rmfx.choices import STRATEGIES
 from rmfx.cost import counting as cost
+from rmfx.report import Timing
 from rmfx.words import WAYS
 
 
@@ -180,9 +181,29 @@ def test_the_table_tells_gain_and_bits() -> None:
     assert removed.bits == pytest.approx(2.807, abs=1e-3)  # log2 of (1 + 0.75) / (1 - 0.75)
     header, _, first, *_ = str(report).splitlines()
     assert header.split().index("gain") == header.split().index("carry") - 1
-    assert "rounding (-2.8 bits)" in first
+    assert "rounding (loses 2.8 bits)" in first
     assert first[header.index("gain")] == "4"
     assert rmfx.report(converted()).rows[0].bits == 0
+
+
+@pytest.mark.parametrize("bits", [0.0, 0.04, -2.6])
+def test_no_bits_are_told_where_none_are_lost(bits: float) -> None:
+    row = dataclasses.replace(rmfx.report(converted()).rows[0], exactness="rounding", bits=bits)
+    text = str(rmfx.Report((row,)))
+    assert "rounding" in text
+    assert "bits" not in text
+
+
+def test_a_ratio_of_few_rounds_is_not_called_noise() -> None:
+    told = {rounds: str(_timing(rounds)) for rounds in (None, 5, 6)}
+    assert told[5].endswith("1.80 (1.79 to 1.83), too few rounds to tell (it takes 6)")
+    assert told[6] == told[None]
+    assert told[6].endswith("1.80 (1.79 to 1.83), not beyond the noise")
+
+
+def _timing(rounds: int | None) -> Timing:
+    spread = (1.8, 1.79, 1.83)
+    return Timing("converted", "eager", *spread, beyond_noise=False, rounds=rounds)
 
 
 def test_a_line_below_the_table_explains_its_words() -> None:

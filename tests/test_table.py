@@ -56,5 +56,8 @@ def test_numbers_for_people() -> None:
     assert told_ratio((1.0, 0.5, 2.0), is_noise=False) == "1.00 (0.50 to 2.00)"
     noise = told_ratio((1.0, 0.5, 2.0), is_noise=True)
     assert noise == "1.00 (0.50 to 2.00), not beyond the noise"
+    few, enough = (told_ratio((1.0, 0.5, 2.0), is_noise=True, rounds=n) for n in (5, 6))
+    assert few == "1.00 (0.50 to 2.00), too few rounds to tell (it takes 6)"
+    assert enough == noise
     assert milliseconds((2e-5, 1.234e-5, 0.5)) == "0.02 (0.0123 to 500)"
     assert milliseconds((1.5, 0.1, 2.5)) == "1500 (100 to 2500)"

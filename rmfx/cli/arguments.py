@@ -75,31 +75,35 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"print a script that completes the command in {', '.join(SHELLS)}",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("demo", help="convert a small trained network and show the result")
+    text = "convert a small trained network and show the result"
+    commands.add_parser("demo", help=text, description=_sentence(text))
     for name, text, add_options in _commands_for_models():
         command = commands.add_parser(
             name,
             help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
+            description=_sentence(text),
             epilog=_MODEL_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _add_input_options(command)
         for add in add_options:
             add(command)
-    commands.add_parser("models", help="list the networks that come with rmfx")
+    text = "list the networks that come with rmfx, and the shapes that they take"
+    commands.add_parser("models", help=text, description=_sentence(text))
     text = "say what is installed, and whether a conversion works here"
-    commands.add_parser("doctor", help=text)
+    commands.add_parser("doctor", help=text, description=_sentence(text))
     text = "try a pass on random networks; the first that it breaks is made small and shown"
-    command = commands.add_parser(
-        "fuzz", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_FUZZ_HELP
-    )
+    command = commands.add_parser("fuzz", help=text, description=_sentence(text), epilog=_FUZZ_HELP)
     _add_fuzz_options(command)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.add_argument("--traceback", action="store_true", help="show where an error arose")
     return parser
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 AddOptions = Callable[[argparse.ArgumentParser], None]
@@ -232,7 +236,8 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     add("--runtimes", type=parse_runtimes, default=tuple(RUNTIMES), help=f"some of {names} (all)")
     add("--batch", metavar="N,...", type=parse_batches, default=(1, 8), help="sizes (1,8)")
     add("--threads", type=parse_threads, help="for one inference, at most as many as processors")
-    add("--rounds", type=parse_count, default=20, help="measurements of each form (20)")
+    text = "measurements of each form (20); fewer than 6 cannot tell which is faster"
+    add("--rounds", type=parse_count, default=20, help=text)
     text = "largest relative error accepted of a runtime"
     add("--tolerance", type=parse_number, help=text)
     add("-o", "--output", metavar="FILE.json", help="file to write the measurements to")

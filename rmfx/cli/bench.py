@@ -17,6 +17,8 @@ from rmfx.latency import LatencyReport, Network, measure_latency, plot
 from rmfx.timing.runtimes import RUNTIMES
 from rmfx.timing.speed import Settings
 
+from .terminal import wrote
+
 # How long a runtime takes to prepare both forms of a network, in conversions of it: medians of
 # three networks. OpenVINO reads the ONNX model that ONNX Runtime has had made.
 _PREPARATIONS = {"eager": 0.0, "inductor": 10.0, "onnxruntime": 4.0, "openvino": 4.0}
@@ -78,11 +80,12 @@ def announcement(trials: Iterable[Trial | None], settings: Settings) -> str:
     return f"rmfx: this will take about {told}; fewer --runtimes, --batch or --rounds take less"
 
 
-def write_files(options: argparse.Namespace, report: LatencyReport) -> None:
-    """Write the measurements to the files that were asked for."""
+def write_files(options: argparse.Namespace, report: LatencyReport) -> list[str]:
+    """Write the measurements to the files that were asked for; gives a line on each."""
     if options.output is not None:
         with whole_file(Path(options.output)) as path:
             path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     if options.plot is not None:
         with whole_file(Path(options.plot)) as path:
             plot(report, path)
+    return [wrote(path) for path in (options.output, options.plot) if path is not None]

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rmfx import models
 from rmfx.choices import BY_DATA
 from rmfx.conversion import Conversion, convert
 from rmfx.demo import run as demo
@@ -33,16 +31,16 @@ from rmfx.files.saving import (
 from rmfx.latency import Network, measure_latency
 from rmfx.oracle.pair import NO_NUMBERS
 from rmfx.removal.remove import is_calibrated
-from rmfx.table import Column, table
-from rmfx.timing.speed import LatencyError, Settings
+from rmfx.timing.speed import LatencyError, Settings, installed
 
 from .bench import announcement, tried, write_files
 from .doctor import diagnose
 from .given import Given, load
+from .own_models import listed, own_models
 from .page import check_packages, page
 from .pruning_curve import plot as draw_curve
 from .pruning_curve import pruning_curve
-from .terminal import progress, quiet, show
+from .terminal import progress, quiet, show, wrote
 from .values import FoundError, UsageError
 
 
@@ -55,12 +53,8 @@ def run_demo(options: argparse.Namespace) -> None:
 
 def run_models(options: argparse.Namespace) -> None:
     """List the networks that come with rmfx."""
-    functions = {name: getattr(models, name) for name in models.__all__ if name.islower()}
-    rows = {
-        f"rmfx.models:{name}": str(made.__doc__).splitlines()[0] for name, made in functions.items()
-    }
-    columns = (Column("MODEL", itemgetter(0)), Column("what it is", itemgetter(1)))
-    show(options, table(rows.items(), columns), rows)
+    rows = own_models()
+    show(options, listed(rows), {row.name: row.to_dict() for row in rows})
 
 
 def run_doctor(options: argparse.Namespace) -> None:
@@ -81,10 +75,10 @@ def run_report(options: argparse.Namespace) -> None:
         given = load(options, options.model)
         step("convert and verify")
         conversion = _convert(options, given)
-        if options.html:
-            _write_page(options, given, conversion, step)
-    head = _head(options, given, conversion)
-    show(options, f"{head}\n{conversion}", {"model": options.model, **conversion.to_dict()})
+        head = _head(options, given, conversion)
+        notes = _write_page(options, given, conversion, head, step) if options.html else []
+    text = "\n".join([head, str(conversion), *[""] * bool(notes), *notes])
+    show(options, text, {"model": options.model, **conversion.to_dict(), "notes": notes})
 
 
 def _head(options: argparse.Namespace, given: Given, conversion: Conversion) -> str:
@@ -104,6 +98,8 @@ def _check_page(options: argparse.Namespace) -> None:
         return
     _check_file("--html", options.html, (".html", ".htm"))
     check_packages()
+    if options.runtimes:
+        installed(options.runtimes)
 
 
 def _check_file(option: str, path: str, suffixes: tuple[str, ...]) -> None:
@@ -122,8 +118,10 @@ def _write_page(
     options: argparse.Namespace,
     given: Given,
     conversion: Conversion,
+    head: str,
     step: Callable[[str], object],
-) -> None:
+) -> list[str]:
+    """Writes the page that was asked for; gives lines on it, and on runtimes that it lacks."""
     latency, inputs = None, given.required
     if options.runtimes:
         settings = Settings(runtimes=options.runtimes, batches=(1,), activation=options.activation)
@@ -131,7 +129,9 @@ def _write_page(
         latency = measure_latency([network], settings, step)
     step("write the page")
     with whole_file(Path(options.html)) as path:
-        path.write_text(page(conversion, inputs, options.model, latency), encoding="utf-8")
+        text = page(conversion, inputs, options.model, latency, head)
+        path.write_text(text, encoding="utf-8")
+    return [wrote(options.html), *(latency.notes if latency else ())]
 
 
 def run_convert(options: argparse.Namespace) -> None:
@@ -192,6 +192,8 @@ def run_prune(options: argparse.Namespace) -> None:
     text, result = f"{given.describe(options)}\n{curve}", dict[str, Any](model=options.model)
     if options.output is not None:
         text, result["output"] = f"{text}\n\n{_written(saved)}", _output(saved)
+    if options.plot is not None:
+        text = f"{text}\n\n{wrote(options.plot)}"
     show(options, text, result | curve.to_dict())
 
 
@@ -231,6 +233,7 @@ def run_bench(options: argparse.Namespace) -> None:
     for option, suffixes in (("output", (".json",)), ("plot", PLOT_SUFFIXES)):
         if getattr(options, option) is not None:
             _check_file(f"--{option}", getattr(options, option), suffixes)
+    installed(options.runtimes)
     settings = Settings(
         runtimes=options.runtimes,
         batches=options.batch,
@@ -246,8 +249,8 @@ def run_bench(options: argparse.Namespace) -> None:
         if line := announcement(trials, settings):
             tqdm.write(line, file=sys.stderr)
         report = measure_latency(networks, settings, step)
-    write_files(options, report)
-    show(options, str(report), report.to_dict())
+    written = write_files(options, report)
+    show(options, "\n".join([str(report), *written]), report.to_dict())
     if report.failures:
         count = f"{len(report.failures)} of {len(report.rows)}"
         raise LatencyError(f"{count} measurements failed: {report.failures[0].failure}")

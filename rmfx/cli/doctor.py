@@ -7,7 +7,7 @@ import platform
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from rmfx.plain import is_plain
 from rmfx.table import Column, table
 from rmfx.timing.machine import cpu_name
 
-_FOR_DEVELOPERS = ("dev", "docs")
-_REQUIREMENT = re.compile(r"([\w.-]+)(.*)extra == .(\w+)")
+_FOR_DEVELOPERS = {"dev", "docs"}
+_REQUIREMENT = re.compile(r"(?P<name>rmfx\[[\w,-]+\]|[\w.-]+).*extra == .(?P<extra>\w+)")
+_INCLUDED = re.compile(r"rmfx\[([\w,-]+)\]")
 _DIGITS = 4
 
 
@@ -50,7 +51,8 @@ class Diagnosis:
     """All that `rmfx doctor` finds; `str()` gives it as text, `to_dict` for JSON.
 
     Attributes:
-        versions: of rmfx, Python and torch, and the system.
+        versions: of rmfx, torch and Python.
+        system: the operating system, and for which kind of processor.
         devices: processor and accelerators.
         threads: that torch uses.
         extras: optional packages.
@@ -59,6 +61,7 @@ class Diagnosis:
     """
 
     versions: dict[str, str]
+    system: str
     devices: tuple[str, ...]
     threads: int
     extras: tuple[Extra, ...]
@@ -73,14 +76,18 @@ class Diagnosis:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         columns = (
             Column("extra", "name"),
-            Column("installed", lambda row: " ".join(f"{n} {v}" for n, v in row.versions.items())),
+            Column("installed", _installed, width=60),
             Column("missing", "advice"),
         )
         found = self.failure or "a small network converts and answers as before"
         return (
-            f"{versions}\n{', '.join(self.devices)}; {self.threads} threads\n\n"
+            f"{versions}, {self.system}\n{', '.join(self.devices)}; {self.threads} threads\n\n"
             f"{table(self.extras, columns)}\n\nSelf-test, {self.seconds:.1f} s: {found}."
         )
+
+
+def _installed(row: Extra) -> str:
+    return ", ".join(f"{name} {version}" for name, version in row.versions.items())
 
 
 def diagnose(step: Callable[[str], object] = lambda _: None) -> Diagnosis:
@@ -90,8 +97,9 @@ def diagnose(step: Callable[[str], object] = lambda _: None) -> Diagnosis:
         step: called with a few words before each part of the work.
     """
     step("look around")
-    packages = {name: importlib.metadata.version(name) for name in ("rmfx", "torch")}
-    system = {"Python": platform.python_version(), platform.system(): platform.machine()}
+    versions = {name: importlib.metadata.version(name) for name in ("rmfx", "torch")}
+    versions["Python"] = platform.python_version()
+    system = f"{platform.system()} {platform.machine()}"
     cuda = range(torch.cuda.device_count())
     devices = (cpu_name(), *(torch.cuda.get_device_name(i) for i in cuda))
     extras = _extras()
@@ -99,7 +107,8 @@ def diagnose(step: Callable[[str], object] = lambda _: None) -> Diagnosis:
     began = time.perf_counter()
     failure = _failure()
     seconds = time.perf_counter() - began
-    return Diagnosis(packages | system, devices, torch.get_num_threads(), extras, seconds, failure)
+    threads = torch.get_num_threads()
+    return Diagnosis(versions, system, devices, threads, extras, seconds, failure)
 
 
 def _failure() -> str:
@@ -119,17 +128,26 @@ def _failure() -> str:
 
 def _extras() -> tuple[Extra, ...]:
     """The optional packages, as the metadata of rmfx name them."""
-    names: dict[str, list[str]] = defaultdict(list)
+    needed: dict[str, list[str]] = defaultdict(list)
     for text in importlib.metadata.requires("rmfx") or ():
-        match = _REQUIREMENT.match(text)
-        if match and match[1] != "rmfx" and match[3] not in _FOR_DEVELOPERS:
-            names[match[3]].append(match[1])
+        if match := _REQUIREMENT.match(text):
+            needed[match["extra"]].append(match["name"])
     made = []
-    for name, packages in names.items():
-        versions = {package: _version(package) for package in packages}
+    for name in (name for name in needed if name not in _FOR_DEVELOPERS):
+        versions = {package: _version(package) for package in _packages(name, needed)}
         there = {package: version for package, version in versions.items() if version}
-        made.append(Extra(name, there, tuple(p for p in packages if p not in there)))
+        made.append(Extra(name, there, tuple(p for p in versions if p not in there)))
     return tuple(made)
+
+
+def _packages(extra: str, needed: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """The packages of an extra, and of the extras that it includes, as `rmfx[onnx]`."""
+    for name in needed.get(extra, ()):
+        included = _INCLUDED.fullmatch(name)
+        if included is None:
+            yield name
+        for other in included[1].split(",") if included else ():
+            yield from _packages(other, needed)
 
 
 def _version(package: str) -> str:

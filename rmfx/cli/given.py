@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from rmfx.analysis.ranges import numbers_outside
 from rmfx.data.batches import arguments_of, check_batches, inputs_of
 from rmfx.errors import RmfxError, check_memory
-from rmfx.files.example_inputs import as_types, fault_of, load_inputs, takes
+from rmfx.files.example_inputs import as_types, fault_of, load_inputs, taken_by, takes
 from rmfx.files.free_sizes import described_shapes
 from rmfx.files.loading import LoadedModel, load_model, named_object
 from rmfx.files.saving import as_function
@@ -88,6 +88,7 @@ def load(options: argparse.Namespace, name: str) -> Given:
     if options.inputs is not None:
         inputs, origin = typed(load_inputs(Path(options.inputs), network)), options.inputs
     elif options.input_shape:
+        _check_taken(network, len(options.input_shape))
         inputs = _of_shapes(options.input_shape, types, loaded.dtype)
     found = _batches(options, network, None if inputs is None else len(inputs))
     batches = [(typed(arguments), target) for arguments, target in found]
@@ -111,6 +112,16 @@ def _check_count(count: int, types: Sequence[torch.dtype]) -> None:
         raise UsageError(
             f"argument --input-dtype: {len(types)} types for {count} inputs; give one for each, or"
             " one for all"
+        )
+
+
+def _check_taken(network: nn.Module, count: int) -> None:
+    """Finds out that there are shapes for another number of inputs than the network takes."""
+    if not takes(network, count):
+        given = f"{count} shape{' was' if count == 1 else 's were'} given"
+        raise RmfxError(
+            f"the model's inputs are ({taken_by(network)}), and {given}; give one --input-shape for"
+            " each"
         )
 
 
@@ -200,13 +211,21 @@ def _batches(
     return batches
 
 
+def _wanted(pairs: bool) -> str:
+    """What a function of the caller's is to be."""
+    batches = "(inputs, classes)" if pairs else "inputs, or of (inputs, classes)"
+    return f"name a function that gives a list of batches of {batches}"
+
+
 def _called(name: str, *, pairs: bool) -> list[Any]:
     """What a function of the caller's gives, as batches."""
     function = named_object(name)
     if not callable(function):
-        raise RmfxError(f"{name} is {with_article(function)}, not a function")
+        raise RmfxError(f"{name} is {with_article(function)}, not a function; {_wanted(pairs)}")
     try:
         made = function()
+        if isinstance(made, nn.Module):
+            raise RmfxError(f"{name}() gives {with_article(made)}, a model; {_wanted(pairs)}")
         check_batches(f"{name}()", made, pairs=pairs)
         return list(made)
     except RmfxError:

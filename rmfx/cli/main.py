@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from rmfx.errors import RmfxError, first_line, reported
 from .arguments import make_parser
 from .values import OutputError, UsageError
 
+_LIST = re.compile(r"-[\d.][^=]*,.*")  # of numbers, the first one below 0
 _ELSEWHERE = {"fuzz": "fuzzing"}  # the files of commands that stand alone
 
 
@@ -28,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; by default those of the process.
     """
-    options, unknown = make_parser().parse_known_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options, unknown = make_parser().parse_known_args(_with_values(given))
     if unknown:  # argparse itself would show the usage of all commands
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
@@ -55,6 +58,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return 1
     return 0
+
+
+def _with_values(arguments: Sequence[str]) -> list[str]:
+    """The arguments, where a list that begins with a minus is part of the option before it.
+
+    argparse takes it for an option of its own, since it is no number.
+    """
+    made: list[str] = []
+    for argument in arguments:
+        if made and made[-1].startswith("--") and _LIST.fullmatch(argument):
+            made[-1] += f"={argument}"
+        else:
+            made.append(argument)
+    return made
 
 
 def _told(error: RmfxError | MemoryError) -> str:

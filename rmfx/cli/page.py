@@ -81,6 +81,7 @@ def page(
     inputs: tuple[Tensor, ...],
     title: str,
     latency: LatencyReport | None = None,
+    head: str = "",
 ) -> str:
     """The page, as HTML.
 
@@ -89,6 +90,7 @@ def page(
         inputs: example inputs, which give the shapes.
         title: how the page calls the network.
         latency: measurements to be shown, too.
+        head: a line on what was converted: its weights and inputs.
 
     Raises:
         PageError: packages are missing.
@@ -113,6 +115,7 @@ def page(
     return environment.get_template("report.html").render(
         title=title,
         summary=_summary(conversion),
+        facts=[*filter(None, [head]), *_facts(conversion)],
         figures=figures,
         bars=_bars(figures, latency),
         notes=_notes(latency),
@@ -155,7 +158,15 @@ def _summary(conversion: Conversion) -> str:
     report = conversion.report
     if not report.rows:
         return "This network adds no two tensors: there is no residual connection to remove."
-    return f"{report.total}. Both forms compute the same; batch norm is folded in both."
+    return f"{report.total}{report.dearness()}."
+
+
+def _facts(conversion: Conversion) -> Iterator[str]:
+    """What is said of the result besides, as where it is shown on a terminal."""
+    report = conversion.report
+    yield from map(str, report.held)
+    told = (str(report.verification or ""), conversion.told_chain, conversion.told_folding)
+    yield from (f"{text[0].upper()}{text[1:]}." for text in told if text)
 
 
 def _notes(latency: LatencyReport | None) -> list[str]:
@@ -174,7 +185,7 @@ def _bars(figures: Sequence[tuple[str, str, str, str]], latency: LatencyReport |
         if not row.failure:
             median, low, high = row.ratio
             name = f"latency, {row.runtime}, batch {row.batch}"
-            name += ", noise" if row.paired.is_noise else ""
+            name += f", {row.paired.doubt}" if row.paired.doubt else ""
             bars.append((name, median, median - low, high - median))
     if not bars:
         return ""

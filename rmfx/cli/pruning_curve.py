@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from rmfx.data.batches import Batches, loss_on, output_on
+from rmfx.errors import OptionError
 from rmfx.files.figures import check_plotting, write_figure
 from rmfx.files.saving import as_function
 from rmfx.passes.pruning import PruningReport, prune_channels
@@ -60,9 +63,13 @@ class PruningCurve:
         }
 
     def __str__(self) -> str:
-        return f"{self.reports[-1]}\n\n{table(self.points, _COLUMNS)}"
+        last = f"Filters at a target of {self.points[-1].target:g}:\n" if self.reports[1:] else ""
+        return f"{last}{self.reports[-1]}\n\n{table(self.points, _COLUMNS)}"
 
 
+_ADVICE = re.compile(
+    "lower the floor( or the multiple, protect fewer layers, or ask for less)?"
+)  # what `prune_channels` says; the command has no floor
 _COLUMNS = (
     Column("target", "target", ".2f", right=True),
     Column("multiply-adds", "macs", short, right=True),
@@ -100,9 +107,10 @@ def pruning_curve(
     wanted = sorted(targets, reverse=True)
     for target in wanted:
         step(f"prune to {target:.2f}")
-        small, report = prune_channels(
-            model, example_inputs, target=target, data=data, loss=loss, **options
-        )
+        with _told_for_the_command(options):
+            small, report = prune_channels(
+                model, example_inputs, target=target, data=data, loss=loss, **options
+            )
         networks.append(small)
         reports.append(report)
     step("compare")
@@ -112,6 +120,18 @@ def pruning_curve(
         for target, small, report in zip(wanted, networks, reports, strict=True)
     ]
     return PruningCurve((whole, *rest), tuple(networks), tuple(reports))
+
+
+@contextlib.contextmanager
+def _told_for_the_command(options: Mapping[str, Any]) -> Iterator[None]:
+    """Lets errors advise options that the command has, in place of those of the function."""
+    try:
+        yield
+    except OptionError as error:
+        ways = ["a larger --target"]
+        ways += ["a smaller --multiple"] if options.get("multiple", 1) != 1 else []
+        ways += ["fewer layers to --protect"] if options.get("protect") else []
+        raise OptionError(_ADVICE.sub(f"give {' or '.join(ways)}", str(error))) from error
 
 
 def _point(

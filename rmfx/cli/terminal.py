@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,11 @@ def show(options: argparse.Namespace, text: str, result: dict[str, Any]) -> None
         raise
     except OSError as error:
         raise OutputError(f"stdout cannot be written: {error.strerror or error}") from error
+
+
+def wrote(path: str) -> str:
+    """A line on a file that was written."""
+    return f"Wrote {path} ({os.path.getsize(path) / 1000:,.1f} kB)."
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from rmfx.options import with_article
 
 from .tensors import LoadError, read_tensors
 
+_INSTEAD = "save tensors alone: torch.save([x], other_path)"
 _NUMBERED = re.compile(r"arr_\d+")
 
 
@@ -34,7 +35,7 @@ def load_inputs(path: Path, network: nn.Module) -> tuple[Tensor, ...]:
         LoadError: the file cannot be read, is damaged, or holds something else than tensors of
             finite numbers; their number or their names do not fit the network.
     """
-    found = read_tensors(path)
+    found = read_tensors(path, _INSTEAD)
     if isinstance(found, Tensor):
         found = [found]
     if isinstance(found, Mapping) and all(_NUMBERED.fullmatch(str(name)) for name in found):
@@ -128,11 +129,11 @@ def takes(network: nn.Module, count: int) -> bool:
 def _check_count(path: Path, count: int, network: nn.Module) -> None:
     if not takes(network, count):
         held = f"{count} tensor{'' if count == 1 else 's'}"
-        raise LoadError(f"{path} holds {held}, where the network takes {_told(network)}")
+        raise LoadError(f"{path} holds {held}, where the network takes {taken_by(network)}")
 
 
-def _told(network: nn.Module) -> str:
-    """The arguments of a network for messages, those in brackets that need not be given."""
+def taken_by(network: nn.Module) -> str:
+    """The arguments of a network in words, those in brackets that need not be given."""
     named, more = _arguments(network)
     parts = [name if needed else f"[{name}]" for name, needed in named.items()]
     return ", ".join([*parts, *["any number of tensors"] * more]) or "none"
@@ -141,7 +142,7 @@ def _told(network: nn.Module) -> str:
 def _by_name(path: Path, given: Mapping[str, Tensor], network: nn.Module) -> tuple[Tensor, ...]:
     """Tensors in the order of arguments, as far as the last that is given."""
     named, _ = _arguments(network)
-    taken = f"the network takes {_told(network)}"
+    taken = f"the network takes {taken_by(network)}"
     if strange := [name for name in given if name not in named]:
         raise LoadError(
             f"{path} holds {', '.join(map(repr, strange))}, where {taken}; name the tensors"

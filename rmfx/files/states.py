@@ -8,7 +8,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from rmfx.options import with_article
+
 from .tensors import LoadError, read_tensors
+
+_INSTEAD = "save the weights alone: torch.save(model.state_dict(), other_path)"
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -48,12 +52,18 @@ def _count(names: list[str], what: str, shown: int = 3) -> str:
 
 
 def _read_state(path: Path) -> Mapping[str, Tensor]:
-    state = read_tensors(path)
+    state = read_tensors(path, _INSTEAD)
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise LoadError(f"{path} holds no state dict (a mapping from names to tensors)")
+    if not isinstance(state, Mapping):
+        raise LoadError(f"{path} holds {with_article(state)}, no state dict; {_INSTEAD}")
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise LoadError(
+                f"{path} holds no state dict: its entry {name!r} is {with_article(value)}, no"
+                f" tensor; {_INSTEAD}"
+            )
     return state
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -31,14 +32,16 @@ _DAMAGED = (
 )
 
 
+_READ = "only tensors are read, never code"
 _ZIP, _PICKLE = b"PK", b"\x80"  # with which files of torch begin, the former ones second
 
 
-def read_tensors(path: Path) -> Any:
+def read_tensors(path: Path, instead: str) -> Any:
     """What a file holds: tensors by name, or whatever made of tensors `torch.save` was given.
 
     Args:
         path: its suffix tells `.safetensors` and `.npz`; all others are files of torch's.
+        instead: what to save where a file holds something else.
 
     Raises:
         LoadError: it cannot be read, is damaged, or holds code.
@@ -56,7 +59,7 @@ def read_tensors(path: Path) -> Any:
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error.strerror or error}") from error
     except (pickle.UnpicklingError, *_DAMAGED) as error:
-        raise LoadError(f"{path} is {_fault(path, error)}") from error
+        raise LoadError(f"{path} {_fault(path, error, instead)}") from error
 
 
 def check_kept(path: Path) -> None:
@@ -81,17 +84,21 @@ def _check_archive(path: Path) -> None:
         raise LoadError(f"{path} is an exported program; let its name end in .pt2")
 
 
-def _fault(path: Path, error: Exception) -> str:
+def _fault(path: Path, error: Exception, instead: str) -> str:
     """What is wrong with a file that could not be read."""
     if path.suffix in (".npz", ".safetensors"):
-        return f"damaged or no {path.suffix} file: {first_line(error)}"
+        return f"is damaged or no {path.suffix} file: {first_line(error)}"
     with path.open("rb") as file:
         begin = file.read(2)
     if begin != _ZIP and begin[:1] != _PICKLE:
-        return "no file of torch.save"
+        return "is no file of torch.save"
     if begin == _ZIP and not isinstance(error, pickle.UnpicklingError):
-        return "damaged, or a zip file of something else"
-    return "damaged, or holds more than tensors (only tensors are read, never code)"
+        return "is damaged, or a zip file of something else"
+    # The text of the error is all that torch tells; nothing of such a file is run to know more.
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if named is None:
+        return f"is damaged, or holds more than tensors ({_READ}); {instead}"
+    return f"holds {named.group(1)}, which is no tensor ({_READ}); {instead}"
 
 
 def _arrays(path: Path) -> dict[str, torch.Tensor]:

@@ -60,6 +60,9 @@ def find_normed(net: Net, conv: fx.Node) -> Inserted | Refusal:
         return Refusal("its batch norm has no running statistics")
     if any(isinstance(net.module(user), ResConv) for user in norm.users):
         return Refusal("it has factors already")
+    written = next((n for n in (*conv.all_input_nodes, conv, norm) if why_frozen(n)), None)
+    if written is not None:
+        return Refusal(why_frozen(written))
     # The middle of the kernel meets the values that the shortcut takes.
     reach = [(k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
     padding = {"same": reach, "valid": [0] * len(reach)}.get(module.padding)

@@ -54,7 +54,7 @@ class Failure:
 
 @dataclass
 class FuzzReport:
-    """What was tried. `str()` gives tables, `to_dict` what JSON can hold.
+    """What was tried. `str()` gives tables unless the pass failed, `to_dict` what JSON can hold.
 
     Attributes:
         name: the pass.
@@ -138,6 +138,8 @@ class FuzzReport:
         }
 
     def __str__(self) -> str:
+        if self.failure is not None:  # which is what there is to look at
+            return f"{self.summary()}\nNetwork {self.failure.example} fails: {self.failure.kind}."
         features = [(name, n) for name in sorted(COUNTED) if (n := self.features[name])]
         removed = [(*key, count) for key, count in self.removed.most_common()]
         parts = [
@@ -151,16 +153,31 @@ class FuzzReport:
 
     def summary(self) -> str:
         """One paragraph: how much was tried, and the largest error."""
-        coarse = "".join(f", {e:.1e} in {t}" for t, e in self.errors.items() if t != "float64")
         seen = sum(self.features[name] > 0 for name in COUNTED)
         skipped = f", {self.skipped} of which tell nothing" if self.skipped else ""
+        bare = f", {self.without_inputs} of them without example inputs too"
         return (
-            f"{self.examples} networks (seed {self.seed}, {self.frontend}){skipped} through"
-            f" {self.name}, {self.without_inputs} of them without example inputs too;"
-            f" {seen} of {len(COUNTED)} features.\n"
-            f"{self.removed.total()} sites removed, {self.refused.total()} refused,"
-            f" {self.joins} joins compared; largest error {self.error:.1e}{coarse}."
+            f"{_many(self.examples, 'network')} (seed {self.seed}, {self.frontend}){skipped}"
+            f" through {self.name}{bare if self.without_inputs else ''};"
+            f" {seen} of {len(COUNTED)} features.\n{self._done()}."
         )
+
+    def _done(self) -> str:
+        """What the pass did, as far as it reports it, and what was compared."""
+        if not self.errors:
+            return f"Nothing was compared{' before' if self.failure else ''}"
+        removed, refused = self.removed.total(), self.refused.total()
+        compared = f"outputs and {_many(self.joins, 'join')} compared" if self.joins else ""
+        compared = compared or "outputs compared"
+        told = f"{_many(removed, 'site')} removed, {refused} refused, {compared}"
+        if not removed + refused + self.joins:  # the pass is no such one
+            told = compared.capitalize()
+        errors = ", ".join(f"{error:.1e} in {dtype}" for dtype, error in self.errors.items())
+        return f"{told}; largest error {errors}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _counts(rows: Sequence[tuple[Any, ...]], *titles: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rmfx.table import milliseconds, told_ratio
 
-from .speed import Quartiles, is_noise, quartiles, ratio_of, time_after
+from .speed import Quartiles, are_too_few, is_noise, quartiles, ratio_of, time_after
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,22 @@ class Paired:
 
     @property
     def told_ratio(self) -> str:
-        """After over before, and whether that is noise."""
-        return told_ratio(ratio_of(self.before, self.after), is_noise=self.is_noise)
+        """After over before, and whether that is noise, or of too few rounds to tell."""
+        return told_ratio(
+            ratio_of(self.before, self.after), is_noise=self.is_noise, rounds=len(self.before)
+        )
 
     @property
     def is_noise(self) -> bool:
         """Whether the rounds do not show which form is faster."""
         return is_noise(self.before, self.after)
+
+    @property
+    def doubt(self) -> str:
+        """Why the ratio shows no difference, in a word or two; "" where it shows one."""
+        if are_too_few(self.before):
+            return "too few rounds"
+        return "noise" if self.is_noise else ""
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Medians and quartiles of the times and of the ratio, and whether that is beyond noise."""

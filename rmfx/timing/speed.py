@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from rmfx.errors import RmfxError, install_command
 from rmfx.options import is_number, is_whole
+from rmfx.table import CHANCE, FEWEST_ROUNDS
 
 from .runtimes import RUNTIMES, Form, Run, RuntimeFailure, as_failure, times_of, torch_threads
 
 MOST_THREADS = 1024  # with many more of them torch ends the process
-CHANCE = 0.02  # at most, that one of two equal forms passes for the faster one
 Quartiles = tuple[float, float, float]  # the median, the lower and the upper one
 
 
@@ -73,6 +73,19 @@ def _check_runtimes(names: Sequence[str]) -> None:
         raise LatencyError(
             f"no runtime {', '.join(unknown) or 'is named'}; known are {', '.join(RUNTIMES)}"
         )
+
+
+def installed(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those of some runtimes that are installed, and of each other one what to install.
+
+    Raises:
+        LatencyError: none is installed.
+    """
+    missing = {name: advice(RUNTIMES[name].missing) for name in names if RUNTIMES[name].missing}
+    left = [name for name in names if name not in missing]
+    if not left:
+        raise LatencyError(f"no runtime is left to measure in: {'; '.join(missing.values())}")
+    return left, [f"{name} left out: {told}" for name, told in missing.items()]
 
 
 @torch.no_grad()
@@ -144,11 +157,16 @@ def time_after(before: Sequence[float], after: Sequence[float]) -> Quartiles:
 def is_faster(before: Sequence[float], after: Sequence[float]) -> bool:
     """Whether the form after is faster beyond the noise, by the sign test on the rounds.
 
-    Fewer than six rounds show nothing, even where all agree.
+    Fewer than `FEWEST_ROUNDS` show nothing, even where all agree.
     """
     total, wins = len(before), sum(b < a for a, b in zip(before, after, strict=True))
     chance: float = sum(math.comb(total, k) for k in range(wins, total + 1)) / 2**total
     return chance <= CHANCE
+
+
+def are_too_few(rounds: Sequence[float]) -> bool:
+    """Whether rounds are so few that no sign test could tell two forms apart."""
+    return len(rounds) < FEWEST_ROUNDS
 
 
 def is_noise(before: Sequence[float], after: Sequence[float]) -> bool:

@@ -302,6 +302,9 @@ BAD = {
     "damaged program": Bad("report cut.pt2", 1, ("cut.pt2 is damaged",)),
     "program of another version": Bad("report other.pt2", 1, ("another version of torch",)),
     "weights for a program": Bad("report net.pt2 --weights weights.pt", 1, ("already",)),
+    "two shapes for a program": Bad(
+        "report net.pt2 --input-shape=2,1,8,8 --input-shape=2,1,8,8", 1, ("2 shapes were given",)
+    ),
     "shape for a program": Bad(
         "report net.pt2 --input-shape=2,1,9,9", 1, ("(2, 1, 8, 8); --input-shape must fit",)
     ),
@@ -414,6 +417,13 @@ BAD = {
     ),
     "data that end badly": Bad(
         "report nets:Net --calibration nets:ends_badly", 1, ("no more data",)
+    ),
+    "a model as data": Bad(
+        "report nets:Net --calibration nets:half",
+        *(1, ("gives a Net, a model; name a function that gives a list of batches of inputs",)),
+    ),
+    "a model as pairs": Bad(
+        "prune nets:Net --target .5 --data nets:Net", 1, ("list of batches of (inputs, classes)",)
     ),
     "data that are none": Bad("report nets:Net --calibration nets:NUMBER", 1, ("not a function",)),
     "no name of data": Bad("report nets:Net --calibration nets", 2, ("package.module:function",)),

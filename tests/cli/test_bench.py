@@ -12,6 +12,7 @@ from rmfx.cli import bench, main
 from rmfx.cli.bench import Trial, announcement, tried
 from rmfx.demo import load_digits, load_model
 from rmfx.latency import Network
+from rmfx.table import FEWEST_ROUNDS
 from rmfx.timing.speed import LatencyError, Settings
 
 EAGER = Settings(runtimes=("eager",), batches=(1,), threads=1, rounds=20, seconds=0.1)
@@ -44,6 +45,13 @@ def test_the_short_run_measures_the_network() -> None:
     assert trial is not None
     assert trial.batch == 2
     assert trial.conversion > sum(trial.calls) > 0
+
+
+def test_the_help_says_how_many_rounds_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"fewer than {FEWEST_ROUNDS} cannot tell which is faster" in told
 
 
 def test_nobody_knows_how_long_a_network_takes_that_fails() -> None:

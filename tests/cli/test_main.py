@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -405,8 +406,10 @@ def test_a_report_without_inputs_says_how_to_give_them(capsys: pytest.CaptureFix
 
 def test_bad_input_shapes_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     for shape in ("", "1,x", "1,0,28", "-1,3", "1,,3", "1x3"):
-        message = fails(capsys, "report", DIGITS, f"--input-shape={shape}", code=2)
-        assert "is not a list of sizes like 1,3,224,224" in message
+        for given in ([f"--input-shape={shape}"], ["--input-shape", shape]):
+            message = fails(capsys, "report", DIGITS, *given, code=2)
+            assert "is not a list of sizes like 1,3,224,224" in message
+    assert "is not a list of shares" in fails(capsys, "prune", DIGITS, "--target", "-1,.5", code=2)
 
 
 @pytest.mark.parametrize(
@@ -456,8 +459,12 @@ def test_wrong_usage_exits_with_2(
         (["report", "resnet18"], "names no model"),
         (["report", "absent.pt2"], "there is no file"),
         (["report", DIGITS, "--weights", "absent.safetensors"], "cannot be read"),
+        (["report", DIGITS, SHAPE, SHAPE], "inputs are (x), and 2 shapes were given"),
         (["report", DIGITS, "--input-shape", "1,3,28,28"], "fails on inputs of shape (1, 3, 28,"),
-        (["report", "nets:TwoInputs", "--input-shape", "2,3"], "fails on inputs of shape (2, 3)"),
+        (
+            ["report", "nets:TwoInputs", "--input-shape", "2,3"],
+            "inputs are (a, b), and 1 shape was",
+        ),
         (["report", "nets:not_finite", SHAPE], "conv"),
         (["report", "nets:Chain", "--input-shape", "1,1,999999,999999"], "not enough memory"),
         (["report", "nets:leaves", SHAPE], "raised SystemExit: no licence, at "),
@@ -562,9 +569,12 @@ def test_version_and_module_form() -> None:
 def test_models_are_listed_as_other_commands_take_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--json"]) == 0
     names = json.loads(capsys.readouterr().out)
-    assert "rmfx.models:rmnext50x6_32" in names
+    assert {"rmfx.models:rmnext50x6_32", DIGITS} <= names.keys()
+    assert "rmfx.models:CifarResNet" not in names  # which needs arguments
     assert main(["models"]) == 0
-    assert "CIFAR ResNet of `depth` layers" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "CIFAR ResNet of `depth` layers" in text
+    assert "N, H and W are free, such as --input-shape 1,3,64,64." in text
     assert main(["report", "rmfx.models:cifar_resnet", "--input-shape", "1,3,32,32"]) == 0
     assert "9 of 9 residual connections removed" in capsys.readouterr().out
 
@@ -574,6 +584,8 @@ def test_the_doctor_lists_what_is_there_and_converts(
 ) -> None:
     found = run_json(capsys, "doctor")
     assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert found["versions"].keys() == {"rmfx", "torch", "Python"}
+    assert found["system"].startswith(platform.system())
     assert found["failure"] == ""
     extras = {extra["name"]: extra for extra in found["extras"]}
     assert {"onnx", "html"} <= extras.keys()
@@ -586,6 +598,38 @@ def test_the_doctor_lists_what_is_there_and_converts(
     output = capsys.readouterr()
     assert "it still has residual connections" in output.out
     assert output.err.startswith("rmfx: the self-test failed: ")
+
+
+def test_an_extra_lists_what_it_includes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is there already, and where extras include extras."""
+    needed = [
+        "tabulate>=0.9",
+        'pytest>=8; extra == "onnx"',
+        "no-such-package; extra == 'spiking'",
+        'rmfx[onnx,spiking]; extra == "int8"',
+        'numpy; extra == "bench"',
+        'rmfx[int8]; extra == "bench"',
+        'rmfx[bench]; extra == "dev"',
+    ]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: needed)
+    extras = {extra.name: extra for extra in rmfx.cli.doctor._extras()}
+    assert list(extras) == ["onnx", "spiking", "int8", "bench"]
+    assert extras["bench"].versions.keys() == {"numpy", "pytest"}
+    assert extras["bench"].missing == extras["int8"].missing == ("no-such-package",)
+
+
+@pytest.mark.parametrize("command", ["demo", "models", "doctor", "report", "fuzz"])
+def test_every_command_describes_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    first = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    usage, sentence, *_ = capsys.readouterr().out.split("\n\n")
+    assert usage.startswith(f"usage: rmfx {command} ")
+    told = " ".join(sentence.split())
+    assert told.endswith(".")
+    assert told[1:-1] in " ".join(first.split())
 
 
 def test_help_names_every_kind_of_model(capsys: pytest.CaptureFixture[str]) -> None:

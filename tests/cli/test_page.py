@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rmfx.cli import main
 from rmfx.cli.page import page
 from rmfx.conversion import convert
 from rmfx.latency import Network, measure_latency
+from rmfx.timing import runtimes
 from rmfx.timing.speed import Settings
 
 pytest.importorskip("igraph")
@@ -41,7 +43,11 @@ def test_names_are_escaped() -> None:
 
 
 def test_equal_conversions_make_equal_pages() -> None:
-    assert made() == made()
+    texts = set()
+    for _ in range(2):
+        torch.manual_seed(0)  # the page tells how far the forms differ, by rounding
+        texts.add(made())
+    assert len(texts) == 1
 
 
 def test_a_network_without_additions_has_no_table() -> None:
@@ -60,6 +66,7 @@ def test_latencies_are_drawn_and_their_machine_named() -> None:
     text = page(convert(model, x), (x,), "timed", latency)
     assert "latency, eager, batch 1" in text
     assert "threads" in text
+    assert "latency, eager, batch 1, too few rounds" in text
 
 
 def test_short_graphs_stay_whole_and_long_ones_are_folded() -> None:
@@ -78,8 +85,38 @@ def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture
     path = tmp_path / "report.html"
     arguments = ["report", "torchvision:resnet18", "--input-shape", "1,3,32,32"]
     assert main([*arguments, "--html", str(path)]) == 0
-    assert "8 of 8 residual connections removed" in capsys.readouterr().out
-    assert "8 of 8 residual connections removed" in path.read_text(encoding="utf-8")
+    told, shown = capsys.readouterr().out, html.unescape(path.read_text(encoding="utf-8"))
+    for text in (told, shown):
+        assert "8 of 8 residual connections removed" in text
+        assert "torchvision:resnet18, random weights, input (1, 3, 32, 32)." in text
+        assert "erified on random inputs of 1x3x32x32" in text
+        assert "he result is a chain" in text
+        assert "atch norm is folded in both forms" in text
+    assert re.search(rf"^Wrote {path} \(\d+\.\d kB\)\.$", told, re.MULTILINE)
+
+
+def test_a_page_is_not_begun_where_no_runtime_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = runtimes.Runtime(runtimes.run_in_openvino, ("no_such_package",))
+    monkeypatch.setitem(runtimes.RUNTIMES, "openvino", absent)
+    path, digits = tmp_path / "report.html", ("rmfx.models:DigitsNet", "--input-shape=1,1,28,28")
+    asked = ["report", *digits, "--html", str(path)]
+    assert main([*asked, "--runtimes=openvino"]) == 1
+    line = "no runtime is left to measure in: no_such_package not installed (pip install no_such_"
+    assert line in capsys.readouterr().err
+    assert not path.exists()
+    assert main([*asked, "--runtimes=openvino,eager"]) == 0
+    assert "\nopenvino left out: no_such_package not installed" in capsys.readouterr().out
+
+
+def test_the_page_says_what_was_not_verified_and_not_folded() -> None:
+    x = image(1, 4, 12, 12, dtype=torch.float32)
+    text = page(convert(network(), x, fold_batch_norm=False), (x,), "kept")
+    assert "atch norm is folded" not in text
+    assert "The result is no chain (rmfx.is_plain): " in text
+    unverified = page(convert(network(), x, verify=False), (x,), "kept")
+    assert "Not verified: verify=False." in unverified
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ def test_table_and_plot(data: str, tmp_path: Path, capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     assert "accuracy" in text
     assert "filters" in text
+    assert text.splitlines()[1] == "Filters at a target of 0.5:"
+    assert f"\nWrote {plot} (" in text
     assert "accuracy in %" in plot.read_text()
     assert main([*given, "--json"]) == 0
     points = json.loads(capsys.readouterr().out)["points"]
@@ -67,6 +69,7 @@ def test_the_file_is_the_pruned_network(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*given, "--protect", "conv*", "--allocation", "global"]) == 0
     text = capsys.readouterr().out
     assert "left" in text
+    assert "Filters at" not in text
     assert "for inputs (any, 1, 8, 8))." in text
     x = torch.randn(2, 1, 8, 8)
     whole = rmfx.cost.count(load_model(), x).macs
@@ -87,7 +90,11 @@ def test_the_file_is_the_pruned_network(tmp_path: Path, capsys: pytest.CaptureFi
         (["--target", "0.5", "--data", "digits_of_test:broken"], 1, "raised ValueError: no"),
         (["--target", "0.5", "--data", "digits_of_test:digit"], 1, "there is no 'digit'"),
         (["--target", "0.5", "--data", "digits"], 2, "is no name like package.module:function"),
-        (["--target", "0.0001"], 1, "cannot be reached"),
+        (["--target", "0.0001"], 1, "of that; give a larger --target\n"),
+        (
+            ["--target", "0.0001", "--multiple", "4", "--protect", "conv*"],
+            *(1, "give a larger --target or a smaller --multiple or fewer layers to --protect\n"),
+        ),
     ],
 )
 def test_bad_arguments(

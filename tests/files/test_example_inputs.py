@@ -103,6 +103,7 @@ class _Attack:
         ([IDS, torch.eye(2).to_sparse()], "number 2 is sparse, quantised or without numbers"),
         ([IDS, torch.zeros(2, device="meta")], "number 2 is sparse, quantised or without numbers"),
         ({"ids": _Attack()}, "only tensors are read, never code"),
+        (nn.ReLU(), r"holds torch\.nn\.\S+\.ReLU, which is no tensor .*save tensors alone"),
     ],
 )
 def test_what_does_not_fit_is_told(held: Any, message: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -291,8 +292,24 @@ def test_code_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
 
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(LoadError, match="holds no state dict"):
+    with pytest.raises(LoadError, match="holds a list, no state dict; save the weights alone"):
         load_weights(DigitsNet(), tmp_path / "list.pt")
+    torch.save({"conv.weight": torch.zeros(1), "epoch": 3}, tmp_path / "more.pt")
+    with pytest.raises(
+        LoadError, match=r"its entry 'epoch' is an int, no tensor; .*state_dict\(\)"
+    ):
+        load_weights(DigitsNet(), tmp_path / "more.pt")
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_what_is_no_tensor_in_a_checkpoint_is_named(former: bool, tmp_path: Path) -> None:
+    model, path = DigitsNet(), tmp_path / "weights.pt"
+    more = {"model": model.state_dict(), "args": argparse.Namespace(epochs=3)}
+    for held, name in ((model, r"rmfx\.models\.digits\.DigitsNet"), (more, r"argparse\.Namespace")):
+        torch.save(held, path, _use_new_zipfile_serialization=not former)
+        told = rf"holds {name}, which is no tensor .*torch\.save\(model\.state_dict\(\), other_path"
+        with pytest.raises(LoadError, match=told):
+            load_weights(model, path)
 
 
 def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:

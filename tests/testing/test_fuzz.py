@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from rmfx.cli import main
 from rmfx.fuzz import WRONG, draw_case, without_names
 from rmfx.testing import Act, Conv, Join, NetworkSpec, Norm, Recall, Save, Split, trial
 from rmfx.testing.case import Case
+from rmfx.testing.fuzz_report import FuzzReport
 from rmfx.testing.script import layout, script
 from rmfx.testing.shrink import runs, shrink
 from rmfx.testing.trial import NotHeldError, held
@@ -170,6 +172,23 @@ def test_a_failure_is_told_though_making_it_small_was_interrupted(
     assert run_script(found["failure"]["script"]).returncode == 1
 
 
+def test_what_does_not_apply_to_a_pass_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    told = {}
+    for name in ("own_passes:keeps", "remove_residuals"):
+        assert main(["fuzz", "--pass", name, "--examples", "1"]) == 0
+        told[name] = capsys.readouterr().out.split("\n\n")[-1]
+        assert told[name].startswith("1 network (seed 0, module) through ")
+    assert "without example inputs" not in told["own_passes:keeps"]
+    assert "\nOutputs compared; largest error 0.0e+00 in float64." in told["own_passes:keeps"]
+    line = r"\n\d sites? removed, \d refused, outputs and \d joins? compared; largest error "
+    assert re.search(line, told["remove_residuals"])
+
+
+def test_nothing_is_said_to_be_compared_where_nothing_was() -> None:
+    report = FuzzReport("own", "module", 0, examples=2, skipped=2)
+    assert report.summary().endswith("features.\nNothing was compared.")
+
+
 def test_tables_have_no_rows_of_zeros(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fuzz", "--pass", "own_passes:keeps", "--examples", "1"]) == 0
     table, *_ = capsys.readouterr().out.split("\n\n")
@@ -202,6 +221,10 @@ def test_a_broken_pass_is_found_and_its_network_made_small(
 def test_the_program_is_printed_and_one_line_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fuzz", "--pass", "own_passes:gives_up", "--seed", "3"]) == 1
     output = capsys.readouterr()
+    report, program, _ = output.out.split("\n\n", 2)
+    assert report.splitlines()[-1].endswith(" fails: TraceError.")  # and no table before it
+    assert len(report.splitlines()) == 3
+    assert program.startswith("# own_passes:gives_up: TraceError: no hardswish")
     assert "\nspec = NetworkSpec(" in output.out
     assert "from own_passes import gives_up" in output.out
     assert "TraceError: no hardswish" in output.err.splitlines()[-1]

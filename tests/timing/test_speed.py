@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from rmfx.table import FEWEST_ROUNDS
+from rmfx.timing.paired import Paired
 from rmfx.timing.speed import is_faster, is_noise, ratio_of, time_after
 
 
@@ -24,6 +26,19 @@ def test_a_form_is_faster_by_the_sign_test_on_its_rounds(
 def test_equal_times_are_noise() -> None:
     assert is_noise((1.0,) * 20, (1.0,) * 20)
     assert is_noise((), ())
+
+
+def test_too_few_rounds_are_not_called_noise() -> None:
+    """So few that no sign test could tell, however far apart the forms are."""
+    fewest = next(n for n in range(99) if is_faster((1.0,) * n, (0.5,) * n))
+    assert fewest == FEWEST_ROUNDS
+    few, enough = (Paired((1.0,) * n, (1.8,) * n) for n in (fewest - 1, fewest))
+    assert few.told_ratio == "1.80 (1.80 to 1.80), too few rounds to tell (it takes 6)"
+    assert few.doubt == "too few rounds"
+    assert few.to_dict()["ratio"]["beyond_noise"] is False
+    assert enough.told_ratio == "1.80 (1.80 to 1.80)"
+    assert enough.doubt == ""
+    assert Paired((1.0,) * fewest, (1.0,) * fewest).doubt == "noise"
 
 
 def test_the_time_after_agrees_with_the_ratio() -> None:
