@@ -122,6 +122,7 @@ def _measured(
             runtime,
             *ratio_of(times[0], own),
             beyond_noise=not is_noise(times[0], own),
+            rounds=len(own),
             chosen=name == best,
         )
         for name, own in zip(forms, times, strict=True)
