@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from rmfx import models
+from rmfx.ir.functions import is_in_place
 from rmfx.table import Column, table
 
 _FREE = ("N", "H", "W")
@@ -71,9 +73,20 @@ def _needs_arguments(make: Callable[..., nn.Module]) -> bool:
 
 def _channels(make: Callable[[], nn.Module]) -> int:
     """How many channels the images have, by the network's first layer."""
-    with torch.device("meta"):  # which takes no time for weights
+    with torch.device("meta"), _WithoutNumbers():
         weight = next(make().parameters())
     return weight.shape[1]
+
+
+class _WithoutNumbers(TorchFunctionMode):
+    """Leaves out what fills weights, for which torch would load its compiler on the meta device."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if is_in_place(getattr(func, "__name__", "")):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _first_line(make: Callable[..., nn.Module]) -> str:
