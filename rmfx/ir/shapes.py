@@ -142,10 +142,9 @@ def _combined(x: Any, y: Any) -> Tensor | None:
     kind = x.dtype, x.device, x.layout
     if not isinstance(y, Tensor) or kind != (y.dtype, y.device, y.layout):
         return None
-    if x.shape == y.shape:
-        return x
-    sizes = torch.broadcast_shapes(x.shape, y.shape)
-    return x.new_empty(sizes) if all(type(n) is int for n in sizes) else None
+    if not all(type(n) is int for n in (*x.shape, *y.shape)):
+        return None  # comparing sizes of Dynamo's would fix them
+    return x if x.shape == y.shape else x.new_empty(torch.broadcast_shapes(x.shape, y.shape))
 
 
 @contextlib.contextmanager
