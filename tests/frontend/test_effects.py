@@ -444,7 +444,7 @@ def test_a_weight_that_shares_memory_with_a_written_buffer_is_never_baked() -> N
     model = ready(Apply(forward, a=conv(), b=conv())).requires_grad_(False)
     model.register_buffer("bias", model.a.bias.detach()[:2])
     for inputs in (None, image()):  # a copy would part them, as one by copy.deepcopy does
-        with pytest.raises(WeightError, match=r"a: .* make them views of one buffer"):
+        with pytest.raises(rmfx.WeightError, match=r"a: .* make them views of one buffer"):
             rmfx.remove_residuals(model, inputs)
     assert model.bias.data_ptr() == model.a.bias.data_ptr()
 
