@@ -39,6 +39,8 @@ def shape_after(module: nn.Module, x: Tensor) -> tuple[int, ...] | None:
     if ranks is not None:
         fits = len(shape) in ranks and shape[1] == module.num_features
         return shape if fits else None
+    if type(module) in (nn.LayerNorm, nn.GroupNorm):
+        return shape if _normalises(module, x) else None
     if type(module) not in CONVS or x.dtype != module.weight.dtype:
         return None
     if isinstance(module, nn.Linear):
@@ -49,6 +51,17 @@ def shape_after(module: nn.Module, x: Tensor) -> tuple[int, ...] | None:
         return None
     size = layer.output_size(shape[2:])
     return (shape[0], layer.out_channels, *size) if min(size) > 0 else None
+
+
+def _normalises(module: nn.Module, x: Tensor) -> bool:
+    """Whether a layer or group norm takes a value."""
+    own: Any = module
+    if own.weight is not None and own.weight.dtype != x.dtype:
+        return False
+    if isinstance(own, nn.LayerNorm):
+        return tuple(x.shape[-len(own.normalized_shape) :]) == tuple(own.normalized_shape)
+    # Of one value in each group torch makes no norm.
+    return x.dim() > 1 and bool(x.shape[1] == own.num_channels and x.numel() > own.num_groups)
 
 
 class AsFakes:
