@@ -9,7 +9,7 @@ What tracing takes apart is no condition of the network: torch.export looks at a
 another case than a batch of more. So a batch of one is exported as one of two, and where a
 condition excludes a batch of one, the program for such a batch is made as well: if it calls the
 same operators with the same numbers, the condition goes. In the same way, code that asks in which
-order values lie in memory, which a program does not, is exported for two orders.
+order values lie in memory, which a program does not, is exported for several orders.
 """
 
 from __future__ import annotations
@@ -199,7 +199,9 @@ def _reordered(inputs: Inputs) -> Iterator[Inputs]:
 
     for dim in range(max((x.dim() for x in _tensors(inputs)), default=0)):
         yield pytree.tree_map_only(Tensor, functools.partial(innermost, dim=dim), inputs)
-    yield pytree.tree_map_only(Tensor, lambda x: x.repeat_interleave(2, -1)[..., 1::2], inputs)
+    yield pytree.tree_map_only(
+        Tensor, lambda x: x.repeat_interleave(2, -1)[..., 1::2] if x.dim() else x, inputs
+    )
 
 
 def _writes(program: ExportedProgram) -> bool:

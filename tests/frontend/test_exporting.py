@@ -169,6 +169,21 @@ def test_code_that_decides_by_the_order_in_memory_is_refused(decides: Any) -> No
         rmfx.remove_residuals(model, image())
 
 
+def test_inputs_of_one_number_have_no_order_in_memory() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = conv()
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            x = x if x.is_contiguous() else x.contiguous()
+            return x + self.a(x) * scale
+
+    model, scale = ready(Scaled()), torch.tensor(2.0, dtype=torch.float64)
+    gm = rmfx.remove_residuals(model, (image(), scale))
+    torch.testing.assert_close(gm(image(), scale), model(image(), scale))
+
+
 def test_code_that_asks_for_the_order_in_memory_to_copy_is_converted() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         if not x.is_contiguous():
