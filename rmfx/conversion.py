@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
@@ -44,7 +45,7 @@ class Conversion:
     def to_dict(self) -> dict[str, Any]:
         """The report, what keeps the result from being a chain, and the costs."""
         made: dict[str, Any] = {"report": self.report.to_dict(), "cost": None}
-        made["why_not_plain"] = why_not_plain(self.after)
+        made["why_not_plain"] = self.why_not_plain
         if self.cost_before and self.cost_after:
             made["cost"] = {"before": asdict(self.cost_before), "after": asdict(self.cost_after)}
         return made
@@ -56,13 +57,17 @@ class Conversion:
         costs = "\n".join(filter(None, [table(self.costs, _COLUMNS), self.told_folding]))
         return f"{done}\n\n{costs}"
 
+    @cached_property
+    def why_not_plain(self) -> str | None:
+        """What keeps the result from being a chain, in words; None if nothing does."""
+        return why_not_plain(self.after)
+
     @property
     def told_chain(self) -> str:
         """Whether the result is a chain, in a line, and if not, why."""
-        reason = why_not_plain(self.after)
-        if reason is None:
+        if self.why_not_plain is None:
             return "the result is a chain: rmfx.to_sequential gives it as an nn.Sequential"
-        return f"the result is no chain (rmfx.is_plain): {reason}"
+        return f"the result is no chain (rmfx.is_plain): {self.why_not_plain}"
 
     @property
     def told_folding(self) -> str:

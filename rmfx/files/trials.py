@@ -101,11 +101,13 @@ def state_kept(*functions: Callable[..., Any]) -> Iterator[None]:
     before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in buffers]
     named = (pair for network in networks for pair in network.named_parameters())
     versions = [(name, p, p._version) for name, p in named if not p.is_inference()]
-    yield
-    with torch.no_grad():
-        for buffer, version, held in before:
-            if buffer._version != version:
-                buffer.copy_(held)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, held in before:
+                if buffer._version != version:
+                    buffer.copy_(held)
     for name, parameter, version in versions:
         if parameter._version != version:
             raise WeightError(f"the network writes to its parameter {name} when it is called")

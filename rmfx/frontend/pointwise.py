@@ -44,9 +44,11 @@ def composed(
     while len(region) <= MOST:
         bases = _read_by(region)
         if len(bases) == 1 and _same_type(facts, bases[0], node):
-            calls = _cut_out(gm, bases[0], region, node) if _stays(bases[0], region) else None
-            alone = calls is not None and _acts_alone(calls, bases[0], facts, probes)
-            return (Composed(calls), bases[0]) if calls is not None and alone else None
+            if not _stays(bases[0], region):
+                return None
+            calls = _cut_out(gm, bases[0], region, node)
+            alone = _acts_alone(calls, bases[0], facts, probes)
+            return (Composed(calls), bases[0]) if alone else None
         last = max(bases, default=None)
         if last is None or not _is_call(gm, last):
             return None
@@ -183,10 +185,9 @@ def bounded(gm: fx.GraphModule, node: fx.Node, probes: Probes) -> tuple[nn.Modul
     if given["self"].op == "get_attr" and "other" in given:
         given["self"], given["other"] = given["other"], given["self"]
     bounds = [given.get(name) for name in _BOUNDS[op]]
-    if type_of(given["self"]) is None or any(n is not None and n.op != "get_attr" for n in bounds):
-        return None
     ends = [n and constant(gm, n) for n in bounds]
-    if any(n is not None and end is None for n, end in zip(bounds, ends, strict=True)):
+    missing = any(n is not None and end is None for n, end in zip(bounds, ends, strict=True))
+    if missing or type_of(given["self"]) is None:
         return None
     clamp = _channel_clamp(ends, *type_of(given["self"]))
     return None if clamp is None else (clamp, given["self"])

@@ -81,7 +81,8 @@ class AsFakes:
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What a module gives."""
-        return module(*args, **kwargs)
+        with _as_before(module) if has_hooks(module) else contextlib.nullcontext():
+            return module(*args, **kwargs)
 
 
 class OnMeta:
@@ -142,8 +143,7 @@ class WithoutValues(fx.Interpreter):
             shape = shape_after(module, args[0])
             if shape is not None:
                 return args[0].new_empty(shape) if shape != args[0].shape else args[0]
-        with _as_before(module) if has_hooks(module) else contextlib.nullcontext():
-            return self._weights.call(module, args, kwargs)
+        return self._weights.call(module, args, kwargs)
 
 
 def _combined(x: Any, y: Any) -> Tensor | None:

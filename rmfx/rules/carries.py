@@ -96,7 +96,9 @@ class Origins:
         element = read(self._net, node)
         if isinstance(element, AffineConv):
             before = [c for c in self._known[source] if c.first.dims == element.dims]
-            return _through_layer(element, source, before)
+            found = _through_layer(element, source, before)
+            # Behind the carry, what is written to may be another value.
+            return tuple(c for c in found if not why_frozen(c.source))
         left = [c.only(self._passed(node, source, c)) for c in self._known[source]]
         return tuple(c for c in left if bool((c.rows >= 0).any()))
 

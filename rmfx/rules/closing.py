@@ -131,8 +131,6 @@ def _splits(net: Net, origins: Origins) -> dict[fx.Node, list[Split]]:
         if not isinstance(element, AffineConv) or source is None or net.guard(node) is not None:
             continue
         for carry in origins.of(source):
-            if why_frozen(carry.source):
-                continue  # behind the carry, it may be another value
             split = _split(element, carry, copies.of(carry.source))
             split = None if split is None else _lifted(split, origins, copies)
             if split is not None and _weights(split.skip) < split.saved:
@@ -147,8 +145,6 @@ def _lifted(split: Split, origins: Origins, copies: Copies) -> Split:
     while found is not None:
         split, found = found, None
         for carry in origins.of(split.source):
-            if why_frozen(carry.source):
-                continue
             head = (
                 split.skip[0]
                 if split.skip
@@ -280,7 +276,8 @@ def tidy(net: Net) -> None:
         grouped = layer.split_into_groups() if isinstance(layer, AffineConv) else None
         if grouped is not layer and isinstance(grouped, AffineConv):
             put(net, node, grouped)
-        does_nothing = isinstance(layer, AffineConv) and _is_identity(trimmed(layer))
-        nothing = does_nothing or type(plain) is nn.Identity
-        if source is not None and nothing and not why_frozen(source):
+        does_nothing = type(plain) is nn.Identity or (
+            isinstance(layer, AffineConv) and _is_identity(trimmed(layer))
+        )
+        if does_nothing and source is not None and not why_frozen(source):
             node.replace_all_uses_with(source)

@@ -151,9 +151,14 @@ def _size_behind(node: fx.Node, axis: int, size: Size, own: tuple[int, int, int,
     growth = 2 * padding - dilation * (kernel - 1)
     if stride == 1 and growth == 0:
         return size
-    if size.is_number and size.number + growth > 0:
-        return Size((size.number + growth - 1) // stride + 1)
-    return Size.of((node, "behind", axis))
+    if size.is_number and size.number + growth <= 0:
+        return Size.of((node, "behind", axis))
+    return _length(node, axis, size, (size.number + growth - 1) // stride + 1)
+
+
+def _length(node: fx.Node, axis: int, size: Size, number: int) -> Size:
+    """The size of an axis behind a node: a number if it was one, else one of its own."""
+    return Size(number) if size.is_number else Size.of((node, "behind", axis))
 
 
 def _turned(
@@ -231,8 +236,7 @@ def _sliced(spans: Spans, node: fx.Node) -> Found | None:
         if axis is None:
             return None
         slices[axis], size = s, view.axes[axis]
-        left = Size.of((node, "behind", axis))
-        left = Size(len(range(size.number)[s])) if size.is_number else left
+        left = _length(node, axis, size, len(range(size.number)[s]))
         behind = behind.resized(dim, axis, left)
 
     def write(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -263,10 +267,10 @@ def _padded_with_number(spans: Spans, node: fx.Node) -> Found | None:
         axis = view.axis_of(dim, *range(len(view.axes)))
         if axis is None:
             return None
-        at, size = 2 * (len(view.axes) - 1 - axis), view.axes[axis]
+        at = 2 * (len(view.axes) - 1 - axis)
         straight[at : at + 2] = before, after
-        more = Size.of((node, "behind", axis))
-        more = Size(size.number + before + after) if size.is_number else more
+        size = view.axes[axis]
+        more = _length(node, axis, size, size.number + before + after)
         behind = behind.resized(dim, axis, more)
 
     def write(gm: fx.GraphModule, node: fx.Node) -> None:
