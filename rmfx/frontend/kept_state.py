@@ -173,13 +173,14 @@ def _variables(path: str, function: types.FunctionType) -> Iterator[Holder | Ite
             yield f"{function.__module__}.{name}", named[name]
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
+@functools.lru_cache(maxsize=1 << 14)  # code never changes, and is looked at in every trace
+def _names(code: types.CodeType) -> tuple[str, ...]:
     """The globals that code names; attributes are among its names, too."""
-    named = (i.argval for i in dis.get_instructions(code) if i.opname in OF_GLOBALS)
-    yield from dict.fromkeys(named)
+    found = dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname in OF_GLOBALS)
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
-            yield from _names(inner)
+            found |= dict.fromkeys(_names(inner))
+    return tuple(found)
 
 
 @contextlib.contextmanager

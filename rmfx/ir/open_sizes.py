@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,32 +19,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from rmfx.algebra.activation import is_activation
-from rmfx.algebra.affine import CONVS, MULTIPLYING
-from rmfx.errors import ShapeError
+from rmfx.algebra.affine import MULTIPLYING
 
 from .kinds import BATCH_NORMS, CHANNELWISE, ELEMENTWISE
+from .many_sizes import ManySizes, Shapes
 from .memo import on_demand
 from .notes import GIVEN, GUARDED, shape_of, type_of
-from .shapes import AsFakes, OnMeta, Weights, WithoutValues
-from .threads import FAKES, without_logs
+from .shapes import AsFakes, OnMeta, Weights
 
 LARGEST = 1 << 16  # number in an argument that a probe exceeds; those beyond stand for "to the end"
 NEAR = (1, -1, 2, -2, 3, -3)  # steps to other sizes, of networks that take some near one another
 SMALL = range(1, 8)  # sizes at which maps of one position are spread out
 Shape = tuple[int, ...]
-Shapes = dict[str, Shape]
 Sizes = set[tuple[str, int]]  # of which node's value, and of which dimension
 Places = set[tuple[int, int]]  # inputs of how many dimensions, and which of them
 Kind = tuple[torch.dtype, torch.device]
 Resize = Callable[[int, int], int]  # a size and its dimension -> another size
-
-
-# What a network's operations raise at sizes that they do not take.
-FAILURES = (
-    *(RuntimeError, TypeError, ValueError, AssertionError),
-    *(AttributeError, LookupError, ArithmeticError),
-    ShapeError,  # of its conditions
-)
 
 
 def coprime_sizes(above: int) -> Iterator[int]:
@@ -82,9 +73,8 @@ class OpenSizes:
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self._gm = gm
+        self._graph = ManySizes(gm)
         self._nodes = {node.name: node for node in gm.graph.nodes}
-        self._modules = dict(gm.named_modules(remove_duplicate=False))
         self._of_layers: dict[fx.Node, frozenset[int]] = {}
         self._inputs = list(gm.graph.find_nodes(op="placeholder"))
         # Of inputs whose sizes are checked, those that were noted are those of every call.
@@ -135,14 +125,14 @@ class OpenSizes:
         return len(fixing) == len(inputs) or any(shape_of(n)[dim] != 1 for n in fixing)
 
     def _works_in_place(self, node: fx.Node) -> bool:
-        module = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        module = self._graph.module(node)
         if module is None:
             return node.op == "call_function" and node.target in ELEMENTWISE
         return is_activation(module) or type(module) in CHANNELWISE
 
     def _channels_of(self, node: fx.Node, rank: int) -> int | None:
         """The dimension that holds the channels which a node's layer reads and gives."""
-        module: Any = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        module: Any = self._graph.module(node)
         if type(module) is nn.Linear:
             return rank - 1
         if type(module) in MULTIPLYING:  # the others take inputs without a batch dimension, too
@@ -170,7 +160,7 @@ class OpenSizes:
         channels = {place for place in places if place[1] == 1}
         are_open = any(self._may_change(node.name, 1) for node in self._inputs)
         others, own = self._runs(places - channels), self._runs(channels if are_open else set())
-        if not others and self._shapes(places, lambda size, dim: size) is None:
+        if not others and self._shapes(places, [lambda size, dim: size]) == [None]:
             return {
                 (name, dim) for name, shape in self._noted.items() for dim in range(len(shape))
             }, {}
@@ -200,19 +190,23 @@ class OpenSizes:
             apart = {min(places)}
         found: list[tuple[Places, Shapes]] = []
         takes_large = False
-        for is_large, way in self._ways(square=len(places) > 1):
-            shapes = None if takes_large and found[1:] else self._shapes(places, way)
-            if shapes is not None:
-                found.append((places, shapes))
-                takes_large = takes_large or is_large
+        ways = self._ways(square=len(places) > 1)
+        for some in (ways[:2], ways[2:]):  # the first two tell, if the graph runs at both
+            if takes_large and found[1:]:
+                break
+            for (is_large, _), shapes in zip(
+                some, self._shapes(places, [way for _, way in some]), strict=True
+            ):
+                if shapes is not None:
+                    found.append((places, shapes))
+                    takes_large = takes_large or is_large
         if takes_large:
             return found
         if apart != places:
             return found + self._runs(apart) + self._runs(places - apart)
-        for ways in (map(_near, NEAR), map(_small, SMALL)):
-            # Of steps as small as these, only all of them tell: a stride passes over several.
-            tried = ((places, self._shapes(places, way)) for way in ways)
-            found += [(places, shapes) for places, shapes in tried if shapes is not None]
+        # Of steps as small as these, only all of them tell: a stride passes over several.
+        tried = self._shapes(places, [*map(_near, NEAR), *map(_small, SMALL)])
+        found += [(places, shapes) for shapes in tried if shapes is not None]
         self._unproven |= places
         return found
 
@@ -234,9 +228,9 @@ class OpenSizes:
             (True, _times(beyond + 1)),
         ]
 
-    def _shapes(self, places: Places, resize: Resize) -> Shapes | None:
+    def _shapes(self, places: Places, ways: Sequence[Resize]) -> list[Shapes | None]:
         """The shapes of all values at other sizes of the inputs, None where the graph fails."""
-        return self._run(places, resize, self._weights)
+        return self._run(places, ways, self._weights)
 
     @functools.cached_property
     def _weights(self) -> Weights:
@@ -245,28 +239,24 @@ class OpenSizes:
         But not if it does not run there, as where it makes tensors of its own: then as fakes.
         """
         on_meta = OnMeta()
-        found = self._run(set(), lambda size, dim: size, on_meta)
+        found = self._run(set(), [lambda size, dim: size], on_meta)[0]
         if found is not None and not any(_differences(self._noted, found)):
             return on_meta
         # What has no law for shapes would run for real, on as much memory as large inputs take.
         return AsFakes(FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False))
 
-    def _run(self, places: Places, resize: Resize, weights: Weights) -> Shapes | None:
-        def made(shape: torch.Size, kind: Kind) -> Tensor:
+    def _run(self, places: Places, ways: Sequence[Resize], weights: Weights) -> list[Shapes | None]:
+        def made(resize: Resize, shape: torch.Size, kind: Kind) -> Tensor:
             sizes = (
                 resize(size, dim) if (len(shape), dim) in places else size
                 for dim, size in enumerate(shape)
             )
             return torch.empty(tuple(sizes), dtype=kind[0], device=weights.device(kind[1]))
 
-        recorder = _Recorder(self._gm, weights)
-        try:
-            with without_logs(FAKES), weights.mode, torch.no_grad():
-                inputs = [_input(node, made) for node in self._inputs]
-                recorder.run(*inputs, enable_io_processing=False)
-        except FAILURES:
-            return None
-        return recorder.shapes
+        def inputs(resize: Resize) -> list[Any]:
+            return [_input(node, partial(made, resize)) for node in self._inputs]
+
+        return self._graph.run([partial(inputs, way) for way in ways], weights)
 
 
 def _input(node: fx.Node, make: Callable[[torch.Size, Kind], Any]) -> Any:
@@ -314,32 +304,3 @@ class _Table:
         if key not in self._known:
             self._known[key] = next(self._left.setdefault(size, self._sizes(size)))
         return self._known[key]
-
-
-def _does_not_fit(module: Any, shape: Shape) -> bool:
-    """Whether a layer reads other channels, without which running it would fail more slowly."""
-    if type(module) is nn.Linear:
-        return bool(shape[-1] != module.in_features)
-    if type(module) in CONVS and len(shape) == module.weight.dim():
-        return bool(shape[1] != module.in_channels)
-    return type(module) in BATCH_NORMS and len(shape) > 1 and bool(shape[1] != module.num_features)
-
-
-class _Recorder(WithoutValues):
-    """Keeps the shapes of all values."""
-
-    def __init__(self, gm: fx.GraphModule, weights: Weights) -> None:
-        super().__init__(gm, weights)
-        self.shapes: Shapes = {}
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        reads_one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        if reads_one and _does_not_fit(self.fetch_attr(target), args[0].shape):
-            raise ShapeError(f"{target} reads other channels")
-        return super().call_module(target, args, kwargs)
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.shapes[n.name] = tuple(value.shape)
-        return value

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from rmfx.errors import Refusal
 
 from .nodes import has_hooks
 
+Shape = tuple[int, ...]
+Law = Callable[[Shape, torch.dtype], Shape | None]  # None where only a run can tell, or would fail
 COMBINING = (torch.add, torch.sub, torch.mul, torch.div)
 RANKS_OF_NORM: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3),
@@ -30,38 +34,98 @@ RANKS_OF_NORM: dict[type[nn.Module], tuple[int, ...]] = {
 }
 
 
-def shape_after(module: nn.Module, x: Tensor) -> tuple[int, ...] | None:
-    """Shape behind a common layer, None where only running it can tell (or would fail)."""
-    shape = tuple(x.shape)
-    if is_activation(module) and not isinstance(module, nn.PReLU):
-        return shape
-    ranks = RANKS_OF_NORM.get(type(module))
-    if ranks is not None:
-        fits = len(shape) in ranks and shape[1] == module.num_features
-        return shape if fits else None
+class Unmade:
+    """A tensor of which only the shape is known, made when somebody asks for it.
+
+    Args:
+        like: a tensor of its type on its device.
+    """
+
+    __slots__ = ("_made", "like", "shape")
+
+    def __init__(self, shape: Shape, like: Tensor) -> None:
+        self.shape, self.like = shape, like
+        self._made: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.like.device
+
+    @property
+    def layout(self) -> torch.layout:
+        return self.like.layout
+
+    def made(self) -> Tensor:
+        """The tensor, always the same one: a graph may write to it."""
+        if self._made is None:
+            self._made = self.like.new_empty(self.shape)
+        return self._made
+
+
+def law_of(module: nn.Module) -> Law | None:
+    """How the shape behind a common layer follows from what it reads; None for other layers."""
+    if is_activation(module):
+        return _of_prelu(module) if isinstance(module, nn.PReLU) else lambda shape, kind: shape
+    if type(module) in RANKS_OF_NORM:
+        return _of_batch_norm(module)
     if type(module) in (nn.LayerNorm, nn.GroupNorm):
-        return shape if _normalises(module, x) else None
-    if type(module) not in CONVS or x.dtype != module.weight.dtype:
+        return partial(_of_norm, module)
+    return _of_conv(module) if type(module) in CONVS else None
+
+
+def _of_prelu(module: nn.PReLU) -> Law:
+    slopes, own = module.weight.numel(), module.weight.dtype
+
+    def law(shape: Shape, kind: torch.dtype) -> Shape | None:
+        fits = slopes == 1 or (len(shape) > 1 and shape[1] == slopes)
+        return shape if fits and kind == own else None
+
+    return law
+
+
+def _of_batch_norm(module: Any) -> Law:
+    ranks, channels = RANKS_OF_NORM[type(module)], module.num_features
+
+    def law(shape: Shape, kind: torch.dtype) -> Shape | None:
+        return shape if len(shape) in ranks and shape[1] == channels else None
+
+    return law
+
+
+def _of_norm(module: Any, shape: Shape, kind: torch.dtype) -> Shape | None:
+    if module.weight is not None and module.weight.dtype != kind:
         return None
-    if isinstance(module, nn.Linear):
-        return (*shape[:-1], module.out_features) if shape[-1] == module.in_features else None
+    if isinstance(module, nn.LayerNorm):
+        normalised = tuple(module.normalized_shape)
+        return shape if shape[-len(normalised) :] == normalised else None
+    # Of one value in each group torch makes no norm.
+    fits = len(shape) > 1 and shape[1] == module.num_channels
+    return shape if fits and math.prod(shape) > module.num_groups else None
+
+
+def _of_conv(module: Any) -> Law | None:
     with unset_fake_temporarily():  # fakes of its weights would take ten times as long
         layer = from_conv(module)
-    if isinstance(layer, Refusal) or len(shape) != layer.dims + 2 or shape[1] != layer.in_channels:
+    if isinstance(layer, Refusal):
         return None
-    size = layer.output_size(shape[2:])
-    return (shape[0], layer.out_channels, *size) if min(size) > 0 else None
+    own, n_in, n_out, dims = module.weight.dtype, layer.in_channels, layer.out_channels, layer.dims
+    places = tuple(zip(layer.growth, layer.stride, strict=True))
 
+    def law(shape: Shape, kind: torch.dtype) -> Shape | None:
+        if kind != own:
+            return None
+        if not dims:
+            return (*shape[:-1], n_out) if shape and shape[-1] == n_in else None
+        if len(shape) != dims + 2 or shape[1] != n_in:
+            return None
+        size = [(n + a) // s for n, (a, s) in zip(shape[2:], places, strict=True)]
+        return (shape[0], n_out, *size) if min(size) > 0 else None
 
-def _normalises(module: nn.Module, x: Tensor) -> bool:
-    """Whether a layer or group norm takes a value."""
-    own: Any = module
-    if own.weight is not None and own.weight.dtype != x.dtype:
-        return False
-    if isinstance(own, nn.LayerNorm):
-        return tuple(x.shape[-len(own.normalized_shape) :]) == tuple(own.normalized_shape)
-    # Of one value in each group torch makes no norm.
-    return x.dim() > 1 and bool(x.shape[1] == own.num_channels and x.numel() > own.num_groups)
+    return law
 
 
 class AsFakes:
@@ -133,31 +197,56 @@ class WithoutValues(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """What a function gives."""
-        found = _combined(*args) if target in COMBINING and len(args) == 2 and not kwargs else None
-        return super().call_function(target, args, kwargs) if found is None else found
+        if target in COMBINING and len(args) == 2 and not kwargs:
+            x, shape = args[0], combined(*args)
+            if shape is not None:
+                return x if shape == x.shape else x.new_empty(shape)
+        return super().call_function(target, args, kwargs)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """What a layer gives."""
         module = self.fetch_attr(target)
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            shape = shape_after(module, args[0])
+            law = law_of(module)
+            shape = law and law(tuple(args[0].shape), args[0].dtype)
             if shape is not None:
                 return args[0].new_empty(shape) if shape != args[0].shape else args[0]
+        return self.call_layer(module, args, kwargs)
+
+    def call_layer(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What a layer gives whose law is not known."""
         return self._weights.call(module, args, kwargs)
 
 
-def _combined(x: Any, y: Any) -> Tensor | None:
-    """A value like what two real numbers at each place give, None where only a run can tell."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+def combined(x: Any, y: Any) -> Shape | None:
+    """The shape of what two real numbers at each place give, None where only a run can tell.
+
+    Args:
+        x, y: tensors or what stands for them; y may be a number.
+    """
+    if not isinstance(x, Tensor | Unmade) or not x.dtype.is_floating_point:
         return None
     if type(y) in (int, float):
-        return x
-    kind = x.dtype, x.device, x.layout
-    if not isinstance(y, Tensor) or kind != (y.dtype, y.device, y.layout):
+        return tuple(x.shape)
+    if not isinstance(y, Tensor | Unmade) or _kind(x) != _kind(y):
         return None
     if not all(type(n) is int for n in (*x.shape, *y.shape)):
         return None  # comparing sizes of Dynamo's would fix them
-    return x if x.shape == y.shape else x.new_empty(torch.broadcast_shapes(x.shape, y.shape))
+    return _spread(tuple(x.shape), tuple(y.shape))
+
+
+def _kind(x: Any) -> Any:
+    return x.dtype, x.device, x.layout
+
+
+def _spread(a: Shape, b: Shape) -> Shape | None:
+    """The shape of two values spread out over one another, None where they do not fit."""
+    if a == b:
+        return a
+    ones = (1,) * abs(len(a) - len(b))
+    pairs = zip(*(x if len(x) == max(len(a), len(b)) else ones + x for x in (a, b)), strict=True)
+    sizes = [n if m == 1 else m if n in (1, m) else None for n, m in pairs]
+    return None if None in sizes else tuple(n for n in sizes if n is not None)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from rmfx.frontend.calls import arguments_of
 from rmfx.ir.conditions import AGAIN, demand_sizes
 from rmfx.ir.facts import Inference, facts_of
 from rmfx.ir.kinds import STACKS, SUMS
+from rmfx.ir.many_sizes import FAILURES
 from rmfx.ir.notes import (
     OF_BRANCHES,
     SHAPE,
@@ -32,7 +33,7 @@ from rmfx.ir.notes import (
     why_frozen,
     without_notes,
 )
-from rmfx.ir.open_sizes import FAILURES, OpenSizes
+from rmfx.ir.open_sizes import OpenSizes
 
 from .shuffles import RESHAPES, run_from, two_sizes
 

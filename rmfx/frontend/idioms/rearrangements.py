@@ -18,11 +18,12 @@ from rmfx.frontend.calls import arguments_of
 from rmfx.ir.fillings import COPIES
 from rmfx.ir.functions import torch_name
 from rmfx.ir.kinds import is_a
+from rmfx.ir.many_sizes import FAILURES
 from rmfx.ir.net import Net
 from rmfx.ir.nodes import run_node
 from rmfx.ir.notes import gives_container, gives_number
 from rmfx.ir.numbers import shape_read
-from rmfx.ir.open_sizes import FAILURES, coprime_sizes
+from rmfx.ir.open_sizes import coprime_sizes
 
 from .axis_sizes import AxisSizes
 from .layouts import ONE, Row, Rows, Size, reshaped, size_of

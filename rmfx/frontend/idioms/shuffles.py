@@ -21,10 +21,11 @@ from torch import Tensor, fx, nn
 
 from rmfx.ir.facts import Inference, facts_of
 from rmfx.ir.kinds import is_a
+from rmfx.ir.many_sizes import FAILURES
 from rmfx.ir.memo import on_demand
 from rmfx.ir.nodes import run_node
 from rmfx.ir.notes import noted, sizes_of_every_call, why_frozen
-from rmfx.ir.open_sizes import FAILURES, LARGEST, OpenSizes, coprime_sizes, largest_number
+from rmfx.ir.open_sizes import LARGEST, OpenSizes, coprime_sizes, largest_number
 
 aten = torch.ops.aten
 
