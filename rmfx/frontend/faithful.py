@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rmfx.ir.kinds import FILLED
+from rmfx.ir.kinds import FILLED, aten
 from rmfx.ir.threads import FAKES, alone, without_logs, without_warnings
 
 from .draws import no_draws
@@ -41,6 +41,14 @@ class _Recording(TorchDispatchMode):
     A tensor that the code makes of numbers of its own goes by what it holds: a trace has computed
     it already. What is computed of such tensors alone is not written down, but done. What comes of
     the model's tensors alone, or of the size of others, goes by how it does: it may be kept.
+
+    Args:
+        mode: of the fakes.
+        inputs: fakes.
+        own: ids of the model's tensors.
+        before: the call before this one, of which the model may have kept something.
+        expected: what another form of the model called in the same mode. What that gave is not
+            computed anew for as long as the calls are the same.
     """
 
     def __init__(
@@ -49,11 +57,15 @@ class _Recording(TorchDispatchMode):
         inputs: Any,
         own: Collection[int],
         before: _Recording | None = None,
+        expected: _Recording | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._mode = mode
         self._own = own
+        self._expected = expected
         self.calls: list[Call] = []
+        self._results: list[Any] = []  # of the calls
+        self.reshapes = False  # whether an operator changes the shape of what is there already
         self._numbers: dict[int, int] = {}
         self._symbols: dict[str, int] = {}
         self._made: dict[int, int] = {}  # constants that came about in this run
@@ -79,21 +91,37 @@ class _Recording(TorchDispatchMode):
         writes = func._schema.is_mutable
         name = self._look if func in FILLED else partial(self._name, writes=writes)
         leaves = [name(leaf) for leaf in flat]
-        # A model may write to a tensor of its own: let it write to a fake.
-        args, kwargs = as_fakes(self._mode, (with_places(func, args, self._real), given[1]))
         derives = repeats and not writes and self._is_of_weights(tensors)
         if derives and gives_as_many_as_values_say(func):
             result = self._result_of_weights(func, given)
         else:
-            result = func(*args, **kwargs)
+            known = None if derives else self._expected_result((func, *leaves))
+            result = self._result(func, args, given[1]) if known is None else known
+        self.reshapes = self.reshapes or torch.Tag.inplace_view in func.tags
         if func in FILLED or derives:
             self._note_derived((func, *leaves), result, (func, given) if derives else None)
             return result
         if writes or any(isinstance(x, (Tensor, *Unknown)) for x in pytree.tree_leaves(result)):
             self.calls.append((func, *leaves))  # no mere question, such as for the device
+            self._results.append(result)
         self._note_written(func, given[0], result)
         self._note(result)
         return result
+
+    def _expected_result(self, call: tuple[Any, ...]) -> Any:
+        """What the other form of the model was given where it made the same call, if it did."""
+        expected, place = self._expected, len(self.calls)
+        if expected is None or expected.calls[place : place + 1] != [call]:
+            return None
+        # What shares memory with another value is tied to that one by torch, for good.
+        is_new = all(one.alias_info is None for one in call[0]._schema.returns)
+        return expected._results[place] if is_new else None
+
+    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        # A model may write to a tensor of its own: let it write to a fake.
+        args, kwargs = as_fakes(self._mode, (with_places(func, args, self._real), kwargs))
+        found = _normalised(*args) if func is aten.native_batch_norm.default else None
+        return func(*args, **kwargs) if found is None else found
 
     def _is_of_constants(self, func: Any, tensors: Sequence[Tensor]) -> bool:
         if func._schema.is_mutable:  # a tensor that the model keeps is not ours to write to
@@ -201,6 +229,12 @@ class _Recording(TorchDispatchMode):
         return ("weight", self._written.get(id(leaf), id(leaf)))
 
 
+def _normalised(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What a batch norm gives that is not training; torch finds it out in ten milliseconds."""
+    is_training = others[4]
+    return None if is_training else (torch.empty_like(x), x.new_empty(0), x.new_empty(0))
+
+
 def _digest(value: Tensor) -> str:
     """A short form of what a tensor holds."""
     with unset_fake_temporarily():
@@ -220,9 +254,12 @@ def records_the_same(model: nn.Module, gm: fx.GraphModule, inputs: tuple[Any, ..
         Whatever the model's own code raises.
     """
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    expected = _calls(model, inputs, own)
+    mode = _fake_mode()
+    expected, calls = _recorded(model, inputs, own, mode)
+    # Fakes that have other shapes now can stand for nothing again.
+    again = (_fake_mode(), None) if expected.reshapes else (mode, expected)
     try:
-        return expected == _calls(gm, inputs, own)
+        return calls == _recorded(gm, inputs, own, *again)[1]
     except Exception:  # noqa: BLE001  (a trace that missed something may fail in any way)
         return False
 
@@ -231,26 +268,36 @@ def check_state(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Raise KeepsStateError for a model that does something else when it is called again."""
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     try:
-        with no_draws(lambda: _calls(model, inputs, own)):
-            _calls(model, inputs, own, twice=True)
+        with no_draws(lambda: _recorded(model, inputs, own, _fake_mode())):
+            _recorded(model, inputs, own, _fake_mode(), twice=True)
     except KeepsStateError:
         raise
     except Exception:  # noqa: BLE001  (whoever traces it says better why it does not run)
         return
 
 
-def _calls(
-    model: nn.Module, inputs: tuple[Any, ...], own: Collection[int], *, twice: bool = False
-) -> list[Call]:
-    # Sizes that depend on the inputs' values are unknown.
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+def _fake_mode() -> FakeTensorMode:
+    """A mode in which sizes that depend on the inputs' values are unknown."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+
+
+def _recorded(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    own: Collection[int],
+    mode: FakeTensorMode,
+    expected: _Recording | None = None,
+    *,
+    twice: bool = False,
+) -> tuple[_Recording, list[Call]]:
+    """A run of a model, and all that it called, its results the last of it."""
     # A trace that fails is no news to anybody; torch would print it.
     run = model.forward if isinstance(model, fx.GraphModule) else model
 
     def record(before: _Recording | None = None) -> tuple[_Recording, list[Call]]:
         others = pytree.tree_map_only(Tensor, torch.empty_like, inputs) if before else inputs
         fake = as_fakes(mode, others)  # what it kept of the call before is no input of this one
-        recording = _Recording(mode, fake, own, before)
+        recording = _Recording(mode, fake, own, before, None if before else expected)
         with recording:
             result = run(*fake)
         names = tuple(map(recording._name, pytree.tree_leaves(result)))
@@ -274,7 +321,7 @@ def _calls(
                 raise keeps_state(changed, state.hidden) from error
             if again != calls:
                 raise keeps_state(changed, state.hidden)
-    return calls
+    return recording, calls
 
 
 def as_fakes(mode: FakeTensorMode, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
