@@ -192,7 +192,16 @@ class Generator(Holder):
             (held.set_state if _is_of_numpy(held) else held.setstate)(then)
 
     def changed(self) -> str | None:
-        return None if str(self.read()) == str(self.then) else self.path  # it may hold arrays
+        return None if _plain(self.read()) == _plain(self.then) else self.path
+
+
+def _plain(state: Any) -> Any:
+    """The state of a generator as values that can be compared: arrays as their bytes."""
+    if isinstance(state, dict):
+        return {name: _plain(value) for name, value in state.items()}
+    if isinstance(state, tuple):
+        return tuple(map(_plain, state))
+    return state.tobytes() if hasattr(state, "tobytes") else state
 
 
 def is_generator(value: Any) -> bool:

@@ -149,8 +149,7 @@ def positions_of(inputs: Inputs) -> int:
 def seeded(seed: int = 0) -> Iterator[None]:
     """Let what is drawn at random be the same each time, and afterwards as if nothing was."""
     python, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with _torch_seeded(seed):
         random.seed(seed)
         np.random.seed(seed)
         try:
@@ -158,3 +157,20 @@ def seeded(seed: int = 0) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numbers)
+
+
+@contextlib.contextmanager
+def _torch_seeded(seed: int) -> Iterator[None]:
+    if torch.accelerator.is_available():
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+        return
+    # The same without what torch notes of each kind of device for later, its caller's stack among
+    # it, which takes longer than most small networks run.
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
