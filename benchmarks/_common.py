@@ -16,6 +16,8 @@ from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
 import rmfx
+from rmfx.choices import BACKENDS
+from rmfx.testing.jobs import Jobs
 
 # What tracers and exporters raise for a model they cannot follow (Dynamo raises RuntimeErrors), and
 # a network that is given an input it does not take.
@@ -113,6 +115,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description.split("\n\n")[0])
     made.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return made
+
+
+def add_jobs(made: argparse.ArgumentParser, default: int = 2) -> None:
+    """Options that say where independent cases run; `jobs_of` reads them."""
+    made.add_argument("--jobs", type=int, default=default, help="processes (%(default)s)")
+    text = "where they are: of this machine or of a cluster (%(default)s)"
+    made.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help=text)
+    made.add_argument("--address", metavar="URL", help="of the cluster")
+
+
+def jobs_of(options: argparse.Namespace) -> Jobs:
+    """Where independent cases run."""
+    return Jobs(options.jobs, options.backend, options.address)
 
 
 def choose_models(

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from _common import parser, show
+from _common import add_jobs, jobs_of, parser, show
 from _fashion import FOLDER, FashionMnist, load
 from _records import write, write_rows
 from _training import accuracy
@@ -29,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 import rmfx
+from rmfx.testing.jobs import Jobs
 from rmfx.timing.machine import machine_of
 from rmfx.timing.speed import Settings, compare_speed, ratio_of
 
@@ -180,7 +179,7 @@ def in_parallel(
     phases: Iterable[Sequence[Task]],
     work: Callable[[Task], Result],
     keep: Callable[[Result], object],
-    workers: int,
+    how: Jobs,
 ) -> None:
     """Does all tasks of a phase before those of the next one, with a progress bar.
 
@@ -188,17 +187,13 @@ def in_parallel(
         phases: of tasks.
         work: done in another process, with one thread.
         keep: called with each result as it comes.
-        workers: processes.
+        how: where.
     """
     phases = [phase for phase in phases if phase]
-    context = multiprocessing.get_context("spawn")  # a fork inherits locks of torch's threads
-    with (
-        ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool,
-        tqdm(total=sum(map(len, phases)), unit="network") as progress,
-    ):
+    with tqdm(total=sum(map(len, phases)), unit="network") as progress:
         for phase in phases:
-            for done in as_completed([pool.submit(work, task) for task in phase]):
-                keep(done.result())
+            for found in how.results(work, [(task,) for task in phase], in_order=False):
+                keep(found)
                 progress.update()
 
 
@@ -223,7 +218,7 @@ def train_all(study: Study, options: argparse.Namespace, setting: Setting, recor
 
     phases = study.phases(options.seeds, setting.quick)
     left = [[job for job in phase if job not in record.found] for phase in phases]
-    in_parallel(left, _Worker(study.work, setting), keep, options.workers)
+    in_parallel(left, _Worker(study.work, setting), keep, jobs_of(options))
 
 
 def time_all(study: Study, how: Settings, setting: Setting, record: Record) -> None:
@@ -267,7 +262,7 @@ def study_parser(about: str) -> tuple[argparse.ArgumentParser, argparse._Mutuall
     """A parser with the options all studies have, and the group of those that say what to do."""
     made = parser(about)
     made.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    made.add_argument("--workers", type=int, default=2, help="processes; default: %(default)s")
+    add_jobs(made)
     made.add_argument("--data", type=Path, default=FOLDER, help="default: %(default)s")
     made.add_argument("--rounds", type=int, default=9, help="of timing; default: %(default)s")
     what = made.add_mutually_exclusive_group()

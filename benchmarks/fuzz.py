@@ -6,28 +6,27 @@ version of the compiler has done stands in results/fuzz.json under the hash of i
 results/fuzz.md sums it up. Limit: no batch fails. Exit code 1 if one does; its seed, with the
 network made small as a program, is printed and kept.
 
-A hundred thousand networks take about four hours on two cores.
+`--jobs` says how many processes there are, `--backend dask --address URL` that they are those of a
+cluster, whose workers have rmfx and this folder on their path.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import torch
-from _common import Limit, parser, show
+from _common import Limit, add_jobs, jobs_of, parser, show
 from _records import code_version, write
 from tabulate import tabulate
 from tqdm import tqdm
 
 from rmfx.fuzz import COUNTED, fuzz
+from rmfx.testing.jobs import Jobs
 
 RESULTS = Path(__file__).resolve().parent / "results" / "fuzz.json"
 BATCH = 250
@@ -40,7 +39,6 @@ Totals = dict[str, Any]
 
 def run_batch(seed: int) -> dict[str, Any]:
     """What became of one batch of networks."""
-    torch.set_num_threads(1)
     gc.freeze()  # what stands there for good need not be gone through for garbage ever again
     gc.set_threshold(100_000, 50, 100)
     frontend = FRONTENDS[seed % len(FRONTENDS)]
@@ -103,18 +101,16 @@ def markdown(versions: dict[str, Totals], code: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def run(seeds: Iterable[int], workers: int, code: str) -> Totals:
+def run(seeds: Iterable[int], how: Jobs, code: str) -> Totals:
     """Do the batches, and keep what is known after each."""
     versions = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     totals: Totals = versions.setdefault(code, empty())
     left = [seed for seed in seeds if seed not in totals["seeds"]]
-    context = multiprocessing.get_context("spawn")  # a fork inherits locks of torch's threads
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = [pool.submit(run_batch, seed) for seed in left]
-        for done in tqdm(as_completed(waiting), total=len(waiting), unit="batch"):
-            add(totals, done.result())
-            write(RESULTS, json.dumps(versions, indent=1) + "\n")
-            write(RESULTS.with_suffix(".md"), markdown(versions, code))
+    batches = how.results(run_batch, [(seed,) for seed in left], in_order=False)
+    for batch in tqdm(batches, total=len(left), unit="batch"):
+        add(totals, batch)
+        write(RESULTS, json.dumps(versions, indent=1) + "\n")
+        write(RESULTS.with_suffix(".md"), markdown(versions, code))
     return totals
 
 
@@ -123,10 +119,10 @@ def main() -> int:
     options = parser(str(__doc__))
     options.add_argument("--examples", type=int, default=100_000, help="default: %(default)s")
     options.add_argument("--first", type=int, default=0, metavar="SEED", help="of the first batch")
-    options.add_argument("--workers", type=int, default=2, help="processes; default: %(default)s")
+    add_jobs(options)
     given = options.parse_args()
     batches = -(-given.examples // BATCH)
-    totals = run(range(given.first, given.first + batches), given.workers, code_version())
+    totals = run(range(given.first, given.first + batches), jobs_of(given), code_version())
     for failure in totals["failures"]:
         print(f"seed {failure['seed']}, {failure['kind']}: {failure['message']}")
         print(failure["script"])

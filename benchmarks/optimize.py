@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from _branch_blocks import OWN
-from _common import Limit, choose_models, each, parser, show
+from _common import Limit, add_jobs, choose_models, jobs_of, parser, show
 from _records import code_version, write
 from branches import TIMM, Ratio, build, markdown
+from tqdm import tqdm
 
 import rmfx
 from rmfx.timing.machine import machine_of
@@ -110,6 +111,8 @@ def row_of(outcome: Outcome) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 1 if a limit is exceeded."""
     made = parser(str(__doc__))
+    # What runs beside it changes a time: more than one at a time belong on machines of their own.
+    add_jobs(made, default=1)
     made.add_argument("--fresh", action="store_true", help="do again what is done")
     made.add_argument("--table", action="store_true", help="measure nothing")
     made.add_argument("--runtimes", default="eager,inductor", help="default: %(default)s")
@@ -120,15 +123,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done = {(row["network"], row["runtime"]): row for row in found.get("networks", [])}
     runtimes = options.runtimes.split(",")
     machine = machine_of(settings, runtimes)
-    for runtime in runtimes:
-        for name in each(names):
-            known = done.get((name, runtime), {})
-            is_done = known.get("code") == code_version() and not options.fresh
-            if not is_done and not options.table:
-                done[name, runtime] = asdict(evaluate(name, runtime, settings))
-                kept = {"machine": machine, "networks": list(done.values())}
-                write(RESULTS, json.dumps(kept, indent=1) + "\n")
     wanted = [(name, runtime) for runtime in runtimes for name in names]
+    known = {key for key, row in done.items() if row.get("code") == code_version()}
+    left = [] if options.table else [key for key in wanted if options.fresh or key not in known]
+    found_now = jobs_of(options).results(evaluate, [(*key, settings) for key in left])
+    for outcome in tqdm(found_now, total=len(left), unit="network"):
+        done[outcome.network, outcome.runtime] = asdict(outcome)
+        kept = {"machine": machine, "networks": list(done.values())}
+        write(RESULTS, json.dumps(kept, indent=1) + "\n")
     outcomes = [Outcome(**done[key]) for key in wanted if key in done]
     rows = [row_of(outcome) for outcome in outcomes]
     title = "What rmfx.optimize returns"

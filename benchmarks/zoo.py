@@ -35,10 +35,11 @@ from _blocked import blocker, general
 from _common import (
     FAILURES,
     Limit,
+    add_jobs,
     choose_models,
     count_additions,
     demands_limit,
-    each,
+    jobs_of,
     message,
     parser,
     show,
@@ -49,6 +50,7 @@ from _zoo import ZooNet, everything, prepared, random_input, zoo
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
+from tqdm import tqdm
 
 import rmfx
 import rmfx.cost
@@ -311,16 +313,24 @@ def run(names: Sequence[str], store: Store, options: argparse.Namespace) -> None
     """Adds to the store what it lacks."""
     code = code_version()
     missing = [name for name in names if options.fresh or not store.has(name, code)]
-    worker = Worker(attempt, options.seconds, options.memory)
+    bounds = (options.seconds, options.memory, options.small, options.most_parameters * 1e6)
+    found = jobs_of(options).results(bounded, [(name, code, *bounds) for name in missing])
+    for outcome in tqdm(found, total=len(missing), unit="network"):
+        store.add(outcome)
+
+
+def bounded(
+    name: str, code: str, seconds: float, memory: float, small: bool, most: float
+) -> Outcome:
+    """What became of one network, in a process of its own that may take so long and so much."""
+    worker = Worker(attempt, seconds, memory)
     try:
-        for name in each(missing):
-            try:
-                outcome = worker(name, options.small, options.most_parameters * 1e6)
-            except WorkerError as error:
-                outcome = Outcome(name, "failed", str(error), code)
-            store.add(outcome)
+        outcome: Outcome = worker(name, small, most)
+    except WorkerError as error:
+        return Outcome(name, "failed", str(error), code)
     finally:
         worker.close()
+    return outcome
 
 
 def _add_options(made: argparse.ArgumentParser) -> None:
@@ -342,6 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     nets = listed | others
     made = parser(__doc__)
     _add_options(made)
+    add_jobs(made, default=1)
     options, names = choose_models(made, nets, arguments, default=listed)
     if options.all:
         names = list(others)

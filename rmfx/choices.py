@@ -14,6 +14,7 @@ PASSES = (
     *("remove_residuals", "fold_batch_norm", "merge_branches", "merge_convs", "remove_noops"),
     "eliminate_dead_channels",
 )
+BACKENDS = ("loky", "dask", "ray")  # processes of this machine; clusters
 FRONTENDS = ("module", "traced", "exported", "compiled")
 COSTS = ("macs", "parameters", "latency")  # of a network, which pruning makes smaller
 RUNTIMES = ("eager", "inductor", "onnxruntime", "openvino")

@@ -16,13 +16,16 @@ which the original fails, or which the result refuses itself, says nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from rmfx.choices import FRONTENDS, PASSES, STRATEGIES
+from rmfx.choices import BACKENDS, FRONTENDS, PASSES, STRATEGIES
 from rmfx.errors import OptionError
 from rmfx.files.loading import named_object
 from rmfx.files.tensors import LoadError
@@ -33,10 +36,11 @@ from rmfx.passes.dead_channels import eliminate_dead_channels
 from rmfx.passes.linear import merge_convs
 from rmfx.passes.noop import remove_noops
 from rmfx.passes.residual import remove_residuals
-from rmfx.testing.case import draw_case
+from rmfx.testing.case import Case, draw_case
 from rmfx.testing.compare import compare
 from rmfx.testing.compiled import compare_compiled
 from rmfx.testing.fuzz_report import COUNTED, Failure, FuzzReport, without_names
+from rmfx.testing.jobs import Jobs
 from rmfx.testing.trial import WRONG, made_small, try_case
 
 __all__ = [
@@ -54,6 +58,7 @@ __all__ = [
     "load_pass",
     "without_names",
 ]
+BATCH = 10  # networks that a worker tries before it says what came of them
 _VERBS: dict[str, Callable[..., Any]] = {
     verb.__name__: verb
     for verb in (
@@ -84,6 +89,9 @@ def fuzz(
     activation: str | tuple[str, ...] = "auto",
     seconds: float | None = None,
     step: Callable[[str], object] = lambda text: None,
+    jobs: int = 1,
+    backend: str = BACKENDS[0],
+    address: str | None = None,
 ) -> FuzzReport:
     """Try a pass on random networks until one fails.
 
@@ -97,7 +105,12 @@ def fuzz(
             in between, for the built-in remove_residuals.
         activation: the option of `remove_residuals`, or "random" for another one each time.
         seconds: draw no more networks after so many.
-        step: called with a line about the state before each network.
+        step: called with a line about the state for each network.
+        jobs: networks to try at a time, each in a process of its own; -1 for one on each core. What
+            is found does not depend on it.
+        backend: "loky" for processes of this machine, "dask" or "ray" for those of a cluster, of
+            which that package has to be installed.
+        address: of the cluster; None for one of this machine.
 
     Returns:
         What was tried; its `failure` is None where the pass held.
@@ -110,23 +123,75 @@ def fuzz(
     True
     """
     _check_options(transform, examples, seconds, frontend, activation)
-    apply = load_pass(transform)
-    report = FuzzReport(transform, frontend, seed)
-    end = math.inf if seconds is None else time.monotonic() + seconds
-    with warnings.catch_warnings(), _telling(report):
-        warnings.simplefilter("ignore")  # a pass may warn; the exporter does so all the time
-        while report.examples != examples and time.monotonic() < end:
-            removed = report.removed.total()
-            step(f"{removed} sites removed" if removed else "")
-            example = report.examples
-            case = draw_case(example, seed, transform, frontend, activation)
-            try_case(report, case, apply, example)
-            report.features.update(case.features())
-            report.examples += 1
+    load_pass(transform)  # what cannot be found is said at once
+    how = Jobs(jobs, backend, address)
+    draws = _Draws(transform, seed, frontend, activation)
+    end = math.inf if seconds is None else time.time() + seconds
+    report = draws.report()
+    size = 1 if how.is_here else BATCH
+    with _telling(report):
+        for part in how.results(draws.tried, _batches(examples, size, end)):
+            for _ in range(part.examples):
+                removed = report.removed.total()
+                step(f"{removed} sites removed" if removed else "")
+            report.add(part)
             if report.failure is not None:
-                report.failure = made_small(report.failure, case, apply)
+                report.failure = draws.made_small(report.failure)
                 break
     return report
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """The networks of one seed, and what is done with them; see `fuzz`."""
+
+    transform: str
+    seed: int
+    frontend: str
+    activation: str | tuple[str, ...]
+
+    def report(self) -> FuzzReport:
+        """Nothing so far."""
+        return FuzzReport(self.transform, self.frontend, self.seed)
+
+    @functools.cached_property
+    def apply(self) -> Callable[..., Any]:
+        """The pass."""
+        return load_pass(self.transform)
+
+    def tried(self, start: int, stop: int, end: float) -> FuzzReport:
+        """What came of some networks, by number: one at least, until time is up or one fails."""
+        report = self.report()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a pass may warn; the exporter does so all the time
+            for example in range(start, stop):
+                case = self._case(example)
+                try_case(report, case, self.apply, example)
+                report.features.update(case.features())
+                report.examples += 1
+                if report.failure is not None or time.time() >= end:
+                    break
+        return report
+
+    def made_small(self, failure: Failure) -> Failure:
+        """The failure with the smallest network found that fails in the same way."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return made_small(failure, self._case(failure.example), self.apply)
+
+    def _case(self, example: int) -> Case:
+        return draw_case(example, self.seed, self.transform, self.frontend, self.activation)
+
+
+def _batches(examples: int | None, size: int, end: float) -> Iterator[tuple[int, int, float]]:
+    """The numbers of networks in batches, until there are so many or time is up."""
+    for start in itertools.count(0, size):
+        if start == examples or time.time() >= end:
+            return
+        stop = start + size if examples is None else min(start + size, examples)
+        yield start, stop, end
+        if stop == examples:
+            return
 
 
 @contextlib.contextmanager

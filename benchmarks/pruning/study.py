@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what all benchmarks share
 
 import torch
-from _common import show
+from _common import jobs_of, show
 from _fashion import FashionMnist, load
 from _records import code_version
 from _study import (
@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import rmfx
+from rmfx.testing.jobs import Jobs
 from rmfx.timing.machine import machine_of
 from rmfx.timing.speed import Settings, compare_speed, ratio_of
 
@@ -194,7 +195,7 @@ def quick_jobs(networks: Iterable[str]) -> list[Job]:
     return [*whole, *(replace(job, share=share) for share in QUICK_SHARES for job in known)]
 
 
-def run_all(wanted: Sequence[Job], setting: Setting, workers: int, record: Record) -> None:
+def run_all(wanted: Sequence[Job], setting: Setting, how: Jobs, record: Record) -> None:
     """Does what is not done, and keeps what is known after each job."""
 
     def keep(outcome: Outcome | None) -> None:
@@ -207,7 +208,7 @@ def run_all(wanted: Sequence[Job], setting: Setting, workers: int, record: Recor
     for network, seed in dict.fromkeys((job.network, job.seed) for job in left):
         mine = [job for job in left if (job.network, job.seed) == (network, seed)]
         phases += [[Job(network, TRUNK, 1.0, seed)], mine]
-    in_parallel(phases, Worker(setting), keep, workers)
+    in_parallel(phases, Worker(setting), keep, how)
 
 
 def time_all(wanted: Sequence[Job], setting: Setting, how: Settings, record: Record) -> None:
@@ -262,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         how = Settings(tuple(RUNTIMES), threads=2, rounds=options.rounds)
     record = Record.read(path)
     if not options.latency and not options.table:
-        run_all(wanted, setting, options.workers, record)
+        run_all(wanted, setting, jobs_of(options), record)
     if options.latency or options.quick:
         time_all(wanted, setting, how, record)
     rows, limits = write_summary(record, names)

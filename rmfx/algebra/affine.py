@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -66,19 +67,19 @@ class AffineConv(Layer):
         """Number of spatial dimensions, 0 for a Linear layer."""
         return len(self.stride)
 
-    @property
+    @cached_property
     def kernel(self) -> Ints:
         return tuple(self.weight.shape[2:])
 
-    @property
+    @cached_property
     def out_channels(self) -> int:
         return int(self.weight.shape[0])
 
-    @property
+    @cached_property
     def in_channels(self) -> int:
         return int(self.weight.shape[1]) * self.groups
 
-    @property
+    @cached_property
     def block(self) -> tuple[int, int]:
         """(input channels, output channels) of one group."""
         return int(self.weight.shape[1]), self.out_channels // self.groups
@@ -88,12 +89,12 @@ class AffineConv(Layer):
         """Zeros before the first value, per spatial dimension."""
         return tuple(left for left, _ in self.padding)
 
-    @property
+    @cached_property
     def span(self) -> Ints:
         """Distance between the first and the last tap."""
         return tuple(d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
 
-    @property
+    @cached_property
     def growth(self) -> Ints:
         """a in: output size = ⌊(size + a) / stride⌋."""
         return tuple(

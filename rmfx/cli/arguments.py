@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from rmfx.choices import (
     ALLOCATIONS,
+    BACKENDS,
     COSTS,
     FRONTENDS,
     IMPORTANCES,
@@ -255,3 +256,8 @@ def _add_fuzz_options(parser: argparse.ArgumentParser) -> None:
     add("--activation", metavar="WAYS", type=parse_ways_to_try, default="auto", help=ways)
     text = "draw no more networks after so many"
     add("--time", metavar="SECONDS", type=parse_number, help=text)
+    text = "processes; -1: one on each core (1)"
+    add("--jobs", metavar="N", type=int, default=1, help=text)
+    text = "where they are: of this machine, or of a cluster of that kind (%(default)s)"
+    add("--backend", choices=BACKENDS, default=BACKENDS[0], help=text)
+    add("--address", metavar="URL", help="of the cluster; without it, one of this machine")

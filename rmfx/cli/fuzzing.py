@@ -26,6 +26,9 @@ def run_fuzz(options: argparse.Namespace) -> None:
                 activation=options.activation,
                 seconds=options.time,
                 step=step,
+                jobs=options.jobs,
+                backend=options.backend,
+                address=options.address,
             )
     except OptionError as error:
         raise UsageError(str(error)) from error

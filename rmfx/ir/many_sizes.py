@@ -121,6 +121,7 @@ class _Run:
         return self._interpreter.call_layer(module, (_made(read),), {})
 
     def _combined(self, node: fx.Node, index: int) -> Any:
+        x: Any
         x, y = fx.node.map_arg(node.args, lambda read: self._values[read][index])
         shape = combined(x, y)
         if shape is None:

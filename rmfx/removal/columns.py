@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
@@ -27,7 +28,7 @@ from torch import fx, nn
 from rmfx.algebra.activation import Activation, Block
 from rmfx.algebra.affine import AffineConv
 from rmfx.algebra.blockwise import Blockwise, way_of
-from rmfx.algebra.laws import window_of
+from rmfx.algebra.laws import Window, groups_side_by_side, window_of
 from rmfx.algebra.layer import Layer
 from rmfx.algebra.products import Unmerged
 from rmfx.errors import Refusal
@@ -69,8 +70,19 @@ class Linear(Column):
         fits = len(layers) > 1 or layers[0].preserves_size
         return None if not fits or isinstance(window_of(layers), Refusal) else 1.0
 
+    @cached_property
+    def window(self) -> Window | Refusal:
+        """Where both blocks read."""
+        return window_of((self.main, self.carry))
+
+    @cached_property
+    def groups_side_by_side(self) -> Sequence[int] | None:
+        """Groups of each block where these are of one shape."""
+        return groups_side_by_side((self.main, self.carry))
+
     def padded(self, before: int, behind: int) -> Column:
-        return replace(self, carry=self.carry.pad_channels(before, behind))
+        carry = self.carry.pad_channels(before, behind)
+        return self if carry is self.carry else replace(self, carry=carry)
 
     def widths_behind(self, widths: Widths, dims: int) -> Widths:
         return self.main.out_channels, self.carry.out_channels
@@ -130,7 +142,8 @@ class Pointwise(Column):
         return 1.0 if layers[0].signature == layers[1].signature else 1.1
 
     def padded(self, before: int, behind: int) -> Column:
-        return replace(self, widths=(self.widths[0], behind))
+        widths = (self.widths[0], behind)
+        return self if widths == self.widths else replace(self, widths=widths)
 
     @property
     def blocks(self) -> tuple[Block, ...]:

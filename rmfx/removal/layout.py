@@ -21,7 +21,7 @@ from functools import partial
 from typing import NamedTuple
 
 from rmfx.algebra.affine import AffineConv
-from rmfx.algebra.laws import direct_sum, groups_side_by_side, join, plus, spread, stack, window_of
+from rmfx.algebra.laws import direct_sum, join, plus, spread, stack
 from rmfx.errors import Refusal
 from rmfx.words import IN_TURNS, TAKEN_APART
 
@@ -87,7 +87,7 @@ class _Shape(NamedTuple):
     def of(column: Linear, kernel: Sequence[int], inner: tuple[bool, bool]) -> _Shape:
         pair = (column.main, column.carry)
         ins, outs = [f.in_channels for f in pair], [f.out_channels for f in pair]
-        counts = groups_side_by_side(pair) if all(inner) and column.main.dims else None
+        counts = column.groups_side_by_side if all(inner) and column.main.dims else None
         return _Shape(
             sum(ins) if inner[0] else ins[0],
             sum(outs) if inner[1] else outs[0],
@@ -108,7 +108,7 @@ def layout_of(columns: Sequence[Column], target: Target) -> Layout | Refusal:
         if isinstance(column, Ordered):
             form_of = partial(_order, column, target.moving * width)
         else:
-            window = window_of((column.main, column.carry))
+            window = column.window
             if isinstance(window, Refusal):
                 return window
             area /= math.prod(column.main.stride)
@@ -131,7 +131,7 @@ def _with_runs_behind(
 ) -> Iterator[tuple[Linear | Ordered, Sequence[int]]]:
     """The columns that have a form, each with the runs that are worth a look behind it."""
     counts = {f.groups for column in linear for f in (column.main, column.carry)}
-    counts |= {n for c in linear for n in groups_side_by_side((c.main, c.carry)) or ()}
+    counts |= {n for c in linear for n in c.groups_side_by_side or ()}
     placed = [(i, c) for i, c in enumerate(columns) if isinstance(c, Linear | Ordered)]
     ends = [*(i for i, _ in placed[1:]), len(columns)]
     layer, width = linear[0], 0
@@ -149,7 +149,7 @@ def _with_runs_behind(
 
 def _order(column: Ordered, price: float, runs: Runs) -> Form:
     """Channels may come to stand in any order."""
-    return Form(runs, 0, 0, 0.0 if column.between(runs).stays else price)
+    return Form(runs, 0, 0, 0.0 if column.stays_between(runs) else price)
 
 
 @functools.lru_cache(maxsize=1 << 16)  # the same shapes come again and again

@@ -52,10 +52,14 @@ class Ordered(Column):
         """The same between some runs."""
         return replace(self, before=runs[0], runs=runs[1])
 
+    def stays_between(self, runs: tuple[int, int]) -> bool:
+        """Whether every channel stays where it is."""
+        return self.main.rows is None and runs[0] == runs[1]
+
     @property
     def stays(self) -> bool:
-        """Whether every channel stays where it is."""
-        return self.main.rows is None and self.before == self.runs
+        """The same between its own runs."""
+        return self.stays_between((self.before, self.runs))
 
     def widths_behind(self, widths: Widths, dims: int) -> Widths:
         return self.main.channels_behind(widths[0], dims), widths[1]

@@ -106,6 +106,16 @@ class FuzzReport:
         errors = (self.errors.get(dtype, 0.0), trial.found.error, *(join.error for join in joins))
         self.errors[dtype] = max(errors)
 
+    def add(self, other: FuzzReport) -> None:
+        """Count in what came of other networks of the same seed, tried after these."""
+        for name in ("examples", "without_inputs", "skipped", "joins"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("untraced", "features", "removed", "refused"):
+            getattr(self, name).update(getattr(other, name))
+        for dtype, error in other.errors.items():
+            self.errors[dtype] = max(self.errors.get(dtype, 0.0), error)
+        self.failure = self.failure or other.failure
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists."""
         failure = self.failure and {

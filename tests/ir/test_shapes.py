@@ -22,6 +22,8 @@ LAYERS: dict[str, Any] = {
     "group norm": lambda: nn.GroupNorm(2, 4),
     "group norm of each": lambda: nn.GroupNorm(4, 4),
     "activation": lambda: nn.Hardswish(),
+    "slope": lambda: nn.PReLU(),
+    "slopes": lambda: nn.PReLU(4),
     "pool": lambda: nn.AvgPool2d(2),
 }
 SHAPES = st.lists(st.sampled_from((1, 2, 3, 4)), min_size=1, max_size=4).map(tuple)

@@ -23,6 +23,7 @@ from _training import Recipe, train
 from builders import mark
 
 from rmfx.models import cifar_resnet
+from rmfx.testing.jobs import Jobs
 
 
 def images(count: int) -> Split:
@@ -46,7 +47,7 @@ def test_a_phase_ends_before_the_next_one_begins(tmp_path: Path) -> None:
     """What the first phase leaves behind is there for the second."""
     marks = [[tmp_path / "1", tmp_path / "2"], [tmp_path / "3"]]
     seen: list[tuple[Path, int]] = []
-    in_parallel(marks, partial(mark, folder=tmp_path), seen.append, workers=2)
+    in_parallel(marks, partial(mark, folder=tmp_path), seen.append, Jobs(2))
     assert sorted(path.name for path, _ in seen) == ["1", "2", "3"]
     assert dict(seen)[tmp_path / "3"] == 2
 
