@@ -6,6 +6,7 @@ Joblib does it: this says how it is asked, the same way everywhere.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,9 +69,16 @@ class Jobs:
         order = "generator" if in_order else "generator_unordered"
         calls = (joblib.delayed(_with_one_thread)(function, given) for given in arguments)
         with self._cluster():
-            pool = joblib.Parallel(self.count, backend=self.backend, return_as=order, batch_size=1)
-            with contextlib.closing(pool(calls)) as found:
-                yield from found
+            with joblib.parallel_config(self.backend, n_jobs=self.count):
+                pool = joblib.Parallel(return_as=order, batch_size=1)
+            found = pool(calls)
+            try:
+                for one in found:
+                    yield one  # noqa: UP028  (`yield from` would close it before what follows)
+            finally:
+                with warnings.catch_warnings():  # that calls are given up, which is meant
+                    warnings.simplefilter("ignore", UserWarning)
+                    found.close()
 
     def _cluster(self) -> contextlib.AbstractContextManager[Any]:
         """The connection to a cluster, which joblib looks up itself."""

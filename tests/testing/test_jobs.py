@@ -29,7 +29,7 @@ def address() -> Iterator[str]:
 
 def of_fuzzing(how: Jobs, **options: object) -> dict[str, object]:
     given = {"jobs": how.count, "backend": how.backend, "address": how.address}
-    return fuzz.fuzz(examples=25, seed=3, frontend="traced", **given, **options).to_dict()
+    return fuzz.fuzz(examples=12, seed=3, frontend="traced", **given, **options).to_dict()
 
 
 def test_processes_give_results_in_order() -> None:
@@ -51,21 +51,6 @@ def test_what_a_call_raises_is_raised(how: Jobs) -> None:
         list(how.results(doubled_unless_negative, [(1,), (-1,)]))
 
 
-def test_no_more_is_begun_once_nobody_reads() -> None:
-    read: list[int] = []
-
-    def given() -> Iterator[tuple[int]]:
-        for i in range(1000):
-            read.append(i)
-            yield (i,)
-
-    found = TWO.results(doubled_unless_negative, given())
-    next(found)
-    found.close()
-    time.sleep(0.2)
-    assert len(read) < 100
-
-
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -82,7 +67,7 @@ def test_wrong_options_are_refused(options: dict[str, object], text: str) -> Non
 
 def test_fuzzing_does_not_depend_on_where_it_runs(address: str) -> None:
     expected = of_fuzzing(HERE)
-    assert expected["examples"] == 25
+    assert expected["examples"] == 12
     assert of_fuzzing(TWO) == expected
     assert of_fuzzing(Jobs(-1, "dask", address)) == expected
 
@@ -99,3 +84,18 @@ def test_the_first_failure_is_found_wherever_it_runs() -> None:
 
 def test_a_time_limit_ends_processes_too() -> None:
     assert 0 < fuzz.fuzz("remove_noops", examples=None, seconds=2, jobs=2).examples < 10_000
+
+
+def test_no_more_is_begun_once_nobody_reads() -> None:
+    read: list[int] = []
+
+    def given() -> Iterator[tuple[int]]:
+        for i in range(1000):
+            read.append(i)
+            yield (i,)
+
+    found = TWO.results(doubled_unless_negative, given())
+    next(found)
+    found.close()
+    time.sleep(0.2)
+    assert len(read) < 100
