@@ -73,8 +73,8 @@ class Jobs:
                 pool = joblib.Parallel(return_as=order, batch_size=1)
             found = pool(calls)
             try:
-                for one in found:
-                    yield one  # noqa: UP028  (`yield from` would close it before what follows)
+                for one in found:  # noqa: UP028  (`yield from` would close it before what follows)
+                    yield one
             finally:
                 with warnings.catch_warnings():  # that calls are given up, which is meant
                     warnings.simplefilter("ignore", UserWarning)
