@@ -64,6 +64,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> bool:
 # ---- what it does -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 def test_the_graph_that_goes_on_has_no_residual_connections(inner: str) -> None:
     seen: list[fx.GraphModule] = []
@@ -179,6 +180,7 @@ def test_a_function_around_the_model_is_compiled_too() -> None:
     assert [(r.removed, r.rows[0].place) for r in reports] == [(2, "stem")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("how", ["mark_dynamic", "dynamic=True"])
 def test_open_sizes_stay_open(how: str, inner: str) -> None:
@@ -248,6 +250,7 @@ def test_half_precision_weights(dtype: torch.dtype) -> None:
     assert close(actual.double(), expected, 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_channels_last(inner: str) -> None:
     model, reports = net(torch.float32).to(memory_format=torch.channels_last), []
@@ -802,6 +805,7 @@ def test_other_passes_read_dynamos_graph_too(verb: Any) -> None:
             run(image())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("freezing", [False, True])
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")  # inductor's own

@@ -86,6 +86,7 @@ def output_of(block: Block, page: Path, names: dict[str, Any]) -> str:
     return output.getvalue()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_what_it_did(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def test_what_may_be_chosen_is_what_there_is() -> None:
     assert [fuzz.load_pass(name).__name__ for name in choices.PASSES] == list(choices.PASSES)
 
 
+@pytest.mark.slow
 def test_a_runtime_is_a_word_and_a_row(tmp_path: Path) -> None:
     changes = [
         ("rmfx/choices.py", '"openvino")', '"openvino", "traced")'),
@@ -109,6 +110,7 @@ def test_a_runtime_is_a_word_and_a_row(tmp_path: Path) -> None:
     changed(tmp_path, changes, code)
 
 
+@pytest.mark.slow
 def test_a_kind_of_file_is_a_row(tmp_path: Path) -> None:
     changes = [
         (
@@ -127,6 +129,7 @@ def test_a_kind_of_file_is_a_row(tmp_path: Path) -> None:
     changed(tmp_path, changes, code)
 
 
+@pytest.mark.slow
 def test_a_column_of_the_report_is_a_field_and_a_row(tmp_path: Path) -> None:
     changes = [
         ("rmfx/report.py", "    carry: int = 0\n", "    carry: int = 0\n    dims: int = 0\n"),

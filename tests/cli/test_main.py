@@ -370,6 +370,7 @@ def test_bench_shows_what_failed_and_exits_with_1(
 # ---- demo ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_demo_without_a_compiler_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -657,6 +658,7 @@ sys.exit(main(["convert", "rmfx.models:DigitsNet", "--input-shape=1,1,28,28", "-
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1000, 300_000])
 def test_a_full_disk_is_one_line(size: int, tmp_path: Path) -> None:
     """In a process of its own: torch's writer would end it."""
@@ -684,6 +686,7 @@ sys.exit(main(["convert", "rmfx.models:DigitsNet", "--input-shape=1,1,28,28", "-
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_killed_process_leaves_nothing(number: int, tmp_path: Path) -> None:
@@ -702,6 +705,7 @@ def test_a_killed_process_leaves_nothing(number: int, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["slow.py", "writing"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX pipe")
 def test_a_reader_that_leaves_causes_no_traceback(tmp_path: Path) -> None:
     command = f"{sys.executable} -m rmfx report {DIGITS} {SHAPE} | true"

@@ -95,6 +95,7 @@ def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture
     assert re.search(rf"^Wrote {path} \(\d+\.\d kB\)\.$", told, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_page_is_not_begun_where_no_runtime_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "digits_of_test:digits"
 
 
+@pytest.mark.slow
 def test_the_worth_of_each_size_is_what_the_networks_give() -> None:
     model, (images, labels) = load_model(), (part[::4] for part in load_digits())
     batch = (images, labels)

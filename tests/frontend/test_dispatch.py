@@ -293,6 +293,7 @@ def with_values(op: OpOverload) -> Operator | None:
     return None
 
 
+@pytest.mark.slow
 def test_every_pointwise_operator_of_torch_is_an_activation(
     record_property: Callable[[str, object], None],
 ) -> None:

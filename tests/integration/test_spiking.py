@@ -44,6 +44,7 @@ def test_a_spiking_network_answers_like_the_residual_one() -> None:
         assert torch.equal(outputs.argmax(1), model(images).argmax(1))
 
 
+@pytest.mark.slow
 def test_spikingjelly_takes_the_plain_network_alone() -> None:
     ann2snn = pytest.importorskip("spikingjelly.activation_based.ann2snn", reason=INSTALL)
     images, labels = (x[:4] for x in load_digits())
@@ -70,6 +71,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         yield variables_of(PAGE, tmp_path_factory.mktemp("spiking"))
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_runs_as_it_stands_there(page: dict[str, Any]) -> None:
     answers = page["model"](page["shown"]).argmax(1)
     assert torch.equal(page["spikes"].mean(1).argmax(1), answers)

@@ -127,6 +127,7 @@ def _gradients() -> None:
     assert grad == -1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [residual_net, exported_net])
 def test_inference_and_autocast_go_on_while_a_thread_converts(
     make: Callable[[], nn.Module],
@@ -201,6 +202,7 @@ def test_other_code_traces_while_a_thread_converts(work: Callable[[Tensor], None
     assert_nothing_is_patched()
 
 
+@pytest.mark.slow
 def test_nobody_compiles_meanwhile_though_the_compiler_was_not_loaded() -> None:
     """In a fresh process with another thread, which could load it."""
     code = """

@@ -415,6 +415,7 @@ def test_int8_of_a_trained_network_answers_the_same() -> None:
     assert right[1] >= right[0] - 2
 
 
+@pytest.mark.slow
 def test_without_other_activations_a_trained_network_answers_the_same_in_few_bits() -> None:
     digits, labels = load_digits()
     model = load_model()

@@ -46,6 +46,7 @@ TESTED = [name for name, net in NETS.items() if net.kind == "whole" and name not
 CONTROLS = ["convnext_tiny", "squeezenet1_1", "densenet121"]  # quick, and without timm
 
 
+@pytest.mark.slow
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", TESTED)
 def test_network_is_exact_at_every_join_and_two_sizes(name: str) -> None:
@@ -54,6 +55,7 @@ def test_network_is_exact_at_every_join_and_two_sizes(name: str) -> None:
     assert not zoo.failures(net, outcome)
 
 
+@pytest.mark.slow
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", CONTROLS)
 def test_what_must_be_left_alone_is(name: str) -> None:

@@ -189,6 +189,7 @@ def test_blocks_have_a_join_in_eval_mode_and_float64(spec: NetworkSpec) -> None:
     assert {parameter.dtype for parameter in block.parameters()} <= {torch.float64}
 
 
+@pytest.mark.slow
 def test_shrinking_gives_small_networks() -> None:
     spec = find(
         residual_networks(),

@@ -84,6 +84,7 @@ def test_what_was_opened_is_closed_at_the_same_cost(name: str) -> None:
     assert_equivalent(model, back, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_large"])
 def test_networks_come_back(name: str) -> None:
     model = ready(getattr(torchvision.models, name)())
@@ -150,6 +151,7 @@ def test_a_network_without_carries_is_the_same() -> None:
         rmfx.close_carries(model, None)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(spec=residual_networks())
 def test_random_networks_keep_their_function(spec: NetworkSpec) -> None:
@@ -257,6 +259,7 @@ def networks(draw: st.DrawFn) -> nn.Module:
     return chain(*layers)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(networks(), st.sampled_from(("time", "macs")))
 def test_the_way_back_leads_to_the_multiply_adds_of_the_original(

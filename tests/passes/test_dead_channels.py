@@ -771,6 +771,7 @@ def test_planted_channels_go_and_no_others(network: Planted, odd: int) -> None:
     assert widths(clean(network.model, x)) == network.expected
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(residual_networks())
 def test_random_networks_keep_their_function(spec: NetworkSpec) -> None:

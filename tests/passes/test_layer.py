@@ -96,6 +96,7 @@ def test_inserting_leaves_the_model_alone_and_can_change_little() -> None:
 # ---- removal ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(st.sets(st.integers(0, 4)), st.data())
 @settings(max_examples=20)
 def test_layers_with_scale_0_go_without_a_change(zeros: set[int], data: st.DataObject) -> None:
@@ -180,6 +181,7 @@ def test_one_layer_of_each_stage_stays() -> None:
     assert [place.split(".")[0] for place in stays] == ["layer1", "layer2", "layer3"]
 
 
+@pytest.mark.slow
 def test_the_headline_of_the_paper_as_an_architecture() -> None:
     """ResNet-110 for CIFAR: 65.5 % fewer multiply-adds are 70 of its layers of equal width."""
     x = torch.randn(1, 3, 32, 32)

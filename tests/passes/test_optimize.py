@@ -185,6 +185,7 @@ def test_bad_arguments() -> None:
         rmfx.optimize(nn.Conv2d(4, 4, 1).double().eval(), image(), runtime="abacus")
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(residual_networks())
 def test_every_form_of_a_random_network_keeps_its_values(spec: NetworkSpec) -> None:

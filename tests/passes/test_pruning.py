@@ -213,6 +213,7 @@ def test_the_main_block_of_a_grouped_layer_may_go_on_one_side() -> None:
         assert rmfx.cost.count(small, x).macs == cost
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(spec=residual_networks(), seed=st.integers(0, 99))
 def test_random_masks_are_means_in_place_of_channels(spec: NetworkSpec, seed: int) -> None:

@@ -263,6 +263,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_data_parallel_training_keeps_the_rings_alike(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PARALLEL, str(tmp_path)]
     processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
@@ -284,6 +285,7 @@ torch.save(model"""
 LOADED_BY_ONE = PARALLEL.replace("\nparallel = ", BEFORE).replace("\ntorch.save(model", AFTER)
 
 
+@pytest.mark.slow
 def test_a_seed_that_one_process_loads_goes_to_all(tmp_path: Path) -> None:
     state = rmfx.share_parameters(cifar_resnet(8, "B", 10), ratio=0.1, seed=7).state_dict()
     torch.save(state, tmp_path / "start.pt")

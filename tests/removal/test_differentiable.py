@@ -121,6 +121,7 @@ def test_training_both_gives_the_same_network() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(residual_networks())
 def test_random_networks(spec: NetworkSpec) -> None:

@@ -43,6 +43,7 @@ def test_the_file_gives_back_what_was_saved(tmp_path: Path) -> None:
     assert Record.read(tmp_path / "none.json").found == {}
 
 
+@pytest.mark.slow
 def test_a_phase_ends_before_the_next_one_begins(tmp_path: Path) -> None:
     """What the first phase leaves behind is there for the second."""
     marks = [[tmp_path / "1", tmp_path / "2"], [tmp_path / "3"]]

@@ -102,6 +102,7 @@ def run_script(text: str) -> subprocess.CompletedProcess[str]:
 # ---- the command --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fuzz.PASSES)
 def test_the_built_in_passes_hold(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "--pass", name, "--examples", "6", "--seed", "5")
@@ -113,6 +114,7 @@ def test_the_built_in_passes_hold(name: str, capsys: pytest.CaptureFixture[str])
     assert found["removed"] == 0 or name in ("remove_residuals", "merge_branches")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frontend", fuzz.FRONTENDS)
 def test_networks_are_held_in_every_way(frontend: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "--frontend", frontend, "--examples", "5")
@@ -158,6 +160,7 @@ def test_an_interrupted_run_says_what_it_has_tried(
     assert found["failure"] is None
 
 
+@pytest.mark.slow
 def test_a_failure_is_told_though_making_it_small_was_interrupted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +198,7 @@ def test_tables_have_no_rows_of_zeros(capsys: pytest.CaptureFixture[str]) -> Non
     assert not [line for line in table.splitlines() if line.endswith(" 0")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "most"),
     [
@@ -266,6 +270,7 @@ def test_examples_or_seconds_must_be_given() -> None:
 # ---- the printed program ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frontend", fuzz.FRONTENDS)
 @pytest.mark.parametrize("activation", ["auto", ("masked", "shift")])
 def test_a_printed_program_runs(frontend: str, activation: str | tuple[str, ...]) -> None:

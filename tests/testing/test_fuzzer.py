@@ -373,6 +373,7 @@ PLANTED: dict[str, tuple[Any, str, Any, str, Callable[[str], bool], int, int]] =
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mechanism", PLANTED)
 def test_a_mechanism_taken_away_is_noticed(mechanism: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,7 @@ def test_wrong_options_are_refused(options: dict[str, object], text: str) -> Non
         fuzz.fuzz("remove_noops", examples=1, **options)
 
 
+@pytest.mark.slow
 def test_fuzzing_does_not_depend_on_where_it_runs(address: str) -> None:
     expected = of_fuzzing(HERE)
     assert expected["examples"] == 12
@@ -72,6 +73,7 @@ def test_fuzzing_does_not_depend_on_where_it_runs(address: str) -> None:
     assert of_fuzzing(Jobs(-1, "dask", address)) == expected
 
 
+@pytest.mark.slow
 def test_the_first_failure_is_found_wherever_it_runs() -> None:
     here, there = (
         fuzz.fuzz("builders:refuses_slopes", examples=60, seed=2, frontend="traced", jobs=jobs)
@@ -82,10 +84,12 @@ def test_the_first_failure_is_found_wherever_it_runs() -> None:
     assert here.to_dict() == there.to_dict()
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_processes_too() -> None:
     assert 0 < fuzz.fuzz("remove_noops", examples=None, seconds=2, jobs=2).examples < 10_000
 
 
+@pytest.mark.slow
 def test_no_more_is_begun_once_nobody_reads() -> None:
     read: list[int] = []
 

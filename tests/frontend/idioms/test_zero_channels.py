@@ -84,6 +84,7 @@ def test_it_runs_at_other_sizes(form: str) -> None:
     torch.testing.assert_close(gm(other), model(other), rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 @given(channels=st.integers(1, 5), before=st.integers(0, 3), behind=st.integers(0, 3))
 def test_zeros_on_either_side(channels: int, before: int, behind: int) -> None:
     def shortcut(x: Tensor, y: Tensor) -> Tensor:
