@@ -292,7 +292,9 @@ def test_run_does_what_is_missing_and_goes_on_after_a_crash(
         def close(self) -> None: ...
 
     monkeypatch.setattr(zoo, "Worker", Fake)
-    options = argparse.Namespace(fresh=False, seconds=1, memory=1, small=True, most_parameters=1)
+    here = {"jobs": 1, "backend": "loky", "address": None}
+    bounds = {"seconds": 1, "memory": 1, "most_parameters": 1}
+    options = argparse.Namespace(fresh=False, small=True, **bounds, **here)
     store = Store(tmp_path / "zoo.json")
     zoo.run(["resnet18", "resnet34", "resnet50"], store, options)
     zoo.run(["resnet18", "resnet34", "vgg11_bn"], Store(tmp_path / "zoo.json"), options)
