@@ -185,7 +185,7 @@ def in_parallel(
 
     Args:
         phases: of tasks.
-        work: done in another process, with one thread.
+        work: done in another process with one thread, unless there is one job at a time.
         keep: called with each result as it comes.
         how: where.
     """

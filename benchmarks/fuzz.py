@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from _common import Limit, add_jobs, jobs_of, parser, show
 from _records import code_version, write
 from tabulate import tabulate
@@ -38,7 +39,8 @@ Totals = dict[str, Any]
 
 
 def run_batch(seed: int) -> dict[str, Any]:
-    """What became of one batch of networks."""
+    """What became of one batch of networks, with one thread wherever it is tried."""
+    torch.set_num_threads(1)
     gc.freeze()  # what stands there for good need not be gone through for garbage ever again
     gc.set_threshold(100_000, 50, 100)
     frontend = FRONTENDS[seed % len(FRONTENDS)]

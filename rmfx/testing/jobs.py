@@ -56,7 +56,8 @@ class Jobs:
         """What calls give, in their order or as they end; no more are begun once nobody reads.
 
         Args:
-            function: of a module that the workers can import; it is called with one thread.
+            function: of a module that the workers can import, where it is called with one thread;
+                in this process it is called as it is.
             arguments: of each call, read a few calls ahead.
 
         Raises:
